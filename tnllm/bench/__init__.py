@@ -1,0 +1,1 @@
+"""Benchmarks that pass a correctness gate before they time anything."""

@@ -1,0 +1,42 @@
+"""Errors meant for a person: one clear line that says what was given, what is allowed and what to do next.
+
+    raise UserError(f"model.kind is {kind!r}; allowed: transnormer, transformer")
+
+The command line prints the message without a traceback and exits with `exit_code`.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input or configuration."""
+
+    exit_code = 2
+
+
+class RunError(UserError):
+    """The input was fine, but the run failed: a full disk, a non-finite loss, a corrupt file."""
+
+    exit_code = 1
+
+
+class MissingExtra(UserError):
+    """An optional dependency is not installed."""
+
+    exit_code = 3
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(f"this needs {package}, which is not installed; run: pip install 'tnllm[{extra}]'")
+
+
+class Terminated(UserError):
+    """A SIGTERM arrived and everything was saved."""
+
+    exit_code = 143
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the allowed word nearest to `word`, or an empty string."""
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""Lightning Attention: causal linear attention with one constant decay per head."""

@@ -1,0 +1,1 @@
+"""The architecture: config, layers, model, recurrent state, weights."""
