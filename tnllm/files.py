@@ -25,7 +25,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write `data` aside, flush it to disk and rename it to `path`; readers see the old file or the new one."""
+    """Write `data` aside, flush it to disk and rename it to `path`: readers see the old file or the new."""
     path = Path(path)
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

@@ -1,6 +1,7 @@
 """The `tnllm` command: registers one file per command and turns errors into one line and an exit code.
 
-Exit codes: 0 ok, 1 run-time failure, 2 bad input or config, 3 missing extra, 130 Ctrl-C, 143 after a SIGTERM that saved.
+Exit codes: 0 ok, 1 run-time failure, 2 bad input or config, 3 missing extra, 130 Ctrl-C,
+143 after a SIGTERM that saved.
 """
 
 import importlib
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}", 1)
     except Exception as error:
-        # Usage errors of the option parser carry their own exit code and message; anything else is a bug: show it whole.
+        # Usage errors of the option parser carry an exit code and a message; the rest are bugs, shown whole.
         if debug or not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
