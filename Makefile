@@ -1,0 +1,31 @@
+# Each target sets up what it needs in .venv; Python 3.11 or newer is all that must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test check bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/tnllm train recipes/tiny.yaml --out runs/tiny
+	$(BIN)/tnllm generate --model runs/tiny --prompt "My dear" --max-tokens 60 --seed 1
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Two workers of one thread each: the tests are many small tensors, where threads only wait for each other.
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+bench: install
+	$(BIN)/tnllm bench-attn
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,87 @@
+"""Imports point down: the package's layers, checked on the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "tnllm"
+
+# Part → the parts of ours it may import. Siblings never import each other; nobody imports cli.
+BASE = {"errors", "files", "assets", "tokenizer"}
+MODEL = BASE | {"kernels", "modeling"}
+ALLOWED = {
+    "errors": set(),
+    "files": {"errors"},
+    "assets": {"errors"},
+    "tokenizer": {"errors", "files"},
+    "kernels": {"errors"},
+    "modeling": BASE | {"kernels"},
+    "parallel": MODEL,
+    "data": MODEL,
+    "generation": MODEL,
+    "training": MODEL | {"parallel", "data", "generation"},
+    "evaluation": MODEL | {"parallel", "data", "generation"},
+    "bench": MODEL | {"parallel", "data", "generation"},
+    "cli": MODEL | {"parallel", "data", "generation", "training", "evaluation", "bench"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+# Heavy packages a command must not import until it runs, so that `tnllm --help` answers at once.
+HEAVY = {"torch", "numpy", "pydantic", "lm_eval", "matplotlib", "triton", "sentencepiece", "yaml"}
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names imported anywhere in the tree."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def top_level(tree: ast.Module) -> ast.Module:
+    """The module without function bodies."""
+    body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return ast.Module(body=body, type_ignores=[])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = part(path)
+    for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        if name.startswith("tnllm."):
+            other = name.split(".")[1]
+            assert other in ALLOWED[own] | {own, "__version__"}, f"{own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda path: path.name)
+def test_commands_import_late(path):
+    for name in imported(top_level(ast.parse(path.read_text(encoding="utf-8")))):
+        assert name.split(".")[0] not in HEAVY, f"{path.name} imports {name} at the top"
+        if name.startswith("tnllm."):
+            assert name.split(".")[1] in {"errors", "files", "cli", "__version__"}, f"{path.name}: {name}"
+
+
+def test_cleaning_and_tokenizing_need_no_torch():
+    for path in (ROOT / "data").rglob("*.py"):
+        if path.name != "loader.py":
+            names = imported(ast.parse(path.read_text(encoding="utf-8")))
+            assert not any(name.split(".")[0] == "torch" for name in names), path
+
+
+def test_files_stay_short():
+    long = {
+        str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 600
+    }
+    assert not long, f"each is two ideas in one room: {long}"

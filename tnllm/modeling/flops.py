@@ -1,0 +1,59 @@
+"""How large a model is and how much work a token costs, by formula; nothing is allocated.
+
+    count_parameters(config)               # 398_984_192 for the 385m preset
+    flops_per_token(config, seq_len=8192)  # training FLOPs (forward + backward) of one token
+
+FLOPs count one multiply-add as two. Only work the model defines is counted: recomputation, the masked half of a chunk
+and the optimizer are not, so that a utilisation made from these numbers is comparable between implementations.
+"""
+
+from tnllm.modeling.config import ModelConfig
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of trained parameters, tied weights counted once (equals the built model's)."""
+    total = config.vocab_size * config.model_dim * (1 if config.tie_embeddings else 2)
+    if config.position == "ape":
+        total += config.max_position * config.model_dim
+    norm = 0 if config.norm == "srmsnorm" else config.model_dim
+    for layer in range(config.num_layers):
+        total += _matrix_parameters(config) + 2 * norm
+        if config.kind == "transnormer":
+            total += norm + (config.model_dim if config.uses_lrpe(layer) else 0)
+    return total + norm
+
+
+def _matrix_parameters(config: ModelConfig) -> int:
+    """Parameters of one block's matrices."""
+    width = config.model_dim
+    mixer = 4 * width * width
+    if config.kind == "transnormer":
+        if config.gate == "full":
+            mixer += width * width
+        elif config.gate == "low-rank":
+            mixer += 2 * width * config.gate_dim
+    return mixer + 3 * width * config.glu_dim
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Training FLOPs per token at this length: 6 per matrix weight, plus three times attention's forward.
+
+    Linear attention's forward is the recurrence itself, 4 H D E per layer whatever the length (one rank-1 update
+    and one read of the state); softmax attention's is 4 H d times the mean causal context (T + 1) / 2.
+    """
+    matrices = config.num_layers * _matrix_parameters(config) + config.vocab_size * config.model_dim
+    attention = 0.0
+    for layer in range(config.num_layers):
+        if config.kind == "transformer":
+            attention += 4 * config.model_dim * (seq_len + 1) / 2
+        else:
+            attention += 4 * config.num_heads * config.key_dim(layer) * config.head_dim
+    return 6.0 * matrices + 3.0 * attention
+
+
+def state_bytes(config: ModelConfig, length: int = 0, cache_itemsize: int = 2) -> int:
+    """Bytes of decoding state for one sequence: fp32 and constant, or the baseline's cache of `length` tokens."""
+    if config.kind == "transformer":
+        return 2 * config.num_layers * length * config.model_dim * cache_itemsize
+    heads, value_dim = config.num_heads, config.head_dim
+    return sum(4 * heads * config.key_dim(layer) * value_dim for layer in range(config.num_layers))

@@ -1,0 +1,222 @@
+"""The whole model: TransNormerLLM and, behind the same interface, the softmax baseline.
+
+    model = build_model(get_preset("385m"), device="cuda", dtype=torch.bfloat16, seed=0)
+    logits, state = model(tokens)                # tokens [B, T] int64 → logits [B, T, V] fp32
+    logits, state = model(more, state)           # continues; `state` is a value, never changed
+    logits = model.step(last, state)             # decoding: one token per row, `state` updated in place
+    loss_sum = model.loss(tokens, labels)        # training: summed cross entropy, full logits never held
+
+Paper: arXiv 2307.14995 Eq. 9 (block), arXiv 2405.17381 Fig. 3.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tnllm.errors import UserError
+from tnllm.kernels.linear_cross_entropy import linear_cross_entropy
+from tnllm.modeling.attention import GatedLinearAttention
+from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.layers import GLU, LRPE, make_norm
+from tnllm.modeling.packing import packed_index
+from tnllm.modeling.state import State
+from tnllm.modeling.transformer import SoftmaxAttention, grow
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: token mixer, then channel mixer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.token_norm = make_norm(config, config.model_dim)
+        self.token_mixer = (
+            GatedLinearAttention(config, layer) if config.kind == "transnormer" else SoftmaxAttention(config)
+        )
+        self.channel_norm = make_norm(config, config.model_dim)
+        self.channel_mixer = GLU(config)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, M] → x [B, T, M], and the layer's new state."""
+        mixed, state = self.token_mixer(self.token_norm(x), positions, state, cu_seqlens)
+        x = x + mixed
+        return x + self.channel_mixer(self.channel_norm(x)), state
+
+    def step(self, x: Tensor, positions: Tensor, state: Tensor) -> Tensor:
+        """x [B, M] → x [B, M]; `state` is updated in place."""
+        x = x + self.token_mixer.step(self.token_norm(x), positions, state)
+        return x + self.channel_mixer(self.channel_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, final norm, head. Every choice is in `config`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
+        if config.position == "ape":
+            self.embed_positions = nn.Embedding(config.max_position, config.model_dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = make_norm(config, config.model_dim)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.checkpointing = "none"
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, M]: the embedding when tied."""
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed_tokens.weight.device
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Matrices and embeddings N(0, init_std^2), the padding row zero, norm weights one, theta by its formula."""
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Embedding):
+                    module.weight.normal_(0.0, self.config.init_std, generator=generator)
+                elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                    module.weight.fill_(1.0)
+                elif isinstance(module, LRPE):
+                    module.reset()
+            if self.config.pad_token_id is not None:
+                self.embed_tokens.weight[self.config.pad_token_id].zero_()
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """`full` recomputes every block in the backward pass; `none` keeps all activations."""
+        if mode not in ("none", "full"):
+            raise UserError(f"activation checkpointing is {mode!r}; allowed: none, full")
+        self.checkpointing = mode
+
+    def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
+        """The state before any token, for `batch` rows."""
+        where = torch.device(device) if device is not None else self.device
+        layers = [block.token_mixer.new_state(batch, where) for block in self.layers]
+        rows_dim = 0 if self.config.kind == "transnormer" else 1
+        return State(layers, torch.zeros(batch, dtype=torch.int64, device=where), rows_dim)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embed_tokens(tokens)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.model_dim)
+        if self.config.position == "ape":
+            x = x + self.embed_positions(positions)
+        # Under autocast the residual stream is kept in the low precision too: half the traffic between blocks.
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def _run(
+        self,
+        tokens: Tensor,
+        layers: list[Tensor] | list[None],
+        start: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Blocks and final norm. `start` [rows] is each row's position so far; None means zero."""
+        batch, length = tokens.shape
+        if cu_seqlens is None:
+            positions = torch.arange(length, device=tokens.device).expand(batch, length)
+            if start is not None:
+                positions = positions + start[:, None]
+        else:
+            sequence, place = packed_index(cu_seqlens, length)
+            positions = (place if start is None else place + start[sequence])[None]
+        x = self._embed(tokens, positions)
+        new_layers: list[Tensor | None] = []
+        for block, layer in zip(self.layers, layers, strict=True):
+            if self.checkpointing == "full" and torch.is_grad_enabled():
+                x, new = checkpoint(block, x, positions, layer, cu_seqlens, use_reentrant=False)
+            else:
+                x, new = block(x, positions, layer, cu_seqlens)
+            new_layers.append(new)
+        return self.final_norm(x), new_layers
+
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Final-norm output [B, T, M] in the model's dtype, and the state after the last token.
+
+        tokens [B, T] int64; or [1, total] with cu_seqlens [N + 1] int32, and a state of N rows. The state passed
+        in is not changed.
+        """
+        rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state is None:
+            state = self.init_state(rows)
+        lengths = tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
+        self._check_length(state.position + lengths)
+        x, layers = self._run(tokens, state.layers, state.position, cu_seqlens)
+        return x, State(layers, state.position + lengths, state.rows_dim)  # type: ignore[arg-type]
+
+    def _check_length(self, end: Tensor) -> None:
+        """Learned absolute positions run out; nothing else does."""
+        if self.config.position == "ape" and int(end.max()) > self.config.max_position:
+            raise UserError(
+                f"{int(end.max())} tokens exceed model.max_position {self.config.max_position}, the learned "
+                "positions of position=ape; shorten the text or raise model.max_position before training"
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., M] → [..., V] fp32."""
+        weight = self.head_weight
+        if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+            # The fp32 accumulator is written out as it is instead of being rounded to 16 bits.
+            flat = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+            return flat.unflatten(0, hidden.shape[:-1])
+        return F.linear(hidden, weight).float() if hidden.dtype != torch.float64 else F.linear(hidden, weight)
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """tokens [B, T] int64 → logits [B, T, V] fp32 and the new state; see `hidden` for packing."""
+        hidden, state = self.hidden(tokens, state, cu_seqlens)
+        return self.logits(hidden), state
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """One token for each row: tokens [B] int64 → logits [B, V] fp32. `state` is updated in place."""
+        if self.config.kind == "transformer":
+            needed = int(state.position.max()) + 1
+            state.layers = [grow(layer, needed) for layer in state.layers]
+        self._check_length(state.position + 1)
+        x = self._embed(tokens, state.position)
+        for block, layer in zip(self.layers, state.layers, strict=True):
+            x = block.step(x, state.position, layer)
+        state.position += 1
+        return self.logits(self.final_norm(x))
+
+    def loss(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; shapes as `tokens`."""
+        start: list[None] = [None] * self.config.num_layers
+        x, _ = self._run(tokens, start, None, cu_seqlens)
+        return linear_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), labels.flatten())
+
+
+def build_model(
+    config: ModelConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = None,
+) -> LanguageModel:
+    """Build a model with initialised weights; on the meta device nothing is allocated.
+
+    Parameters are in `dtype`, except LRPE's theta, which is never below fp32. With a seed the weights depend on
+    nothing else, for a given device type.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config).to(dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model = model.to_empty(device=device)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(device=device).manual_seed(seed)
+    model.init_weights(generator)
+    return model

@@ -1,0 +1,36 @@
+"""Ragged batches as one packed row, so that padding never enters a state.
+
+packed, cu_seqlens = pack_padded(tokens, lengths)       # [1, total], [B + 1]
+hidden, state = model.hidden(packed, state, cu_seqlens)
+hidden = unpack_padded(hidden, cu_seqlens, tokens.shape[1])
+"""
+
+import torch
+from torch import Tensor
+
+
+def pack_padded(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop right padding: [B, T] int64 and [B] lengths (0 <= length <= T) → [1, total], cu_seqlens [B + 1] int32."""
+    keep = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=tokens.device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    return tokens[keep][None], cu_seqlens
+
+
+def unpack_padded(packed: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """[1, total, ...] → [B, length, ...], zero where a row is shorter."""
+    lengths = cu_seqlens.diff()
+    keep = torch.arange(length, device=packed.device) < lengths[:, None]
+    rows = packed.new_zeros(len(lengths), length, *packed.shape[2:])
+    rows[keep] = packed[0]
+    return rows
+
+
+def packed_index(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """For each of `total` packed tokens: its sequence [total] and its place in that sequence [total], int64.
+
+    Zero-length sequences own no token.
+    """
+    places = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous().long(), places, right=True)
+    return sequence, places - cu_seqlens.long()[sequence]

@@ -1,0 +1,67 @@
+"""The recurrent state of a model: a value that is passed in and returned.
+
+    state = model.init_state(batch=2)
+    logits, state = model(tokens, state)
+    fork = state.select([0, 0, 0])        # three continuations of row 0
+
+TransNormer layers hold [B, H, D, E] fp32, of constant size whatever the length. The softmax baseline holds its keys and
+values as [2, B, T, H, d] with `position` telling how many of the T slots of each row are filled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class State:
+    """One tensor per layer, and the number of tokens each row has seen ([B] int64)."""
+
+    layers: list[Tensor]
+    position: Tensor
+    rows_dim: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.position.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def clone(self) -> "State":
+        """A copy that shares nothing."""
+        return State([layer.clone() for layer in self.layers], self.position.clone(), self.rows_dim)
+
+    def select(self, rows: Sequence[int] | Tensor) -> "State":
+        """Rows in the given order, repeats allowed: forks, beams and reordering."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.position.device)
+        layers = [layer.index_select(self.rows_dim, index.to(layer.device)) for layer in self.layers]
+        return State(layers, self.position.index_select(0, index), self.rows_dim)
+
+    def to(self, device: torch.device | str) -> "State":
+        """The same state on another device."""
+        return State([layer.to(device) for layer in self.layers], self.position.to(device), self.rows_dim)
+
+    @staticmethod
+    def cat(states: Sequence["State"]) -> "State":
+        """Join the rows of several states of one model."""
+        dim = states[0].rows_dim
+        if dim == 0:
+            columns = [torch.cat(layers) for layers in zip(*(state.layers for state in states), strict=True)]
+        else:
+            columns = [
+                _cat_caches(layers) for layers in zip(*(state.layers for state in states), strict=True)
+            ]
+        return State(columns, torch.cat([state.position for state in states]), dim)
+
+
+def _cat_caches(caches: Sequence[Tensor]) -> Tensor:
+    """Join [2, B, T, H, d] caches of different capacities along B."""
+    capacity = max(cache.shape[2] for cache in caches)
+    padded = [torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, capacity - cache.shape[2])) for cache in caches]
+    return torch.cat(padded, dim=1)

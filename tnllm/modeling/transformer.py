@@ -1,0 +1,113 @@
+"""Softmax attention with rotary positions: the token mixer of the Llama-style baseline.
+
+Its state is a key-value cache [2, B, capacity, H, d]; row b holds position[b] tokens. It grows with the length, which
+is the point of comparing.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.packing import packed_index, unpack_padded
+
+
+class SoftmaxAttention(nn.Module):
+    """Token mixer of one layer of the baseline, behind the interface of GatedLinearAttention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv_proj = nn.Linear(config.model_dim, 3 * config.model_dim, bias=False)
+        self.out_proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, M], positions [B, T] → y [B, T, M], cache. Without a state this is plain causal attention."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
+        q, k = (_rotate(part, positions, self.config.rope_base) for part in (q, k))
+        if state is None:
+            return self.out_proj(_causal(q, k, v, cu_seqlens).flatten(-2)), None
+        if cu_seqlens is None:
+            attended, state = _cached(q, k, v, positions, state)
+        else:
+            # Packed rows become padded ones; padding sits after the real tokens and is never kept.
+            longest = int(cu_seqlens.diff().max())
+            sequence, place = packed_index(cu_seqlens, x.shape[1])
+            rows = [unpack_padded(part, cu_seqlens, longest) for part in (q, k, v)]
+            padded_positions = unpack_padded(positions[..., None], cu_seqlens, longest)[..., 0]
+            filled = torch.arange(longest, device=x.device) < cu_seqlens.diff()[:, None]
+            attended, state = _cached(*rows, padded_positions.masked_fill(~filled, -1), state)
+            attended = attended[sequence, place][None]
+        return self.out_proj(attended.flatten(-2)), state
+
+    def step(self, x: Tensor, positions: Tensor, state: Tensor) -> Tensor:
+        """One token per row; the cache must have room for it and is updated in place."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
+        q, k = (_rotate(part[:, None], positions[:, None], self.config.rope_base) for part in (q, k))
+        rows = torch.arange(len(x), device=x.device)
+        state[0, rows, positions] = k[:, 0].to(state.dtype)
+        state[1, rows, positions] = v.to(state.dtype)
+        return self.out_proj(_attend(q, state, positions[:, None])[:, 0].flatten(-2))
+
+    def new_state(self, batch: int, device: torch.device) -> Tensor:
+        """An empty cache [2, B, 0, H, d]."""
+        config = self.config
+        shape = (2, batch, 0, config.num_heads, config.head_dim)
+        return torch.zeros(shape, dtype=self.out_proj.weight.dtype, device=device)
+
+
+def grow(cache: Tensor, needed: int) -> Tensor:
+    """Return the cache with at least `needed` slots; capacity doubles so that appending stays cheap."""
+    capacity = cache.shape[2]
+    if needed <= capacity:
+        return cache
+    room = max(needed, 2 * capacity, 64) - capacity
+    return F.pad(cache, (0, 0, 0, 0, 0, room))
+
+
+def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary positions on [B, T, H, d] (pairs are channel i and i + d/2), angles in fp32."""
+    half = x.shape[-1] // 2
+    index = torch.arange(half, device=x.device, dtype=torch.float32)
+    angles = positions[..., None].float() * base ** (-index / half)
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    first, second = x.float().split(half, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Causal softmax attention over [B, T, H, d]; with cu_seqlens (B = 1) it stays inside each sequence."""
+    if cu_seqlens is None:
+        heads = [part.transpose(1, 2) for part in (q, k, v)]
+        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        length = q.shape[1]
+        return varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))[
+            None
+        ]
+    sequence, place = packed_index(cu_seqlens, q.shape[1])
+    mask = (sequence[:, None] == sequence) & (place[:, None] >= place)
+    heads = [part.transpose(1, 2) for part in (q, k, v)]
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+
+
+def _cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Append k, v [B, T, H, d] at `positions` [B, T] (-1: padding, dropped) to a copy of the cache and attend."""
+    cache = grow(cache.clone(), int(positions.max()) + 1)
+    row, column = (positions >= 0).nonzero(as_tuple=True)
+    slots = positions[row, column]
+    cache[0, row, slots] = k[row, column].to(cache.dtype)
+    cache[1, row, slots] = v[row, column].to(cache.dtype)
+    return _attend(q, cache, positions), cache
+
+
+def _attend(q: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+    """Attend from q [B, T, H, d] at `positions` [B, T] to every cached token not after it."""
+    slots = torch.arange(cache.shape[2], device=q.device)
+    mask = slots <= positions.clamp(min=0)[..., None]
+    k, v = (part.transpose(1, 2).to(q.dtype) for part in cache)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None]).transpose(1, 2)

@@ -1,0 +1,193 @@
+"""Published weights: a folder of config.json, generation_config.json, tokenizer.model and safetensors.
+
+    save_model(model, "weights", tokenizer=Path("tokenizer.model"))
+    model = load_model("weights", device="cpu", dtype=torch.float32)
+
+`resolve_model` turns what a person names (a run folder, a weights folder, nothing) into such a folder. Nothing here is
+ever unpickled.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tnllm import __version__, assets
+from tnllm.errors import RunError, UserError
+from tnllm.files import replace_dir
+from tnllm.modeling.config import ModelConfig, make_config
+from tnllm.modeling.model import LanguageModel, build_model
+
+CONFIG, GENERATION, INDEX, SINGLE = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "model.safetensors",
+)
+TOKENIZER = "tokenizer.model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_p": 0.95,
+    "repetition_penalty": 1.03,
+}
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype) -> str:
+    """The text of a weights folder's config.json."""
+    values = {
+        "model_type": "tnllm",
+        "tnllm_version": __version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": config.model_dump(),
+    }
+    return json.dumps(values, indent=2) + "\n"
+
+
+def save_model(
+    model: LanguageModel,
+    folder: Path | str,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    generation: dict[str, Any] | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a weights folder aside and rename it into place.
+
+    `dtype` casts the weights (LRPE's theta stays fp32). Files above `shard_bytes` are split and get an index.
+    Raises OSError when the disk is full; an older folder is then untouched.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f"{folder.name}.tmp-save")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        target = dtype or model.head_weight.dtype
+        (aside / CONFIG).write_text(config_json(model.config, target), encoding="utf-8")
+        settings = {**GENERATION_DEFAULTS, **(generation or {})}
+        (aside / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, aside / TOKENIZER)
+        _save_tensors(model, aside, target, shard_bytes)
+        replace_dir(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _save_tensors(model: LanguageModel, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in model.state_dict().items():
+        value = tensor if name.endswith("lrpe.theta") else tensor.to(dtype)
+        if size and size + value.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value.cpu().contiguous()
+        size += value.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    weight_map = {}
+    for file, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
+    """Model config and stored dtype of a weights folder."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CONFIG}; give a weights folder or a run folder")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model, dtype = values["model"], values["dtype"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a tnllm config; convert other formats with `tnllm convert`") from None
+    if dtype not in DTYPES:
+        raise UserError(f"{path}: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    return make_config(model), DTYPES[dtype]
+
+
+def load_model(
+    folder: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LanguageModel:
+    """Load a weights folder or run folder (None: the model that ships in the package), ready for inference.
+
+    `dtype` None keeps the stored one. Raises UserError for a folder that is no model, RunError for damaged files.
+    """
+    folder = resolve_model(folder)
+    config, stored = read_config(folder)
+    model = build_model(config, "meta", dtype or stored).to_empty(device=device)
+    wanted = model.state_dict()
+    missing = set(wanted)
+    for file in _tensor_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    _copy(wanted, name, tensors.get_tensor(name), file)
+                    missing.discard(name)
+        except SafetensorError as error:
+            raise RunError(f"{file} is damaged ({error}); copy or convert it again") from None
+    if missing:
+        raise RunError(
+            f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[0]!r}; it is incomplete"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _copy(wanted: dict[str, Tensor], name: str, value: Tensor, file: Path) -> None:
+    if name not in wanted:
+        raise RunError(
+            f"{file} holds {name!r}, which this model does not have; config.json and weights differ"
+        )
+    if value.shape != wanted[name].shape:
+        raise RunError(f"{file}: {name} is {list(value.shape)}, config.json says {list(wanted[name].shape)}")
+    wanted[name].copy_(value)
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        # A name with a path in it could point anywhere; shards live beside their index.
+        bad = [name for name in names if Path(name).name != name]
+        if bad:
+            raise UserError(f"{folder / INDEX} names {bad[0]!r}; shards must lie in the same folder")
+        files = [folder / name for name in names]
+    else:
+        files = [folder / SINGLE]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing; the weights folder is incomplete")
+    return files
+
+
+def resolve_model(model: Path | str | None) -> Path:
+    """The weights folder behind what a person named: a weights folder, a run folder, or None for the packaged one."""
+    if model is None:
+        return assets.demo_weights()
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(f"model {str(model)!r} is no folder; give a run folder or a weights folder")
+    if (folder / CONFIG).is_file():
+        return folder
+    if (folder / "weights" / CONFIG).is_file():
+        return folder / "weights"
+    raise UserError(
+        f"{folder} holds neither {CONFIG} nor weights/{CONFIG}; give a run folder or a weights folder"
+    )
