@@ -81,7 +81,5 @@ def test_cleaning_and_tokenizing_need_no_torch():
 
 
 def test_files_stay_short():
-    long = {
-        str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 600
-    }
+    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 600}
     assert not long, f"each is two ideas in one room: {long}"

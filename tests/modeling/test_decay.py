@@ -79,9 +79,7 @@ def test_theta_is_one_frequency_per_head_and_channel_and_stays_fp32():
     assert held.dtype == torch.float32
     assert torch.equal(held, initial_theta(model.config))
     assert model.layers[1].token_mixer.lrpe is None
-    assert math.isclose(
-        model.double().layers[0].token_mixer.lrpe.theta[0, 0, 1].item(), theta_at(model.config, 1)
-    )
+    assert math.isclose(model.double().layers[0].token_mixer.lrpe.theta[0, 0, 1].item(), theta_at(model.config, 1))
 
 
 def theta_at(config, index: int) -> float:

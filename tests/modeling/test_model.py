@@ -66,9 +66,7 @@ def test_keys_are_five_per_layer_and_three():
     model = small("v1")
     keys = official_keys(model.config, model.state_dict())
     assert len(keys) == len(set(keys)) == 5 * model.config.num_layers + 3
-    assert {"model.embed_tokens.weight", "model.layers.0.token_mixer.lrpe.theta", "lm_head.weight"} <= set(
-        keys
-    )
+    assert {"model.embed_tokens.weight", "model.layers.0.token_mixer.lrpe.theta", "lm_head.weight"} <= set(keys)
     assert tuple(model.state_dict()["layers.0.token_mixer.lrpe.theta"].shape) == (4, 1, 16)
     assert tuple(model.state_dict()["layers.2.token_mixer.qkvu_proj.weight"].shape) == (256, 64)
 
@@ -191,9 +189,7 @@ def test_loss_is_the_summed_cross_entropy(name, packed):
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for key, parameter in model.named_parameters():
-        torch.testing.assert_close(
-            got[key], parameter.grad, atol=2e-5, rtol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        torch.testing.assert_close(got[key], parameter.grad, atol=2e-5, rtol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -60,9 +60,7 @@ def _normalize(args: list[str]) -> list[str]:
     """Accept `--max_tokens` for `--max-tokens`; values and everything after a lone `--` are left alone."""
     end = args.index("--") if "--" in args else len(args)
     flags = [
-        "=".join([arg.split("=", 1)[0].replace("_", "-"), *arg.split("=", 1)[1:]])
-        if arg.startswith("--")
-        else arg
+        "=".join([arg.split("=", 1)[0].replace("_", "-"), *arg.split("=", 1)[1:]]) if arg.startswith("--") else arg
         for arg in args[:end]
     ]
     return flags + args[end:]
@@ -78,9 +76,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
-        result = app(
-            _normalize([arg for arg in args if arg != "--debug"]), prog_name="tnllm", standalone_mode=False
-        )
+        result = app(_normalize([arg for arg in args if arg != "--debug"]), prog_name="tnllm", standalone_mode=False)
         sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except UserError as error:

@@ -25,9 +25,7 @@ class ModelConfig(BaseModel):
     kind: Literal["transnormer", "transformer"] = Field(
         "transnormer", description="TransNormerLLM, or the Llama-style softmax baseline of the same size."
     )
-    vocab_size: int = Field(
-        64_000, ge=1, description="Rows of the embedding; at least the tokenizer's pieces."
-    )
+    vocab_size: int = Field(64_000, ge=1, description="Rows of the embedding; at least the tokenizer's pieces.")
     num_layers: int = Field(24, ge=1, description="Blocks (token mixer + channel mixer).")
     model_dim: int = Field(1024, ge=1, description="Width of the residual stream.")
     num_heads: int = Field(8, ge=1, description="Attention heads; each is model_dim / num_heads wide.")
@@ -49,22 +47,16 @@ class ModelConfig(BaseModel):
     gate_dim: int = Field(16, ge=1, description="Rank of the low-rank gate.")
     activation: Literal["silu", "none", "1+elu", "relu"] = Field("silu", description="Applied to q and k.")
     value_activation: Literal["none", "silu"] = Field("none", description="Applied to v.")
-    glu_activation: Literal["none", "silu"] = Field(
-        "none", description="none is SGLU (released); silu is SwiGLU."
-    )
+    glu_activation: Literal["none", "silu"] = Field("none", description="none is SGLU (released); silu is SwiGLU.")
     norm: Literal["srmsnorm", "rmsnorm", "layernorm"] = Field(
         "srmsnorm", description="srmsnorm has no parameters; the other two carry a weight."
     )
     norm_eps: float = Field(1e-6, gt=0, description="Added to the mean square before the root.")
-    scale_embedding: bool = Field(
-        True, description="Multiply embeddings by sqrt(model_dim) (v1, v3; not v2)."
-    )
+    scale_embedding: bool = Field(True, description="Multiply embeddings by sqrt(model_dim) (v1, v3; not v2).")
     tie_embeddings: bool = Field(True, description="The head is the embedding matrix.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     pad_token_id: int | None = Field(0, ge=0, description="Its embedding row starts at zero.")
-    max_position: int = Field(
-        2048, ge=1, description="Rows of the learned positions; only position=ape reads it."
-    )
+    max_position: int = Field(2048, ge=1, description="Rows of the learned positions; only position=ape reads it.")
     rope_base: float = Field(10_000.0, gt=0, description="Base of the baseline's rotary positions.")
 
     @model_validator(mode="after")
@@ -76,9 +68,7 @@ class ModelConfig(BaseModel):
         if self.kind == "transformer":
             if self.head_dim % 2:
                 raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
-            changed = [
-                key for key in LINEAR_ONLY if getattr(self, key) != type(self).model_fields[key].default
-            ]
+            changed = [key for key in LINEAR_ONLY if getattr(self, key) != type(self).model_fields[key].default]
             if changed:
                 raise ValueError(f"{', '.join(changed)} does not apply to kind transformer; remove it")
         return self
@@ -151,9 +141,7 @@ def get_preset(name: str, **overrides: Any) -> ModelConfig:
     Raises UserError for an unknown preset or field, or values that do not fit together.
     """
     if name not in PRESETS:
-        raise UserError(
-            f"model.preset is {name!r}; allowed: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}"
-        )
+        raise UserError(f"model.preset is {name!r}; allowed: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     values = PRESETS[name].model_dump()
     if overrides.get("kind") == "transformer":
         values = {key: value for key, value in values.items() if key not in LINEAR_ONLY}

@@ -54,9 +54,7 @@ class State:
         if dim == 0:
             columns = [torch.cat(layers) for layers in zip(*(state.layers for state in states), strict=True)]
         else:
-            columns = [
-                _cat_caches(layers) for layers in zip(*(state.layers for state in states), strict=True)
-            ]
+            columns = [_cat_caches(layers) for layers in zip(*(state.layers for state in states), strict=True)]
         return State(columns, torch.cat([state.position for state in states]), dim)
 
 

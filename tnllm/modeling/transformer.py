@@ -86,9 +86,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tenso
         from torch.nn.attention.varlen import varlen_attn
 
         length = q.shape[1]
-        return varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))[
-            None
-        ]
+        return varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))[None]
     sequence, place = packed_index(cu_seqlens, q.shape[1])
     mask = (sequence[:, None] == sequence) & (place[:, None] >= place)
     heads = [part.transpose(1, 2) for part in (q, k, v)]

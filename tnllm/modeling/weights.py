@@ -145,17 +145,13 @@ def load_model(
         except SafetensorError as error:
             raise RunError(f"{file} is damaged ({error}); copy or convert it again") from None
     if missing:
-        raise RunError(
-            f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[0]!r}; it is incomplete"
-        )
+        raise RunError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[0]!r}; it is incomplete")
     return model.eval().requires_grad_(False)
 
 
 def _copy(wanted: dict[str, Tensor], name: str, value: Tensor, file: Path) -> None:
     if name not in wanted:
-        raise RunError(
-            f"{file} holds {name!r}, which this model does not have; config.json and weights differ"
-        )
+        raise RunError(f"{file} holds {name!r}, which this model does not have; config.json and weights differ")
     if value.shape != wanted[name].shape:
         raise RunError(f"{file}: {name} is {list(value.shape)}, config.json says {list(wanted[name].shape)}")
     wanted[name].copy_(value)
@@ -188,6 +184,4 @@ def resolve_model(model: Path | str | None) -> Path:
         return folder
     if (folder / "weights" / CONFIG).is_file():
         return folder / "weights"
-    raise UserError(
-        f"{folder} holds neither {CONFIG} nor weights/{CONFIG}; give a run folder or a weights folder"
-    )
+    raise UserError(f"{folder} holds neither {CONFIG} nor weights/{CONFIG}; give a run folder or a weights folder")
