@@ -44,7 +44,8 @@ def test_the_two_definitions_agree():
     assert_all_close(all_results(recurrent, *args), all_results(quadratic, *args), **EXACT)
     cu_seqlens = torch.tensor([0, 0, 9, 10, 37], dtype=torch.int32)
     args = make(1, 37, 3, 4, 5, num_seqs=4)
-    assert_all_close(all_results(recurrent, *args, cu_seqlens), all_results(quadratic, *args, cu_seqlens), **EXACT)
+    args = (*args, cu_seqlens)
+    assert_all_close(all_results(recurrent, *args), all_results(quadratic, *args), **EXACT)
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 127, 129, 200])
@@ -56,7 +57,7 @@ def test_forward_and_every_gradient_match_the_definition(T):
 @pytest.mark.parametrize(
     ("T", "D", "E", "dtype", "tolerance"),
     [
-        # float32 rounds at 6e-8; the largest sums here have 10^4 terms in random order, so 1e-5 of the largest.
+        # float32 rounds at 6e-8 and sums of 10^4 terms in random order gather about 10^2 of that.
         (613, 128, 128, torch.float32, 1e-5),
         (200, 256, 128, torch.float32, 1e-5),
         # bf16 rounds the result itself at 2^-9 = 2e-3 relative; fp16 at 2^-12.
@@ -78,7 +79,9 @@ def test_gradcheck():
     states = torch.randn(3, 3, 3, 2, dtype=torch.float64)
     for s, cu in ((state, None), (states, cu_seqlens)):
         inputs = [x.requires_grad_() for x in (q, k, v, s)]
-        assert torch.autograd.gradcheck(lambda q, k, v, s, cu=cu: lightning_attention(q, k, v, g, s, cu), inputs)
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, s, cu=cu: lightning_attention(q, k, v, g, s, cu), inputs
+        )
 
 
 @settings(max_examples=25, deadline=None)
@@ -216,8 +219,8 @@ def _bad_calls():
     yield "narrow state", (q, k, v, g, state.float()), r"initial_state must be torch.float64 \[1, 2, 4, 3\]"
     yield "state of two", (q, k, v, g, state.repeat(2, 1, 1, 1)), r"initial_state must be"
     yield "wide cu_seqlens", (q, k, v, g, None, cu.long()), "cu_seqlens must be int32"
-    yield "falling cu_seqlens", (q, k, v, g, None, torch.tensor([0, 3, 2, 4], dtype=torch.int32)), "rise from 0 to T"
-    yield "short cu_seqlens", (q, k, v, g, None, torch.tensor([0, 3], dtype=torch.int32)), "rise from 0 to T"
+    yield "falling cu_seqlens", (q, k, v, g, None, cu.new_tensor([0, 3, 2, 4])), "rise from 0 to T"
+    yield "short cu_seqlens", (q, k, v, g, None, cu.new_tensor([0, 3])), "rise from 0 to T"
     two = (x.repeat(2, 1, 1, 1) for x in (q, k, v))
     yield "packed batch", (*two, g, None, cu), "the batch 1"
 

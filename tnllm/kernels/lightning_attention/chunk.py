@@ -3,17 +3,18 @@
     o, final_state = chunk_forward(q, k, v, log_decay, initial_state, cu_seqlens)
     dq, dk, dv, dinitial = chunk_backward(do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens)
 
-Within a chunk of C tokens attention is a masked product of matrices; between chunks only the state S [D, E] travels.
-So everything but a short loop over chunk states is one batched matmul over all chunks of all heads. With r the row in
-its chunk, m its number of tokens, S the state before it and R the gradient of the state after it (all decays <= 1):
+Within a chunk of C tokens attention is a masked product of matrices; between chunks only the state S [D, E]
+travels. So everything but a short loop over chunk states is one batched matmul over all chunks of all heads.
+With r the row in its chunk, m the chunk's number of tokens, S the state before it and R the gradient of the
+state after it (all decays are <= 1):
 
     o  = (q k^T . M) v      + decay^(r+1) q S               S' = decay^m S + (decay^(m-1-r) k)^T v
     dq = (do v^T . M) k     + decay^(r+1) do S^T            R' = decay^m R + (decay^(r+1) q)^T do
     dk = (do v^T . M)^T q   + decay^(m-1-r) v R^T
     dv = (q k^T . M)^T do   + decay^(m-1-r) k R             M[t, s] = decay^(t-s) for s <= t, else 0
 
-Source: Lightning Attention-2 (arXiv 2401.04658), Algorithms 1 and 2, with the ragged last chunk decaying by its own m.
-Accumulation is float32 (float64 for float64 inputs); results of q's dtype, states of the accumulation dtype.
+Source: Lightning Attention-2 (arXiv 2401.04658), Algorithms 1 and 2; a ragged last chunk decays by its own m.
+Accumulation is float32 (float64 for float64 inputs); results have q's dtype, states that of the accumulation.
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens per chunk at most. Work within a chunk grows with C, work on states with D * E / C; of 16, 32, 64 and 128,
-# forward and backward together were fastest at 64 for head dims 64 and 128 and within 7 % of it for 32.
+# Tokens per chunk at most. Work within a chunk grows with C, work on states with D * E / C; of 16, 32, 64 and
+# 128, forward and backward together were fastest at 64 for head dims 64 and 128 and within 7 % of it for 32.
 CHUNK = 64
 
 
@@ -36,7 +37,7 @@ class _Chunks:
     num_tokens: int
     waves: list[int]  # sequences that reach this wave
     rows: Tensor  # [G] int64, tokens in each of the G chunks
-    index: Tensor | None  # [G, C] int64, token of each row (num_tokens where there is none); None: sequences = batch
+    index: Tensor | None  # [G, C] int64, token of each row, num_tokens where there is none; None: the batch
     order: Tensor | None  # [N] int64, sequences from longest to shortest
 
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,15 +88,15 @@ def _lay_out(q: Tensor, cu_seqlens: Tensor | None) -> _Chunks:
     size = min(CHUNK, int(lengths.max()))
     lengths, order = lengths.sort(descending=True, stable=True)
     starts = ends[:-1][order]
-    waves, rows, index = [], [], []
+    waves, counts, index = [], [], []
     for wave in range(-(-int(lengths[0]) // size)):
         count = int((lengths > wave * size).sum())
         position = wave * size + torch.arange(size)
         present = position < lengths[:count, None]
         waves.append(count)
-        rows.append(present.sum(1))
+        counts.append(present.sum(1))
         index.append(torch.where(present, starts[:count, None] + position, T))
-    return _Chunks(size, T, waves, torch.cat(rows), torch.cat(index), order)
+    return _Chunks(size, T, waves, torch.cat(counts), torch.cat(index), order)
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,12 @@ def _decays(log_decay: Tensor, chunks: _Chunks, dtype: torch.dtype) -> _Decays:
     mask = torch.where(gap >= 0, (g[:, None, None] * gap.clamp(min=0)).exp(), 0.0)
     rows = chunks.rows[:, None, None]
     key = (g[:, None] * (rows - 1 - r).clamp(min=0)).exp()
-    return _Decays(mask, (g[:, None] * (r + 1)).exp()[..., None], key[..., None], (g[:, None] * rows).exp()[..., None])
+    query = (g[:, None] * (r + 1)).exp()
+    return _Decays(mask, query[..., None], key[..., None], (g[:, None] * rows).exp()[..., None])
 
 
 def _states_before(update: Tensor, decays: _Decays, chunks: _Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn each chunk's own update [G, H, D, E] (overwritten) into the state before it; also return the last state."""
+    """Turn each chunk's own update [G, H, D, E] into the state before it, in place; also return the last."""
     state = chunks.sort(state).clone()
     start = 0
     for count in chunks.waves:
@@ -152,11 +154,13 @@ def _prepare(
     if state is None:
         num_seqs = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         state = q.new_zeros(num_seqs, *q.shape[2:], v.shape[-1], dtype=dtype)
-    return chunks, _decays(log_decay, chunks, dtype), *(chunks.split(x, dtype) for x in (q, k, v)), state
+    qc, kc, vc = (chunks.split(x, dtype) for x in (q, k, v))
+    return chunks, _decays(log_decay, chunks, dtype), qc, kc, vc, state
 
 
 def chunk_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in the public function; states are contiguous and new."""
     chunks, decays, qc, kc, vc, state = _prepare(q, k, v, log_decay, initial_state, cu_seqlens)

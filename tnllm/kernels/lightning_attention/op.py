@@ -3,8 +3,8 @@
     o, final_state = lightning_attention(q, k, v, log_decay, initial_state=None, cu_seqlens=None)
     o = lightning_attention_step(q, k, v, log_decay, state)
 
-Forward, backward and step are each one `torch.library` custom op, so torch.compile sees no graph break. CUDA tensors
-go to the Triton kernels, CPU tensors to the chunked torch form; nothing else chooses.
+Forward, backward and step are each one `torch.library` custom op, so torch.compile sees no graph break. CUDA
+tensors go to the Triton kernels, CPU tensors to the chunked torch form; nothing else chooses.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tnllm.kernels.lightning_attention import chunk
 
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of q and k, and of v: what the Triton kernels are written and tested for
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of q and k, and of v: what the Triton kernels are tested for
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -20,21 +20,23 @@ def lightning_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
     initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal linear attention with a constant decay per head: S_t = exp(log_decay) S_{t-1} + k_t v_t^T, o_t = q_t^T S_t.
+    """Causal linear attention: S_t = exp(log_decay) S_{t-1} + k_t v_t^T and o_t = q_t^T S_t in every head.
 
-    q, k [B, T, H, D] and v [B, T, H, E] of one dtype (bf16, fp16, fp32; on CPU also float64), any strides, T >= 1.
-    log_decay [H] fp32, finite and <= 0, a constant: it gets no gradient. On CUDA, D and E are in HEAD_DIMS.
+    q, k [B, T, H, D] and v [B, T, H, E] of one dtype (bf16, fp16, fp32; on CPU also float64), any strides,
+    T >= 1. On CUDA, D and E are in HEAD_DIMS.
+    log_decay [H] fp32, finite and <= 0, a constant: it gets no gradient.
     initial_state [B, H, D, E] fp32 (float64 for float64 inputs), None for zeros.
-    cu_seqlens [N + 1] int32 packs N sequences, empty ones allowed, in one row (B = 1): from 0, rising, to T. The
-    states are then [N, H, D, E]. On CUDA its values are trusted, since reading them would stall the device.
-    Returns o [B, T, H, E] in v's dtype and the final state, which continues the text when passed back as initial.
-    Raises ValueError for arguments that do not fit together. Differentiable (once) in q, k, v and both states.
+    cu_seqlens [N + 1] int32 packs N sequences, empty ones allowed, in one row (B = 1): from 0, rising, to T.
+    The states are then [N, H, D, E]. On CUDA its values are trusted: reading them would stall the device.
+    Returns o [B, T, H, E] in v's dtype, and the final state, which continues the text when passed as initial.
+    Raises ValueError for arguments that do not fit. Differentiable (once) in q, k, v and both states.
     Source: TransNormerLLM (arXiv 2307.14995) section 3.3, Lightning Attention-2 (arXiv 2401.04658).
     """
     _check(q, k, v, log_decay, token_dims=2)
     num_seqs = q.shape[0]
     if cu_seqlens is not None:
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or q.shape[0] != 1:
+        fits = cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
+        if not fits or q.shape[0] != 1:
             raise ValueError(
                 "cu_seqlens must be int32 of shape [N + 1] and the batch 1, "
                 f"got {cu_seqlens.dtype} {list(cu_seqlens.shape)} and batch {q.shape[0]}"
@@ -50,8 +52,8 @@ def lightning_attention(
 def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One decoding step: S <- exp(log_decay) S + k v^T in place, o = q^T S.
 
-    q, k [B, H, D], v [B, H, E] of one dtype, log_decay [H] fp32, state [B, H, D, E] fp32 (float64 for float64 inputs).
-    Returns o [B, H, E] in v's dtype. No gradient. Raises ValueError for arguments that do not fit together.
+    q, k [B, H, D], v [B, H, E] of one dtype; log_decay [H] fp32; state [B, H, D, E] fp32 (float64 for float64
+    inputs). Returns o [B, H, E] in v's dtype. No gradient. Raises ValueError for arguments that do not fit.
     """
     _check(q, k, v, log_decay, token_dims=1)
     _check_state("state", state, q, v, q.shape[0])
@@ -70,7 +72,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, token_dims: int) 
     if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device == log_decay.device:
-        raise ValueError(f"all must be on one device; got {q.device}, {k.device}, {v.device}, {log_decay.device}")
+        devices = f"{q.device}, {k.device}, {v.device}, {log_decay.device}"
+        raise ValueError(f"q, k, v and log_decay must be on one device; got {devices}")
     if q.device.type == "cuda":
         if q.dtype == torch.float64:
             raise ValueError("float64 is for CPU; on CUDA use float32, bfloat16 or float16")
@@ -146,12 +149,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tens
     return v.new_empty(v.shape)
 
 
-def _save(ctx, inputs: tuple, output: tuple) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, do: Tensor | None, dfinal: Tensor | None):  # type: ignore[no-untyped-def]
+def _autograd(ctx, do: Tensor | None, dfinal: Tensor | None):
     q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(v)

@@ -1,16 +1,18 @@
-"""What Lightning Attention computes, twice, each short enough to check by eye: every other form is tested against these.
+"""What Lightning Attention computes, twice, each short enough to check by eye; the rest is tested against it.
 
     o, state = recurrent(q, k, v, log_decay)        # the definition: one token after another
     o, state = quadratic(q, k, v, log_decay)        # the same as a masked matrix product, [T, T] per head
 
-Both are plain differentiable torch on any device and dtype, computed in float64 for float64 inputs and in float32
-otherwise. Shapes: q, k [B, T, H, D]; v, o [B, T, H, E]; log_decay [H]; states [B, H, D, E]. With `cu_seqlens` [N+1],
-B is 1 and the tokens of N sequences lie one after another; states are then [N, H, D, E]. A sequence may be empty.
+Both are plain differentiable torch on any device and dtype, computed in float64 for float64 inputs and in
+float32 otherwise. Shapes: q, k [B, T, H, D]; v, o [B, T, H, E]; log_decay [H]; states [B, H, D, E]. With
+`cu_seqlens` [N + 1], B is 1 and the tokens of N sequences, some perhaps empty, lie one after another; states are
+then [N, H, D, E].
 
-Sources: TransNormerLLM (arXiv 2307.14995) Eq. 2 and section 3.3; Lightning Attention-2 (arXiv 2401.04658) Eq. 1-5.
+Sources: TransNormerLLM (arXiv 2307.14995) Eq. 2 and section 3.3; Lightning Attention-2 (arXiv 2401.04658).
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ def recurrent(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
     initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(log_decay) S_{t-1} + k_t v_t^T ; o_t = q_t^T S_t. The token itself enters undecayed, before q reads."""
+    """S_t = exp(log_decay) S_{t-1} + k_t v_t^T ; o_t = q_t^T S_t. A token enters undecayed, before q reads."""
 
     def sequence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         outputs = [v[:, :0]]
@@ -46,7 +48,8 @@ def quadratic(
         from_start = (g[None, :] * (t[:, None] + 1)).exp()[..., None]
         to_end = (g[None, :] * (len(t) - 1 - t[:, None])).exp()[..., None]
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * decay
-        o = torch.einsum("bhij,bjhe->bihe", scores, v) + torch.einsum("bihd,bhde->bihe", q * from_start, state)
+        o = torch.einsum("bhij,bjhe->bihe", scores, v)
+        o = o + torch.einsum("bihd,bhde->bihe", q * from_start, state)
         final = (g * len(t)).exp()[:, None, None] * state + torch.einsum("bjhd,bjhe->bhde", k * to_end, v)
         return o, final
 
@@ -68,6 +71,6 @@ def _each_sequence(
     ends = cu_seqlens.tolist()
     parts = [
         sequence(q[:, a:b], k[:, a:b], wide_v[:, a:b], g, state[n : n + 1])
-        for n, (a, b) in enumerate(zip(ends, ends[1:], strict=False))
+        for n, (a, b) in enumerate(pairwise(ends))
     ]
     return torch.cat([o for o, _ in parts], 1).to(v.dtype), torch.cat([final for _, final in parts])
