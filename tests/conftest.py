@@ -1,0 +1,26 @@
+"""Shared by all tests. Without a GPU, Triton kernels run on CPU tensors under Triton's interpreter."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is declared, so it is set before any test module imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill uninitialised tensors with NaN, so that an element no kernel wrote cannot pass a comparison."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
