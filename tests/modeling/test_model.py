@@ -58,8 +58,8 @@ def test_equals_the_released_forward(name):
     tokens = text(2, 150)
     with torch.no_grad():
         expected = official_forward(weights, model.config, tokens)
-        # fp32 decays and theta are the model's definition; the restatement uses exact ones: 1e-7 relative apart.
-        close(model(tokens)[0], expected, atol=2e-4 * expected.std().item())
+        # Decays, theta, cos and sin are fp32 by definition; the restatement uses exact ones. Measured: 1e-7.
+        close(model(tokens)[0], expected, atol=1e-6 * expected.std().item())
 
 
 def test_keys_are_five_per_layer_and_three():

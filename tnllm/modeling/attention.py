@@ -82,7 +82,8 @@ class GatedLinearAttention(nn.Module):
         return self._output(attended, None if gate is None else gate[:, 0])
 
     def new_state(self, batch: int, device: torch.device) -> Tensor:
-        """The state before any token: zeros [B, H, D, E] fp32."""
+        """The state before any token: zeros [B, H, D, E], fp32 (float64 in a float64 model)."""
         config = self.config
         shape = (batch, config.num_heads, config.key_dim(self.layer), config.head_dim)
-        return torch.zeros(shape, dtype=torch.float32, device=device)
+        dtype = torch.float64 if self.out_proj.weight.dtype == torch.float64 else torch.float32
+        return torch.zeros(shape, dtype=dtype, device=device)

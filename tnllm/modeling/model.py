@@ -73,6 +73,11 @@ class LanguageModel(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     @property
+    def blocks(self) -> list[Block]:
+        """`layers`, typed."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.embed_tokens.weight.device
@@ -99,7 +104,7 @@ class LanguageModel(nn.Module):
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state before any token, for `batch` rows."""
         where = torch.device(device) if device is not None else self.device
-        layers = [block.token_mixer.new_state(batch, where) for block in self.layers]
+        layers = [block.token_mixer.new_state(batch, where) for block in self.blocks]
         rows_dim = 0 if self.config.kind == "transnormer" else 1
         return State(layers, torch.zeros(batch, dtype=torch.int64, device=where), rows_dim)
 
@@ -132,7 +137,7 @@ class LanguageModel(nn.Module):
             positions = (place if start is None else place + start[sequence])[None]
         x = self._embed(tokens, positions)
         new_layers: list[Tensor | None] = []
-        for block, layer in zip(self.layers, layers, strict=True):
+        for block, layer in zip(self.blocks, layers, strict=True):
             if self.checkpointing == "full" and torch.is_grad_enabled():
                 x, new = checkpoint(block, x, positions, layer, cu_seqlens, use_reentrant=False)
             else:
@@ -187,7 +192,7 @@ class LanguageModel(nn.Module):
             state.layers = [grow(layer, needed) for layer in state.layers]
         self._check_length(state.position + 1)
         x = self._embed(tokens, state.position)
-        for block, layer in zip(self.layers, state.layers, strict=True):
+        for block, layer in zip(self.blocks, state.layers, strict=True):
             x = block.step(x, state.position, layer)
         state.position += 1
         return self.logits(self.final_norm(x))

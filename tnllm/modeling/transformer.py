@@ -35,10 +35,10 @@ class SoftmaxAttention(nn.Module):
             # Packed rows become padded ones; padding sits after the real tokens and is never kept.
             longest = int(cu_seqlens.diff().max())
             sequence, place = packed_index(cu_seqlens, x.shape[1])
-            rows = [unpack_padded(part, cu_seqlens, longest) for part in (q, k, v)]
+            q, k, v = (unpack_padded(part, cu_seqlens, longest) for part in (q, k, v))
             padded_positions = unpack_padded(positions[..., None], cu_seqlens, longest)[..., 0]
             filled = torch.arange(longest, device=x.device) < cu_seqlens.diff()[:, None]
-            attended, state = _cached(*rows, padded_positions.masked_fill(~filled, -1), state)
+            attended, state = _cached(q, k, v, padded_positions.masked_fill(~filled, -1), state)
             attended = attended[sequence, place][None]
         return self.out_proj(attended.flatten(-2)), state
 
@@ -80,17 +80,19 @@ def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Causal softmax attention over [B, T, H, d]; with cu_seqlens (B = 1) it stays inside each sequence."""
     if cu_seqlens is None:
-        heads = [part.transpose(1, 2) for part in (q, k, v)]
-        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
         length = q.shape[1]
-        return varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))[None]
+        out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        return out[None]
     sequence, place = packed_index(cu_seqlens, q.shape[1])
     mask = (sequence[:, None] == sequence) & (place[:, None] >= place)
-    heads = [part.transpose(1, 2) for part in (q, k, v)]
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def _cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
