@@ -201,7 +201,7 @@ class LanguageModel(nn.Module):
         """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; shapes as `tokens`."""
         start: list[None] = [None] * self.config.num_layers
         x, _ = self._run(tokens, start, None, cu_seqlens)
-        return linear_cross_entropy(x.flatten(0, 1), self.head_weight.to(x.dtype), labels.flatten())
+        return linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
 
 
 def build_model(
