@@ -1,2 +1,0 @@
-"""Paths of packaged files."""
-def demo_weights(): raise NotImplementedError
