@@ -13,6 +13,7 @@ included. Ids follow the released models: unknown 0, begin 1, end 2, and 0 pads 
 import codecs
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -149,14 +150,13 @@ def train_tokenizer(
     *,
     character_coverage: float = 0.9995,
     max_lines: int = 2_000_000,
-    seed: int = 0,
 ) -> bytes:
     """Train a BPE model with byte fallback; returns the bytes of its file, the same for the same input.
 
     Text is taken as it is (no normalisation, no added space), digits stand alone, newline and tab are tokens,
     and runs of spaces may be. `character_coverage` is the share of character occurrences that get a token
-    of their own; rarer characters are spelled in bytes. `max_lines` caps memory: of more lines a random
-    sample is used, drawn with `seed`. Raises UserError for no text or an impossible vocabulary size.
+    of their own; rarer characters are spelled in bytes. `max_lines` caps memory: of more lines a sample
+    of that size is used. Raises UserError for no text or an impossible vocabulary size.
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise UserError(
@@ -169,10 +169,10 @@ def train_tokenizer(
     if first is None:
         raise UserError("no text to train a tokenizer on: every document is empty")
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
+    failures: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chain(first, lines),
+            sentence_iterator=_noting_failures(itertools.chain([first], lines), failures),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -195,13 +195,19 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise UserError(_training_error(str(error), vocab_size)) from None
     return model.getvalue()
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+def _noting_failures(lines: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
+    # The trainer turns whatever the iterator raises, Ctrl-C included, into a RuntimeError of its own.
+    try:
+        yield from lines
+    except BaseException as error:
+        failures.append(error)
+        raise
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
