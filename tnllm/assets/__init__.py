@@ -1,0 +1,23 @@
+"""Paths of the files that ship in the package: a sample corpus, its tokenizer and their licences.
+
+sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
+tokenizer_model()   # .../tokenizer.model: 8,192 pieces, trained by this project's code
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def folder() -> Path:
+    """The folder of packaged files. The package is installed unzipped, so it is a real folder."""
+    return Path(str(files("tnllm.assets")))
+
+
+def sample_corpus() -> Path:
+    """The bilingual sample corpus (JSON Lines, xz); `NOTICE` beside it names sources and licences."""
+    return folder() / "sample" / "sample.jsonl.xz"
+
+
+def tokenizer_model() -> Path:
+    """The SentencePiece model of the demo and of the small recipes."""
+    return folder() / "tokenizer.model"

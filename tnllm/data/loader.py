@@ -1,0 +1,258 @@
+"""Batches of token rows as a pure function of (seed, global sample index): any rank count, any resume point.
+
+train = TokenStream.open("corpus-tokens", "train")
+loader = Loader([Source(train)], seq_len=2048, batch_size=32, seed=0, rank=rank, world_size=world_size)
+rows = loader.rank_samples(first_sample)             # this rank's rows of the step that starts there
+batch = loader.batch(rows.start, num_rows=4)         # tokens, labels, cu_seqlens, num_bytes, num_labels
+validation = Loader([Source(val)], seq_len=2048, batch_size=8, shuffle=False)   # every token once, in order
+
+A sample is a row of `seq_len` tokens and their `seq_len` labels. Which source a sample comes from follows the
+mixing weights through a fixed table with low discrepancy, so any stretch of samples has nearly the right mix.
+Within a source the rows of one pass (epoch) come in the order of a stateless permutation, and every pass cuts
+the circular token stream at a new offset, so a token is seen once a pass (fewer than `seq_len` tokens twice).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnllm.data.shards import TokenStream
+from tnllm.errors import UserError
+
+IGNORE = -100
+# Mixing weights are rounded to this many parts; each source gets at least one.
+_SLOTS = 4096
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A token stream and its share of the samples; with weight None, its share of all tokens."""
+
+    stream: TokenStream
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for the model.
+
+    packing "reset": tokens and labels [1, rows * T] int64, cu_seqlens int32 [K] with a sequence for every row
+    and document start, padded to a fixed K by repeating its last value. packing "concat": [rows, T] and None.
+    A label is the next token; it is -100 where that token belongs to another document ("reset") or has been
+    counted already (the end of a pass that is not shuffled). `num_labels` counts the others, and `num_bytes`
+    is the UTF-8 bytes of text they stand for (an end token stands for 0).
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    num_bytes: int
+    num_labels: int
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True)
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            cu_seqlens,
+            self.num_bytes,
+            self.num_labels,
+        )
+
+
+class Loader:
+    """Cuts rows from sources. It holds no position: `batch` is a function of its arguments."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        packing: Literal["reset", "concat"] = "reset",
+        shuffle: bool = True,
+    ) -> None:
+        """`batch_size` is the rows of one step on all ranks together. Raises UserError for bad input."""
+        assert 0 <= rank < world_size, (rank, world_size)
+        assert packing in ("reset", "concat"), packing
+        if not sources:
+            raise UserError("no data source is given; name at least one folder of token shards")
+        if batch_size % world_size:
+            raise UserError(
+                f"{batch_size} rows a step do not divide over {world_size} ranks; change one of them"
+            )
+        for source in sources:
+            _check(source, sources[0])
+        self.sources = list(sources)
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.packing = packing
+        self.shuffle = shuffle
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._token_bytes = sources[0].stream.token_bytes.astype(np.int64)
+        self._streams = [source.stream for source in sources]
+        # A shuffled pass wraps around the stream's end; a pass in order has labels for all tokens but one.
+        self._rows = [-(-(s.num_tokens - (not shuffle)) // seq_len) for s in self._streams]
+        self._mix = _Mix.of([_share(source) for source in sources])
+        self.max_row_sequences = 1 + max(stream.max_inner_starts(seq_len) for stream in self._streams)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one pass over every source."""
+        return sum(self._rows)
+
+    def rank_samples(self, first_sample: int) -> range:
+        """The global samples of this rank in the step whose first sample is `first_sample`."""
+        rows = self.batch_size // self._world_size
+        return range(first_sample + self._rank * rows, first_sample + (self._rank + 1) * rows)
+
+    def passes(self, first_sample: int) -> list[float]:
+        """How many passes over each source the samples before `first_sample` made."""
+        assert self.shuffle
+        counts = self._mix.counts(first_sample)
+        return [count / rows for count, rows in zip(counts, self._rows, strict=True)]
+
+    def batch(self, first_sample: int, num_rows: int) -> Batch:
+        """Global samples `first_sample` to `first_sample + num_rows - 1`. See `Batch` for the shapes.
+
+        Without shuffling, samples past the last row are whole rows of ignored labels, so ranks stay in step.
+        """
+        assert first_sample >= 0 and num_rows > 0, (first_sample, num_rows)
+        rows = [self._row(first_sample + i) for i in range(num_rows)]
+        tokens = np.stack([row[0] for row in rows])
+        labels = np.stack([row[1] for row in rows])
+        counted = labels[labels != IGNORE]
+        num_bytes = int(self._token_bytes[counted].sum())
+        cu_seqlens = None
+        if self.packing == "reset":
+            tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
+            cu_seqlens = torch.from_numpy(self._cu_seqlens([row[2] for row in rows]))
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens, num_bytes, len(counted))
+
+    def _row(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [T], labels [T] and the offsets in [1, T] where a document starts."""
+        stream, start, counted = self._place(sample)
+        ids = stream.read(start, self.seq_len + 1)
+        tokens, labels = ids[:-1], ids[1:].copy()
+        labels[max(counted, 0) :] = IGNORE
+        starts = stream.document_starts(start, self.seq_len + 1)
+        starts = starts[starts > 0]
+        if self.packing == "reset":
+            labels[starts - 1] = IGNORE
+        return tokens, labels, starts
+
+    def _place(self, sample: int) -> tuple[TokenStream, int, int]:
+        """Stream, start position and number of labels to count of one sample."""
+        if self.shuffle:
+            source, nth = self._mix.place(sample)
+            stream, rows = self._streams[source], self._rows[source]
+            epoch, row = divmod(nth, rows)
+            key = _hash(_hash(_hash(self._seed) ^ source) ^ epoch)
+            start = key % stream.num_tokens + permute(row, rows, key) * self.seq_len
+            return stream, start % stream.num_tokens, self.seq_len
+        for stream, rows in zip(self._streams, self._rows, strict=True):
+            if sample < rows:
+                start = sample * self.seq_len
+                return stream, start, stream.num_tokens - 1 - start
+            sample -= rows
+        return self._streams[0], 0, 0
+
+    def _cu_seqlens(self, row_starts: list[np.ndarray]) -> np.ndarray:
+        total = len(row_starts) * self.seq_len
+        result = np.full(len(row_starts) * self.max_row_sequences + 1, total, np.int32)
+        ends = [[0]] + [
+            row * self.seq_len + np.union1d(starts, [self.seq_len]) for row, starts in enumerate(row_starts)
+        ]
+        found = np.concatenate(ends)
+        result[: len(found)] = found
+        return result
+
+
+def _check(source: Source, first: Source) -> None:
+    stream = source.stream
+    where = f"the {stream.split} split of {stream.folder}"
+    if stream.num_tokens < 2:
+        hint = (
+            "raise --val-fraction when tokenizing" if stream.split == "val" else "tokenize a corpus with text"
+        )
+        raise UserError(f"{where} holds {stream.num_documents} documents and no tokens to learn from; {hint}")
+    if source.weight is not None and not 0 < source.weight < float("inf"):
+        raise UserError(f"the mixing weight of {stream.folder} is {source.weight}; give a number above 0")
+    if stream.manifest.tokenizer_sha256 != first.stream.manifest.tokenizer_sha256:
+        raise UserError(
+            f"{stream.folder} and {first.stream.folder} were made with different tokenizers; use one"
+        )
+
+
+def _share(source: Source) -> float:
+    return float(source.stream.num_tokens) if source.weight is None else source.weight
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """Which source each sample comes from: a table of slots, repeated for ever."""
+
+    source: np.ndarray  # [slots] source of a slot
+    before: np.ndarray  # [slots + 1, sources] samples of each source in earlier slots
+
+    @staticmethod
+    def of(weights: Sequence[float]) -> "_Mix":
+        """Fill each slot with the source that is furthest behind its share: none is ever a sample ahead."""
+        if len(weights) == 1:
+            return _Mix(np.zeros(1, np.int64), np.array([[0], [1]]))
+        quota = np.maximum(1, np.rint(np.array(weights) / sum(weights) * _SLOTS).astype(np.int64))
+        slots = int(quota.sum())
+        share = quota / slots
+        before = np.zeros((slots + 1, len(weights)), np.int64)
+        source = np.zeros(slots, np.int64)
+        for slot in range(slots):
+            source[slot] = np.argmax(share * (slot + 1) - before[slot])
+            before[slot + 1] = before[slot]
+            before[slot + 1, source[slot]] += 1
+        return _Mix(source, before)
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """The source of `sample` and how many earlier samples came from it."""
+        source = int(self.source[sample % len(self.source)])
+        return source, self.counts(sample)[source]
+
+    def counts(self, sample: int) -> list[int]:
+        """Samples of each source before `sample`."""
+        period, slot = divmod(sample, len(self.source))
+        return [int(count) for count in period * self.before[-1] + self.before[slot]]
+
+
+def _hash(value: int) -> int:
+    """Mix 64 bits (the finaliser of splitmix64, Steele et al. 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where a pseudo-random permutation of range(size), chosen by `key`, sends `index`; no memory, no state.
+
+    A four-round Feistel network over the next even power of two, repeated until it lands inside (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    """
+    assert 0 <= index < size, (index, size)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            left, right = right, left ^ (_hash(key ^ (turn << 56) ^ right) & mask)
+        index = left << half | right
+        if index < size:
+            return index
