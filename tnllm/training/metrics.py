@@ -1,0 +1,78 @@
+"""metrics.jsonl: one JSON object per logged step, the truth that every view of a run is made from.
+
+Training rows: step, tokens, loss (nats per counted label), grad_norm, lr, tokens_per_s, mfu (null where the device's
+peak is unknown), mem_gib, data_wait_s, skipped, time (Unix seconds). Validation rows: step, tokens, val_loss, val_bpb,
+time.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tnllm.files import write_text_atomic
+
+
+class MetricsLog:
+    """Appends rows to a file, each flushed as it is written."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Keep the rows up to `resume_step` of an earlier part of the run: no step appears twice."""
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Make the rows durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: the GPU allocator's, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def matmul_rate(device: torch.device) -> float | None:
+    """FLOP/s of an 8192^3 bf16 product of random matrices: the measured ceiling that utilisation is a share of.
+
+    None on CPU, where a training step is bound by other things.
+    """
+    if device.type != "cuda":
+        return None
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - start) / 4)
+    return 2 * size**3 / sorted(times)[len(times) // 2]

@@ -1,0 +1,56 @@
+"""AdamW with the weights that decay and the weights that do not, and an update that refuses non-finite gradients.
+
+    optimizer = make_optimizer(model, config.optimizer)
+    norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0)
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tnllm.training.config import OptimizerConfig
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices and embeddings; not to norm weights, biases, or LRPE's theta.
+
+    theta holds frequencies; pulled to zero it would lose the positions it encodes.
+    """
+    return parameter.ndim >= 2 and not name.endswith("lrpe.theta")
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over two groups of `model`'s parameters."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def clip_and_step(
+    model: nn.Module, optimizer: torch.optim.AdamW, learning_rate: float, max_norm: float, loss: Tensor
+) -> Tensor:
+    """Clip the gradients to a total norm of `max_norm` (0: no clipping) and update; returns the norm before clipping.
+
+    Where the norm or `loss` is not finite, nothing is updated: neither weights nor moments nor the step count. The
+    decision is taken on the device, so no step waits for the host.
+    """
+    parameters = list(model.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    # The fused kernels read this flag, as they do for gradient scaling, and leave everything alone where it is 1.
+    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,31 @@
+"""The learning rate as a pure function of the update number.
+
+    learning_rate(config.schedule, config.optimizer.learning_rate, step)
+
+The horizon is a key of its own, so two runs that differ only in how long they go on agree step for step.
+"""
+
+import math
+
+from tnllm.training.config import ScheduleConfig
+
+
+def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
+    """Learning rate of update `step` (the first is 0).
+
+    Linear warm-up over `warmup_steps`, reaching `peak` with the last of them; then, up to `horizon_steps`:
+    constant; cosine to `min_ratio * peak`; or wsd, which stays at the peak and falls linearly to that floor over
+    the last `decay_steps`. After the horizon the floor holds.
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    floor, horizon = schedule.min_ratio, schedule.horizon_steps
+    assert horizon is not None, "a loaded recipe has a horizon"
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "cosine":
+        progress = min(1.0, (step - schedule.warmup_steps) / max(1, horizon - schedule.warmup_steps))
+        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    start = horizon - schedule.decay_steps
+    progress = min(1.0, max(0.0, (step - start) / max(1, schedule.decay_steps)))
+    return peak * (1 - (1 - floor) * progress)
