@@ -1,0 +1,451 @@
+"""What a run is: one frozen config, read from a recipe.
+
+config = load_recipe("385m", ["train.max_steps=20", "model.kind=transformer"])
+config.model                   # tnllm.modeling.config.ModelConfig, the preset and its overrides resolved
+config.schedule.horizon_steps  # never None once loaded
+config.to_yaml()               # every key; load_recipe of that text is equal to config
+
+Precedence: defaults here < the recipe's `base` < the recipe < `--set`. Sizes may be written 5000, 0.5M or 300B.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tnllm.errors import UserError, did_you_mean
+from tnllm.files import parse_count
+from tnllm.modeling.config import ModelConfig, get_preset
+from tnllm.training.recipes import find_recipe, parse_yaml, read_text
+
+
+def _count(value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        return parse_count(value)
+    except UserError:
+        raise ValueError("expected a whole number such as 5000, 10K, 0.5M or 300B") from None
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def _as_sources(value: Any) -> Any:
+    items = _as_list(value)
+    return [{"path": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else items
+
+
+def _switch(value: Any) -> Any:
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TokenizerSection(BaseModel):
+    """Which tokenizer."""
+
+    model_config = _FROZEN
+
+    path: str | None = Field(
+        None, description="SentencePiece .model file, or a folder with tokenizer.model. null: the packaged one."
+    )
+
+
+class DataSource(BaseModel):
+    """One corpus of a mixture."""
+
+    model_config = _FROZEN
+
+    path: str = Field(description="Token shards, or text to tokenize first.")
+    weight: float | None = Field(None, gt=0, description="Share of the samples; null: its share of all tokens.")
+
+
+class DataSection(BaseModel):
+    """What is learned from."""
+
+    model_config = _FROZEN
+
+    path: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(_as_sources)] | None = Field(
+        None,
+        description="Token shards, a text file or a folder of them (txt, jsonl, parquet; .zst, .gz, .xz); or a list "
+        "of them; or a list of {path, weight}. null: the sample corpus that ships in the package.",
+    )
+    field: str = Field("text", description="The field of a JSONL or parquet record that holds the text.")
+    seq_len: Count = Field(2048, ge=1, description="Tokens in a row.")
+    packing: Literal["reset", "concat"] = Field(
+        "reset",
+        description="reset: a document in a row never sees the one before it. concat: rows are cut from the stream "
+        "and the state runs on over document borders.",
+    )
+    val_fraction: float = Field(
+        0.01, ge=0, lt=1, description="Share of the documents kept for validation when text is tokenized."
+    )
+
+
+class OptimizerSection(BaseModel):
+    """AdamW."""
+
+    model_config = _FROZEN
+
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="Decay of the running mean and mean square of gradients."
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the mean square.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled decay of matrices; vectors and LRPE's theta are not decayed."
+    )
+    grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+
+
+class ScheduleSection(BaseModel):
+    """Learning rate over the run."""
+
+    model_config = _FROZEN
+
+    kind: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="After warm-up: cosine to the end; wsd stays, then falls linearly; constant stays."
+    )
+    warmup_steps: Count = Field(100, ge=0, description="Steps of linear rise from zero.")
+    horizon_steps: Count | None = Field(
+        None,
+        ge=1,
+        description="Step at which the schedule ends. null: the recipe's own length, whatever --set makes of it, so "
+        "that runs which differ only in max_steps agree step for step.",
+    )
+    min_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
+    decay_steps: Count | None = Field(
+        None, ge=1, description="Length of the fall of wsd. null: a tenth of the horizon."
+    )
+
+
+class TrainSection(BaseModel):
+    """Length, batch and precision."""
+
+    model_config = _FROZEN
+
+    seed: Count = Field(0, description="Seeds the weights, the order of data and sampled text.")
+    max_steps: Count | None = Field(None, ge=1, description="Stop after this many steps, counted from the run's start.")
+    max_tokens: Count | None = Field(
+        None, ge=1, description="Stop after this many tokens; the smaller of the two wins."
+    )
+    global_batch_tokens: Count = Field(
+        524_288, ge=1, description="Tokens in an optimizer step over all ranks; gradients accumulate to reach it."
+    )
+    micro_batch_size: Count = Field(8, ge=1, description="Rows of seq_len tokens in one forward pass of one rank.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Compute type; weights stay fp32. auto: bf16 on a GPU, fp32 on CPU."
+    )
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
+        "auto", description="torch.compile. auto: on a GPU only."
+    )
+    activation_checkpointing: Literal["none", "full"] = Field(
+        "none", description="full: keep only each block's input and recompute the rest in backward."
+    )
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="On a loss or gradient that is NaN or infinite: stop, or skip the step; both name the batch.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one.")
+
+
+class EvalSection(BaseModel):
+    """Validation while training."""
+
+    model_config = _FROZEN
+
+    every_steps: Count = Field(
+        500, ge=0, description="Steps between validations; 0: never. The last step validates too."
+    )
+    tokens: Count | None = Field(
+        1_000_000, ge=1, description="Validation tokens read each time; null: the whole split."
+    )
+    sample_prompts: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+        (), description="A prompt or a list; each is continued at every validation."
+    )
+    sample_tokens: Count = Field(64, ge=1, description="Tokens sampled for each prompt.")
+
+
+class LogSection(BaseModel):
+    """What is written while training."""
+
+    model_config = _FROZEN
+
+    every_steps: Count = Field(10, ge=1, description="Steps between rows of metrics.jsonl and lines of the log.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
+
+
+class CheckpointSection(BaseModel):
+    """What a run resumes from."""
+
+    model_config = _FROZEN
+
+    every_steps: Count = Field(1000, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep: Count = Field(2, ge=1, description="Newest checkpoints kept; older ones are removed.")
+    async_save: bool = Field(True, description="Write in the background while training goes on.")
+
+
+class ParallelSection(BaseModel):
+    """The device mesh; the product is the number of ranks."""
+
+    model_config = _FROZEN
+
+    replicate: Count = Field(1, ge=1, description="Copies of the model, each with its own rows.")
+    shard: Count = Field(
+        1, ge=1, description="Ranks that share one copy's weights and optimizer, each with its own rows."
+    )
+    sequence: Count = Field(1, ge=1, description="Ranks that share one row along the sequence.")
+    tensor: Count = Field(1, ge=1, description="Ranks that share each matrix and the heads.")
+
+
+class RunConfig(BaseModel):
+    """All sections of a recipe."""
+
+    model_config = _FROZEN
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataSection = DataSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelSection = ParallelSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        train, schedule = self.train, self.schedule
+        if train.max_steps is None and train.max_tokens is None:
+            raise ValueError("the run has no end; set train.max_steps or train.max_tokens")
+        unit = self.data.seq_len * train.micro_batch_size * self.data_ranks
+        if train.global_batch_tokens % unit:
+            below = train.global_batch_tokens // unit * unit
+            near = f"{below} or {below + unit}" if below else f"{unit}"
+            raise ValueError(
+                f"train.global_batch_tokens is {train.global_batch_tokens}; it must be a multiple of {unit} = "
+                f"data.seq_len {self.data.seq_len} * train.micro_batch_size {train.micro_batch_size} * "
+                f"{self.data_ranks} data ranks, such as {near}"
+            )
+        horizon = schedule.horizon_steps
+        if horizon is not None and schedule.warmup_steps > horizon:
+            raise ValueError(
+                f"schedule.warmup_steps is {schedule.warmup_steps}, beyond schedule.horizon_steps {horizon}; "
+                "lower the one or raise the other"
+            )
+        if schedule.decay_steps is not None and schedule.kind != "wsd":
+            raise ValueError(f"schedule.decay_steps belongs to schedule.kind wsd, not {schedule.kind}; remove it")
+        if horizon is not None and schedule.warmup_steps + (schedule.decay_steps or 0) > horizon:
+            raise ValueError(
+                f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} "
+                f"do not fit into schedule.horizon_steps {horizon}"
+            )
+        if self.model.num_heads % self.parallel.tensor:
+            raise ValueError(
+                f"parallel.tensor is {self.parallel.tensor}; it must divide model.num_heads {self.model.num_heads}"
+            )
+        if self.data.seq_len % self.parallel.sequence:
+            raise ValueError(
+                f"parallel.sequence is {self.parallel.sequence}; it must divide data.seq_len {self.data.seq_len}"
+            )
+        return self
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different rows: replicate * shard."""
+        return self.parallel.replicate * self.parallel.shard
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks: the product of the mesh's axes."""
+        return self.data_ranks * self.parallel.sequence * self.parallel.tensor
+
+    @property
+    def global_batch_rows(self) -> int:
+        """Rows of an optimizer step over all ranks."""
+        return self.train.global_batch_tokens // self.data.seq_len
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes of one rank in an optimizer step."""
+        return self.global_batch_rows // (self.train.micro_batch_size * self.data_ranks)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, the last one whole."""
+        return _length(self.train.max_steps, self.train.max_tokens, self.train.global_batch_tokens)
+
+    def to_yaml(self) -> str:
+        """Every key with its value; `load_recipe` of this text gives an equal config."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+        return "# Every key of this run; `tnllm train` reads it like any recipe.\n" + text
+
+
+def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) -> int:
+    limits = [] if max_steps is None else [max_steps]
+    if max_tokens is not None:
+        limits.append(-(-max_tokens // batch_tokens))
+    return min(limits)
+
+
+# Keys of a recipe that are not fields: `preset` is spent when the model is resolved, `base` when files are merged.
+PRESET_DOC = "Where the section starts: a name of tnllm.modeling.config.PRESETS; keys beside it override it."
+BASE_DOC = "A recipe whose keys come before this one's: a packaged name, or a file beside it. One level."
+_PRESET = "model.preset"
+
+
+def describe_keys() -> dict[str, str]:
+    """Every dotted key of a recipe and what it means, in order."""
+    docs = {"base": BASE_DOC, _PRESET: PRESET_DOC}
+    for section, field in RunConfig.model_fields.items():
+        kind: Any = field.annotation
+        docs.update({f"{section}.{key}": item.description or "" for key, item in kind.model_fields.items()})
+    return docs
+
+
+def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read the recipe `name` (a path, or the name of a packaged one) with `sets` (`"section.key=value"`) on top.
+
+    Raises UserError, one line with the key and the file and line it came from, for anything wrong.
+    """
+    values, origins = read_recipe(name)
+    own_train = dict(values.get("train", {}))
+    changes, change_origins = _read_sets(sets)
+    values, origins = _merge(values, changes), {**origins, **change_origins}
+    values["model"] = _resolve_model(values.get("model", {}), origins)
+    try:
+        config = RunConfig.model_validate(values)
+        if config.schedule.horizon_steps is not None:
+            return config
+        # The recipe's own length, not the one --set gives: max_steps must not bend the learning rate.
+        own = TrainSection.model_validate({**own_train, "global_batch_tokens": config.train.global_batch_tokens})
+        ends = own if own.max_steps or own.max_tokens else config.train
+        horizon = _length(ends.max_steps, ends.max_tokens, config.train.global_batch_tokens)
+        schedule = {**values.get("schedule", {}), "horizon_steps": horizon}
+        return RunConfig.model_validate({**values, "schedule": schedule})
+    except ValidationError as error:
+        raise _explain(error, origins, name) from None
+
+
+def read_recipe(name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The recipe's sections over those of its base, and where (`file:line`) each dotted key was given."""
+    path = find_recipe(name)
+    values, origins = _read_file(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values, origins
+    if not isinstance(base, str):
+        raise UserError(f"base is {base!r}; expected the name of one recipe ({origins['base']})")
+    below, below_origins = _read_file(find_recipe(base, beside=path.parent))
+    if "base" in below:
+        raise UserError(f"base: {base} has a base itself, and only one level is read ({origins['base']})")
+    return _merge(below, values), {**below_origins, **origins}
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    values, lines = parse_yaml(read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections such as model: and train:, found {type(values).__name__}")
+    origins = {key: f"{path}:{line}" for key, line in lines.items()}
+    for section in [key for key, value in values.items() if value is None and key != "base"]:
+        del values[section]
+    _check_keys(values, origins)
+    return values, origins
+
+
+def _read_sets(sets: list[str] | tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for item in sets:
+        key, equals, text = item.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if equals and key.strip() and not dot:
+            raise _unknown(key.strip(), {key.strip(): "--set"}, RunConfig.model_fields)
+        if not (equals and section and name):
+            raise UserError(f"--set is {item!r}; write section.key=value, such as train.max_steps=100")
+        values.setdefault(section, {})[name] = parse_yaml(text, f"--set {key}")[0]
+        origins[section] = origins[f"{section}.{name}"] = "--set"
+    _check_keys(values, origins)
+    return values, origins
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key; naming a preset above starts the model section afresh."""
+    merged = {**below}
+    for section, keys in above.items():
+        fresh = section == "model" and "preset" in keys
+        merged[section] = {**({} if fresh else below.get(section, {})), **keys}
+    return merged
+
+
+def _check_keys(values: dict[str, Any], origins: dict[str, str]) -> None:
+    known = describe_keys()
+    sections = list(RunConfig.model_fields)
+    for section, keys in values.items():
+        if section == "base":
+            continue
+        if section not in sections:
+            raise _unknown(str(section), origins, [*sections, "base"])
+        if not isinstance(keys, dict):
+            raise UserError(f"{section} is {keys!r}; expected a section of keys{_at(section, origins)}")
+        for key in keys:
+            if f"{section}.{key}" not in known:
+                raise _unknown(f"{section}.{key}", origins, known)
+
+
+def _unknown(key: str, origins: dict[str, str], allowed: Any) -> UserError:
+    # A right name in the wrong section is the commoner slip, so it is looked for first.
+    last = key.rpartition(".")[2]
+    elsewhere = [known for known in describe_keys() if known.rpartition(".")[2] == last]
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(key, allowed)
+    return UserError(f"{key}: no such key{hint}{_at(key, origins)}")
+
+
+def _resolve_model(keys: dict[str, Any], origins: dict[str, str]) -> ModelConfig:
+    overrides = dict(keys)
+    preset = overrides.pop("preset", "385m")
+    try:
+        return get_preset(str(preset), **overrides)
+    except UserError as error:
+        key = str(error).split()[0].rstrip(":")
+        raise UserError(f"{error}{_at(key, origins)}") from None
+
+
+def _at(key: str, origins: dict[str, str]) -> str:
+    return f" ({origins[key]})" if key in origins else ""
+
+
+# pydantic's error types → what the key expects, in the words of the page that documents it.
+_EXPECTED = {
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "a string (quote it)",
+    "tuple_type": "a list",
+    "too_short": "more items",
+    "too_long": "fewer items",
+    "model_type": "a path or {path: ..., weight: ...}",
+    "int_type": "a whole number such as 5000, 10K, 0.5M or 300B",
+}
+
+
+def _explain(error: ValidationError, origins: dict[str, str], name: str) -> UserError:
+    """One line for the first thing wrong."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    parts = [str(part) for part in first["loc"]]
+    if not parts:
+        return UserError(f"{message} ({name})")
+    key = ".".join(parts[:2])
+    if first["type"] == "extra_forbidden":
+        return UserError(f"{'.'.join(parts)}: no such key{_at(key, origins)}")
+    expected = _EXPECTED.get(first["type"])
+    message = f"expected {expected}" if expected else message[:1].lower() + message[1:]
+    return UserError(f"{'.'.join(parts)} is {first['input']!r}: {message}{_at(key, origins)}")
