@@ -41,9 +41,7 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError):
-            raise UserError(
-                f"{path} is not a SentencePiece model; 'tnllm tokenizer train' writes one"
-            ) from None
+            raise UserError(f"{path} is not a SentencePiece model; 'tnllm tokenizer train' writes one") from None
         self.vocab_size: int = self._processor.vocab_size()
         self.unk_id: int = self._processor.unk_id()
         self.bos_id: int = self._processor.bos_id()

@@ -86,9 +86,7 @@ class Loader:
         if not sources:
             raise UserError("no data source is given; name at least one folder of token shards")
         if batch_size % world_size:
-            raise UserError(
-                f"{batch_size} rows a step do not divide over {world_size} ranks; change one of them"
-            )
+            raise UserError(f"{batch_size} rows a step do not divide over {world_size} ranks; change one of them")
         for source in sources:
             _check(source, sources[0])
         self.sources = list(sources)
@@ -182,16 +180,12 @@ def _check(source: Source, first: Source) -> None:
     stream = source.stream
     where = f"the {stream.split} split of {stream.folder}"
     if stream.num_tokens < 2:
-        hint = (
-            "raise --val-fraction when tokenizing" if stream.split == "val" else "tokenize a corpus with text"
-        )
+        hint = "raise --val-fraction when tokenizing" if stream.split == "val" else "tokenize a corpus with text"
         raise UserError(f"{where} holds {stream.num_documents} documents and no tokens to learn from; {hint}")
     if source.weight is not None and not 0 < source.weight < float("inf"):
         raise UserError(f"the mixing weight of {stream.folder} is {source.weight}; give a number above 0")
     if stream.manifest.tokenizer_sha256 != first.stream.manifest.tokenizer_sha256:
-        raise UserError(
-            f"{stream.folder} and {first.stream.folder} were made with different tokenizers; use one"
-        )
+        raise UserError(f"{stream.folder} and {first.stream.folder} were made with different tokenizers; use one")
 
 
 def _share(source: Source) -> float:

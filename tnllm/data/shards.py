@@ -78,8 +78,7 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json."""
         splits = {
-            split: {name: self.total(name, split) for name in ("documents", "tokens", "text_bytes")}
-            for split in SPLITS
+            split: {name: self.total(name, split) for name in ("documents", "tokens", "text_bytes")} for split in SPLITS
         }
         return json.dumps(
             {"format": _FORMAT, "version": _VERSION, "splits": splits, **asdict(self)},
@@ -149,9 +148,7 @@ def verify_hashes(folder: Path, manifest: Manifest) -> None:
             with open(folder / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
-                raise RunError(
-                    f"{folder / name} is damaged: sha256 {found[:12]}..., manifest {expected[:12]}..."
-                )
+                raise RunError(f"{folder / name} is damaged: sha256 {found[:12]}..., manifest {expected[:12]}...")
 
 
 def _index_name(shard: Shard) -> str:
@@ -164,9 +161,7 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
         raise RunError(f"{path} is missing ({expected:,} bytes in the manifest); copy it or tokenize again")
     found = os.path.getsize(path)
     if found != expected:
-        raise RunError(
-            f"{path} has {found:,} bytes, the manifest says {expected:,}; copy it or tokenize again"
-        )
+        raise RunError(f"{path} has {found:,} bytes, the manifest says {expected:,}; copy it or tokenize again")
     return np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
 
 
@@ -181,9 +176,7 @@ class TokenStream:
         shards = [shard for shard in manifest.shards if shard.split == split]
         dtype = np.dtype(manifest.dtype)
         self._tokens = [_map(folder / shard.file, dtype, shard.tokens) for shard in shards]
-        self._index = [
-            _map(folder / _index_name(shard), np.dtype("<u8"), shard.documents + 1) for shard in shards
-        ]
+        self._index = [_map(folder / _index_name(shard), np.dtype("<u8"), shard.documents + 1) for shard in shards]
         self._first_token = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._first_document = np.cumsum([0, *(shard.documents for shard in shards)])
         self.num_tokens = int(self._first_token[-1])
@@ -243,10 +236,7 @@ class TokenStream:
     def max_inner_starts(self, count: int) -> int:
         """The most documents that begin inside any `count` tokens in a row, the first token left out."""
         starts = np.concatenate(
-            [
-                index[:-1].astype(np.int64) + begin
-                for index, begin in zip(self._index, self._first_token, strict=False)
-            ]
+            [index[:-1].astype(np.int64) + begin for index, begin in zip(self._index, self._first_token, strict=False)]
             or [np.zeros(0, np.int64)]
         )
         # A window that wraps sees the first documents again; one longer than the stream, all of them again.

@@ -9,13 +9,16 @@ ever unpickled.
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
@@ -30,6 +33,7 @@ CONFIG, GENERATION, INDEX, SINGLE = (
     "model.safetensors",
 )
 TOKENIZER = "tokenizer.model"
+CHECKPOINT = "model"  # the folder of tensors in a training checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION_DEFAULTS: dict[str, Any] = {
     "bos_token_id": 1,
@@ -135,6 +139,21 @@ def load_model(
     config, stored = read_config(folder)
     model = build_model(config, "meta", dtype or stored).to_empty(device=device)
     wanted = model.state_dict()
+    if (folder / CHECKPOINT).is_dir():
+        _load_checkpoint(wanted, folder / CHECKPOINT)
+    else:
+        _load_files(wanted, folder)
+    return model.eval().requires_grad_(False)
+
+
+def _load_checkpoint(wanted: dict[str, Tensor], folder: Path) -> None:
+    """Fill `wanted` from a training checkpoint, written by any number of ranks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a single process is what we mean
+        dcp.load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def _load_files(wanted: dict[str, Tensor], folder: Path) -> None:
     missing = set(wanted)
     for file in _tensor_files(folder):
         try:
@@ -146,7 +165,6 @@ def load_model(
             raise RunError(f"{file} is damaged ({error}); copy or convert it again") from None
     if missing:
         raise RunError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[0]!r}; it is incomplete")
-    return model.eval().requires_grad_(False)
 
 
 def _copy(wanted: dict[str, Tensor], name: str, value: Tensor, file: Path) -> None:
@@ -174,7 +192,10 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def resolve_model(model: Path | str | None) -> Path:
-    """The weights folder behind what a person named: a weights folder, a run folder, or None for the packaged one."""
+    """The folder behind what a person named: a weights folder, a run folder, a step folder; None: the packaged model.
+
+    A run folder stands for its published weights, or, while it is still training, for its newest checkpoint.
+    """
     if model is None:
         return assets.demo_weights()
     folder = Path(model)
@@ -184,4 +205,9 @@ def resolve_model(model: Path | str | None) -> Path:
         return folder
     if (folder / "weights" / CONFIG).is_file():
         return folder / "weights"
+    latest = folder / "latest"
+    if latest.is_file():
+        step = folder / "checkpoints" / latest.read_text(encoding="utf-8").strip()
+        if (step / CONFIG).is_file():
+            return step
     raise UserError(f"{folder} holds neither {CONFIG} nor weights/{CONFIG}; give a run folder or a weights folder")

@@ -94,9 +94,7 @@ class Saver:
         except Exception as error:  # carried to the thread that asked, which raises it
             self._error = error
 
-    def _write(
-        self, state: TrainState, tensors: dict[str, Tensor], moments: dict[str, Tensor], config: str
-    ) -> None:
+    def _write(self, state: TrainState, tensors: dict[str, Tensor], moments: dict[str, Tensor], config: str) -> None:
         final = self.folder / step_name(state.step)
         aside = final.with_name(f"{final.name}.tmp-save")
         try:

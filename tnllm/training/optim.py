@@ -1,13 +1,13 @@
 """AdamW with the weights that decay and the weights that do not, and an update that refuses non-finite gradients.
 
-    optimizer = make_optimizer(model, config.optimizer)
-    norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0)
+optimizer = make_optimizer(model, config.optimizer)
+norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0)
 """
 
 import torch
 from torch import Tensor, nn
 
-from tnllm.training.config import OptimizerConfig
+from tnllm.training.config import OptimizerSection
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -18,7 +18,7 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith("lrpe.theta")
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
     """Fused AdamW over two groups of `model`'s parameters."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [

@@ -7,15 +7,15 @@ The horizon is a key of its own, so two runs that differ only in how long they g
 
 import math
 
-from tnllm.training.config import ScheduleConfig
+from tnllm.training.config import ScheduleSection
 
 
-def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
+def learning_rate(schedule: ScheduleSection, peak: float, step: int) -> float:
     """Learning rate of update `step` (the first is 0).
 
     Linear warm-up over `warmup_steps`, reaching `peak` with the last of them; then, up to `horizon_steps`:
     constant; cosine to `min_ratio * peak`; or wsd, which stays at the peak and falls linearly to that floor over
-    the last `decay_steps`. After the horizon the floor holds.
+    the last `decay_steps` (a tenth of the horizon where not given). After the horizon the floor holds.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -26,6 +26,6 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
     if schedule.kind == "cosine":
         progress = min(1.0, (step - schedule.warmup_steps) / max(1, horizon - schedule.warmup_steps))
         return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-    start = horizon - schedule.decay_steps
-    progress = min(1.0, max(0.0, (step - start) / max(1, schedule.decay_steps)))
+    fall = schedule.decay_steps or max(1, horizon // 10)
+    progress = min(1.0, max(0.0, (step - (horizon - fall)) / fall))
     return peak * (1 - (1 - floor) * progress)

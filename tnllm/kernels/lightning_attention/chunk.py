@@ -159,8 +159,12 @@ def _prepare(
 
 
 def chunk_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in the public function; states are contiguous and new."""
     chunks, decays, qc, kc, vc, state = _prepare(q, k, v, log_decay, initial_state, cu_seqlens)
@@ -171,8 +175,14 @@ def chunk_forward(
 
 
 def chunk_backward(
-    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state, given those of o and (or None) of the final state."""
     chunks, decays, qc, kc, vc, state = _prepare(q, k, v, log_decay, initial_state, cu_seqlens)

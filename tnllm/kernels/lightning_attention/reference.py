@@ -19,8 +19,12 @@ from torch import Tensor
 
 
 def recurrent(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(log_decay) S_{t-1} + k_t v_t^T ; o_t = q_t^T S_t. A token enters undecayed, before q reads."""
 
@@ -35,8 +39,12 @@ def recurrent(
 
 
 def quadratic(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o_t = sum over s <= t of exp(log_decay (t - s)) (q_t . k_s) v_s, plus the decayed initial state."""
 
@@ -57,8 +65,13 @@ def quadratic(
 
 
 def _each_sequence(
-    sequence: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    sequence: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     num_seqs = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -70,7 +83,6 @@ def _each_sequence(
         return o.to(v.dtype), final
     ends = cu_seqlens.tolist()
     parts = [
-        sequence(q[:, a:b], k[:, a:b], wide_v[:, a:b], g, state[n : n + 1])
-        for n, (a, b) in enumerate(pairwise(ends))
+        sequence(q[:, a:b], k[:, a:b], wide_v[:, a:b], g, state[n : n + 1]) for n, (a, b) in enumerate(pairwise(ends))
     ]
     return torch.cat([o for o, _ in parts], 1).to(v.dtype), torch.cat([final for _, final in parts])

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM during a run: finish the step, save, leave with the right exit code."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+from tnllm.errors import Terminated
+
+
+class StopSignals:
+    """While active, the first SIGINT or SIGTERM only sets `stop`; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.stop: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.stop is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = number
+
+    def leave(self) -> None:
+        """Raise what the command line turns into exit code 130 or 143."""
+        if self.stop == signal.SIGTERM:
+            raise Terminated("stopped by SIGTERM; everything is saved, go on with --resume auto")
+        raise KeyboardInterrupt

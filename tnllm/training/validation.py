@@ -1,0 +1,29 @@
+"""Validation: loss and bits per byte over the same held-out rows each time."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tnllm.data.loader import Batch, Loader
+
+
+def validate(
+    loss_sum: Callable[[Batch], Tensor], loader: Loader, rows_per_batch: int, max_tokens: int | None
+) -> tuple[float, float]:
+    """Mean loss in nats per counted token, and bits per byte of the text those tokens stand for.
+
+    `loader` reads in order, not shuffled; at most `max_tokens` tokens are read (None: all).
+    """
+    rows = loader.num_rows
+    if max_tokens is not None:
+        rows = min(rows, max(1, max_tokens // loader.seq_len))
+    loss, labels, num_bytes = 0.0, 0, 0
+    with torch.no_grad():
+        for first in range(0, rows, rows_per_batch):
+            batch = loader.batch(first, min(rows_per_batch, rows - first))
+            loss += float(loss_sum(batch))
+            labels += batch.num_labels
+            num_bytes += batch.num_bytes
+    return loss / max(labels, 1), loss / math.log(2) / max(num_bytes, 1)
