@@ -1,0 +1,133 @@
+"""`tnllm data`: from a corpus to token shards, and what is in either."""
+
+import json
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tnllm.errors import UserError
+
+app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True, rich_markup_mode="rich")
+
+
+class OnError(StrEnum):
+    """What to do about a document that cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class SplitOn(StrEnum):
+    """Where a text file is cut into documents."""
+
+    none = "none"
+    blank_line = "blank-line"
+    line = "line"
+
+
+@app.command(epilog="Example:  tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer")
+def tokenize(
+    inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
+    out: Path = typer.Option(
+        ..., "--out", "-o", help="Folder for the shards; run again to go on after a stop."
+    ),
+    tokenizer: Path | None = typer.Option(
+        None, help="tokenizer.model or its folder. [default: the shipped one]"
+    ),
+    field: str = typer.Option("text", help="Field or column that holds the text."),
+    split_on: SplitOn = typer.Option(SplitOn.none, help="Cut text files into documents; none: one a file."),
+    val_fraction: float = typer.Option(0.01, help="Share of the documents held out for validation."),
+    bos: bool = typer.Option(False, "--bos", help="Begin every document with the begin token."),
+    on_error: OnError = typer.Option(OnError.stop, help="At a document that cannot be read."),
+    workers: int | None = typer.Option(None, min=1, help="Processes. [default: by cores and corpus size]"),
+    shard_tokens: str = typer.Option("100M", help="Tokens per shard, such as 100M."),
+    overwrite: bool = typer.Option(
+        False, "--overwrite", help="Start again where the folder holds other shards."
+    ),
+) -> None:
+    """Turn a corpus into memory-mapped token shards with a manifest; stopped runs go on where they were."""
+    from tnllm import assets
+    from tnllm.data.corpus import find_files
+    from tnllm.data.encode import Options
+    from tnllm.data.progress import progress_on_stderr
+    from tnllm.data.tokenize import tokenize_corpus
+    from tnllm.files import format_duration, parse_count
+    from tnllm.tokenizer import Tokenizer
+
+    start = time.monotonic()
+    options = Options(field, split_on.value, val_fraction, bos)
+    with progress_on_stderr("tokenize") as report:
+        manifest = tokenize_corpus(
+            find_files(inputs),
+            out,
+            Tokenizer.load(tokenizer or assets.tokenizer_model()),
+            options,
+            on_error=on_error.value,
+            workers=workers,
+            shard_tokens=max(1, parse_count(shard_tokens, "--shard-tokens")),
+            overwrite=overwrite,
+            report=report,
+        )
+    seconds = format_duration(time.monotonic() - start)
+    for split in ("train", "val"):
+        print(
+            f"{split:6}{manifest.total('documents', split):>12,} documents "
+            f"{manifest.total('tokens', split):>16,} tokens {manifest.total('text_bytes', split):>16,} bytes"
+        )
+    skipped = manifest.skipped
+    left_out = (
+        f", left out {skipped['empty']} empty and {skipped['bad']} bad documents"
+        if any(skipped.values())
+        else ""
+    )
+    print(f"{out}: {len(manifest.shards)} shards in {seconds}{left_out}")
+
+
+@app.command(
+    epilog="Example:  tnllm data inspect tokens --verify   |   tnllm data inspect web.jsonl.zst --json"
+)
+def inspect(
+    path: Path = typer.Argument(..., help="A folder of token shards, a corpus file, or a folder of them."),
+    field: str = typer.Option("text", help="Field or column that holds the text of a corpus."),
+    samples: int = typer.Option(2, min=0, help="Show the start of this many documents."),
+    verify: bool = typer.Option(False, "--verify", help="Compare every shard with its hash."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Count what a folder of token shards or a corpus holds, and show some of it."""
+    from tnllm.data.corpus import find_files
+    from tnllm.data.inspect import inspect_corpus, inspect_shards
+    from tnllm.data.progress import progress_on_stderr
+    from tnllm.data.shards import is_shard_folder
+
+    if is_shard_folder(path):
+        found = inspect_shards(path, samples, verify)
+    elif verify:
+        raise UserError(f"{path} is no folder of token shards, so there is no hash to verify")
+    else:
+        with progress_on_stderr("read") as report:
+            found = inspect_corpus(find_files([path]), field, report, samples)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        _show(found)
+
+
+def _show(found: dict[str, Any], indent: str = "") -> None:
+    for name, value in found.items():
+        label = f"{indent}{name.replace('_', ' '):30}"
+        if isinstance(value, dict):
+            print(label.rstrip())
+            _show(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{label}{len(value)}" if not value else label.rstrip())
+            for item in value:
+                print(f"{indent}  {item!r}" if isinstance(item, str) else f"{indent}  {item}")
+        else:
+            print(
+                f"{label}{value:,}"
+                if isinstance(value, int) and not isinstance(value, bool)
+                else f"{label}{value}"
+            )

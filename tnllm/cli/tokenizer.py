@@ -1,0 +1,137 @@
+"""`tnllm tokenizer`: train a SentencePiece tokenizer on a corpus, and see what one does to a text."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from tnllm.errors import UserError
+
+if TYPE_CHECKING:
+    from tnllm.data.corpus import Document
+    from tnllm.data.progress import Report
+    from tnllm.tokenizer import Tokenizer
+
+app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True, rich_markup_mode="rich")
+
+_MAX_SHOWN = 60
+
+
+class OnError(StrEnum):
+    """What to do about a document that cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@app.command(epilog="Example:  tnllm tokenizer train corpus/ --vocab-size 32000 -o my-tokenizer")
+def train(
+    inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for tokenizer.model."),
+    vocab_size: int = typer.Option(32000, help="Number of tokens, the 256 fallback bytes included."),
+    field: str = typer.Option("text", help="Field or column that holds the text."),
+    character_coverage: float = typer.Option(
+        0.9995, help="Share of characters with a token of their own (0.98-1); the rest is spelled in bytes."
+    ),
+    max_lines: int = typer.Option(2_000_000, help="Train on a sample of this many lines of a larger corpus."),
+    on_error: OnError = typer.Option(OnError.stop, help="At a document that cannot be read."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a tokenizer that is there."),
+) -> None:
+    """Train a BPE tokenizer with byte fallback: decoding gives back every text unchanged."""
+    from tnllm.data.corpus import find_files, read_documents
+    from tnllm.data.progress import progress_on_stderr
+    from tnllm.files import format_bytes, format_duration, write_bytes_atomic
+    from tnllm.tokenizer import FILE_NAME, train_tokenizer
+
+    target = out / FILE_NAME
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; choose another --out or add --overwrite")
+    files = find_files(inputs)
+    on_bad = (lambda bad: print(f"left out: {bad}", file=sys.stderr)) if on_error is OnError.skip else None
+    start = time.monotonic()
+    with progress_on_stderr("read") as report:
+        documents = read_documents(files, field, on_bad=on_bad)
+        model = train_tokenizer(
+            _texts(documents, files, report),
+            vocab_size,
+            character_coverage=character_coverage,
+            max_lines=max_lines,
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(target, model)
+    seconds = format_duration(time.monotonic() - start)
+    print(f"{target}: {vocab_size} tokens, {format_bytes(len(model))}, trained in {seconds}")
+
+
+def _texts(documents: "Iterable[Document]", files: list[Path], report: "Report") -> Iterator[str]:
+    from tnllm.data.progress import Status
+    from tnllm.files import format_bytes
+
+    sizes = [file.stat().st_size for file in files]
+    before = {file: sum(sizes[:number]) for number, file in enumerate(files)}
+    count = size = 0
+    for count, document in enumerate(documents, 1):
+        size += len(document.text.encode())
+        report(Status(before[document.file] + document.position, sum(sizes), count))
+        yield document.text
+    print(f"read {count:,} documents, {format_bytes(size)} of text; training", file=sys.stderr, flush=True)
+
+
+@app.command(epilog="Example:  tnllm tokenizer inspect my-tokenizer --text 'Hello world' --file sample.txt")
+def inspect(
+    model: Path | None = typer.Argument(
+        None, help="tokenizer.model or its folder. [default: the shipped one]"
+    ),
+    text: str | None = typer.Option(None, help="Show the tokens of this text."),
+    file: Path | None = typer.Option(None, help="Count bytes per token over this text file or corpus."),
+    field: str = typer.Option("text", help="Field or column of --file that holds the text."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Show a tokenizer's size and special ids, and how it splits a text."""
+    from tnllm import assets
+    from tnllm.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(model or assets.tokenizer_model())
+    found: dict[str, object] = {
+        "path": str(tokenizer.path),
+        "sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        **{name: getattr(tokenizer, name) for name in ("unk_id", "bos_id", "eos_id", "pad_id")},
+    }
+    if text is not None:
+        found["tokens"] = [[id, tokenizer.piece(id)] for id in tokenizer.encode(text)]
+    if file is not None:
+        found |= _compression(tokenizer, file, field)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for name, value in found.items():
+        if name == "tokens":
+            value = " ".join(f"{piece}({id})" for id, piece in found["tokens"])  # type: ignore[attr-defined]
+        print(f"{name:16}{value}")
+
+
+def _compression(tokenizer: "Tokenizer", file: Path, field: str) -> dict[str, object]:
+    from tnllm.data.corpus import find_files, read_documents
+
+    num_bytes = num_chars = num_tokens = 0
+    start = time.monotonic()
+    for document in read_documents(find_files([file]), field):
+        num_bytes += len(document.text.encode())
+        num_chars += len(document.text)
+        num_tokens += len(tokenizer.encode(document.text))
+    if not num_tokens:
+        raise UserError(f"{file} holds no text")
+    return {
+        "file": str(file),
+        "text_bytes": num_bytes,
+        "num_tokens": num_tokens,
+        "bytes_per_token": round(num_bytes / num_tokens, 3),
+        "chars_per_token": round(num_chars / num_tokens, 3),
+        "mb_per_s": round(num_bytes / 1e6 / (time.monotonic() - start), 2),
+    }

@@ -1,0 +1,155 @@
+"""Documents in groups and their tokens, encoded by worker processes; the reading half of `tokenize.py`.
+
+groups = readread_groups(files, manifest, options, on_error="stop")
+for group, encoded in encoderead_groups(groups, tokenizer, options, workers=4):
+    encoded.tokens, group.position         # in corpus order, whatever the number of workers
+"""
+
+import hashlib
+import signal
+import sys
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tnllm.data.corpus import BadDocument, SplitOn, read_documents
+from tnllm.data.shards import Manifest, token_dtype
+from tnllm.tokenizer import Tokenizer
+
+OnError = Literal["stop", "skip"]
+_GROUP_CHARS = 1 << 20
+_MAX_BAD_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shapes the tokens. A document is its tokens and the end token, after the begin token with `bos`.
+
+    `val_fraction` of the documents, chosen by a hash of their text, are held out in the split "val": equal
+    documents are on the same side. Where that chooses none, the end of the last document is held out instead.
+    """
+
+    field: str = "text"
+    split_on: SplitOn = "none"
+    val_fraction: float = 0.01
+    bos: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Documents that one worker encodes at a time, and where reading stood after the last of them."""
+
+    texts: list[str]
+    position: tuple[int, int]
+    skipped: dict[str, int]
+    done_bytes: int
+    holds_first: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a group's documents in a row; `lengths`, `text_bytes` and `is_val` are per document."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    text_bytes: list[int]
+    is_val: list[bool]
+
+
+def read_groups(
+    files: Sequence[Path], manifest: Manifest, options: Options, on_error: OnError
+) -> Iterator[Group]:
+    """Documents from the manifest's position on, in groups; empty and bad ones are left out and counted."""
+    first_file, to_skip = manifest.position
+    skipped = dict(manifest.skipped)
+    at_start = manifest.position == (0, 0)
+    seen = 0
+
+    def on_bad(bad: BadDocument) -> None:
+        if seen < to_skip:
+            return
+        skipped["bad"] += 1
+        if skipped["bad"] <= _MAX_BAD_SHOWN:
+            print(f"left out: {bad}", file=sys.stderr, flush=True)
+        if skipped["bad"] == _MAX_BAD_SHOWN:
+            print("further ones are left out without a line each", file=sys.stderr, flush=True)
+
+    base = sum(file["bytes"] for file in manifest.inputs[:first_file])
+    texts: list[str] = []
+    size = 0
+    for number in range(first_file, len(files)):
+        seen = 0
+        position = 0
+        for document in read_documents(
+            [files[number]], options.field, options.split_on, on_bad if on_error == "skip" else None
+        ):
+            seen, position = seen + 1, document.position
+            if seen <= to_skip:
+                continue
+            if not document.text.strip():
+                skipped["empty"] += 1
+                continue
+            texts.append(document.text)
+            size += len(document.text)
+            if size >= _GROUP_CHARS:
+                yield Group(texts, (number, seen), dict(skipped), base + position, at_start)
+                texts, size, at_start = [], 0, False
+        base += manifest.inputs[number]["bytes"]
+        to_skip = 0
+    yield Group(texts, (len(files), 0), dict(skipped), base, at_start)
+
+
+_worker: tuple[Tokenizer, Options]
+
+
+def _start_worker(path: Path, options: Options) -> None:
+    global _worker
+    # Ctrl-C reaches every process of the terminal; the parent alone decides what to do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = (Tokenizer.load(path), options)
+
+
+def _encode_in_worker(texts: list[str], holds_first: bool) -> Encoded:
+    return _encode(texts, holds_first, *_worker)
+
+
+def _encode(texts: list[str], holds_first: bool, tokenizer: Tokenizer, options: Options) -> Encoded:
+    ids = [tokenizer.encode(text, bos=options.bos, eos=True) for text in texts]
+    dtype = token_dtype(tokenizer.vocab_size)
+    data = [text.encode() for text in texts]
+    limit = int(options.val_fraction * 2**64)
+    is_val = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < limit for text in data]
+    if holds_first and texts:
+        # So that a corpus of few documents never has all of them held out.
+        is_val[0] = False
+    tokens = np.concatenate([np.array(part, dtype) for part in ids]) if ids else np.zeros(0, dtype)
+    return Encoded(tokens, [len(part) for part in ids], [len(text) for text in data], is_val)
+
+
+def encode_groups(
+    groups: Iterator[Group], tokenizer: Tokenizer, options: Options, workers: int
+) -> Generator[tuple[Group, Encoded], None, None]:
+    """Every group with its tokens, in order, whatever the number of workers."""
+    if workers == 1:
+        for group in groups:
+            yield group, _encode(group.texts, group.holds_first, tokenizer, options)
+        return
+    waiting: deque[tuple[Group, Future[Encoded]]] = deque()
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer.path, options)) as pool:
+        try:
+            for group in groups:
+                waiting.append((group, pool.submit(_encode_in_worker, group.texts, group.holds_first)))
+                if len(waiting) > 2 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

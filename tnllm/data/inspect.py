@@ -1,0 +1,111 @@
+"""What a corpus or a folder of token shards holds, as plain values that `tnllm data inspect` prints.
+
+inspect_corpus(find_files(["web.jsonl"]))        # documents, bytes, characters by script, bad ones by place
+inspect_shards(Path("web-tokens"), num_samples=2)
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tnllm.data.corpus import BadDocument, read_documents
+from tnllm.data.progress import Report, Status
+from tnllm.data.shards import SPLITS, TokenStream, read_manifest, verify_hashes
+from tnllm.tokenizer import FILE_NAME, Tokenizer
+
+# What a reader can tell apart without a language model: the scripts of letters.
+_SCRIPTS = {
+    "han": re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"),
+    "kana": re.compile("[\u3040-\u30ff]"),
+    "hangul": re.compile("[\uac00-\ud7af]"),
+    "cyrillic": re.compile("[\u0400-\u04ff]"),
+    "arabic": re.compile("[\u0600-\u06ff]"),
+    "latin": re.compile("[A-Za-z\u00c0-\u024f]"),
+}
+_EXCERPT_CHARS = 200
+_MAX_BAD = 10
+
+
+def inspect_corpus(
+    files: Sequence[Path], field: str = "text", report: Report = lambda status: None, num_samples: int = 2
+) -> dict[str, Any]:
+    """Counts over every document; what is no document is counted and the first ten are named."""
+    bad: list[str] = []
+    num_bad = 0
+
+    def on_bad(found: BadDocument) -> None:
+        nonlocal num_bad
+        num_bad += 1
+        if len(bad) < _MAX_BAD:
+            bad.append(str(found))
+
+    stored = {file: file.stat().st_size for file in files}
+    total_bytes, before, current = sum(stored.values()), 0, None
+    lengths: list[int] = []
+    scripts = dict.fromkeys(_SCRIPTS, 0)
+    samples: list[str] = []
+    text_bytes = empty = 0
+    for document in read_documents(files, field, on_bad=on_bad):
+        if document.file != current:
+            before, current = before + stored.get(current, 0) if current else 0, document.file
+        text = document.text
+        lengths.append(len(text))
+        text_bytes += len(text.encode())
+        empty += not text.strip()
+        for name, pattern in _SCRIPTS.items():
+            scripts[name] += len(pattern.findall(text))
+        if len(samples) < num_samples:
+            samples.append(text[:_EXCERPT_CHARS])
+        report(Status(before + document.position, total_bytes, len(lengths)))
+    return {
+        "kind": "corpus",
+        "files": len(files),
+        "stored_bytes": total_bytes,
+        "documents": len(lengths),
+        "empty_documents": empty,
+        "bad_documents": num_bad,
+        "bad": bad,
+        "text_bytes": text_bytes,
+        "characters": sum(lengths),
+        "longest_document_characters": max(lengths, default=0),
+        "letters_by_script": {name: count for name, count in scripts.items() if count},
+        "samples": samples,
+    }
+
+
+def inspect_shards(folder: Path, num_samples: int = 2, verify: bool = False) -> dict[str, Any]:
+    """Counts of each split and the start of some documents. Raises RunError for a damaged shard."""
+    manifest = read_manifest(folder)
+    streams = {split: TokenStream(folder, split, manifest) for split in SPLITS}
+    if verify:
+        verify_hashes(folder, manifest)
+    tokenizer = Tokenizer.load(folder / FILE_NAME)
+    train = streams["train"]
+    count = min(num_samples, train.num_documents)
+    numbers = [train.num_documents * number // count for number in range(count)]
+    return {
+        "kind": "token shards",
+        "complete": manifest.complete,
+        "created_by": manifest.created_by,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "vocab_size": manifest.vocab_size,
+        "dtype": manifest.dtype,
+        "options": manifest.options,
+        "inputs": len(manifest.inputs),
+        "shards": len(manifest.shards),
+        "splits": {
+            split: {
+                "documents": stream.num_documents,
+                "tokens": stream.num_tokens,
+                "text_bytes": stream.text_bytes,
+                "bytes_per_token": round(stream.text_bytes / stream.num_tokens, 3)
+                if stream.num_tokens
+                else None,
+            }
+            for split, stream in streams.items()
+        },
+        "skipped": manifest.skipped,
+        "hashes": "all match" if verify else "not checked",
+        "samples": [tokenizer.decode(train.document(number)[:100].tolist()) for number in numbers],
+    }

@@ -1,0 +1,324 @@
+"""From a corpus to token shards: in parallel, in corpus order, resumable.
+
+tokenize_corpus(find_files(["corpus/"]), Path("corpus-tokens"), tokenizer, Options(val_fraction=0.01))
+folder = prepare("corpus.jsonl.zst", tokenizer)     # raw text is tokenized once into a cache and reused
+
+The shards do not depend on the number of workers. Shards and manifest are replaced whole, so a run that is
+stopped or killed at any point goes on after its last shard when the same call is made again. Workers are
+started by `spawn`, so a script that calls this needs the usual `if __name__ == "__main__"`.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tnllm import assets
+from tnllm.data import shards
+from tnllm.data.corpus import find_files
+from tnllm.data.encode import Encoded, Group, OnError, Options, encode_groups, read_groups
+from tnllm.data.progress import Report, Status
+from tnllm.data.shards import Manifest, Shard
+from tnllm.errors import RunError, UserError
+from tnllm.files import write_bytes_atomic
+from tnllm.tokenizer import FILE_NAME, Tokenizer
+
+SAMPLE = "sample"
+SHARD_TOKENS = 100_000_000
+_BYTES_PER_WORKER = 8 << 20
+
+
+def tokenize_corpus(
+    files: Sequence[Path],
+    out: Path,
+    tokenizer: Tokenizer,
+    options: Options | None = None,
+    *,
+    on_error: OnError = "stop",
+    workers: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    overwrite: bool = False,
+    report: Report = lambda status: None,
+) -> Manifest:
+    """Write the shards of `files` to `out`, or go on with what is there; returns the finished manifest.
+
+    `workers` None takes as many of the machine's cores as the corpus is worth. With `on_error` "skip",
+    what is no document is left out, named on stderr and counted. Raises UserError for bad input or a folder
+    made in another way, RunError for a full disk or a lost worker; finished shards stay in every case.
+    """
+    options = options or Options()
+    if not 0 <= options.val_fraction < 1:
+        raise UserError(f"the validation fraction is {options.val_fraction}; give a share from 0 to below 1")
+    fresh = _fresh(files, tokenizer, options)
+    return _tokenize(
+        files, out, tokenizer, fresh, options, on_error, workers, shard_tokens, overwrite, report
+    )
+
+
+def prepare(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    cache_dir: Path | None = None,
+    options: Options | None = None,
+    workers: int | None = None,
+    report: Report = lambda status: None,
+) -> Path:
+    """The shard folder of a recipe's `data.path`: a shard folder itself, or text tokenized into `cache_dir`.
+
+    `path` "sample" is the corpus that ships in the package. The cache (~/.cache/tnllm/tokens) is keyed by
+    content, tokenizer and options, and locked, so several processes may ask for the same at once. Raises
+    UserError for a shard folder made with another tokenizer, and what `tokenize_corpus` raises.
+    """
+    source = assets.sample_corpus() if str(path) == SAMPLE else Path(path)
+    if shards.is_shard_folder(source):
+        if shards.read_manifest(source).tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{source} was made with another tokenizer than {tokenizer.path}; "
+                f"use {source / FILE_NAME} or tokenize again"
+            )
+        return source
+    options = options or Options()
+    files = find_files([source])
+    fresh = _fresh(files, tokenizer, options)
+    identity = repr((fresh.tokenizer_sha256, fresh.options, [file["sha256"] for file in fresh.inputs]))
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "tokens") / f"{source.name.split('.')[0]}-{key}"
+    _tokenize(files, folder, tokenizer, fresh, options, "stop", workers, SHARD_TOKENS, False, report)
+    return folder
+
+
+def _fresh(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Manifest:
+    """The manifest of a run that has not begun; reads every file once for its hash."""
+    inputs: list[dict[str, Any]] = []
+    for path in files:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        inputs.append({"file": str(path), "bytes": path.stat().st_size, "sha256": digest})
+    return Manifest(
+        dtype=shards.token_dtype(tokenizer.vocab_size).str,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.sha256,
+        options=asdict(options),
+        inputs=inputs,
+    )
+
+
+def _tokenize(
+    files: Sequence[Path],
+    out: Path,
+    tokenizer: Tokenizer,
+    fresh: Manifest,
+    options: Options,
+    on_error: OnError,
+    workers: int | None,
+    shard_tokens: int,
+    overwrite: bool,
+    report: Report,
+) -> Manifest:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            manifest = _begin(out, fresh, tokenizer, overwrite)
+            if manifest.complete:
+                return manifest
+            total_bytes = sum(file["bytes"] for file in manifest.inputs)
+            workers = workers or max(1, min(_num_cores(), total_bytes // _BYTES_PER_WORKER))
+            groups = read_groups(files, manifest, options, on_error)
+            with closing(encode_groups(groups, tokenizer, options, workers)) as encoded:
+                manifest = _write(out, manifest, encoded, shard_tokens, total_bytes, report)
+            return _finish(out, manifest, options)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"the disk of {out} is full; free some space and run the same again to go on"
+            ) from None
+        raise
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    # The system releases it when the process ends, however it ends.
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is writing {out}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _begin(out: Path, fresh: Manifest, tokenizer: Tokenizer, overwrite: bool) -> Manifest:
+    """The manifest to go on from: the folder's own if it was made in the same way, else a fresh one."""
+    if shards.is_shard_folder(out) and not overwrite:
+        old = shards.read_manifest(out)
+        if change := _difference(old, fresh):
+            raise UserError(
+                f"{out} was made with {change}; choose another folder or start again with --overwrite"
+            )
+        return old
+    others = sorted(path.name for path in out.iterdir() if not _is_ours(path))
+    if others and not shards.is_shard_folder(out):
+        raise UserError(f"{out} is not empty (it holds {others[0]}); choose a new folder")
+    _clear(out)
+    write_bytes_atomic(out / FILE_NAME, tokenizer.path.read_bytes())
+    lengths = np.array([len(data) for data in tokenizer.token_bytes], "<u2")
+    write_bytes_atomic(out / shards.TOKEN_BYTES, lengths.tobytes())
+    shards.write_manifest(out, fresh)
+    return fresh
+
+
+def _difference(old: Manifest, new: Manifest) -> str:
+    if old.tokenizer_sha256 != new.tokenizer_sha256:
+        return (
+            f"another tokenizer (sha256 {old.tokenizer_sha256[:12]}..., now {new.tokenizer_sha256[:12]}...)"
+        )
+    for name, value in new.options.items():
+        if old.options.get(name) != value:
+            return f"--{name.replace('_', '-')} {old.options.get(name)} (now {value})"
+    if len(old.inputs) != len(new.inputs):
+        return f"{len(old.inputs)} input files (now {len(new.inputs)})"
+    for before, now in zip(old.inputs, new.inputs, strict=True):
+        if before["sha256"] != now["sha256"]:
+            return f"another content of {now['file']} ({before['bytes']:,} bytes, now {now['bytes']:,})"
+    return ""
+
+
+def _is_ours(path: Path) -> bool:
+    fixed = (shards.MANIFEST, shards.TOKEN_BYTES, FILE_NAME, ".lock")
+    is_shard = path.name.startswith(("train-", "val-")) and path.suffix in (".bin", ".idx")
+    return path.name in fixed or is_shard or ".tmp-" in path.name
+
+
+def _clear(out: Path) -> None:
+    # The manifest goes first: without it the rest is no shard folder.
+    (out / shards.MANIFEST).unlink(missing_ok=True)
+    for path in list(out.iterdir()):
+        if _is_ours(path) and path.name != ".lock":
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is on disk (`manifest`) and what is collected for the next shards.
+
+    A value that is replaced whole, so Ctrl-C between any two steps leaves one that can be written.
+    """
+
+    manifest: Manifest
+    position: tuple[int, int]
+    skipped: dict[str, int]
+    parts: tuple[tuple[str, np.ndarray, list[int], int], ...] = field(default=())
+    tokens: int = 0
+
+
+def _write(
+    out: Path,
+    manifest: Manifest,
+    encoded: Iterator[tuple[Group, Encoded]],
+    shard_tokens: int,
+    total_bytes: int,
+    report: Report,
+) -> Manifest:
+    """Write all groups as shards of about `shard_tokens`; what stops it halfway keeps what was encoded."""
+    state = _State(manifest, manifest.position, manifest.skipped)
+    documents, tokens = manifest.total("documents"), manifest.total("tokens")
+    try:
+        for group, found in encoded:
+            state = _added(state, group, found)
+            documents, tokens = documents + len(found.lengths), tokens + len(found.tokens)
+            report(Status(group.done_bytes, total_bytes, documents, tokens))
+            if state.tokens >= shard_tokens:
+                state = _flushed(out, state)
+    except (KeyboardInterrupt, UserError):
+        _flushed(out, state)
+        raise
+    except BrokenProcessPool:
+        _flushed(out, state)
+        raise RunError(
+            "a worker died (out of memory?); run the same again, or with fewer --workers"
+        ) from None
+    return _flushed(out, state).manifest
+
+
+def _added(state: _State, group: Group, encoded: Encoded) -> _State:
+    is_val = np.array(encoded.is_val, bool)
+    lengths, text_bytes = np.array(encoded.lengths, np.int64), np.array(encoded.text_bytes, np.int64)
+    parts = list(state.parts)
+    for split, chosen in (("train", ~is_val), ("val", is_val)):
+        if chosen.any():
+            tokens = encoded.tokens[np.repeat(chosen, lengths)]
+            parts.append((split, tokens, lengths[chosen].tolist(), int(text_bytes[chosen].sum())))
+    return _State(
+        state.manifest, group.position, group.skipped, tuple(parts), state.tokens + len(encoded.tokens)
+    )
+
+
+def _flushed(out: Path, state: _State) -> _State:
+    """Write what is collected, then the manifest that makes it count."""
+    written = list(state.manifest.shards)
+    for split in shards.SPLITS:
+        parts = [part for part in state.parts if part[0] == split]
+        if parts:
+            number = sum(shard.split == split for shard in written)
+            tokens = np.concatenate([part[1] for part in parts])
+            lengths = [length for part in parts for length in part[2]]
+            text_bytes = sum(part[3] for part in parts)
+            written.append(shards.write_shard(out, split, number, tokens, lengths, text_bytes))
+    manifest = replace(state.manifest, shards=written, position=state.position, skipped=state.skipped)
+    shards.write_manifest(out, manifest)
+    return _State(manifest, state.position, state.skipped)
+
+
+def _finish(out: Path, manifest: Manifest, options: Options) -> Manifest:
+    if not manifest.total("tokens"):
+        _clear(out)
+        files, skipped = len(manifest.inputs), manifest.skipped
+        raise UserError(
+            f"the corpus is empty: no text in {files} file{'s' * (files != 1)}, "
+            f"{skipped['empty']} empty and {skipped['bad']} bad documents"
+        )
+    if options.val_fraction and not manifest.total("tokens", "val"):
+        manifest = _hold_out_end(out, manifest, options.val_fraction)
+    manifest = replace(manifest, complete=True)
+    shards.write_manifest(out, manifest)
+    kept = {shards.TOKEN_BYTES} | {shard.file for shard in manifest.shards}
+    for path in list(out.iterdir()):
+        stray = path.suffix in (".bin", ".idx") and path.with_suffix(".bin").name not in kept
+        if _is_ours(path) and (stray or ".tmp-" in path.name):
+            path.unlink()
+    return manifest
+
+
+def _hold_out_end(out: Path, manifest: Manifest, fraction: float) -> Manifest:
+    """Move the last `fraction` of the tokens, at most half a shard, to "val"; may cut a document in two."""
+    *others, last = manifest.shards
+    stream = shards.TokenStream(out, "train", replace(manifest, shards=[last]))
+    cut = last.tokens - min(max(2, round(manifest.total("tokens") * fraction)), last.tokens // 2)
+    if last.tokens - cut < 2:
+        return manifest
+    tokens = stream.read(0, last.tokens).astype(manifest.dtype)
+    edges = stream.document_starts(0, last.tokens)
+
+    def write(split: str, number: int, begin: int, end: int) -> Shard:
+        inner = edges[(edges > begin) & (edges < end)]
+        lengths = np.diff([begin, *inner, end]).tolist()
+        text_bytes = int(stream.token_bytes[tokens[begin:end]].astype(np.int64).sum())
+        return shards.write_shard(out, split, number, tokens[begin:end], lengths, text_bytes)
+
+    # The shorter shard gets a new name: until the manifest is replaced, the old one must stay whole.
+    shorter = write("train", len(manifest.shards), 0, cut)
+    return replace(manifest, shards=[*others, shorter, write("val", 0, cut, last.tokens)])
