@@ -84,9 +84,7 @@ def _texts(documents: "Iterable[Document]", files: list[Path], report: "Report")
 
 @app.command(epilog="Example:  tnllm tokenizer inspect my-tokenizer --text 'Hello world' --file sample.txt")
 def inspect(
-    model: Path | None = typer.Argument(
-        None, help="tokenizer.model or its folder. [default: the shipped one]"
-    ),
+    model: Path | None = typer.Argument(None, help="tokenizer.model or its folder. [default: the shipped one]"),
     text: str | None = typer.Option(None, help="Show the tokens of this text."),
     file: Path | None = typer.Option(None, help="Count bytes per token over this text file or corpus."),
     field: str = typer.Option("text", help="Field or column of --file that holds the text."),

@@ -145,9 +145,7 @@ def _read_json_lines(path: Path, name: str, split_on: SplitOn) -> Iterator[Docum
         yield _from_record(record, name, path, number, position)
 
 
-def _from_record(
-    record: dict[str, Any], name: str, path: Path, line: int, position: int
-) -> Document | BadDocument:
+def _from_record(record: dict[str, Any], name: str, path: Path, line: int, position: int) -> Document | BadDocument:
     where = f"{path}:{line}"
     if name not in record:
         fields = ", ".join(map(str, list(record)[:8])) or "none"

@@ -99,9 +99,7 @@ def inspect_shards(folder: Path, num_samples: int = 2, verify: bool = False) -> 
                 "documents": stream.num_documents,
                 "tokens": stream.num_tokens,
                 "text_bytes": stream.text_bytes,
-                "bytes_per_token": round(stream.text_bytes / stream.num_tokens, 3)
-                if stream.num_tokens
-                else None,
+                "bytes_per_token": round(stream.text_bytes / stream.num_tokens, 3) if stream.num_tokens else None,
             }
             for split, stream in streams.items()
         },

@@ -1,0 +1,186 @@
+"""Attention against its peers: checked against float64 first, then time and memory by length.
+
+    results = bench_attention(Shape(...), lengths=[1024, 4096], providers=["tnllm", "fla"], device="cuda")
+
+The floor is the time to move the operands once at the device's measured copy bandwidth: q, k, v, o forward; those and q,
+k, v, do, dq, dk, dv for forward and backward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnllm.bench.providers import PROVIDERS, Provider, softmax_reference
+from tnllm.bench.timing import copy_bandwidth, describe_device, extra_memory, measure
+from tnllm.errors import UserError, did_you_mean
+from tnllm.kernels.lightning_attention.reference import quadratic
+
+# Largest relative RMS error against float64 that is still timed. bf16 keeps 8 bits: rounding q, k, v, do and the result
+# gives 2e-3 to 5e-3 whoever computes. fp32 peers may use tf32 products (3e-4).
+ERROR_LIMIT = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3, torch.float32: 2e-3}
+GATE_LENGTH = 513  # odd on purpose: no block size divides it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What every provider is given. With `fixed_tokens`, batch = fixed_tokens / length."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    fixed_tokens: int | None = None
+
+    def batch_at(self, length: int) -> int:
+        """Rows at this length."""
+        return self.batch if self.fixed_tokens is None else max(1, self.fixed_tokens // length)
+
+
+def slopes(heads: int, device: torch.device) -> Tensor:
+    """log-decays of the first layer of a released model: 2^(-8(h+1)/H)."""
+    return -torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device=device)
+
+
+def choose(names: list[str], device: torch.device, dtype: torch.dtype, note: Callable[[str], None]) -> list[Provider]:
+    """The providers of these names that can run here; `note` is told of the others and why."""
+    for name in names:
+        if name not in PROVIDERS:
+            raise UserError(
+                f"provider {name!r} is unknown; allowed: {', '.join(PROVIDERS)}{did_you_mean(name, PROVIDERS)}"
+            )
+    chosen = []
+    for provider in (PROVIDERS[name] for name in names):
+        reason = provider.missing(device, dtype)
+        if reason is None:
+            chosen.append(provider)
+        else:
+            note(f"skipped {provider.name}: {reason}")
+    return chosen
+
+
+def bench_attention(
+    shape: Shape,
+    lengths: list[int],
+    names: list[str],
+    device: torch.device,
+    budget_s: float = 0.5,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Gate, then measure. Returns {"environment", "shape", "accuracy": [...], "rows": [...]}, all plain values.
+
+    A row: provider, seqlen, batch, fwd_ms and fwd_bwd_ms (median, with low and high), compile_ms, over_floor for each,
+    tb_per_s, tflop_per_s, extra_mib (fwd+bwd, inputs not counted; null on CPU).
+    """
+    providers = choose(names, device, shape.dtype, note)
+    bandwidth = copy_bandwidth(device)
+    environment = {**describe_device(device), "copy_tb_per_s": bandwidth / 1e12}
+    accuracy, passed = [], []
+    for provider in providers:
+        errors = gate(provider, shape, device)
+        limit = ERROR_LIMIT[shape.dtype]
+        good = all(error <= limit for error in errors.values())
+        accuracy.append({"provider": provider.name, **errors, "limit": limit, "passed": good})
+        if good:
+            passed.append(provider)
+        else:
+            note(f"not timed: {provider.name} is wrong (relative error {max(errors.values()):.2g}, limit {limit:g})")
+    rows = []
+    for length in lengths:
+        for provider in passed:
+            row = _time(provider, shape, length, device, bandwidth, budget_s, note)
+            if row is not None:
+                rows.append(row)
+    described = {"heads": shape.heads, "head_dim": shape.head_dim, "dtype": str(shape.dtype).removeprefix("torch.")}
+    return {"environment": environment, "shape": described, "accuracy": accuracy, "rows": rows}
+
+
+def _inputs(shape: Shape, batch: int, length: int, device: torch.device, heads_first: bool) -> list[Tensor]:
+    """q, k, v and the gradient of o; random, never zeros."""
+    size = (batch, length, shape.heads, shape.head_dim)
+    made = [torch.randn(size, device=device, dtype=shape.dtype) for _ in range(4)]
+    # Scores of the size that SiLU and normalised activations give, so that outputs stay in fp16's range.
+    made[0] *= shape.head_dim**-0.5
+    return [part.transpose(1, 2).contiguous() for part in made] if heads_first else made
+
+
+def gate(provider: Provider, shape: Shape, device: torch.device) -> dict[str, float]:
+    """Relative RMS error of o, dq, dk, dv against float64, on fresh random inputs of an odd length."""
+    log_decay = slopes(shape.heads, device)
+    parts = _inputs(shape, 2, GATE_LENGTH, device, heads_first=False)
+    exact = [part.double().requires_grad_() for part in parts[:3]]
+    expected = softmax_reference(*exact) if provider.softmax else quadratic(*exact, log_decay)[0]
+    exact_grads = torch.autograd.grad(expected, exact, parts[3].double())
+    expected = expected.detach()
+    given = [part.transpose(1, 2).contiguous() if provider.heads_first else part for part in parts]
+    leaves = [part.requires_grad_() for part in given[:3]]
+    got = provider.attend(*leaves, log_decay)
+    grads = torch.autograd.grad(got, leaves, given[3])
+    found = [part.transpose(1, 2) if provider.heads_first else part for part in (got, *grads)]
+    pairs = zip(("o", "dq", "dk", "dv"), found, (expected, *exact_grads), strict=True)
+    return {name: float((a.detach().double() - b).norm() / b.norm()) for name, a, b in pairs}
+
+
+def _time(
+    provider: Provider,
+    shape: Shape,
+    length: int,
+    device: torch.device,
+    bandwidth: float,
+    budget_s: float,
+    note: Callable[[str], None],
+) -> dict | None:
+    batch = shape.batch_at(length)
+    elements = batch * length * shape.heads * shape.head_dim
+    itemsize = shape.dtype.itemsize
+    if provider.quadratic_memory:
+        # Scores, masked scores and their gradients, besides the mask itself.
+        needed = (4 * batch + 1) * shape.heads * length**2 * itemsize
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
+        if needed > 0.8 * free:
+            note(f"skipped {provider.name} at {length}: its [T, T] scores need {needed / 2**30:.0f} GiB")
+            return None
+    log_decay = slopes(shape.heads, device)
+    *leaves, grad = _inputs(shape, batch, length, device, provider.heads_first)
+    leaves = [part.requires_grad_() for part in leaves]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return provider.attend(*leaves, log_decay)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(provider.attend(*leaves, log_decay), leaves, grad)
+
+    note(f"timing {provider.name} at {batch} x {length}")
+    try:
+        fwd = measure(forward, device, budget_s)
+        fwd_bwd = measure(both, device, budget_s)
+        memory = extra_memory(both, device)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        note(f"skipped {provider.name} at {length}: out of memory")
+        return None
+    floors = (4 * elements * itemsize / bandwidth * 1e3, 11 * elements * itemsize / bandwidth * 1e3)
+    # Multiply-adds the function defines: the recurrence for linear attention, the causal half for softmax.
+    flops = elements * (2.0 * (length + 1) if provider.softmax else 4.0 * shape.head_dim)
+    return {
+        "provider": provider.name,
+        "seqlen": length,
+        "batch": batch,
+        "fwd_ms": fwd.median_ms,
+        "fwd_low_ms": fwd.low_ms,
+        "fwd_high_ms": fwd.high_ms,
+        "fwd_over_floor": fwd.median_ms / floors[0],
+        "fwd_tb_per_s": 4 * elements * itemsize / fwd.median_ms / 1e9,
+        "fwd_tflop_per_s": flops / fwd.median_ms / 1e9,
+        "fwd_bwd_ms": fwd_bwd.median_ms,
+        "fwd_bwd_low_ms": fwd_bwd.low_ms,
+        "fwd_bwd_high_ms": fwd_bwd.high_ms,
+        "fwd_bwd_over_floor": fwd_bwd.median_ms / floors[1],
+        "fwd_bwd_ns_per_token": 1e6 * fwd_bwd.median_ms / (batch * length),
+        "compile_ms": fwd.compile_ms + fwd_bwd.compile_ms,
+        "extra_mib": None if memory is None else memory / 2**20,
+        "floor_fwd_ms": floors[0],
+        "floor_fwd_bwd_ms": floors[1],
+    }

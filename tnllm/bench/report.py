@@ -1,0 +1,141 @@
+"""Benchmark results as a table, JSON, CSV and a chart."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from tnllm.errors import MissingExtra
+from tnllm.files import write_text_atomic
+
+# Wong's palette: told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*"
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Tables on stdout: device, accuracy, times."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 130)
+    environment = dict(results["environment"])
+    bandwidth = environment.pop("copy_tb_per_s")
+    shape = results["shape"]
+    console.print(
+        f"{environment.pop('device')}, copy {bandwidth:.3g} TB/s; "
+        + ", ".join(f"{key} {value}" for key, value in environment.items())
+        + f"; {shape['heads']} heads of {shape['head_dim']}, {shape['dtype']}",
+        highlight=False,
+    )
+    table = Table(title="relative RMS error against float64", title_justify="left")
+    for column in ("provider", "o", "dq", "dk", "dv", "limit", ""):
+        table.add_column(column, justify="left" if column in ("provider", "") else "right")
+    for row in results["accuracy"]:
+        errors = [f"{row[key]:.2e}" for key in ("o", "dq", "dk", "dv")]
+        table.add_row(row["provider"], *errors, f"{row['limit']:g}", "ok" if row["passed"] else "WRONG")
+    console.print(table)
+    table = Table(title="time (median; 20th to 80th percentile) and memory", title_justify="left")
+    columns = (
+        "seqlen",
+        "batch",
+        "provider",
+        "fwd ms",
+        "x floor",
+        "TB/s",
+        "TFLOP/s",
+        "fwd+bwd ms",
+        "x floor",
+        "extra MiB",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
+    seqlen = None
+    for row in results["rows"]:
+        if seqlen not in (None, row["seqlen"]):
+            table.add_section()
+        seqlen = row["seqlen"]
+        table.add_row(
+            str(row["seqlen"]),
+            str(row["batch"]),
+            row["provider"],
+            _spread(row, "fwd"),
+            f"{row['fwd_over_floor']:.3g}",
+            f"{row['fwd_tb_per_s']:.2g}",
+            f"{row['fwd_tflop_per_s']:.3g}",
+            _spread(row, "fwd_bwd"),
+            f"{row['fwd_bwd_over_floor']:.3g}",
+            "-" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}",
+        )
+    console.print(table)
+
+
+def _spread(row: dict[str, Any], key: str) -> str:
+    median, low, high = row[f"{key}_ms"], row[f"{key}_low_ms"], row[f"{key}_high_ms"]
+    digits = max(0, 3 - len(str(int(median)))) + (1 if median < 1 else 0)
+    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def write_json(results: dict[str, Any], path: Path) -> None:
+    """Everything, as it was measured."""
+    write_text_atomic(path, json.dumps(results, indent=2) + "\n")
+
+
+def write_csv(results: dict[str, Any], path: Path) -> None:
+    """The rows, with the device beside each."""
+    text = io.StringIO()
+    rows = [{"device": results["environment"]["device"], **results["shape"], **row} for row in results["rows"]]
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_text_atomic(path, text.getvalue())
+
+
+def plot_attention(results: dict[str, Any], path: Path) -> None:
+    """Time and memory against length, log axes, as PNG, SVG or PDF by the file's ending."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtra("plot", "matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = results["rows"]
+    panels = [("fwd_ms", "forward (ms)"), ("fwd_bwd_ms", "forward + backward (ms)")]
+    if any(row["extra_mib"] is not None for row in rows):
+        panels.append(("extra_mib", "extra memory, forward + backward (MiB)"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        for index, name in enumerate(names):
+            points = [(row["seqlen"], row[key]) for row in rows if row["provider"] == name and row[key]]
+            style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 4.5}
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=2.4 if name == "tnllm" else 1.4, **style)
+        if key != "extra_mib":
+            floor = "floor_" + key
+            points = sorted({(row["seqlen"], row[floor]) for row in rows})
+            axis.plot(*zip(*points, strict=True), color="0.5", linestyle=":", label="memory floor")
+        lengths = sorted({row["seqlen"] for row in rows})
+        axis.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel=label)
+        axis.set_xticks(lengths, [_length(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
+        axis.minorticks_off()
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8.5)
+    shape, environment = results["shape"], results["environment"]
+    batches = sorted({row["batch"] for row in rows})
+    batch = f"batch {batches[0]}" if len(batches) == 1 else f"batch {batches[-1]} to {batches[0]}, constant tokens"
+    figure.suptitle(
+        f"{environment['device']}: {batch}, {shape['heads']} heads of {shape['head_dim']}, {shape['dtype']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _length(tokens: int) -> str:
+    if tokens % (1 << 20) == 0:
+        return f"{tokens >> 20}M"
+    return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)

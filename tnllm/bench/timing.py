@@ -1,0 +1,106 @@
+"""Honest timing: compile and warm up first, then medians with their spread; bandwidth and peak memory measured.
+
+timing = measure(lambda: f(x), device)     # Timing(median_ms, low_ms, high_ms, compile_ms)
+bandwidth = copy_bandwidth(device)         # bytes/s, reads and writes counted
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Overwritten before every repetition on a GPU, so that no input is found in its cache.
+_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: the median, the 20th and 80th percentile, and what the first call took beyond it."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    compile_ms: float
+
+
+def measure(run: Callable[[], Any], device: torch.device, budget_s: float = 0.5, most: int = 200) -> Timing:
+    """Time `run` until `budget_s` is spent: at least 5 and at most `most` repetitions."""
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    again = time.perf_counter() - started
+    repeats = int(min(most, max(5, budget_s / max(again, 1e-6))))
+    times = _on_gpu(run, device, repeats) if device.type == "cuda" else _on_cpu(run, repeats)
+    times.sort()
+    median, low, high = (times[min(repeats - 1, int(repeats * share))] for share in (0.5, 0.2, 0.8))
+    return Timing(median, low, high, max(0.0, 1e3 * first - median))
+
+
+def _on_gpu(run: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    cache = torch.empty(_CACHE_BYTES // 4, dtype=torch.int32, device=device)
+    starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
+    for _ in range(3):
+        run()
+    for start, end in zip(starts, ends, strict=True):
+        cache.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+
+
+def _on_cpu(run: Callable[[], Any], repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def extra_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak bytes allocated during `run` beyond what was allocated before it; None on CPU, where nobody counts."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, bytes read and written counted: what moving data can reach here."""
+    count = 1 << (29 if device.type == "cuda" else 24)
+    source = torch.randn(count, device=device, dtype=torch.float32)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (measure(lambda: target.copy_(source), device).median_ms / 1e3)
+
+
+def describe_device(device: torch.device) -> dict[str, str]:
+    """Device and versions, for the head of every report."""
+    found = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda)
+        import triton
+
+        found["triton"] = triton.__version__
+    else:
+        found["device"] = f"cpu ({platform.machine()}), {torch.get_num_threads()} threads"
+    return found

@@ -1,0 +1,89 @@
+"""`tnllm bench-attn`: Lightning Attention against its peers, by length."""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from tnllm.errors import UserError
+
+EPILOG = "Example:  tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png"
+
+# Lengths, heads, width of a head, dtype.
+_GPU = ("1k:64k", 16, 128, "bf16")
+_CPU = ("256:2k", 4, 64, "fp32")
+_GPU_PROVIDERS = "tnllm,torch,fla,lightning-attn,sdpa-flash,sdpa-cudnn"
+_CPU_PROVIDERS = "tnllm,torch,sdpa"
+
+
+def command(
+    seqlen: int | None = typer.Option(None, min=1, help="One length in tokens: --seqlen 65536."),
+    seqlens: str | None = typer.Option(None, help="Several: 1k,4k,16k, or 1k:128k for every doubling."),
+    batch: int = typer.Option(1, min=1, help="Rows."),
+    fixed_tokens: str | None = typer.Option(None, help="Keep batch * length at this many tokens, such as 1m."),
+    heads: int | None = typer.Option(None, min=1, help="Heads. Default 16 on a GPU, 4 on CPU."),
+    head_dim: int | None = typer.Option(None, min=1, help="Width of a head. Default 128 on a GPU, 64 on CPU."),
+    dtype: str | None = typer.Option(None, help="bf16, fp16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
+    providers: str | None = typer.Option(None, help=f"Among {_GPU_PROVIDERS}; on CPU {_CPU_PROVIDERS}."),
+    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    seconds: float = typer.Option(0.5, min=0.01, help="Time spent on each measurement."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
+    csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
+    plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
+) -> None:
+    """Check attention against float64, then time it beside its peers: forward, backward, memory, by length."""
+    lengths_given = _lengths(str(seqlen) if seqlen is not None else seqlens) if seqlen or seqlens else None
+    if seqlen is not None and seqlens is not None:
+        raise UserError("both --seqlen and --seqlens are given; use one of them")
+    tokens = _length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
+    import torch
+
+    from tnllm.bench.attention import Shape, bench_attention
+    from tnllm.bench.report import plot_attention, print_results, write_csv, write_json
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"--device is {device!r}; allowed: auto, cuda, cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    default_lengths, default_heads, default_dim, default_dtype = _GPU if on_gpu else _CPU
+    if not on_gpu:
+        _note("no GPU in use: the chunked torch form against the quadratic one and SDPA, at sizes for a CPU")
+    name = dtype or default_dtype
+    if name not in dtypes:
+        raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
+    lengths = lengths_given or _lengths(default_lengths)
+    shape = Shape(batch, heads or default_heads, head_dim or default_dim, dtypes[name], tokens)
+    names = [part.strip() for part in (providers or (_GPU_PROVIDERS if on_gpu else _CPU_PROVIDERS)).split(",")]
+    results = bench_attention(shape, lengths, names, torch.device("cuda" if on_gpu else "cpu"), seconds, _note)
+    print_results(results)
+    for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_attention)):
+        if file is not None:
+            write(results, file)
+            _note(f"wrote {file}")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _length(text: str, flag: str) -> int:
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in ("k", "m") else (text, "")
+    if not number.isdigit() or int(number) == 0:
+        raise UserError(f"{flag} has {text!r}; write tokens such as 1000, 64k (65536) or 1m (1048576)")
+    return int(number) * {"": 1, "k": 1 << 10, "m": 1 << 20}[unit]
+
+
+def _lengths(text: str) -> list[int]:
+    """`1k,4k` or `1k:64k` (every doubling)."""
+    if ":" not in text:
+        return [_length(part.strip(), "--seqlens") for part in text.split(",")]
+    low, high = (_length(part.strip(), "--seqlens") for part in text.split(":", 1))
+    if low > high:
+        raise UserError(f"--seqlens is {text!r}; the first length must not exceed the second")
+    lengths = []
+    while low <= high:
+        lengths.append(low)
+        low *= 2
+    return lengths
