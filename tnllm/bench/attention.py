@@ -110,12 +110,13 @@ def gate(provider: Provider, shape: Shape, device: torch.device) -> dict[str, fl
     log_decay = slopes(shape.heads, device)
     parts = _inputs(shape, 2, GATE_LENGTH, device, heads_first=False)
     exact = [part.double().requires_grad_() for part in parts[:3]]
-    expected = softmax_reference(*exact) if provider.softmax else quadratic(*exact, log_decay)[0]
+    q, k, v = exact
+    expected = softmax_reference(q, k, v) if provider.softmax else quadratic(q, k, v, log_decay)[0]
     exact_grads = torch.autograd.grad(expected, exact, parts[3].double())
     expected = expected.detach()
     given = [part.transpose(1, 2).contiguous() if provider.heads_first else part for part in parts]
-    leaves = [part.requires_grad_() for part in given[:3]]
-    got = provider.attend(*leaves, log_decay)
+    q, k, v = leaves = [part.requires_grad_() for part in given[:3]]
+    got = provider.attend(q, k, v, log_decay)
     grads = torch.autograd.grad(got, leaves, given[3])
     found = [part.transpose(1, 2) if provider.heads_first else part for part in (got, *grads)]
     pairs = zip(("o", "dq", "dk", "dv"), found, (expected, *exact_grads), strict=True)
@@ -142,15 +143,15 @@ def _time(
             note(f"skipped {provider.name} at {length}: its [T, T] scores need {needed / 2**30:.0f} GiB")
             return None
     log_decay = slopes(shape.heads, device)
-    *leaves, grad = _inputs(shape, batch, length, device, provider.heads_first)
-    leaves = [part.requires_grad_() for part in leaves]
+    *parts, grad = _inputs(shape, batch, length, device, provider.heads_first)
+    q, k, v = leaves = [part.requires_grad_() for part in parts]
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return provider.attend(*leaves, log_decay)
+            return provider.attend(q, k, v, log_decay)
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(provider.attend(*leaves, log_decay), leaves, grad)
+        return torch.autograd.grad(provider.attend(q, k, v, log_decay), leaves, grad)
 
     note(f"timing {provider.name} at {batch} x {length}")
     try:

@@ -32,9 +32,9 @@ def command(
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
 ) -> None:
     """Check attention against float64, then time it beside its peers: forward, backward, memory, by length."""
-    lengths_given = _lengths(str(seqlen) if seqlen is not None else seqlens) if seqlen or seqlens else None
     if seqlen is not None and seqlens is not None:
         raise UserError("both --seqlen and --seqlens are given; use one of them")
+    lengths = [seqlen] if seqlen is not None else _lengths(seqlens) if seqlens is not None else None
     tokens = _length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
     import torch
 
@@ -53,7 +53,7 @@ def command(
     name = dtype or default_dtype
     if name not in dtypes:
         raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
-    lengths = lengths_given or _lengths(default_lengths)
+    lengths = lengths or _lengths(default_lengths)
     shape = Shape(batch, heads or default_heads, head_dim or default_dim, dtypes[name], tokens)
     names = [part.strip() for part in (providers or (_GPU_PROVIDERS if on_gpu else _CPU_PROVIDERS)).split(",")]
     results = bench_attention(shape, lengths, names, torch.device("cuda" if on_gpu else "cpu"), seconds, _note)
