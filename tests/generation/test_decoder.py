@@ -1,0 +1,256 @@
+"""Decoding gives what the full forward pass gives, and a sample depends on its prompt, options and seed alone."""
+
+import pytest
+import torch
+from conftest import small_model
+
+from tnllm.errors import RunError, UserError
+from tnllm.generation.context import load_context, read, save_context, weights_hash
+from tnllm.generation.decoder import Piece, Result, generate, generate_text
+from tnllm.generation.sampler import SamplingParams
+
+PROMPTS = ["The quick brown fox", "今天天气", "a", "The lazy dog and the cat.\n" * 8]
+FREE = {"ignore_eos": True}
+
+
+def results(model, tokenizer, prompts, params, **more):
+    """Results by (prompt, sample); each is checked against its pieces."""
+    texts, tokens, found = {}, {}, {}
+    for event in generate(model, tokenizer, prompts, params, **more):
+        key = event.index, event.sample
+        assert key not in found
+        if isinstance(event, Piece):
+            texts[key] = texts.get(key, "") + event.text
+            tokens.setdefault(key, []).append(event.token)
+        else:
+            assert event.text == texts.get(key, "")
+            assert event.tokens == tokens.get(key, [])
+            found[key] = event
+    return found
+
+
+def one(model, tokenizer, prompt, params, **more) -> Result:
+    return results(model, tokenizer, [prompt], params, **more)[0, 0]
+
+
+@pytest.mark.parametrize("kind", ["transnormer", "transformer"])
+def test_greedy_tokens_are_those_of_the_full_forward(tokenizer, kind):
+    model = small_model(kind=kind)
+    prompt = tokenizer.encode(PROMPTS[0])
+    tokens = one(model, tokenizer, prompt, SamplingParams(temperature=0, max_tokens=40, **FREE)).tokens
+    logits = model(torch.tensor([prompt + tokens]))[0][0, len(prompt) - 1 : -1, : tokenizer.vocab_size]
+    assert logits.argmax(-1).tolist() == tokens
+
+
+def step_logits(model, tokens):
+    """Logits at every position, one step at a time."""
+    state = model.init_state(tokens.shape[0])
+    return torch.stack([model.step(column, state) for column in tokens.unbind(1)], dim=1)
+
+
+def largest_gap(model):
+    tokens = torch.randint(3, 340, (2, 200), generator=torch.Generator().manual_seed(5))
+    return (step_logits(model, tokens) - model(tokens)[0]).abs().max().item()
+
+
+def test_step_logits_equal_the_full_forward_at_every_position():
+    # The same products summed in another order. Logits have a standard deviation of 3; measured: 3e-5.
+    assert largest_gap(small_model()) < 2e-4
+    # In float64 only fp32's part of the model (decays, theta) is rounded, alike on both sides. Measured: 1e-12.
+    assert largest_gap(small_model(torch.float64)) < 1e-10
+
+
+def test_bfloat16_weights_keep_every_decay_below_one():
+    """The released code rounds slopes to the weights' dtype; in late layers its decay is then exactly 1."""
+    model = small_model(torch.bfloat16, num_layers=30, model_dim=512, num_heads=32, glu_dim=64)
+    rounded_to_one = 0
+    for block in model.layers:
+        decay = block.token_mixer.log_decay
+        assert decay.dtype == torch.float32
+        assert (decay.exp() < 1).all()
+        rounded_to_one += int((decay.bfloat16().exp() == 1).sum())
+    assert (model.layers[29].token_mixer.log_decay.bfloat16().exp() == 1).all()
+    assert rounded_to_one > 100
+    # Both sides round activations to bfloat16 after sums in another order: 2^-9 relative each, through 30 layers of
+    # a residual stream. Logits have a standard deviation of 3. Measured: GAP.
+    assert largest_gap(model) < 0.5
+
+
+def test_batched_equals_alone(model, tokenizer):
+    params = [
+        SamplingParams(seed=1, max_tokens=30),
+        SamplingParams(temperature=0, max_tokens=12, repetition_penalty=1.3),
+        SamplingParams(seed=3, max_tokens=50, top_k=20, presence_penalty=0.5),
+        SamplingParams(seed=2**63 - 1, max_tokens=25, top_p=0.8, temperature=1.5, frequency_penalty=0.3, logprobs=2),
+    ]
+    together = results(model, tokenizer, PROMPTS, params)
+    assert len({result.text for result in together.values()}) == 4
+    for index, (prompt, row) in enumerate(zip(PROMPTS, params, strict=True)):
+        alone = one(model, tokenizer, prompt, row)
+        assert alone.tokens == together[index, 0].tokens
+        assert alone.text == together[index, 0].text
+        assert alone.finish_reason == together[index, 0].finish_reason
+    for options in {"batch_size": 2}, {"batch_size": 1}, {"chunk_tokens": 3}, {"sync_every": 7}:
+        again = results(model, tokenizer, PROMPTS, params, **options)
+        assert {key: result.tokens for key, result in again.items()} == {
+            key: result.tokens for key, result in together.items()
+        }, options
+
+
+def test_two_generations_in_a_row_are_equal(model, tokenizer):
+    sampling = {"max_tokens": 40, "seed": 4, "temperature": 0.9}
+    first = generate_text(model, tokenizer, PROMPTS[0], **sampling)
+    assert generate_text(model, tokenizer, PROMPTS[0], **sampling) == first
+    assert generate_text(model, tokenizer, PROMPTS[0], **{**sampling, "seed": 5}) != first
+
+
+def test_samples_of_one_prompt_equal_separate_runs(model, tokenizer):
+    params = SamplingParams(n=3, seed=10, max_tokens=20)
+    together = results(model, tokenizer, PROMPTS[:2], [params, params])
+    for (index, sample), result in together.items():
+        assert result.seed == 10 + sample
+        assert result.tokens == one(model, tokenizer, PROMPTS[index], SamplingParams(seed=10 + sample, max_tokens=20)).tokens
+    assert len(together) == 6
+
+
+def test_a_prompt_is_read_once_for_all_samples(model, tokenizer, monkeypatch):
+    reads = []
+    hidden = type(model).hidden
+    monkeypatch.setattr(
+        type(model), "hidden", lambda self, tokens, *rest: reads.append(tokens.shape[1]) or hidden(self, tokens, *rest)
+    )
+    results(model, tokenizer, ["The quick brown fox"], SamplingParams(n=5, max_tokens=3))
+    assert reads == [len(tokenizer.encode("The quick brown fox"))]
+
+
+def test_without_a_seed_each_run_is_new_and_can_be_repeated(model, tokenizer):
+    params = SamplingParams(max_tokens=20, **FREE)
+    first, second = (one(model, tokenizer, "The", params) for _ in range(2))
+    assert first.seed != second.seed
+    assert first.tokens != second.tokens
+    assert one(model, tokenizer, "The", SamplingParams(max_tokens=20, seed=first.seed, **FREE)).tokens == first.tokens
+
+
+@pytest.mark.parametrize("kind", ["transnormer", "transformer"])
+def test_continuing_a_saved_context_equals_never_stopping(tmp_path, tokenizer, kind):
+    model = small_model(kind=kind)
+    weights = weights_hash(model)
+    penalized = {"seed": 3, "repetition_penalty": 1.2, "temperature": 0.9, **FREE}
+    whole = one(model, tokenizer, PROMPTS[1], SamplingParams(max_tokens=40, **penalized))
+    context, prompt, tokens, text = None, PROMPTS[1], [], ""
+    for place in range(4):
+        params = SamplingParams(max_tokens=10, **penalized)
+        part = one(model, tokenizer, prompt, params, contexts=[context], keep_contexts=True)
+        tokens += part.tokens
+        text += part.text
+        assert part.context.num_tokens == len(tokenizer.encode(PROMPTS[1])) + len(tokens)
+        save_context(tmp_path / f"{place}.state", part.context, weights)
+        context, prompt = load_context(tmp_path / f"{place}.state", model, weights), ""
+    assert tokens == whole.tokens
+    assert text == whole.text
+
+
+def test_one_context_answers_many_questions(model, tokenizer):
+    book, questions = tokenizer.encode(PROMPTS[3]), ["The cat", "今天", "fox"]
+    [context] = read(model, [book])
+    params = SamplingParams(seed=1, max_tokens=15)
+    answers = results(model, tokenizer, questions, params, contexts=[context] * 3)
+    for index, question in enumerate(questions):
+        alone = one(model, tokenizer, book + tokenizer.encode(question), params)
+        assert answers[index, 0].tokens == alone.tokens
+        assert answers[index, 0].prompt_tokens == len(tokenizer.encode(question))
+
+
+def test_max_tokens_zero_only_reads(model, tokenizer):
+    result = one(model, tokenizer, "The quick", SamplingParams(max_tokens=0), keep_contexts=True)
+    assert (result.text, result.tokens, result.finish_reason) == ("", [], "length")
+    [context] = read(model, [tokenizer.encode("The quick")])
+    assert result.context.logits.equal(context.logits)
+
+
+def test_stop_strings_cut_the_text_wherever_they_are(model, tokenizer):
+    params = {"seed": 3, "max_tokens": 60, **FREE}
+    free = one(model, tokenizer, "The", SamplingParams(**params))
+    for start in range(0, len(free.text) - 12, 7):
+        for length in (1, 3, 11):
+            stop = free.text[start : start + length]
+            result = one(model, tokenizer, "The", SamplingParams(stop=(stop, "never to be seen"), **params))
+            assert result.text == free.text[: free.text.index(stop)]
+            assert result.finish_reason == "stop"
+            assert result.tokens == free.tokens[: len(result.tokens)]
+
+
+def test_the_end_token_ends_a_text(model, tokenizer):
+    params = SamplingParams(seed=1, max_tokens=60, **FREE)
+    free = one(model, tokenizer, "The", params)
+    at = 20
+    end = free.tokens[at]
+    result = one(model, tokenizer, "The", SamplingParams(seed=1, max_tokens=60), eos_ids=[end])
+    first = free.tokens.index(end)
+    assert result.finish_reason == "eos"
+    assert result.tokens == free.tokens[: first + 1]
+    assert one(model, tokenizer, "The", params, eos_ids=[end]).tokens == free.tokens, "ignore_eos goes on"
+
+
+def test_logprobs_are_those_of_the_full_forward(model, tokenizer):
+    params = SamplingParams(seed=3, max_tokens=15, logprobs=3, temperature=0.5, top_k=5, repetition_penalty=1.5, **FREE)
+    result = one(model, tokenizer, "The", params)
+    prompt = tokenizer.encode("The")
+    logits = model(torch.tensor([prompt + result.tokens]))[0][0, len(prompt) - 1 : -1, : tokenizer.vocab_size]
+    logs = logits.log_softmax(-1)
+    assert [entry.id for entry in result.logprobs] == result.tokens
+    for entry, row in zip(result.logprobs, logs, strict=True):
+        # See the tolerance of step logits.
+        assert entry.logprob == pytest.approx(row[entry.id].item(), abs=2e-4)
+        assert [top.id for top in entry.top] == row.topk(3).indices.tolist()
+        assert [top.logprob for top in entry.top] == pytest.approx(row.topk(3).values.tolist(), abs=2e-4)
+    assert one(model, tokenizer, "The", SamplingParams(max_tokens=2)).logprobs is None
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(model, tokenizer):
+    assert model.config.vocab_size > tokenizer.vocab_size
+    result = one(model, tokenizer, "The", SamplingParams(seed=1, temperature=50.0, max_tokens=300, **FREE))
+    assert max(result.tokens) < tokenizer.vocab_size
+
+
+def test_memory_does_not_grow_with_the_text(model, tokenizer):
+    sizes = []
+    for length in (5, 300):
+        params = SamplingParams(seed=1, max_tokens=length, **FREE)
+        context = one(model, tokenizer, "The", params, keep_contexts=True).context
+        sizes.append((context.state.nbytes, context.logits.shape, context.seen.shape, len(context.tail)))
+    assert sizes[0] == sizes[1]
+
+
+def test_the_end_token_leads_to_no_text(tokenizer):
+    model = small_model()
+    model.lm_head.weight.zero_()
+    model.lm_head.weight[tokenizer.eos_id] = 1.0
+    model.lm_head.weight[tokenizer.eos_id + 1] = -1.0
+    ends = [one(model, tokenizer, prompt, SamplingParams(seed=1, max_tokens=200)) for prompt in PROMPTS]
+    assert {result.finish_reason for result in ends} == {"eos"}
+    assert all(result.tokens[-1] == tokenizer.eos_id for result in ends)
+
+
+def test_damaged_weights_are_named(tokenizer):
+    model = small_model()
+    model.layers[1].channel_mixer.l3.weight[0, 0] = torch.nan
+    with pytest.raises(RunError, match="non-finite logits near token 1; its weights are damaged"):
+        generate_text(model, tokenizer, "T", seed=1)
+
+
+def test_faults_of_the_caller(model, tokenizer):
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        generate(model, tokenizer, ["a", ""])
+    with pytest.raises(UserError, match="temperature is -1"):
+        generate_text(model, tokenizer, "a", temperature=-1)
+    with pytest.raises(UserError, match="n is 2; generate_text gives one text"):
+        generate_text(model, tokenizer, "a", n=2)
+    with pytest.raises(UserError, match="the tokenizer has 340 tokens, the model 100; they do not belong together"):
+        generate(small_model(vocab_size=100), tokenizer, ["a"])
+
+
+def test_an_empty_prompt_starts_from_the_begin_token(model, tokenizer):
+    sampling = {"seed": 1, "max_tokens": 10}
+    begin = one(model, tokenizer, [tokenizer.bos_id], SamplingParams(**sampling))
+    assert generate_text(model, tokenizer, "", **sampling) == begin.text

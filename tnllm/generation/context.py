@@ -1,0 +1,178 @@
+"""What a model has read, as a value: keep it, fork it, save it, ask many questions about it.
+
+    [book] = read(model, [book_ids])                     # in chunks, in constant memory
+    [first, second] = read(model, [question, other], [book, book])
+    save_context("book.state", book, weights_hash(model))
+    book = load_context("book.state", model, weights_hash(model))
+
+A context is complete: the recurrent state after the last token, the logits for the next one, which tokens occurred (for
+the repetition penalty) and the last few ids (a character may be split between tokens). Generation that starts from
+a saved context equals generation that never stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tnllm.errors import RunError, UserError
+from tnllm.files import write_bytes_atomic
+from tnllm.generation.text import TAIL_TOKENS
+from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.state import State
+
+# Tokens read at once, all prompts together: enough to keep the matrix products busy, small enough that the
+# activations of one chunk are all the memory a prompt of any length needs.
+CHUNK_TOKENS = 2048
+_FORMAT = "tnllm-context-1"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One text a model has read. Nothing in it is ever changed."""
+
+    state: State  # 1 row
+    logits: Tensor  # [1, V] fp32, of the token after the last one
+    seen: Tensor  # [1, V] bool, the tokens that occurred
+    tail: tuple[int, ...]  # the last few ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read so far."""
+        return int(self.state.position[0])
+
+
+@torch.no_grad()
+def read(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    contexts: Sequence[Context | None] | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> list[Context]:
+    """Read each prompt, after its context if it has one; contexts passed in are not changed.
+
+    Prompts of unequal length are packed, so padding never enters a state, and at most `chunk_tokens` tokens go
+    through the model at once. A prompt may be empty only after a context. Raises UserError for an id outside the
+    model's vocabulary.
+    """
+    if contexts is None:
+        contexts = [None] * len(prompts)
+    assert len(contexts) == len(prompts) and chunk_tokens >= 1
+    vocab_size = model.config.vocab_size
+    for prompt, context in zip(prompts, contexts, strict=True):
+        assert prompt or context, "an empty prompt without a context has no next token"
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            bad = next(id for id in prompt if not 0 <= id < vocab_size)
+            raise UserError(f"token id {bad} is outside the model's vocabulary of {vocab_size}")
+    states = [context.state if context else model.init_state(1) for context in contexts]
+    logits = [context.logits if context else None for context in contexts]
+    for group in _chunks([len(prompt) for prompt in prompts], chunk_tokens):
+        rows = [row for row, _, _ in group]
+        pieces = [list(prompts[row][start:end]) for row, start, end in group]
+        before = states[rows[0]] if len(rows) == 1 else State.cat([states[row] for row in rows])
+        hidden, after = _hidden(model, pieces, before)
+        for index, (row, _, end) in enumerate(group):
+            states[row] = after if len(rows) == 1 else after.select([index])
+            if end == len(prompts[row]):
+                logits[row] = model.logits(hidden[index : index + 1])
+    return [
+        _context(prompt, context, state, row)
+        for prompt, context, state, row in zip(prompts, contexts, states, logits, strict=True)
+    ]
+
+
+def _chunks(lengths: list[int], chunk_tokens: int) -> list[list[tuple[int, int, int]]]:
+    """Cut prompts into passes of at most `chunk_tokens` tokens: lists of (prompt, start, end)."""
+    passes: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for row, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if room == 0:
+                passes.append([])
+                room = chunk_tokens
+            end = min(length, start + room)
+            passes[-1].append((row, start, end))
+            room -= end - start
+            start = end
+    return passes
+
+
+def _hidden(model: LanguageModel, pieces: list[list[int]], state: State) -> tuple[Tensor, State]:
+    """Hidden states [N, M] of the last token of each piece, and the state after it."""
+    flat = torch.tensor([[id for piece in pieces for id in piece]], device=model.device)
+    if len(pieces) == 1:
+        hidden, state = model.hidden(flat, state)
+        return hidden[:, -1], state
+    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(model.device, torch.int32)
+    hidden, state = model.hidden(flat, state, cu_seqlens)
+    return hidden[0, (ends - 1).to(model.device)], state
+
+
+def _context(prompt: Sequence[int], before: Context | None, state: State, logits: Tensor | None) -> Context:
+    assert logits is not None
+    if before is None:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        tail: tuple[int, ...] = ()
+    else:
+        seen, tail = before.seen.clone(), before.tail
+    seen[0, torch.tensor(list(set(prompt)), dtype=torch.int64, device=seen.device)] = True
+    return Context(state, logits, seen, (*tail, *prompt[-TAIL_TOKENS:])[-TAIL_TOKENS:])
+
+
+def weights_hash(model: LanguageModel) -> str:
+    """SHA-256 (hex) over the model's config and every weight as it is held: who may read whose states."""
+    digest = hashlib.sha256(model.config.model_dump_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_context(path: Path | str, context: Context, weights: str) -> None:
+    """Write a context to a safetensors file, whole or not at all. `weights` is `weights_hash(model)`."""
+    state = context.state
+    tensors = {f"layers.{index}": layer for index, layer in enumerate(state.layers)}
+    tensors |= {"position": state.position, "logits": context.logits, "seen": context.seen.view(torch.uint8)}
+    metadata = {
+        "format": _FORMAT,
+        "weights": weights,
+        "rows_dim": str(state.rows_dim),
+        "num_tokens": str(context.num_tokens),
+        "tail": json.dumps(context.tail),
+    }
+    write_bytes_atomic(Path(path), save({name: x.cpu().contiguous() for name, x in tensors.items()}, metadata))
+
+
+def load_context(path: Path | str, model: LanguageModel, weights: str) -> Context:
+    """Read a context back onto the model's device.
+
+    Raises UserError for a missing file, another kind of file or the context of another model, RunError for a
+    damaged file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"state file {path} does not exist; write one with --state-out")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise UserError(f"{path} holds no state this version reads; write one with --state-out")
+            if metadata["weights"] != weights:
+                raise UserError(
+                    f"{path} was written with other weights ({metadata['weights'][:12]}, here {weights[:12]}); "
+                    "give the --model and --dtype it was written with"
+                )
+            tensors = {name: file.get_tensor(name).to(model.device) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise RunError(f"state file {path} is damaged or of another kind ({error}); write it again") from None
+    layers = [tensors[f"layers.{index}"] for index in range(model.config.num_layers)]
+    state = State(layers, tensors["position"], int(metadata["rows_dim"]))
+    return Context(state, tensors["logits"], tensors["seen"].view(torch.bool), tuple(json.loads(metadata["tail"])))

@@ -1,0 +1,226 @@
+"""From logits to the next token: every sampling option, as pure functions on logits [B, V] fp32.
+
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=1)      # validated; one per request
+    options = Options.of([params, other], seeds=[1, 2], device=device)  # as columns, one row each
+    tokens = choose(logits, options, positions, seen, counts)         # [B] int64
+
+A draw depends on the row's own logits, its seed and the position of the token in the text, and on nothing else:
+the same seed gives the same text alone, in any batch, and after a state was saved and loaded. The noise comes from
+a counter-based generator computed where the logits are, so drawing never waits for the host.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnllm.errors import UserError, did_you_mean
+
+MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request asks of the sampler and of the decoder. Raises UserError for a value out of range.
+
+    Options apply in this order: penalties, temperature, top_k, top_p, min_p.
+    """
+
+    max_tokens: int = 256  # most tokens to generate; 0 only reads the prompt
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # drop tokens below this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and the text become less likely (CTRL, 1909.05858)
+    presence_penalty: float = 0.0  # taken from the logit of a token generated before
+    frequency_penalty: float = 0.0  # the same, once for each time
+    seed: int | None = None  # None: a new one each time
+    stop: tuple[str, ...] = ()  # the text ends before any of these
+    logprobs: int | None = None  # log-probabilities of the chosen token and of this many likeliest ones
+    n: int = 1  # samples; sample i has seed + i
+    ignore_eos: bool = False  # go on after the end token, for measurements
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"stop is {self.stop!r}; allowed: strings that are not empty")
+        object.__setattr__(self, "stop", tuple(stop))
+        _check_int("max_tokens", self.max_tokens, 0, None)
+        _check_int("top_k", self.top_k, 0, None)
+        _check_int("n", self.n, 1, MAX_SAMPLES)
+        _check_float("temperature", self.temperature, 0, None)
+        _check_float("top_p", self.top_p, 0, 1, open_low=True)
+        _check_float("min_p", self.min_p, 0, 1)
+        _check_float("repetition_penalty", self.repetition_penalty, 0, None, open_low=True)
+        _check_float("presence_penalty", self.presence_penalty, -2, 2)
+        _check_float("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, MAX_SEED)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise UserError(f"ignore_eos is {self.ignore_eos!r}; allowed: true, false")
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> "SamplingParams":
+        """Build from plain values, such as a JSON object's; an unknown key names its nearest neighbour."""
+        names = [field.name for field in fields(SamplingParams)]
+        for key in values:
+            if key not in names:
+                raise UserError(f"{key!r} is no sampling option; allowed: {', '.join(names)}{did_you_mean(key, names)}")
+        return SamplingParams(**values)
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if not fits:
+        allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        raise UserError(f"{name} is {value!r}; allowed: a whole number, {allowed}")
+
+
+def _check_float(name: str, value: Any, low: float, high: float | None, open_low: bool = False) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < low or (open_low and value == low) or (high is not None and value > high):
+        allowed = f"above {low}" if open_low else f"{low} or more" if high is None else f"{low} to {high}"
+        if open_low and high is not None:
+            allowed += f", up to {high}"
+        raise UserError(f"{name} is {value!r}; allowed: a number, {allowed}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The sampling options of B rows, one column each ([B], on the logits' device)."""
+
+    temperature: Tensor  # fp32, as all but top_k and seed
+    top_k: Tensor  # int64; V where off
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+    presence_penalty: Tensor
+    frequency_penalty: Tensor
+    seed: Tensor  # int64
+    # Known on the host, so that work no row asks for is skipped. They never change a row's result.
+    draws: bool
+    filters: bool
+    repetition: bool
+    counts: bool
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str) -> "Options":
+        """One row for each of `params`, drawing from the stream of its seed."""
+
+        def column(name: str) -> Tensor:
+            return torch.tensor([float(getattr(row, name)) for row in params], device=device)
+
+        return Options(
+            **{
+                name: column(name)
+                for name in (
+                    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                )
+            },
+            top_k=torch.tensor([row.top_k or torch.iinfo(torch.int64).max for row in params], device=device),
+            seed=torch.tensor(list(seeds), dtype=torch.int64, device=device),
+            draws=any(row.temperature > 0 for row in params),
+            filters=any(
+                row.temperature > 0 and (row.top_k > 0 or row.top_p < 1 or row.min_p > 0) for row in params
+            ),
+            repetition=any(row.repetition_penalty != 1 for row in params),
+            counts=any(row.presence_penalty != 0 or row.frequency_penalty != 0 for row in params),
+        )  # fmt: skip
+
+
+def choose(
+    logits: Tensor, options: Options, positions: Tensor, seen: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    """The next token of each row: logits [B, V] fp32 → [B] int64. Nothing is changed, and no value is read back.
+
+    positions [B] int64: number of tokens before the one drawn. seen [B, V] bool: tokens of the prompt and the text,
+    needed with a repetition penalty. counts [B, V]: how often each token was generated, needed with the other two.
+    """
+    logits = penalize(logits, options, seen, counts)
+    if not options.draws:
+        return logits.argmax(dim=-1)
+    # Relative to the maximum, so that a tiny temperature gives zeros and large negatives, never inf - inf.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature.clamp(min=1e-6)[:, None]
+    if options.filters:
+        scaled = keep_likeliest(scaled, options.top_k, options.top_p, options.min_p)
+    noise = gumbel(options.seed, positions, logits.shape[-1])
+    # The maximum of log p + Gumbel noise is a draw from p.
+    noise = torch.where(options.temperature[:, None] > 0, noise, 0.0)
+    return (scaled + noise).argmax(dim=-1)
+
+
+def penalize(logits: Tensor, options: Options, seen: Tensor | None, counts: Tensor | None) -> Tensor:
+    """Apply the three penalties to [B, V] logits; see SamplingParams."""
+    if options.repetition:
+        assert seen is not None, "a repetition penalty needs the tokens seen"
+        factor = options.repetition_penalty[:, None]
+        logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+    if options.counts:
+        assert counts is not None, "presence and frequency penalties need the counts of generated tokens"
+        logits = logits - options.frequency_penalty[:, None] * counts
+        logits = logits - options.presence_penalty[:, None] * (counts > 0)
+    return logits
+
+
+def keep_likeliest(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Set all but the likeliest tokens of [B, V] logits to -inf; the likeliest always stays.
+
+    top_k [B] int64 first; then the fewest tokens whose probability, among those left, reaches top_p [B]
+    (nucleus sampling, arXiv 1904.09751); then those of at least min_p [B] times the largest probability.
+    Equal logits rank by token id.
+    """
+    ranked, ids = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    keep = rank < top_k[:, None]
+    probability = ranked.masked_fill(~keep, -math.inf).softmax(dim=-1)
+    before = probability.cumsum(dim=-1) - probability
+    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep &= probability >= min_p[:, None] * probability[:, :1]
+    keep |= rank == 0
+    return logits.masked_fill(~torch.zeros_like(keep).scatter(1, ids, keep), -math.inf)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise [B, V] fp32 for seeds [B] and positions [B] (int64), the same on every device."""
+    stream = _mix(_mix(seeds) + positions * _GOLDEN)
+    bits = _mix(stream[:, None] + torch.arange(1, vocab_size + 1, device=seeds.device) * _GOLDEN)
+    # 32 bits, because the smallest of V uniforms decides; below 1, so that the noise is finite.
+    uniform = ((_shift(bits, 32).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+# Increment and finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _shift(bits: Tensor, by: int) -> Tensor:
+    """Logical right shift; int64's own keeps the sign."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    bits = (bits ^ _shift(bits, 30)) * _FACTORS[0]
+    bits = (bits ^ _shift(bits, 27)) * _FACTORS[1]
+    return bits ^ _shift(bits, 31)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the model's own distribution, before any sampling option: those of `tokens` [B], and the `num_top` likeliest.
+
+    logits [B, V] fp32 → chosen [B], top [B, num_top] and their ids [B, num_top].
+    """
+    logs = logits.log_softmax(dim=-1)
+    top, ids = logs.topk(min(num_top, logits.shape[-1]), dim=-1)
+    return logs.gather(1, tokens[:, None])[:, 0], top, ids
