@@ -1,6 +1,7 @@
 """`tnllm recipes list|show|check`: find a recipe, read it whole, see whether it would start."""
 
 import json
+from typing import Any
 
 import typer
 
@@ -23,7 +24,7 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
     from tnllm.training.config import load_recipe
     from tnllm.training.recipes import packaged_recipes, read_header
 
-    found = []
+    found: list[dict[str, Any]] = []
     for path in packaged_recipes():
         config, header = load_recipe(str(path)), read_header(path)
         found.append(

@@ -17,11 +17,13 @@ def print_table(
     console = Console()
     if not console.is_terminal:
         console = Console(width=240)
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
+    table = Table(box=box.SIMPLE_HEAD, show_header=any(columns))
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
+    if title:
+        console.print(title, highlight=False)
     console.print(table)
     if note:
         console.print(note, highlight=False)

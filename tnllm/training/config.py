@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.files import parse_count
-from tnllm.modeling.config import ModelConfig, get_preset
+from tnllm.modeling.config import PRESETS, ModelConfig, get_preset
 from tnllm.training.recipes import find_recipe, parse_yaml, read_text
 
 
@@ -287,7 +287,8 @@ class RunConfig(BaseModel):
         lines = ["# Every key of this run; `tnllm train` reads it like any recipe."]
         docs = describe_keys()
         if doc:
-            lines += [f"# {key} may also be given. {docs[key]}" for key in ("base", _PRESET)]
+            for key in ("base", _PRESET):
+                lines += [f"# {line}" for line in textwrap.wrap(f"{key} may also be given. {docs[key]}", 110)]
         for section, keys in self.model_dump(mode="json").items():
             lines.append(f"{section}:")
             for key, value in keys.items():
@@ -306,7 +307,7 @@ def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) ->
 
 
 # Keys of a recipe that are not fields: `preset` is spent when the model is resolved, `base` when files are merged.
-PRESET_DOC = "Where the section starts: a name of tnllm.modeling.config.PRESETS; keys beside it override it."
+PRESET_DOC = f"Where the model section starts; keys beside it override it. One of {', '.join(PRESETS)}."
 BASE_DOC = "A recipe whose keys come before this one's: a packaged name, or a file beside it. One level."
 _PRESET = "model.preset"
 

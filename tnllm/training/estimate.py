@@ -165,14 +165,21 @@ class Cost:
 
 
 def estimate_cost(
-    config: RunConfig, gpu: Gpu | None = None, mfu: float | None = None, tokens_per_s: float | None = None
+    config: RunConfig,
+    gpu: Gpu | None = None,
+    mfu: float | None = None,
+    tokens_per_s: float | None = None,
+    num_gpus: int | None = None,
 ) -> Cost:
-    """FLOPs and time of the whole run, at `tokens_per_s` of all ranks, or at the share `mfu` of every `gpu`'s peak."""
+    """FLOPs and time of the whole run, at `tokens_per_s` of all ranks together.
+
+    Without that rate, at the share `mfu` of the peak of `num_gpus` (the recipe's ranks) of `gpu`.
+    """
     per_token = flops_per_token(config.model, config.data.seq_len)
     tokens = config.total_steps * config.train.global_batch_tokens
     if tokens_per_s is None and mfu is not None:
         assert gpu is not None, "mfu is a share of a GPU's peak"
-        tokens_per_s = mfu * gpu.peak_flops * config.world_size / per_token
+        tokens_per_s = mfu * gpu.peak_flops * (num_gpus or config.world_size) / per_token
     return Cost(
         parameters=count_parameters(config.model),
         state_bytes=state_bytes(config.model, config.data.seq_len),
