@@ -8,6 +8,7 @@ config.to_yaml()               # every key; load_recipe of that text is equal to
 Precedence: defaults here < the recipe's `base` < the recipe < `--set`. Sizes may be written 5000, 0.5M or 300B.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.files import parse_count
-from tnllm.modeling.config import ModelConfig, get_preset
+from tnllm.modeling.config import PRESETS, ModelConfig, get_preset
 from tnllm.training.recipes import find_recipe, parse_yaml, read_text
 
 
@@ -281,10 +282,21 @@ class RunConfig(BaseModel):
         """Optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, the last one whole."""
         return _length(self.train.max_steps, self.train.max_tokens, self.train.global_batch_tokens)
 
-    def to_yaml(self) -> str:
-        """Every key with its value; `load_recipe` of this text gives an equal config."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-        return "# Every key of this run; `tnllm train` reads it like any recipe.\n" + text
+    def to_yaml(self, doc: bool = False) -> str:
+        """Every key with its value, `load_recipe` of which gives an equal config; with `doc`, what each means."""
+        lines = ["# Every key of this run; `tnllm train` reads it like any recipe."]
+        docs = describe_keys()
+        if doc:
+            for key in ("base", _PRESET):
+                lines += [f"# {line}" for line in textwrap.wrap(f"{key} may also be given. {docs[key]}", 110)]
+        for section, keys in self.model_dump(mode="json").items():
+            lines.append(f"{section}:")
+            for key, value in keys.items():
+                if doc:
+                    lines += [f"  # {line}" for line in textwrap.wrap(docs[f"{section}.{key}"], 110)]
+                text = yaml.safe_dump({key: value}, allow_unicode=True, width=110)
+                lines += [f"  {line}" for line in text.splitlines()]
+        return "\n".join(lines) + "\n"
 
 
 def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) -> int:
@@ -295,7 +307,7 @@ def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) ->
 
 
 # Keys of a recipe that are not fields: `preset` is spent when the model is resolved, `base` when files are merged.
-PRESET_DOC = "Where the section starts: a name of tnllm.modeling.config.PRESETS; keys beside it override it."
+PRESET_DOC = f"Where the model section starts; keys beside it override it. One of {', '.join(PRESETS)}."
 BASE_DOC = "A recipe whose keys come before this one's: a packaged name, or a file beside it. One level."
 _PRESET = "model.preset"
 

@@ -9,6 +9,7 @@ read_header(path)                    # {"about": ..., "hardware": ..., "loss": .
 
 import re
 from collections.abc import Hashable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,21 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
+def read_comment(path: Path) -> list[str]:
+    """Lines of the opening comment, without their signs."""
+    lines = read_text(path).splitlines()
+    return [line.removeprefix("#").removeprefix(" ") for line in takewhile(lambda line: line.startswith("#"), lines)]
+
+
 def read_header(path: Path) -> dict[str, str]:
     """The opening comment: `about` is its text up to the first `Key: value` line, then one entry per key."""
     entries = {"about": ""}
     key = "about"
-    for line in read_text(path).splitlines():
-        if not line.startswith("#"):
-            break
-        text = line.lstrip("#").strip()
+    for text in read_comment(path):
         named = re.match(r"([A-Z][a-z]+): +(.*)", text)
         if named:
             key, text = named[1].lower(), named[2]
-        entries[key] = f"{entries.get(key, '')} {text}".strip()
+        entries[key] = f"{entries.get(key, '')} {text.strip()}".strip()
     return entries
 
 

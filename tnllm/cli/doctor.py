@@ -1,0 +1,231 @@
+"""`tnllm doctor`: what is installed, what the GPUs are, and whether the attention here computes what it should."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from tnllm.errors import RunError, UserError
+
+EPILOG = "Example:  tnllm doctor --json"
+
+# Import names the package cannot do without, and those of each extra.
+REQUIRED = ("torch", "typer", "rich", "safetensors", "sentencepiece", "lm_eval", "numpy", "pydantic", "yaml")
+EXTRAS = {
+    "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard"),
+    "plot": ("matplotlib",),
+    "track": ("tensorboard",),
+    "hf": ("transformers",),
+    "bench": ("fla",),
+}
+# Distribution names where they differ from import names.
+_DISTRIBUTIONS = {"yaml": "pyyaml", "fla": "fla-core", "lm_eval": "lm-eval"}
+_MIN_FREE_GIB = 2.0
+# Outputs of the self-check are sums of at most 100 products of unit normals; fp32 rounding stays far below this,
+# a wrong decay, mask or state far above.
+_MAX_ERROR = 1e-4
+# What a missing, half-installed or mismatched part raises when it is used.
+_BREAKAGE = (ImportError, AttributeError, OSError, RuntimeError, UserError)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. `status` is ok, note (works, with less) or wrong."""
+
+    name: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+def command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+    """Check this installation: versions, GPUs, disk, extras, packaged files, and the attention itself.
+
+    Exit 0 if usable, 1 with what is wrong.
+    """
+    checks = examine()
+    wrong = [check for check in checks if check.status == "wrong"]
+    if as_json:
+        print(json.dumps({"usable": not wrong, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        _print(checks)
+    if wrong:
+        raise RunError(f"not usable: {'; '.join(f'{check.name}: {check.found}' for check in wrong)}")
+
+
+def examine() -> list[Check]:
+    """All checks, each run even when another found something wrong."""
+    checks = [_python()]
+    checks += [_package(name) for name in REQUIRED]
+    if sys.platform == "linux":
+        checks.append(_package("triton"))
+    if all(check.status == "ok" for check in checks if check.name == "torch"):
+        checks += _guarded("cuda", _cuda)
+    checks += _guarded("disk", _disk)
+    checks += [_extra(name, packages) for name, packages in EXTRAS.items()]
+    for name, check in (("assets", _assets), ("recipes", _recipes), ("attention", _attention)):
+        checks += _guarded(name, check)
+    return checks
+
+
+def _guarded(name: str, check: Callable[[], list[Check]]) -> list[Check]:
+    """Run a check; a broken part of the installation becomes a line of the report."""
+    try:
+        return check()
+    except _BREAKAGE as error:
+        return [
+            Check(name, "wrong", f"{type(error).__name__}: {error}", "reinstall: pip install --force-reinstall tnllm")
+        ]
+
+
+def _python() -> Check:
+    return Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _package(name: str) -> Check:
+    """Whether a required package imports: a broken shared library shows only then."""
+    wanted = _DISTRIBUTIONS.get(name, name)
+    try:
+        importlib.import_module(name)
+        return Check(name, "ok", _version(name))
+    except ImportError as error:
+        return Check(name, "wrong", f"cannot be imported: {error}", f"pip install {wanted}")
+    except OSError as error:
+        return Check(name, "wrong", f"is broken: {error}", f"pip install --force-reinstall {wanted}")
+
+
+def _extra(extra: str, packages: tuple[str, ...]) -> Check:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        return Check(f"extra {extra}", "note", f"missing {', '.join(missing)}", f"pip install 'tnllm[{extra}]'")
+    return Check(f"extra {extra}", "ok", ", ".join(f"{name} {_version(name)}" for name in packages))
+
+
+def _cuda() -> list[Check]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        return [Check("cuda", "note", f"no GPU is seen ({built}); everything runs on the CPU, slowly")]
+    checks = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        text = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        )
+        if properties.major < 8:
+            checks.append(
+                Check(f"cuda:{index}", "note", f"{text}; no bf16", "train with --set train.dtype=fp32")
+            )
+        else:
+            checks.append(Check(f"cuda:{index}", "ok", f"{text}; bf16"))
+    return checks
+
+
+def _disk() -> list[Check]:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    text = f"{free:.1f} GiB free in {Path.cwd()}"
+    if free < _MIN_FREE_GIB:
+        return [Check("disk", "note", text, "a run writes checkpoints here; choose another folder with --out")]
+    return [Check("disk", "ok", text)]
+
+
+def _assets() -> list[Check]:
+    """Packaged files against the list of hashes that travels with them."""
+    import hashlib
+
+    from tnllm import assets
+
+    folder = assets.folder()
+    listing = folder / "SHA256SUMS"
+    repair = "reinstall: pip install --force-reinstall tnllm"
+    if not listing.is_file():
+        return [Check("assets", "wrong", f"{listing} is missing", repair)]
+    entries = [line.split(maxsplit=1) for line in listing.read_text("utf-8").splitlines()]
+    bad = []
+    for expected, name in entries:
+        file = folder / name.lstrip("*")
+        if not file.is_file():
+            bad.append(f"{name} is missing")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            bad.append(f"{name} is damaged")
+    if bad:
+        return [Check("assets", "wrong", ", ".join(bad), repair)]
+    return [Check("assets", "ok", f"{len(entries)} files, hashes as packaged")]
+
+
+def _recipes() -> list[Check]:
+    from tnllm.training.config import load_recipe
+    from tnllm.training.recipes import FOLDER, packaged_recipes
+
+    names = [path.stem for path in packaged_recipes()]
+    for name in names:
+        load_recipe(str(FOLDER / f"{name}.yaml"))
+    if not names:
+        return [Check("recipes", "wrong", f"none in {FOLDER}", "reinstall: pip install --force-reinstall tnllm")]
+    return [Check("recipes", "ok", f"{len(names)}, all load")]
+
+
+def _attention() -> list[Check]:
+    """The attention of each device against its definition, one token after another in float64."""
+    import torch
+
+    from tnllm.kernels.lightning_attention import lightning_attention
+    from tnllm.kernels.lightning_attention.reference import recurrent
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 100, 2, 16, generator=generator) for _ in range(3))
+    log_decay = torch.tensor([-0.5, 0.0])
+    wanted, wanted_state = recurrent(q.double(), k.double(), v.double(), log_decay.double())
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    checks = []
+    for device in devices:
+        got, state = lightning_attention(*(tensor.to(device) for tensor in (q, k, v, log_decay)))
+        scale = max(wanted.abs().max().item(), wanted_state.abs().max().item())
+        error = max((got.cpu() - wanted).abs().max().item(), (state.cpu() - wanted_state).abs().max().item()) / scale
+        name, text = f"attention, {device}", f"within {error:.1e} of its definition"
+        if not error < _MAX_ERROR:
+            checks.append(Check(name, "wrong", text, "report this with the output of tnllm doctor --json"))
+        else:
+            checks.append(Check(name, "ok", text))
+    return checks
+
+
+def _print(checks: list[Check]) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("rich") is None:
+        for check in checks:
+            print(check.status, check.name, check.found, check.remedy, sep="\t")
+        return
+    from tnllm.cli.tables import print_table
+
+    colors = {"ok": "green", "note": "yellow", "wrong": "red"}
+    rows = [
+        [f"[{colors[check.status]}]{check.status}[/]", check.name, _plain(check.found), _plain(check.remedy)]
+        for check in checks
+    ]
+    print_table("", ["", "part", "found", "what to do"], rows)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

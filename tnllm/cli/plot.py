@@ -1,0 +1,40 @@
+"""`tnllm plot`: a chart of a run, or of several to compare."""
+
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+EPILOG = "Example:  tnllm plot runs/tiny runs/tiny-transformer -o loss.png --x tokens"
+
+
+class X(StrEnum):
+    """What the x axis counts."""
+
+    step = "step"
+    tokens = "tokens"
+    time = "time"
+
+
+def command(
+    runs: list[Path] = typer.Argument(help="Run folders, or metrics.jsonl files."),
+    output: Path = typer.Option(Path("loss.png"), "--output", "-o", help="File to write: .png, .pdf or .svg."),
+    x: X = typer.Option(X.step, help="What the x axis counts."),
+    smooth: int | None = typer.Option(
+        None, min=1, help="Time constant of the smoothed loss in logged rows. Default: a fiftieth of the run."
+    ),
+) -> None:
+    """Draw loss (raw, smoothed, validation), learning rate and tokens/s of runs. Needs the extra `plot`."""
+    from tnllm.errors import UserError, did_you_mean
+    from tnllm.files import write_bytes_atomic
+    from tnllm.training.plot import FORMATS, draw, read_run
+
+    suffix = output.suffix.lower()
+    if suffix not in FORMATS:
+        hint = did_you_mean(suffix, FORMATS)
+        raise UserError(f"--output is {output}; its name must end in {', '.join(FORMATS)}{hint}")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output is {output}: there is no folder {output.parent}")
+    picture = draw([read_run(path) for path in runs], x.value, suffix, smooth)
+    write_bytes_atomic(output, picture)
+    print(output)

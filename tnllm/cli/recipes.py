@@ -1,0 +1,111 @@
+"""`tnllm recipes list|show|check`: find a recipe, read it whole, see whether it would start."""
+
+import json
+from typing import Any
+
+import typer
+
+app = typer.Typer(
+    help="Find recipes, read them, check them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    epilog="Example:  tnllm recipes show 385m --doc",
+)
+
+SET_HELP = "Change a key: section.key=value. May be repeated."
+
+
+@app.command("list", epilog="Example:  tnllm recipes list --json")
+def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+    """List the recipes that ship, smallest first."""
+    from tnllm.cli.tables import print_table
+    from tnllm.files import format_count
+    from tnllm.modeling.flops import count_parameters
+    from tnllm.training.config import load_recipe
+    from tnllm.training.recipes import packaged_recipes, read_header
+
+    found: list[dict[str, Any]] = []
+    for path in packaged_recipes():
+        config, header = load_recipe(str(path)), read_header(path)
+        found.append(
+            {
+                "recipe": path.stem,
+                "kind": config.model.kind,
+                "parameters": count_parameters(config.model),
+                "tokens": config.total_steps * config.train.global_batch_tokens,
+                "ranks": config.world_size,
+                "hardware": header.get("hardware", ""),
+                "about": header["about"].split(". ")[0].split(": ")[0],
+                "path": str(path),
+            }
+        )
+    found.sort(key=lambda item: (item["parameters"], item["recipe"]))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = [
+        [
+            f"[bold]{item['recipe']}[/bold]",
+            format_count(item["parameters"]),
+            format_count(item["tokens"]),
+            item["hardware"],
+            item["about"],
+        ]
+        for item in found
+    ]
+    columns = ["recipe", "parameters", "tokens", "hardware", "what"]
+    note = "Start one with: tnllm train RECIPE     Read one with: tnllm recipes show RECIPE --doc"
+    print_table("", columns, rows, right=["parameters", "tokens"], note=note)
+
+
+@app.command("show", epilog="Example:  tnllm recipes show 385m --doc > mine.yaml")
+def show(
+    recipe: str = typer.Argument(help="A recipe file, or the name of one that ships."),
+    sets: list[str] = typer.Option([], "--set", help=SET_HELP),
+    doc: bool = typer.Option(False, "--doc", help="Say above every key what it means."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Print every key of a recipe with its value. What is printed is a recipe itself."""
+    from tnllm.training.config import load_recipe
+    from tnllm.training.recipes import find_recipe, read_comment
+
+    config = load_recipe(recipe, sets)
+    if as_json:
+        print(json.dumps(config.model_dump(mode="json"), indent=2))
+        return
+    print("\n".join(["# " + line if line else "#" for line in read_comment(find_recipe(recipe))]))
+    print(config.to_yaml(doc=doc), end="")
+
+
+@app.command("check", epilog="Example:  tnllm recipes check recipes/385m.yaml mine.yaml")
+def check(
+    recipes: list[str] = typer.Argument(help="Recipe files, or names of recipes that ship."),
+    sets: list[str] = typer.Option([], "--set", help=SET_HELP),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON, one object for each recipe."),
+) -> None:
+    """Check that recipes would start: keys, values, model, tokenizer and data. Exit 2 if one would not."""
+    import sys
+
+    from tnllm.errors import UserError
+    from tnllm.files import format_count
+    from tnllm.training.check import check_recipe
+
+    results = []
+    for name in recipes:
+        try:
+            report = check_recipe(name, sets)
+        except UserError as error:
+            results.append({"recipe": name, "ok": False, "error": str(error)})
+            if not as_json:
+                print(f"{name}: {error}", file=sys.stderr)
+            continue
+        results.append({"ok": True, **report.to_dict()})
+        if not as_json:
+            ranks = "1 rank" if report.ranks == 1 else f"{report.ranks} ranks"
+            parameters, tokens = format_count(report.parameters), format_count(report.tokens)
+            print(f"{name}: ok, {parameters} parameters, {report.steps} steps, {tokens} tokens, {ranks}")
+    if as_json:
+        print(json.dumps(results, indent=2))
+    bad = [str(result["recipe"]) for result in results if not result["ok"]]
+    if bad:
+        raise UserError(f"{len(bad)} of {len(results)} recipes would not start: {', '.join(bad)}")

@@ -1,0 +1,191 @@
+"""What a run costs, by arithmetic: memory of one rank, FLOPs, days. Nothing is allocated.
+
+memory = estimate_memory(config)                  # bytes of one rank: weights, gradients, optimizer, ...
+cost = estimate_cost(config, tokens_per_s=4e5)    # FLOPs of the run and how long it takes
+GPUS["h100"].memory_gib
+
+All figures are computed, not measured. `activation_bytes` counts the tensors that autograd keeps for the backward
+pass, one by one in its docstring; a test holds it against what a small model really keeps. The peak of a run is a
+little higher: workspaces, fragmentation and communication buffers are not in it (see RESERVE).
+"""
+
+from dataclasses import dataclass
+
+from tnllm.errors import UserError, did_you_mean
+from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.flops import count_parameters, flops_per_token, state_bytes
+from tnllm.training.config import RunConfig
+
+# Share of a card left for what is not counted: the CUDA context, workspaces and the allocator's gaps.
+RESERVE = 0.08
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card: its memory and its dense bf16 peak, from its maker's data sheet."""
+
+    memory_gib: float
+    peak_flops: float
+
+
+GPUS = {
+    "h200": Gpu(141e9 / 2**30, 989e12),
+    "h100": Gpu(80.0, 989e12),
+    "a100-80g": Gpu(80.0, 312e12),
+    "a100-40g": Gpu(40.0, 312e12),
+    "l40s": Gpu(48.0, 362e12),
+    "rtx4090": Gpu(24.0, 165e12),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card `name`; UserError for one that is not in the table."""
+    if name.lower() not in GPUS:
+        raise UserError(f"--gpu is {name!r}; allowed: {', '.join(GPUS)}{did_you_mean(name.lower(), GPUS)}")
+    return GPUS[name.lower()]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank in a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    casts: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them: the peak, in the backward pass."""
+        return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.head
+
+    @property
+    def without_activations(self) -> int:
+        """What is there whatever the batch."""
+        return self.weights + self.gradients + self.optimizer + self.casts
+
+
+def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_precision: bool | None = None) -> Memory:
+    """Memory of one rank for a forward and backward pass of `micro_batch_size` rows.
+
+    Weights, gradients and AdamW's two moments are fp32 and divided over parallel.shard and parallel.tensor. The
+    low-precision copies autocast makes of the weights live through a pass; with sharding only two blocks' and the
+    embedding's are whole at a time. `checkpointing` and `low_precision` (bf16) default to the recipe's; bf16 is
+    what `train.dtype: auto` means on a GPU.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    checkpointing = checkpointing or train.activation_checkpointing
+    if low_precision is None:
+        low_precision = train.dtype != "fp32" and train.device != "cpu"
+    item = 2 if low_precision else 4
+    parameters = count_parameters(model)
+    local = -(-parameters // (parallel.shard * parallel.tensor))
+    casts = 0
+    if low_precision:
+        embedding = model.vocab_size * model.model_dim
+        block = (parameters - embedding) // model.num_layers
+        whole = parameters if parallel.shard == 1 else min(parameters, embedding + 2 * block)
+        casts = item * whole // parallel.tensor
+    tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
+    return Memory(
+        weights=4 * local,
+        gradients=4 * local,
+        optimizer=8 * local,
+        casts=casts,
+        activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor),
+        head=head_bytes(model, tokens, item, parallel.tensor),
+    )
+
+
+def activation_bytes(
+    model: ModelConfig, num_tokens: int, itemsize: int, checkpointing: str = "none", tensor: int = 1
+) -> int:
+    """Bytes kept for the backward pass of `num_tokens` tokens, outside the head.
+
+    A block of TransNormerLLM keeps, in numbers of `itemsize` bytes for each token: the residual before each norm and
+    each norm's output (4 M), the projection's output q k v u (4 M; 3 M without a full gate), activated q and k
+    (2 M), attention's output, its norm and the gated product (3 M), the two halves of the GLU and their product
+    (3 F); and one fp32 number for each of three norms. LRPE keeps its input, which is q and k again, and makes
+    them twice as wide (2 M more). The baseline keeps 10 M (q, k rotated; attention's output) and 3 F, and one more
+    F for SwiGLU's activation. Heads and F are divided over tensor-parallel ranks, the residual is not.
+
+    With checkpointing `full` every block keeps its input (M), and one block at a time is whole again.
+    """
+    M, L = model.model_dim, model.num_layers
+    layers = [_block_numbers(model, layer, tensor) for layer in range(L)]
+    norms = 4 * (3 if model.kind == "transnormer" else 2)
+    final = M * itemsize + 4
+    if checkpointing == "full":
+        one = max(layers) * itemsize + norms
+        return round(num_tokens * (L * M * itemsize + one + final))
+    return round(num_tokens * (sum(layers) * itemsize + L * norms + final))
+
+
+def _block_numbers(model: ModelConfig, layer: int, tensor: int) -> float:
+    """Numbers kept for each token by one block; see `activation_bytes`."""
+    M, F = model.model_dim, model.glu_dim
+    glu = F * (3 if model.glu_activation == "none" else 4)
+    if model.kind == "transformer":
+        return 4 * M + (6 * M + glu) / tensor
+    mixer = 7 * M
+    mixer += {"full": 2 * M, "low-rank": 2 * M + 2 * model.gate_dim, "none": 0}[model.gate]
+    if model.activation == "none" and not model.uses_lrpe(layer):
+        mixer -= 2 * M
+    if model.uses_lrpe(layer):
+        mixer += 2 * M
+    if model.value_activation != "none":
+        mixer += M
+    return 4 * M + (mixer + glu) / tensor
+
+
+def head_bytes(model: ModelConfig, num_tokens: int, itemsize: int, tensor: int = 1) -> int:
+    """Bytes of the fused head and loss: fp32 logits of one chunk and their low-precision copy, and both gradients.
+
+    A chunk is as many tokens as make 64 M logits, the most `linear_cross_entropy` holds.
+    """
+    vocabulary = model.vocab_size // tensor
+    rows = min(num_tokens, max(1, (1 << 26) // vocabulary))
+    copy = 0 if itemsize == 4 else itemsize
+    return rows * vocabulary * (4 + copy) + num_tokens * model.model_dim * itemsize + 4 * vocabulary * model.model_dim
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of a run. `tokens_per_s` is of all ranks together; None where no rate is known."""
+
+    parameters: int
+    state_bytes: int
+    flops_per_token: float
+    tokens: int
+    flops: float
+    tokens_per_s: float | None
+    seconds: float | None
+
+
+def estimate_cost(
+    config: RunConfig,
+    gpu: Gpu | None = None,
+    mfu: float | None = None,
+    tokens_per_s: float | None = None,
+    num_gpus: int | None = None,
+) -> Cost:
+    """FLOPs and time of the whole run, at `tokens_per_s` of all ranks together.
+
+    Without that rate, at the share `mfu` of the peak of `num_gpus` (the recipe's ranks) of `gpu`.
+    """
+    per_token = flops_per_token(config.model, config.data.seq_len)
+    tokens = config.total_steps * config.train.global_batch_tokens
+    if tokens_per_s is None and mfu is not None:
+        assert gpu is not None, "mfu is a share of a GPU's peak"
+        tokens_per_s = mfu * gpu.peak_flops * (num_gpus or config.world_size) / per_token
+    return Cost(
+        parameters=count_parameters(config.model),
+        state_bytes=state_bytes(config.model, config.data.seq_len),
+        flops_per_token=per_token,
+        tokens=tokens,
+        flops=per_token * tokens,
+        tokens_per_s=tokens_per_s,
+        seconds=tokens / tokens_per_s if tokens_per_s else None,
+    )

@@ -1,0 +1,173 @@
+"""A chart of one or several runs from their metrics.jsonl: loss, learning rate, speed.
+
+runs = [read_run(Path("runs/tiny")), read_run(Path("runs/tiny-transformer"))]
+write_atomic(path, draw(runs, x="tokens", suffix=".png"))
+"""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tnllm.errors import MissingExtra, RunError, UserError
+
+Axis = Literal["step", "tokens", "time"]
+FORMATS = (".png", ".pdf", ".svg")
+# Okabe and Ito's colours, told apart by colour-blind readers; black is kept for text.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of one metrics.jsonl: those of training and those of validation."""
+
+    name: str
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+
+    @property
+    def start(self) -> float:
+        """Unix seconds of the first row."""
+        return min(row["time"] for row in [*self.train[:1], *self.validation[:1]])
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder, or a metrics file. A last line cut short by a kill is left out.
+
+    Raises UserError when there is no such file or no row yet, RunError for a line that is no metrics row.
+    """
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no metrics at {file}; give a run folder (runs/NAME) or its metrics.jsonl")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise RunError(f"{file}:{number}: not a JSON object; the file is damaged there") from None
+        if not isinstance(row, dict) or not {"step", "tokens", "time"} <= row.keys():
+            raise RunError(f"{file}:{number}: not a row of metrics (it needs step, tokens and time)")
+        rows.append(row)
+    run = Run(
+        name=path.name if path.is_dir() else path.parent.name or path.name,
+        train=[row for row in rows if row.get("loss") is not None],
+        validation=[row for row in rows if row.get("val_loss") is not None],
+    )
+    if not run.train and not run.validation:
+        raise UserError(f"{file} holds no logged step yet; wait for the first log.every_steps of the run")
+    return run
+
+
+def smooth(values: list[float], span: int) -> list[float]:
+    """Exponential mean with a time constant of `span` points, without the pull to zero at the start.
+
+    Values that are not finite are passed over: they neither show nor poison what follows.
+    """
+    keep = math.exp(-1 / span)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(total / weight if weight else math.nan)
+    return result
+
+
+def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | None = None) -> bytes:
+    """The chart as bytes of a .png, .pdf or .svg file.
+
+    `span` is the time constant of the smoothed training loss in logged rows; None takes a fiftieth of the longest
+    run's. Raises MissingExtra without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("plot", "matplotlib") from None
+    assert suffix in FORMATS, suffix
+    span = span or max(1, max(len(run.train) for run in runs) // 50)
+    look: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "svg.hashsalt": "tnllm",
+    }
+    with rc_context(look):
+        figure = Figure(figsize=(6.5, 6.2), layout="constrained")
+        loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=[2.6, 1, 1])
+        for index, run in enumerate(runs):
+            color, style = COLORS[index % len(COLORS)], _STYLES[index // len(COLORS) % len(_STYLES)]
+            _draw_run(run, x, span, [loss, rate, speed], color, style, several=len(runs) > 1)
+        loss.set_ylabel("loss (nats per token)")
+        loss.legend()
+        rate.set_ylabel("learning rate")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+        rate.set_ylim(bottom=0)
+        speed.set_ylabel("speed (tokens/s)")
+        speed.set_ylim(bottom=0)
+        scale, label = _axis(runs, x)
+        speed.set_xlabel(label)
+        speed.xaxis.set_major_formatter(lambda value, _: f"{value / scale:,.6g}")
+        speed.yaxis.set_major_formatter(lambda value, _: _short(value))
+        figure.align_ylabels()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix[1:], dpi=200)
+    return buffer.getvalue()
+
+
+def _draw_run(run: Run, x: Axis, span: int, panels: list[Any], color: str, style: str, several: bool) -> None:
+    loss, rate, speed = panels
+    steps = [_position(run, row, x) for row in run.train]
+    raw = [float(row["loss"]) for row in run.train]
+    prefix = f"{run.name}, " if several else ""
+    if run.train:
+        loss.plot(steps, raw, color=color, alpha=0.25, linewidth=0.8)
+        loss.plot(steps, smooth(raw, span), color=color, linestyle=style, linewidth=1.6, label=f"{prefix}training")
+    if run.validation:
+        at = [_position(run, row, x) for row in run.validation]
+        values = [float(row["val_loss"]) for row in run.validation]
+        loss.plot(
+            at, values, color=color, marker="o", markersize=4, markerfacecolor="white", linewidth=0.8,
+            linestyle=":", label=f"{prefix}validation",
+        )  # fmt: skip
+    for panel, key in ((rate, "lr"), (speed, "tokens_per_s")):
+        points = [(at, row[key]) for at, row in zip(steps, run.train, strict=True) if row.get(key) is not None]
+        if points:
+            panel.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=1.2)
+
+
+def _position(run: Run, row: dict[str, Any], x: Axis) -> float:
+    return row["time"] - run.start if x == "time" else row[x]
+
+
+def _axis(runs: list[Run], x: Axis) -> tuple[float, str]:
+    """Unit of the x axis, and its label."""
+    far = max(_position(run, row, x) for run in runs for row in [*run.train[-1:], *run.validation[-1:]])
+    if x == "step":
+        return 1.0, "step"
+    if x == "tokens":
+        for size, word in ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
+            if far >= size:
+                return size, f"tokens ({word})"
+        return 1.0, "tokens"
+    for size, word in ((86400 * 2, "days"), (7200, "hours"), (120, "minutes")):
+        if far >= size:
+            return {"days": 86400.0, "hours": 3600.0, "minutes": 60.0}[word], f"time since the first row ({word})"
+    return 1.0, "time since the first row (s)"
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
