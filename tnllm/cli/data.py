@@ -31,12 +31,8 @@ class SplitOn(StrEnum):
 @app.command(epilog="Example:  tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer")
 def tokenize(
     inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
-    out: Path = typer.Option(
-        ..., "--out", "-o", help="Folder for the shards; run again to go on after a stop."
-    ),
-    tokenizer: Path | None = typer.Option(
-        None, help="tokenizer.model or its folder. [default: the shipped one]"
-    ),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to go on after a stop."),
+    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or its folder. [default: the shipped one]"),
     field: str = typer.Option("text", help="Field or column that holds the text."),
     split_on: SplitOn = typer.Option(SplitOn.none, help="Cut text files into documents; none: one a file."),
     val_fraction: float = typer.Option(0.01, help="Share of the documents held out for validation."),
@@ -44,9 +40,7 @@ def tokenize(
     on_error: OnError = typer.Option(OnError.stop, help="At a document that cannot be read."),
     workers: int | None = typer.Option(None, min=1, help="Processes. [default: by cores and corpus size]"),
     shard_tokens: str = typer.Option("100M", help="Tokens per shard, such as 100M."),
-    overwrite: bool = typer.Option(
-        False, "--overwrite", help="Start again where the folder holds other shards."
-    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start again where the folder holds other shards."),
 ) -> None:
     """Turn a corpus into memory-mapped token shards with a manifest; stopped runs go on where they were."""
     from tnllm import assets
@@ -79,16 +73,12 @@ def tokenize(
         )
     skipped = manifest.skipped
     left_out = (
-        f", left out {skipped['empty']} empty and {skipped['bad']} bad documents"
-        if any(skipped.values())
-        else ""
+        f", left out {skipped['empty']} empty and {skipped['bad']} bad documents" if any(skipped.values()) else ""
     )
     print(f"{out}: {len(manifest.shards)} shards in {seconds}{left_out}")
 
 
-@app.command(
-    epilog="Example:  tnllm data inspect tokens --verify   |   tnllm data inspect web.jsonl.zst --json"
-)
+@app.command(epilog="Example:  tnllm data inspect tokens --verify   |   tnllm data inspect web.jsonl.zst --json")
 def inspect(
     path: Path = typer.Argument(..., help="A folder of token shards, a corpus file, or a folder of them."),
     field: str = typer.Option("text", help="Field or column that holds the text of a corpus."),
@@ -126,8 +116,4 @@ def _show(found: dict[str, Any], indent: str = "") -> None:
             for item in value:
                 print(f"{indent}  {item!r}" if isinstance(item, str) else f"{indent}  {item}")
         else:
-            print(
-                f"{label}{value:,}"
-                if isinstance(value, int) and not isinstance(value, bool)
-                else f"{label}{value}"
-            )
+            print(f"{label}{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{label}{value}")

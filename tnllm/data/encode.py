@@ -62,9 +62,7 @@ class Encoded:
     is_val: list[bool]
 
 
-def read_groups(
-    files: Sequence[Path], manifest: Manifest, options: Options, on_error: OnError
-) -> Iterator[Group]:
+def read_groups(files: Sequence[Path], manifest: Manifest, options: Options, on_error: OnError) -> Iterator[Group]:
     """Documents from the manifest's position on, in groups; empty and bad ones are left out and counted."""
     first_file, to_skip = manifest.position
     skipped = dict(manifest.skipped)

@@ -59,9 +59,7 @@ def tokenize_corpus(
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"the validation fraction is {options.val_fraction}; give a share from 0 to below 1")
     fresh = _fresh(files, tokenizer, options)
-    return _tokenize(
-        files, out, tokenizer, fresh, options, on_error, workers, shard_tokens, overwrite, report
-    )
+    return _tokenize(files, out, tokenizer, fresh, options, on_error, workers, shard_tokens, overwrite, report)
 
 
 def prepare(
@@ -139,9 +137,7 @@ def _tokenize(
             return _finish(out, manifest, options)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(
-                f"the disk of {out} is full; free some space and run the same again to go on"
-            ) from None
+            raise RunError(f"the disk of {out} is full; free some space and run the same again to go on") from None
         raise
 
 
@@ -166,9 +162,7 @@ def _begin(out: Path, fresh: Manifest, tokenizer: Tokenizer, overwrite: bool) ->
     if shards.is_shard_folder(out) and not overwrite:
         old = shards.read_manifest(out)
         if change := _difference(old, fresh):
-            raise UserError(
-                f"{out} was made with {change}; choose another folder or start again with --overwrite"
-            )
+            raise UserError(f"{out} was made with {change}; choose another folder or start again with --overwrite")
         return old
     others = sorted(path.name for path in out.iterdir() if not _is_ours(path))
     if others and not shards.is_shard_folder(out):
@@ -183,9 +177,7 @@ def _begin(out: Path, fresh: Manifest, tokenizer: Tokenizer, overwrite: bool) ->
 
 def _difference(old: Manifest, new: Manifest) -> str:
     if old.tokenizer_sha256 != new.tokenizer_sha256:
-        return (
-            f"another tokenizer (sha256 {old.tokenizer_sha256[:12]}..., now {new.tokenizer_sha256[:12]}...)"
-        )
+        return f"another tokenizer (sha256 {old.tokenizer_sha256[:12]}..., now {new.tokenizer_sha256[:12]}...)"
     for name, value in new.options.items():
         if old.options.get(name) != value:
             return f"--{name.replace('_', '-')} {old.options.get(name)} (now {value})"
@@ -248,9 +240,7 @@ def _write(
         raise
     except BrokenProcessPool:
         _flushed(out, state)
-        raise RunError(
-            "a worker died (out of memory?); run the same again, or with fewer --workers"
-        ) from None
+        raise RunError("a worker died (out of memory?); run the same again, or with fewer --workers") from None
     return _flushed(out, state).manifest
 
 
@@ -262,9 +252,7 @@ def _added(state: _State, group: Group, encoded: Encoded) -> _State:
         if chosen.any():
             tokens = encoded.tokens[np.repeat(chosen, lengths)]
             parts.append((split, tokens, lengths[chosen].tolist(), int(text_bytes[chosen].sum())))
-    return _State(
-        state.manifest, group.position, group.skipped, tuple(parts), state.tokens + len(encoded.tokens)
-    )
+    return _State(state.manifest, group.position, group.skipped, tuple(parts), state.tokens + len(encoded.tokens))
 
 
 def _flushed(out: Path, state: _State) -> _State:
