@@ -3,23 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from tnllm.errors import UserError
 
-if TYPE_CHECKING:
-    from tnllm.data.corpus import Document
-    from tnllm.data.progress import Report
-    from tnllm.tokenizer import Tokenizer
-
 app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True, rich_markup_mode="rich")
-
-_MAX_SHOWN = 60
 
 
 class OnError(StrEnum):
@@ -55,9 +46,9 @@ def train(
     on_bad = (lambda bad: print(f"left out: {bad}", file=sys.stderr)) if on_error is OnError.skip else None
     start = time.monotonic()
     with progress_on_stderr("read") as report:
-        documents = read_documents(files, field, on_bad=on_bad)
+        documents = read_documents(files, field, on_bad=on_bad, report=report)
         model = train_tokenizer(
-            _texts(documents, files, report),
+            (document.text for document in documents),
             vocab_size,
             character_coverage=character_coverage,
             max_lines=max_lines,
@@ -66,20 +57,6 @@ def train(
     write_bytes_atomic(target, model)
     seconds = format_duration(time.monotonic() - start)
     print(f"{target}: {vocab_size} tokens, {format_bytes(len(model))}, trained in {seconds}")
-
-
-def _texts(documents: "Iterable[Document]", files: list[Path], report: "Report") -> Iterator[str]:
-    from tnllm.data.progress import Status
-    from tnllm.files import format_bytes
-
-    sizes = [file.stat().st_size for file in files]
-    before = {file: sum(sizes[:number]) for number, file in enumerate(files)}
-    count = size = 0
-    for count, document in enumerate(documents, 1):
-        size += len(document.text.encode())
-        report(Status(before[document.file] + document.position, sum(sizes), count))
-        yield document.text
-    print(f"read {count:,} documents, {format_bytes(size)} of text; training", file=sys.stderr, flush=True)
 
 
 @app.command(epilog="Example:  tnllm tokenizer inspect my-tokenizer --text 'Hello world' --file sample.txt")
@@ -92,6 +69,8 @@ def inspect(
 ) -> None:
     """Show a tokenizer's size and special ids, and how it splits a text."""
     from tnllm import assets
+    from tnllm.data.corpus import find_files
+    from tnllm.data.inspect import compression
     from tnllm.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(model or assets.tokenizer_model())
@@ -103,33 +82,11 @@ def inspect(
     }
     if text is not None:
         found["tokens"] = [[id, tokenizer.piece(id)] for id in tokenizer.encode(text)]
+        found["decoded"] = tokenizer.decode(tokenizer.encode(text))
     if file is not None:
-        found |= _compression(tokenizer, file, field)
+        found |= compression(tokenizer, find_files([file]), field)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
     for name, value in found.items():
-        if name == "tokens":
-            value = " ".join(f"{piece}({id})" for id, piece in found["tokens"])  # type: ignore[attr-defined]
-        print(f"{name:16}{value}")
-
-
-def _compression(tokenizer: "Tokenizer", file: Path, field: str) -> dict[str, object]:
-    from tnllm.data.corpus import find_files, read_documents
-
-    num_bytes = num_chars = num_tokens = 0
-    start = time.monotonic()
-    for document in read_documents(find_files([file]), field):
-        num_bytes += len(document.text.encode())
-        num_chars += len(document.text)
-        num_tokens += len(tokenizer.encode(document.text))
-    if not num_tokens:
-        raise UserError(f"{file} holds no text")
-    return {
-        "file": str(file),
-        "text_bytes": num_bytes,
-        "num_tokens": num_tokens,
-        "bytes_per_token": round(num_bytes / num_tokens, 3),
-        "chars_per_token": round(num_chars / num_tokens, 3),
-        "mb_per_s": round(num_bytes / 1e6 / (time.monotonic() - start), 2),
-    }
+        print(f"{name:16}{value!r}" if isinstance(value, str) and "\n" in value else f"{name:16}{value}")

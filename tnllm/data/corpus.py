@@ -14,11 +14,12 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from tnllm.data.progress import Report, Status
 from tnllm.errors import MissingExtra, RunError, UserError
 
 TEXT = (".txt", ".text", ".md")
@@ -99,28 +100,34 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def read_documents(
-    files: Iterable[Path],
+    files: Sequence[Path],
     field: str = "text",
     split_on: SplitOn = "none",
     on_bad: Callable[[BadDocument], None] | None = None,
+    report: Report = lambda status: None,
 ) -> Iterator[Document]:
-    """Every document of `files` in order, empty ones included.
+    """Every document of `files` in order, empty ones included; `report` hears of each.
 
     What is no document (invalid JSON, a missing or non-string field, text that is not UTF-8) goes to `on_bad`
     and reading goes on; without `on_bad` it raises UserError naming file and line. A file that ends too early
     or cannot be unpacked raises RunError.
     """
     readers = {"text": _read_text, "jsonl": _read_json_lines, "parquet": _read_parquet}
+    total = sum(file.stat().st_size for file in files)
+    before = count = 0
     for file in files:
         kind = kind_of(file)
         assert kind is not None, file
         for found in readers[kind](file, field, split_on):
             if isinstance(found, Document):
+                count += 1
+                report(Status(before + found.position, total, count))
                 yield found
             elif on_bad is None:
                 raise UserError(f"{found}; mend it, or leave such documents out with --on-error skip")
             else:
                 on_bad(found)
+        before += file.stat().st_size
 
 
 def _read_json_lines(path: Path, name: str, split_on: SplitOn) -> Iterator[Document | BadDocument]:

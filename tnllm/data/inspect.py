@@ -2,16 +2,19 @@
 
 inspect_corpus(find_files(["web.jsonl"]))        # documents, bytes, characters by script, bad ones by place
 inspect_shards(Path("web-tokens"), num_samples=2)
+compression(tokenizer, find_files(["web.jsonl"]))   # bytes per token
 """
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tnllm.data.corpus import BadDocument, read_documents
-from tnllm.data.progress import Report, Status
+from tnllm.data.progress import Report
 from tnllm.data.shards import SPLITS, TokenStream, read_manifest, verify_hashes
+from tnllm.errors import UserError
 from tnllm.tokenizer import FILE_NAME, Tokenizer
 
 # What a reader can tell apart without a language model: the scripts of letters.
@@ -40,15 +43,11 @@ def inspect_corpus(
         if len(bad) < _MAX_BAD:
             bad.append(str(found))
 
-    stored = {file: file.stat().st_size for file in files}
-    total_bytes, before, current = sum(stored.values()), 0, None
     lengths: list[int] = []
     scripts = dict.fromkeys(_SCRIPTS, 0)
     samples: list[str] = []
     text_bytes = empty = 0
-    for document in read_documents(files, field, on_bad=on_bad):
-        if document.file != current:
-            before, current = before + stored.get(current, 0) if current else 0, document.file
+    for document in read_documents(files, field, on_bad=on_bad, report=report):
         text = document.text
         lengths.append(len(text))
         text_bytes += len(text.encode())
@@ -57,11 +56,10 @@ def inspect_corpus(
             scripts[name] += len(pattern.findall(text))
         if len(samples) < num_samples:
             samples.append(text[:_EXCERPT_CHARS])
-        report(Status(before + document.position, total_bytes, len(lengths)))
     return {
         "kind": "corpus",
         "files": len(files),
-        "stored_bytes": total_bytes,
+        "stored_bytes": sum(file.stat().st_size for file in files),
         "documents": len(lengths),
         "empty_documents": empty,
         "bad_documents": num_bad,
@@ -106,4 +104,25 @@ def inspect_shards(folder: Path, num_samples: int = 2, verify: bool = False) -> 
         "skipped": manifest.skipped,
         "hashes": "all match" if verify else "not checked",
         "samples": [tokenizer.decode(train.document(number)[:100].tolist()) for number in numbers],
+    }
+
+
+def compression(tokenizer: Tokenizer, files: Sequence[Path], field: str = "text") -> dict[str, Any]:
+    """Bytes and characters per token over a corpus, and the speed of encoding it in one process."""
+    num_bytes = num_chars = num_tokens = 0
+    elapsed_s = 0.0
+    for document in read_documents(files, field):
+        start = time.perf_counter()
+        num_tokens += len(tokenizer.encode(document.text))
+        elapsed_s += time.perf_counter() - start
+        num_bytes += len(document.text.encode())
+        num_chars += len(document.text)
+    if not num_tokens:
+        raise UserError(f"{', '.join(map(str, files[:3]))}: no text to count tokens of")
+    return {
+        "text_bytes": num_bytes,
+        "num_tokens": num_tokens,
+        "bytes_per_token": round(num_bytes / num_tokens, 3),
+        "chars_per_token": round(num_chars / num_tokens, 3),
+        "encode_mb_per_s": round(num_bytes / 1e6 / elapsed_s, 2),
     }
