@@ -1,6 +1,7 @@
 """Paths of the files that ship in the package: a sample corpus, its tokenizer and their licences.
 
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
+demo_weights()      # .../demo: a small model's weights folder
 tokenizer_model()   # .../tokenizer.model: 8,192 pieces, trained by this project's code
 """
 
@@ -21,3 +22,8 @@ def sample_corpus() -> Path:
 def tokenizer_model() -> Path:
     """The SentencePiece model of the demo and of the small recipes."""
     return folder() / "tokenizer.model"
+
+
+def demo_weights() -> Path:
+    """The weights folder of the demo model, trained by `recipes/demo.yaml`."""
+    return folder() / "demo"
