@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of logits held at a time: 64 M are 256 MiB in fp32, enough rows to fill a GPU at any vocabulary.
-_HELD = 1 << 26
+# Elements of fp32 logits held at a time: 1 GiB on a GPU (4,000 rows of a 64,000 vocabulary: large matrix products and few
+# sums into the weight's gradient), 16 MiB on CPU, where smaller stays in cache.
+_HELD = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 
 def linear_cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -66,24 +67,38 @@ def _chunks(
     loss = x.new_zeros((), dtype=wide)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
     dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, wide)) if wanted else weight.new_empty(0)
-    rows = max(1, _HELD // weight.shape[0])
+    rows = max(1, _HELD.get(x.device.type, 1 << 22) // weight.shape[0])
     for start in range(0, x.shape[0], rows):
         part, target = x[start : start + rows], labels[start : start + rows]
-        counted = target != ignore_index
-        # An ignored label points nowhere; it is read as class 0 and weighs nothing.
-        target = target.where(counted, 0)[:, None]
         logits = _product(part, low.t())
-        logits -= logits.amax(-1, keepdim=True)
-        picked = logits.gather(1, target)
-        total = logits.exp_().sum(-1, keepdim=True)
-        loss += ((total.log() - picked) * counted[:, None]).sum()
+        if x.is_cuda:
+            from tnllm.kernels.fused.softmax import launch_softmax
+
+            losses, dlogits = launch_softmax(logits, target, ignore_index, wanted, x.dtype)
+        else:
+            losses, dlogits = _softmax(logits, target, ignore_index, wanted, x.dtype)
+        loss += losses.sum()
         if wanted:
-            logits.mul_(counted[:, None] / total)
-            logits.scatter_add_(1, target, -counted[:, None].to(wide))
-            dlogits = logits.to(x.dtype)
-            dx[start : start + rows] = dlogits @ low
+            torch.mm(dlogits, low, out=dx[start : start + rows])
             dweight += _product(dlogits.t(), part)
     return loss, dx, dweight.to(weight.dtype)
+
+
+def _softmax(
+    logits: Tensor, target: Tensor, ignore_index: int, wanted: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Loss of each row, and the logits' gradient in `dtype` (where wanted); `logits` is overwritten."""
+    counted = (target != ignore_index)[:, None]
+    # An ignored label points nowhere; it is read as class 0 and weighs nothing.
+    target = target[:, None].where(counted, 0)
+    logits -= logits.amax(-1, keepdim=True)
+    picked = logits.gather(1, target)
+    total = logits.exp_().sum(-1, keepdim=True)
+    losses = (total.log() - picked) * counted
+    if wanted:
+        logits.mul_(counted / total)
+        logits.scatter_add_(1, target, -counted.to(logits.dtype))
+    return losses, logits.to(dtype)
 
 
 @_forward.register_fake

@@ -54,6 +54,10 @@ def _cos_sin(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 @torch.library.custom_op("tnllm::lrpe", mutates_args=())
 def _forward(x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> Tensor:
+    if x.is_cuda:
+        from tnllm.kernels.fused.lrpe import launch_forward
+
+        return launch_forward(x, theta, positions, silu)
     a = F.silu(_wide(x)) if silu else _wide(x)
     cos, sin = _cos_sin(theta, positions, a.dtype)
     return torch.cat([a * cos, a * sin], dim=-1).to(x.dtype)
@@ -66,6 +70,10 @@ def _(x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> Tensor:
 
 @torch.library.custom_op("tnllm::lrpe_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    if x.is_cuda:
+        from tnllm.kernels.fused.lrpe import launch_backward
+
+        return launch_backward(dy, x, theta, positions, silu)
     wide = _wide(x)
     sigmoid = torch.sigmoid(wide)
     a = wide * sigmoid if silu else wide

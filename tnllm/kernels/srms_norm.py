@@ -3,60 +3,73 @@
     y = srms_norm(x)            # any shape, any floating dtype; statistics in fp32 (float64 for float64)
 
 Source: TransNormerLLM (arXiv 2307.14995) Eq. 8; the eps is the released code's. A row of zeros stays zero.
+
+The backward pass recomputes the row's root from x, which it reads anyway: nothing but x is kept. While torch.compile is
+tracing, the definition itself is traced, so that the compiler fuses it with the residual sum before it and the gate
+after it; elsewhere a custom op runs Triton on CUDA and plain torch on CPU.
 """
 
 import torch
 from torch import Tensor
 
+# Widest row a Triton program holds.
+_WIDEST = 65536
+
 
 def srms_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """The definition, in the precision of its input."""
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    """The definition; statistics in fp32 or wider, result in x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
 def srms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Normalise the last dim: [..., M] → [..., M] of the same dtype."""
-    return _forward(x, eps)[0]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    """Normalise the last dim: [..., M] → [..., M] of the same dtype. On CUDA M may be up to 65,536 (else ValueError)."""
+    if torch.compiler.is_compiling():
+        return srms_norm_reference(x, eps)
+    if x.is_cuda and x.shape[-1] > _WIDEST:
+        raise ValueError(f"srms_norm on CUDA takes rows of up to {_WIDEST} channels; got {x.shape[-1]}")
+    return _forward(x, eps)
 
 
 @torch.library.custom_op("tnllm::srms_norm", mutates_args=())
-def _forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and the inverse root r [...] that the backward pass needs."""
-    wide = _wide(x)
-    r = (wide.square().mean(-1) + eps).rsqrt_()
-    return (wide * r[..., None]).to(x.dtype), r
+def _forward(x: Tensor, eps: float) -> Tensor:
+    if x.is_cuda:
+        from tnllm.kernels.fused.norm import launch_forward
+
+        return launch_forward(x, eps)
+    return srms_norm_reference(x, eps)
 
 
 @_forward.register_fake
-def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+def _(x: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("tnllm::srms_norm_backward", mutates_args=())
-def _backward(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
-    """dx = r (dy - y mean(y dy)) with y = r x; the saved r makes a row of zeros safe."""
-    wide = _wide(x) * r[..., None]
-    grad = _wide(dy)
-    grad = grad - wide * (wide * grad).mean(-1, keepdim=True)
-    return grad.mul_(r[..., None]).to(x.dtype)
+def _backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
+    """dx = r (dy - y mean(y dy)) with r = 1 / sqrt(mean(x^2) + eps) and y = r x."""
+    if x.is_cuda:
+        from tnllm.kernels.fused.norm import launch_backward
+
+        return launch_backward(dy, x, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt_()
+    y, grad = wide * r, dy.to(wide.dtype)
+    return ((grad - y * (y * grad).mean(-1, keepdim=True)) * r).to(x.dtype)
 
 
 @_backward.register_fake
-def _(dy: Tensor, x: Tensor, r: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _(dy: Tensor, x: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[0], output[1])
-    ctx.mark_non_differentiable(output[1])
+    x, ctx.eps = inputs
+    ctx.save_for_backward(x)
 
 
-def _autograd(ctx, dy: Tensor, _dr: Tensor) -> tuple[Tensor, None]:
-    return _backward(dy, *ctx.saved_tensors), None
+def _autograd(ctx, dy: Tensor) -> tuple[Tensor, None]:
+    return _backward(dy, *ctx.saved_tensors, ctx.eps), None
 
 
 _forward.register_autograd(_autograd, setup_context=_save)

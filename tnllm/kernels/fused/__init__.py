@@ -1,0 +1,1 @@
+"""Triton kernels of the small operators; their ops import them on CUDA only."""
