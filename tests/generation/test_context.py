@@ -11,7 +11,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.generation.context import load_context, read, save_context, weights_hash
 
 # Cutting a text elsewhere, or packing it beside others, changes only the order of fp32 sums. Logits have a standard
-# deviation of about 3; the largest difference seen over 2000 random splits was SEEN.
+# deviation of about 3; the largest difference seen over 600 random splits was 4e-5.
 ATOL = 1e-4
 
 
