@@ -119,7 +119,8 @@ def test_samples_of_one_prompt_equal_separate_runs(model, tokenizer):
     together = results(model, tokenizer, PROMPTS[:2], [params, params])
     for (index, sample), result in together.items():
         assert result.seed == 10 + sample
-        assert result.tokens == one(model, tokenizer, PROMPTS[index], SamplingParams(seed=10 + sample, max_tokens=20)).tokens
+        alone = one(model, tokenizer, PROMPTS[index], SamplingParams(seed=10 + sample, max_tokens=20))
+        assert result.tokens == alone.tokens
     assert len(together) == 6
 
 
