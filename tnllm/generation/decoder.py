@@ -91,9 +91,16 @@ class _Row:
 
     def result(self, context: Context | None) -> Result:
         assert self.reason is not None
-        logprobs = self.logprobs if self.params.logprobs is not None else None
         return Result(
-            self.index, self.sample, self.text, self.tokens, self.reason, self.seed, self.prompt_tokens, logprobs, context
+            index=self.index,
+            sample=self.sample,
+            text=self.text,
+            tokens=self.tokens,
+            finish_reason=self.reason,
+            seed=self.seed,
+            prompt_tokens=self.prompt_tokens,
+            logprobs=self.logprobs if self.params.logprobs is not None else None,
+            context=context,
         )
 
 
@@ -134,7 +141,7 @@ def generate(
     """
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     each = [params or SamplingParams()] * len(ids) if params is None or isinstance(params, SamplingParams) else params
-    befores = [None] * len(ids) if contexts is None else list(contexts)
+    befores: list[Context | None] = [None] * len(ids) if contexts is None else list(contexts)
     assert len(each) == len(befores) == len(ids), "one of params and contexts for each prompt"
     for index, (prompt, before) in enumerate(zip(ids, befores, strict=True)):
         if not prompt and before is None:
@@ -181,9 +188,7 @@ def _batches(
         start = stop
 
 
-def _rows(
-    tokenizer: Tokenizer, index: int, params: SamplingParams, prompt_tokens: int, context: Context
-) -> list[_Row]:
+def _rows(tokenizer: Tokenizer, index: int, params: SamplingParams, prompt_tokens: int, context: Context) -> list[_Row]:
     # 32 random bits are easy to read and type again.
     first = secrets.randbits(32) if params.seed is None else params.seed
     return [
@@ -242,7 +247,6 @@ class _Batch:
     def _draw(self, num_tokens: int) -> "_Drawn":
         """The next `num_tokens` tokens of every row; the last one is not read yet."""
         columns: list[list[Tensor]] = []
-        tokens = self.logits.new_zeros(0)
         for place in range(num_tokens):
             if place:
                 self._read(tokens)

@@ -1,11 +1,11 @@
 """From token ids to text that may be shown: whole characters only, and nothing of a stop string.
 
-    stream = TextStream(tokenizer, before=prompt_ids, stop=("\\nHuman:",))
-    for id in ids:
-        print(stream.push(id), end="")
-        if stream.stopped:
-            break
-    print(stream.close())
+stream = TextStream(tokenizer, before=prompt_ids, stop=("\\nHuman:",))
+for id in ids:
+    print(stream.push(id), end="")
+    if stream.stopped:
+        break
+print(stream.close())
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,212 @@
+"""`tnllm generate`: continue a text, answer in a chat, or work through a file of prompts."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, say, stream_text, write_batch
+from tnllm.errors import UserError
+
+if TYPE_CHECKING:
+    from tnllm.generation.decoder import Piece, Result
+    from tnllm.generation.sampler import SamplingParams
+
+EPILOG = """Examples:
+
+tnllm generate --prompt "Once upon a time" --max-tokens 100 --temperature 0.8 --seed 1
+
+tnllm generate --model runs/tiny --chat
+
+tnllm generate --input prompts.jsonl --output answers.jsonl --temperature 0
+
+tnllm generate --prompt-file book.txt --max-tokens 0 --state-out book.state
+
+tnllm generate --state-in book.state --prompt "In short, "
+"""
+_SAMPLING, _INPUT, _OUTPUT, _STATE = "Sampling", "Input", "Output", "State"
+
+
+def command(
+    model: str | None = typer.Option(
+        None, help="Run folder, step folder or weights folder. [default: the model that ships with tnllm]"
+    ),
+    prompt: str | None = typer.Option(
+        None, "--prompt", "-p", help='Text to continue; "" starts from nothing, - reads stdin.', rich_help_panel=_INPUT
+    ),
+    prompt_file: str | None = typer.Option(
+        None, help="UTF-8 file to continue; - is stdin. One newline at its end is dropped.", rich_help_panel=_INPUT
+    ),
+    input: str | None = typer.Option(
+        None,
+        help='JSON Lines, {"prompt": ...} each, with sampling options and an id if you like; - is stdin.',
+        rich_help_panel=_INPUT,
+    ),
+    chat: bool = typer.Option(
+        False, "--chat", help="Talk in turns; /reset forgets, /exit or Ctrl-D ends.", rich_help_panel=_INPUT
+    ),
+    chat_template: str | None = typer.Option(
+        None, help=r"Turn format with {prompt}; \n is a newline. [default: the model's]", rich_help_panel=_INPUT
+    ),
+    max_tokens: int | None = typer.Option(
+        None, help="Most tokens to generate; 0 only reads. [default: the model's, or 256]", rich_help_panel=_SAMPLING
+    ),
+    temperature: float | None = typer.Option(
+        None, help="0 takes the likeliest token. This and the rest default to the model's.", rich_help_panel=_SAMPLING
+    ),
+    top_k: int | None = typer.Option(None, help="Keep the k likeliest tokens; 0 all.", rich_help_panel=_SAMPLING),
+    top_p: float | None = typer.Option(
+        None, help="Keep the likeliest tokens that reach this probability.", rich_help_panel=_SAMPLING
+    ),
+    min_p: float | None = typer.Option(
+        None, help="Drop tokens below this share of the likeliest one's probability.", rich_help_panel=_SAMPLING
+    ),
+    repetition_penalty: float | None = typer.Option(
+        None, help="Above 1: tokens of prompt and text become less likely.", rich_help_panel=_SAMPLING
+    ),
+    presence_penalty: float | None = typer.Option(
+        None, help="-2 to 2, taken from the logits of generated tokens.", rich_help_panel=_SAMPLING
+    ),
+    frequency_penalty: float | None = typer.Option(
+        None, help="-2 to 2, the same for each time.", rich_help_panel=_SAMPLING
+    ),
+    seed: int | None = typer.Option(
+        None, help="The same seed gives the same text; sample i of --n has seed + i.", rich_help_panel=_SAMPLING
+    ),
+    stop: list[str] = typer.Option(
+        [], help=r"End before this text; \n is a newline. Repeatable.", rich_help_panel=_SAMPLING
+    ),
+    n: int | None = typer.Option(None, help="Samples for each prompt.", rich_help_panel=_SAMPLING),
+    ignore_eos: bool = typer.Option(
+        False, "--ignore-eos", help="Go on after the end token.", rich_help_panel=_SAMPLING
+    ),
+    output: Path | None = typer.Option(None, help="Write the results of --input here.", rich_help_panel=_OUTPUT),
+    json_: bool = typer.Option(
+        False, "--json", help="One JSON object per result; always so for --input.", rich_help_panel=_OUTPUT
+    ),
+    logprobs: int | None = typer.Option(
+        None, help="With --json: log-probabilities, and those of the N likeliest tokens.", rich_help_panel=_OUTPUT
+    ),
+    echo: bool = typer.Option(False, "--echo", help="Put the prompt before the text.", rich_help_panel=_OUTPUT),
+    stream: bool = typer.Option(True, help="Show the text as it comes.", rich_help_panel=_OUTPUT),
+    state_in: Path | None = typer.Option(None, help="Go on from a saved state.", rich_help_panel=_STATE),
+    state_out: Path | None = typer.Option(
+        None, help="Save the state after the last token, to go on from.", rich_help_panel=_STATE
+    ),
+    batch_size: int = typer.Option(16, min=1, help="Samples decoded together."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    dtype: str = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32 or bfloat16."),
+) -> None:
+    """Generate text from a prompt, a file, standard input, a batch of prompts or a chat."""
+    given = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed, "n": n, "logprobs": logprobs,
+        "stop": [_unescape(text) for text in stop] or None, "ignore_eos": ignore_eos or None,
+    }  # fmt: skip
+    options = {key: value for key, value in given.items() if value is not None}
+    flags = {"--prompt": prompt, "--prompt-file": prompt_file, "--input": input, "--chat": chat or None}
+    source = _source({flag: value for flag, value in flags.items() if value is not None}, state_in)
+    if output and source != "--input":
+        raise UserError("--output is for --input; redirect stdout instead: tnllm generate ... > file")
+    if logprobs is not None and not (json_ or source == "--input"):
+        raise UserError("--logprobs needs --json, or --input; plain text has no place for them")
+    if state_out and (source == "--input" or n not in (None, 1)):
+        raise UserError("--state-out saves the state of one text; it goes with neither --input nor --n")
+    if source == "--chat" and (json_ or echo or n not in (None, 1)):
+        raise UserError("--chat goes with none of --json, --echo and --n")
+    if chat_template and source != "--chat":
+        raise UserError("--chat-template is for --chat; write the whole text into the prompt instead")
+
+    from tnllm.generation.chat import Conversation
+    from tnllm.generation.context import load_context, save_context, weights_hash
+    from tnllm.generation.decoder import generate
+    from tnllm.generation.jsonl import read_requests
+    from tnllm.generation.loading import load
+    from tnllm.generation.sampler import SamplingParams
+
+    # Bad options and unreadable prompts are told before a large model is loaded.
+    SamplingParams.of(options)
+    file = prompt_file or input or ("-" if prompt == "-" else None)
+    data = None if file is None else _read(file)
+    text = (prompt or "") if data is None or source == "--input" else _decode(data, file or "")
+    if model is None:
+        say("no --model given: using the demo model that ships with tnllm")
+    ready = load(model, device, dtype)
+    weights = weights_hash(ready.model) if state_in or state_out else ""
+    context = load_context(state_in, ready.model, weights) if state_in else None
+    meter = Meter()
+
+    def run(prompts: list[list[int]], params: "list[SamplingParams]", keep: bool = False) -> Iterator["Piece | Result"]:
+        events = generate(
+            ready.model, ready.tokenizer, prompts, params, contexts=[context] * len(prompts), keep_contexts=keep,
+            eos_ids=ready.eos_ids, batch_size=batch_size,
+        )  # fmt: skip
+        return meter.watch(events)
+
+    if source == "--input":
+        requests = read_requests(input or "", data or b"", ready, options, start=context is None)
+        events = run([request.ids for request in requests], [request.params for request in requests])
+        write_batch(events, requests, output, echo)
+        say(meter.summary(single=False))
+        return
+    params = ready.params(**options)
+    if source == "--chat":
+        template = _unescape(chat_template) if chat_template else ready.chat_template
+        talk = Conversation(ready, params, template, context)
+        chat_loop(talk)
+        context = talk.context() if state_out else None
+    else:
+        if not text:
+            say("the prompt is empty: " + ("going on from the state" if context else "starting from the begin token"))
+        events = run([ready.encode(text, start=context is None)], [params], keep=state_out is not None)
+        shown = text if echo else ""
+        if json_:
+            result = print_json(events, params.n, shown)[0]
+        elif params.n == 1 and stream:
+            result = stream_text(events, shown)
+        else:
+            result = print_texts(events, params.n, shown)[0]
+        say(meter.summary(single=params.n == 1))
+        context = result.context
+    if state_out:
+        if context is None:
+            raise UserError("nothing was said, so there is no state to save")
+        save_context(state_out, context, weights)
+        say(f"state after {context.num_tokens} tokens saved to {state_out}")
+
+
+def _source(given: dict[str, object], state_in: Path | None) -> str:
+    """The one flag that says where prompts come from."""
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} were given; give one of them")
+    if not given and state_in is None:
+        raise UserError("no prompt; give --prompt TEXT, --prompt-file FILE (- is stdin), --input BATCH.jsonl or --chat")
+    return next(iter(given), "--prompt")
+
+
+def _read(file: str) -> bytes:
+    if file == "-":
+        return sys.stdin.buffer.read()
+    if not Path(file).is_file():
+        raise UserError(f"{file} is no file; give a UTF-8 text file, or - for stdin")
+    return Path(file).read_bytes()
+
+
+def _decode(data: bytes, file: str) -> str:
+    name = "stdin" if file == "-" else file
+    try:
+        text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it, say with iconv") from None
+    if not text:
+        raise UserError(f'{name} is empty; to start from nothing give --prompt ""')
+    return text
+
+
+def _unescape(text: str) -> str:
+    """`\\n` and `\\t`, which are hard to type in a shell; a doubled backslash is one."""
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t", "\\": "\\"}[match[1]], text)

@@ -1,0 +1,183 @@
+"""How generated text reaches a person or a file: text on stdout as it comes, JSON lines, whole texts, chat, speed."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tnllm.errors import UserError
+from tnllm.files import format_duration
+
+if TYPE_CHECKING:
+    from tnllm.generation.chat import Conversation
+    from tnllm.generation.decoder import Piece, Result
+    from tnllm.generation.jsonl import Request
+
+    Events = Iterable[Piece | Result]
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Meter:
+    """Speed of one run. The clock starts when the meter is made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first: float | None = None
+        self._tokens = self._prompt_tokens = 0
+        self._last: Result | None = None
+
+    def watch(self, events: "Events") -> Iterator["Piece | Result"]:
+        """The same events, counted."""
+        from tnllm.generation.decoder import Result
+
+        for event in events:
+            if isinstance(event, Result):
+                self._last = event
+                self._prompt_tokens += event.prompt_tokens if event.sample == 0 else 0
+            else:
+                self._tokens += 1
+                self._first = self._first or time.perf_counter()
+            yield event
+
+    def summary(self, single: bool = True) -> str:
+        """Tokens, tokens per second after the first, time to the first; how and with which seed a `single` one ended."""
+        if self._first is None:
+            text = f"no tokens generated; read {self._prompt_tokens} in {self._since(self._start)}"
+        else:
+            seconds = time.perf_counter() - self._first
+            rate = f" at {(self._tokens - 1) / seconds:.1f} tokens/s" if self._tokens > 1 and seconds else ""
+            text = f"{self._tokens} tokens{rate}, first after {self._first - self._start:.2f}s"
+            if self._prompt_tokens:
+                text += f"; prompt {self._prompt_tokens} tokens"
+        if single and self._last and self._first:
+            text += f"; ended by {self._last.finish_reason}; seed {self._last.seed}"
+        return text
+
+    @staticmethod
+    def _since(start: float) -> str:
+        return format_duration(time.perf_counter() - start)
+
+
+def stream_text(events: "Events", echo: str) -> "Result":
+    """Print `echo` and the text of one sample as it comes, and a newline whatever happens."""
+    from tnllm.generation.decoder import Piece
+
+    try:
+        print(echo, end="", flush=True)
+        for event in events:
+            if not isinstance(event, Piece):
+                return event
+            if event.text:
+                print(event.text, end="", flush=True)
+    finally:
+        print(flush=True)
+    raise AssertionError("a sample ends with its result")
+
+
+def in_order(events: "Events", samples: Sequence[int]) -> "Iterator[Result]":
+    """Results by prompt, then by sample, each as soon as all before it are there; `samples` counts each prompt's."""
+    from tnllm.generation.decoder import Result
+
+    waiting: dict[tuple[int, int], Result] = {}
+    keys = ((index, sample) for index, count in enumerate(samples) for sample in range(count))
+    wanted = next(keys, None)
+    for event in events:
+        if isinstance(event, Result):
+            waiting[event.index, event.sample] = event
+            while wanted in waiting:
+                yield waiting.pop(wanted)
+                wanted = next(keys, None)
+
+
+def print_texts(events: "Events", samples: int, echo: str) -> "list[Result]":
+    """Print each sample when it is whole; with several, a line on stderr says which one comes."""
+    results = []
+    for result in in_order(events, [samples]):
+        if samples > 1:
+            say(f"sample {result.sample + 1} of {samples}, seed {result.seed}:")
+        print(echo + result.text, flush=True)
+        results.append(result)
+    return results
+
+
+def print_json(events: "Events", samples: int, echo: str) -> "list[Result]":
+    """Print one JSON object per sample."""
+    from tnllm.generation.jsonl import result_object
+
+    results = []
+    for result in in_order(events, [samples]):
+        print(json.dumps(result_object(result, echo), ensure_ascii=False), flush=True)
+        results.append(result)
+    return results
+
+
+def write_batch(events: "Events", requests: "list[Request]", output: Path | None, echo: bool) -> None:
+    """Write one JSON line per result, in the order of the requests, to `output` or stdout."""
+    from tnllm.generation.jsonl import part_file, result_object
+
+    total = sum(request.params.n for request in requests)
+    done = 0
+    target = part_file(output) if output else nullcontext(sys.stdout)
+    try:
+        with target as file, _progress(total) as advance:
+            for result in in_order(events, [request.params.n for request in requests]):
+                request = requests[result.index]
+                row = result_object(result, request.prompt if echo else "", request.id)
+                print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+                done += 1
+                advance()
+    except BaseException:
+        if output:
+            say(f"stopped after {done} of {total} results; they are in {output}.part")
+        raise
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], object]]:
+    """A bar on a terminal, nothing otherwise."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("generate", total=total)
+        yield lambda: progress.advance(task)
+
+
+def chat_loop(talk: "Conversation") -> None:
+    """Read turns from stdin until /exit or its end. Ctrl-C breaks an answer off; between answers it ends the chat."""
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
+        say("/reset forgets the talk, /exit or Ctrl-D ends it, Ctrl-C breaks an answer off")
+    while True:
+        try:
+            message = input("> " if on_terminal else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin is not UTF-8 (byte {error.start}); convert it first") from None
+        if message.strip() == "/exit":
+            return
+        if message.strip() == "/reset":
+            talk.reset()
+            say("forgotten; the talk starts anew")
+        elif message.startswith("/") and message.strip().isascii() and " " not in message.strip():
+            say(f"{message.strip()} is no command; there are /reset and /exit")
+        elif message.strip():
+            meter = Meter()
+            try:
+                stream_text(meter.watch(talk.ask(message)), "")
+            except KeyboardInterrupt:
+                say("answer broken off")
+            else:
+                say(meter.summary())

@@ -1,0 +1,106 @@
+"""Batches in files: one JSON object per line in, one per result out.
+
+    in   {"prompt": "Once upon a time", "id": 7, "max_tokens": 20}
+    out  {"index": 0, "id": 7, "sample": 0, "text": "...", "finish_reason": "length", "tokens": [...], "logprobs": null,
+          "seed": 1, "usage": {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25}}
+
+`id` is any JSON value and comes back as it is; every other key is a sampling option for this line alone.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tnllm.errors import UserError
+from tnllm.generation.decoder import Result, TokenLogprob
+from tnllm.generation.loading import Ready
+from tnllm.generation.sampler import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of a batch."""
+
+    prompt: str
+    ids: list[int]
+    params: SamplingParams
+    id: Any
+
+
+def read_requests(name: str, data: bytes, ready: Ready, options: dict[str, Any], start: bool = True) -> list[Request]:
+    """Check and tokenize every line before anything is generated; blank lines are skipped.
+
+    `options` stand for keys a line does not have. `start`: prompts begin a text rather than go on from a state.
+    Raises UserError naming `name` and the line.
+    """
+    requests = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            requests.append(_request(json.loads(line.decode("utf-8-sig")), ready, options, start))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}:{number}: byte {error.start} of the line is not UTF-8; convert the file") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{name}:{number}: no JSON ({error.msg} at column {error.colno})") from None
+        except UserError as error:
+            raise UserError(f"{name}:{number}: {error}") from None
+    if not requests:
+        raise UserError(f'{name} holds no request; write one JSON object per line, such as {{"prompt": "Once"}}')
+    return requests
+
+
+def _request(values: Any, ready: Ready, options: dict[str, Any], start: bool) -> Request:
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        raise UserError('each line is a JSON object with a string "prompt"')
+    try:
+        json.dumps(values.get("id"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError('"id" holds a lone surrogate, which is no Unicode text') from None
+    own = {key: value for key, value in values.items() if key not in ("prompt", "id")}
+    params = ready.params(**{**options, **own})
+    return Request(values["prompt"], ready.encode(values["prompt"], start), params, values.get("id"))
+
+
+def result_object(result: Result, echo: str = "", id: Any = None) -> dict[str, Any]:
+    """A result as JSON values; `echo` goes before the text."""
+    row: dict[str, Any] = {"index": result.index}
+    if id is not None:
+        row["id"] = id
+    logprobs = result.logprobs
+    return row | {
+        "sample": result.sample,
+        "text": echo + result.text,
+        "finish_reason": result.finish_reason,
+        "tokens": result.tokens,
+        "logprobs": None if logprobs is None else [_logprob(entry) | _top(entry) for entry in logprobs],
+        "seed": result.seed,
+        "usage": {
+            "prompt_tokens": result.prompt_tokens,
+            "completion_tokens": len(result.tokens),
+            "total_tokens": result.prompt_tokens + len(result.tokens),
+        },
+    }
+
+
+def _logprob(entry: TokenLogprob) -> dict[str, Any]:
+    return {"id": entry.id, "text": entry.text, "logprob": entry.logprob}
+
+
+def _top(entry: TokenLogprob) -> dict[str, Any]:
+    return {"top": [_logprob(other) for other in entry.top]}
+
+
+@contextmanager
+def part_file(path: Path) -> Iterator[TextIO]:
+    """A file that is written under `path`.part and gets its name when it is whole; a stopped run leaves the part."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "w", encoding="utf-8", newline="\n") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,119 @@
+"""A model ready to generate: weights, tokenizer and the defaults that ship beside them.
+
+ready = load("runs/tiny", device="auto", dtype="auto")     # None: the model that ships in the package
+params = ready.params(temperature=0.5)                     # generation_config.json, then these
+ids = ready.encode("Once upon a time")
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tnllm.errors import UserError
+from tnllm.generation.sampler import SamplingParams
+from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.weights import GENERATION, load_model, resolve_model
+from tnllm.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What the released models were fine-tuned with; the answer and the end token follow.
+CHAT_TEMPLATE = "Human:\n{prompt}\nAssistant:\n"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything `generate` needs. `sampling` holds fields of SamplingParams."""
+
+    folder: Path
+    model: LanguageModel
+    tokenizer: Tokenizer
+    sampling: dict[str, Any]
+    eos_ids: tuple[int, ...]
+    bos_id: int
+    add_bos: bool
+    chat_template: str
+
+    def params(self, **options: Any) -> SamplingParams:
+        """The model's defaults with `options` over them. Raises UserError."""
+        return SamplingParams.of({**self.sampling, **options})
+
+    def encode(self, text: str, start: bool = True) -> list[int]:
+        """Token ids; at the `start` of a text with the begin token if the model wants one or the text is empty."""
+        ids = self.tokenizer.encode(text)
+        return [self.bos_id, *ids] if start and (self.add_bos or not ids) else ids
+
+
+def load(model: Path | str | None = None, device: str = "auto", dtype: str = "auto") -> Ready:
+    """Load a weights folder or run folder.
+
+    device: auto (the GPU where there is one), cpu, cuda or cuda:N. dtype: auto (float32 on CPU, the stored one on
+    a GPU), float32 or bfloat16. Raises UserError for anything else and for folders that hold no model.
+    """
+    where = pick_device(device)
+    if dtype not in ("auto", *DTYPES):
+        # Attention has no scale by design and overflows float16's range.
+        raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    folder = resolve_model(model)
+    wanted = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else None)
+    settings = _read_settings(folder / GENERATION)
+    tokenizer = Tokenizer.load(folder)
+    loaded = load_model(folder, where, wanted)
+    sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
+    if settings.get("max_new_tokens") is not None:
+        sampling["max_tokens"] = settings["max_new_tokens"]
+    if settings.get("do_sample") is False:
+        sampling["temperature"] = 0
+    try:
+        SamplingParams.of(sampling)
+    except UserError as error:
+        raise UserError(f"{folder / GENERATION}: {error}") from None
+    eos = settings.get("eos_token_id", tokenizer.eos_id)
+    return Ready(
+        folder,
+        loaded,
+        tokenizer,
+        sampling,
+        tuple(eos) if isinstance(eos, list) else (eos,),
+        settings.get("bos_token_id", tokenizer.bos_id),
+        bool(settings.get("add_bos_token", False)),
+        settings.get("chat_template", CHAT_TEMPLATE),
+    )
+
+
+# The keys that generation_config.json and SamplingParams share.
+_SAMPLING = {field.name for field in fields(SamplingParams)} - {
+    "n",
+    "seed",
+    "stop",
+    "logprobs",
+    "max_tokens",
+    "ignore_eos",
+}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); fix it or remove it") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold a JSON object; fix it or remove it")
+    return settings
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` → device. Raises UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+        raise UserError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= count:
+        raise UserError(f"device is {name!r}, but torch sees {count} CUDA devices here; allowed: auto, cpu")
+    return torch.device(name)
