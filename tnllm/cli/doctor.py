@@ -131,9 +131,7 @@ def _cuda() -> list[Check]:
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         )
         if properties.major < 8:
-            checks.append(
-                Check(f"cuda:{index}", "note", f"{text}; no bf16", "train with --set train.dtype=fp32")
-            )
+            checks.append(Check(f"cuda:{index}", "note", f"{text}; no bf16", "train with --set train.dtype=fp32"))
         else:
             checks.append(Check(f"cuda:{index}", "ok", f"{text}; bf16"))
     return checks

@@ -112,7 +112,9 @@ class ScheduleSection(BaseModel):
     kind: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="After warm-up: cosine to the end; wsd stays, then falls linearly; constant stays."
     )
-    warmup_steps: Count = Field(100, ge=0, description="Steps of linear rise from zero.")
+    warmup_steps: Count = Field(
+        100, ge=0, description="Steps of linear rise from zero. Left out: 100, or a tenth of a horizon below 1000."
+    )
     horizon_steps: Count | None = Field(
         None,
         ge=1,
@@ -295,7 +297,7 @@ class RunConfig(BaseModel):
                 if doc:
                     lines += [f"  # {line}" for line in textwrap.wrap(docs[f"{section}.{key}"], 110)]
                 text = yaml.safe_dump({key: value}, allow_unicode=True, width=110)
-                lines += [f"  {line}" for line in text.splitlines()]
+                lines += [f"  {line}" for line in text.rstrip("\n").split("\n")]
         return "\n".join(lines) + "\n"
 
 
@@ -332,14 +334,16 @@ def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
     values, origins = _merge(values, changes), {**origins, **change_origins}
     values["model"] = _resolve_model(values.get("model", {}), origins)
     try:
-        config = RunConfig.model_validate(values)
-        if config.schedule.horizon_steps is not None:
-            return config
         # The recipe's own length, not the one --set gives: max_steps must not bend the learning rate.
-        own = TrainSection.model_validate({**own_train, "global_batch_tokens": config.train.global_batch_tokens})
-        ends = own if own.max_steps or own.max_tokens else config.train
-        horizon = _length(ends.max_steps, ends.max_tokens, config.train.global_batch_tokens)
-        schedule = {**values.get("schedule", {}), "horizon_steps": horizon}
+        train = TrainSection.model_validate(values.get("train", {}))
+        own = TrainSection.model_validate({**own_train, "global_batch_tokens": train.global_batch_tokens})
+        ends = own if own.max_steps or own.max_tokens else train
+        schedule = dict(values.get("schedule", {}))
+        if schedule.get("horizon_steps") is None and (ends.max_steps or ends.max_tokens):
+            schedule["horizon_steps"] = _length(ends.max_steps, ends.max_tokens, train.global_batch_tokens)
+        horizon = ScheduleSection.model_validate(schedule).horizon_steps
+        if horizon is not None:
+            schedule.setdefault("warmup_steps", min(100, horizon // 10))
         return RunConfig.model_validate({**values, "schedule": schedule})
     except ValidationError as error:
         raise _explain(error, origins, name) from None
@@ -452,7 +456,9 @@ def _explain(error: ValidationError, origins: dict[str, str], name: str) -> User
     """One line for the first thing wrong."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
-    parts = [str(part) for part in first["loc"]]
+    # A section read on its own reports keys without its name.
+    section = [] if error.title == RunConfig.__name__ else [error.title.removesuffix("Section").lower()]
+    parts = section + [str(part) for part in first["loc"]]
     if not parts:
         return UserError(f"{message} ({name})")
     key = ".".join(parts[:2])

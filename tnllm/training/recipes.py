@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 
 # Plain scalars follow YAML 1.2: PyYAML's 1.1 reads 1e-4 as a string, `on` and `no` as booleans, 1:30 as ninety.
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "true": True, "True": True, "false": False, "False": False}
 
 

@@ -1,0 +1,225 @@
+"""Recipes: precedence, sizes, round trips, and the one line a person sees for each kind of mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnllm.errors import UserError
+from tnllm.modeling.config import get_preset
+from tnllm.training.config import RunConfig, describe_keys, load_recipe
+from tnllm.training.recipes import find_recipe, parse_yaml, read_header
+
+SMALL = "model:\n  preset: tiny\ndata:\n  seq_len: 64\ntrain:\n  max_steps: 200\n  global_batch_tokens: 512\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def fails(path: Path | str, *sets: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path), list(sets))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_recipe_over_defaults_and_set_over_both(recipe: Path) -> None:
+    config = load_recipe(str(recipe), ["train.seed=7", "model.num_layers=2", "optimizer.betas=[0.8, 0.9]"])
+    assert config.model == get_preset("tiny", num_layers=2)
+    assert (config.train.seed, config.train.max_steps, config.optimizer.betas) == (7, 200, (0.8, 0.9))
+    assert config.optimizer.weight_decay == 0.1
+
+
+def test_base_is_beneath_the_recipe(recipe: Path) -> None:
+    above = recipe.parent / "above.yaml"
+    above.write_text("base: small\ntrain:\n  max_steps: 10\nmodel:\n  kind: transformer\n")
+    config = load_recipe(str(above))
+    assert (config.train.max_steps, config.data.seq_len, config.model.kind) == (10, 64, "transformer")
+    # Naming a preset starts the model section afresh.
+    assert load_recipe(str(above), ["model.preset=demo"]).model == get_preset("demo")
+
+
+def test_base_is_read_one_level_deep(recipe: Path) -> None:
+    (recipe.parent / "a.yaml").write_text("base: small\n")
+    (recipe.parent / "b.yaml").write_text("base: a\n")
+    message = fails(recipe.parent / "b.yaml")
+    assert message.startswith("base: a has a base itself") and message.endswith("b.yaml:1)")
+    (recipe.parent / "c.yaml").write_text("base: nowhere\n")
+    assert fails(recipe.parent / "c.yaml").startswith("no recipe nowhere")
+
+
+@given(
+    seed=st.integers(0, 2**40),
+    rate=st.floats(1e-9, 1.0),
+    rows=st.integers(1, 8),
+    prompts=st.lists(st.text(st.characters(codec="utf-8"), max_size=20), max_size=3),
+    kind=st.sampled_from(["cosine", "wsd", "constant"]),
+)
+def test_resolved_yaml_round_trip_is_exact(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, rate: float, rows: int, prompts: list[str], kind: str
+) -> None:
+    folder = tmp_path_factory.mktemp("round")
+    path, resolved = folder / "r.yaml", folder / "config.resolved.yaml"
+    sections = {
+        "model": {"preset": "tiny"},
+        "optimizer": {"learning_rate": rate},
+        "schedule": {"kind": kind, "warmup_steps": 1},
+        "train": {"seed": seed, "max_steps": 5, "micro_batch_size": rows, "global_batch_tokens": rows * 2048},
+        "eval": {"sample_prompts": prompts},
+        "data": {"path": [{"path": "a b", "weight": rate}, {"path": "c: d"}]},
+    }
+    path.write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8")
+    config = load_recipe(str(path))
+    for doc in (False, True):
+        resolved.write_text(config.to_yaml(doc=doc), encoding="utf-8")
+        assert load_recipe(str(resolved)) == config
+    assert config.eval.sample_prompts == tuple(prompts)
+
+
+def test_resolved_text_is_plain_yaml_too() -> None:
+    config = load_recipe("demo")
+    assert RunConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_sizes_in_words(recipe: Path) -> None:
+    config = load_recipe(str(recipe), ["train.max_tokens=300B", "train.max_steps=0.5M", "data.seq_len=1K",
+                                       "train.global_batch_tokens=8K"])  # fmt: skip
+    assert (config.train.max_tokens, config.train.max_steps) == (300_000_000_000, 500_000)
+    assert config.total_steps == 500_000
+    assert load_recipe(str(recipe), ["train.max_tokens=1000"]).total_steps == 2  # 512 a step, the last one whole
+
+
+def test_lengths_on_the_command_line_do_not_move_the_schedule(recipe: Path) -> None:
+    for sets in ([], ["train.max_steps=20"], ["train.max_steps=900"], ["train.max_tokens=5120"]):
+        assert load_recipe(str(recipe), sets).schedule.horizon_steps == 200
+    assert load_recipe(str(recipe), ["schedule.horizon_steps=120"]).schedule.horizon_steps == 120
+    by_tokens = recipe.parent / "tokens.yaml"
+    by_tokens.write_text(SMALL.replace("max_steps: 200", "max_tokens: 102400"))
+    assert load_recipe(str(by_tokens), ["train.max_steps=3"]).schedule.horizon_steps == 200
+
+
+def test_scalars_follow_yaml_1_2() -> None:
+    text = "a: 1e-4\nb: on\nc: no\nd: 1:30\ne: 0o7\nf: 10_000\ng: true\nh: ~\ni: 'true'\nj: 2026-01-02\nk: .5\nl: -3"
+    values, lines = parse_yaml(text)
+    assert values == {
+        "a": 1e-4, "b": "on", "c": "no", "d": "1:30", "e": "0o7", "f": 10_000, "g": True, "h": None, "i": "true",
+        "j": "2026-01-02", "k": 0.5, "l": -3,
+    }  # fmt: skip
+    assert lines["l"] == 12
+
+
+@pytest.mark.parametrize(("written", "meant"), [("on", "on"), ("off", "off"), ("true", "on"), ("false", "off")])
+def test_switches(recipe: Path, written: str, meant: str) -> None:
+    assert load_recipe(str(recipe), [f"train.compile={written}"]).train.compile == meant
+
+
+def test_data_path_forms(recipe: Path) -> None:
+    def paths(value: str) -> list[tuple[str, float | None]]:
+        sources = load_recipe(str(recipe), [f"data.path={value}"]).data.path
+        assert sources is not None
+        return [(source.path, source.weight) for source in sources]
+
+    assert load_recipe(str(recipe)).data.path is None
+    assert paths("corpus") == [("corpus", None)]
+    assert paths("[a, b]") == [("a", None), ("b", None)]
+    assert paths("[{path: a, weight: 2}, b]") == [("a", 2.0), ("b", None)]
+
+
+@pytest.mark.parametrize(
+    ("given_set", "message"),
+    [
+        (
+            "optimizer.learningrate=1",
+            "optimizer.learningrate: no such key; did you mean 'optimizer.learning_rate'? (--set)",
+        ),
+        ("max_steps=3", "max_steps: no such key; did you mean 'train.max_steps'? (--set)"),
+        ("train.warmup_steps=3", "train.warmup_steps: no such key; did you mean 'schedule.warmup_steps'? (--set)"),
+        ("trian.seed=3", "trian: no such key; did you mean 'train'? (--set)"),
+        ("model.num_layer=3", "model.num_layer: no such key; did you mean 'model.num_layers'? (--set)"),
+        ("model.preset=385", "model.preset is '385'; allowed: "),
+        (
+            "train.max_steps=many",
+            "train.max_steps is 'many': expected a whole number such as 5000, 10K, 0.5M or 300B (--set)",
+        ),
+        ("train.seed=true", "train.seed is True: expected a whole number such as"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate is 'fast': expected a number (--set)"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate is 'inf': input should be a finite number (--set)"),
+        ("log.tensorboard=maybe", "log.tensorboard is 'maybe': expected true or false (--set)"),
+        ("tokenizer.path=3", "tokenizer.path is 3: expected a string (quote it) (--set)"),
+        ("train.dtype=fp16", "train.dtype is 'fp16': input should be 'auto', 'fp32' or 'bf16' (--set)"),
+        ("data.path=[]", "data.path is []: expected more items (--set)"),
+        ("train.max_steps={", "--set train.max_steps:1: not YAML: "),
+        ("train.max_steps", "--set is 'train.max_steps'; write section.key=value, such as train.max_steps=100"),
+        ("train.max_steps=null", "the run has no end; set train.max_steps or train.max_tokens ("),
+        ("schedule.warmup_steps=300", "schedule.warmup_steps is 300, beyond schedule.horizon_steps 200; "),
+        ("schedule.decay_steps=5", "schedule.decay_steps belongs to schedule.kind wsd, not cosine; remove it ("),
+        ("parallel.tensor=3", "parallel.tensor is 3; it must divide model.num_heads 2 ("),
+        ("parallel.sequence=3", "parallel.sequence is 3; it must divide data.seq_len 64 ("),
+    ],
+)
+def test_one_clear_line(recipe: Path, given_set: str, message: str) -> None:
+    assert fails(recipe, given_set).startswith(message)
+
+
+def test_batch_that_does_not_divide_names_its_neighbours(recipe: Path) -> None:
+    message = fails(recipe, "train.global_batch_tokens=0.001M", "parallel.shard=2", "train.micro_batch_size=2")
+    assert message.startswith(
+        "train.global_batch_tokens is 1000; it must be a multiple of 256 = data.seq_len 64 * "
+        "train.micro_batch_size 2 * 2 data ranks, such as 768 or 1024 ("
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  max_steps: 5\n  seeed: 1\n", "train.seeed: no such key; did you mean 'train.seed'? ({path}:3)"),
+        ("train:\n  max_steps: x\n", "train.max_steps is 'x': expected a whole number such as 5000, 10K, 0.5M or "
+         "300B ({path}:2)"),
+        ("train:\n  max_steps: 5\n  max_steps: 6\n", "{path}:3: train.max_steps is given twice"),
+        ("train:\n  max_steps: [5\n", "{path}:3: not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("train:\n\tmax_steps: 5\n", "{path}:2: not YAML: found character '\\t' that cannot start any token"),
+        ("train: 5\n", "train is 5; expected a section of keys ({path}:1)"),
+        ("- train\n", "{path}: expected sections such as model: and train:, found list"),
+        ("", "{path}: expected sections such as model: and train:, found NoneType"),
+        ("model:\n  preset: tiny\n  num_heads: 3\n", "model: model_dim 128 must be a multiple of num_heads 3"),
+    ],
+)  # fmt: skip
+def test_one_clear_line_with_the_place_in_the_file(recipe: Path, text: str, message: str) -> None:
+    recipe.write_text(text)
+    assert fails(recipe).startswith(message.format(path=recipe))
+
+
+def test_not_utf8(recipe: Path) -> None:
+    recipe.write_bytes(b"# caf\xe9\n")
+    assert fails(recipe) == f"{recipe}: not UTF-8 text (byte 5); save it as UTF-8"
+
+
+def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("385m").name == "385m.yaml"
+    assert fails("386m").endswith("did you mean '385m'?")
+    assert fails("recipes/385m.yaml").endswith("did you mean the packaged recipe '385m'?")
+    (tmp_path / "385m").mkdir()  # a run folder of that name does not hide the recipe
+    assert find_recipe("385m").name == "385m.yaml"
+
+
+def test_header(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("# One thing.\n# More.\n# Hardware: a GPU,\n# or two\n# Loss: 3.1\ntrain:\n# no: header\n")
+    assert read_header(path) == {"about": "One thing. More.", "hardware": "a GPU, or two", "loss": "3.1"}
+
+
+def test_every_key_is_documented() -> None:
+    assert [key for key, text in describe_keys().items() if not text] == []
+
+
+def test_batch_arithmetic() -> None:
+    config = load_recipe("15b")
+    assert (config.world_size, config.global_batch_rows, config.accumulation_steps) == (104, 624, 1)
