@@ -136,15 +136,17 @@ def _read_json_lines(path: Path, name: str, split_on: SplitOn) -> Iterator[Docum
             continue
         where = f"{path}:{number}"
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8").strip())
         except UnicodeDecodeError as error:
             yield BadDocument(where, f"not UTF-8 (byte {error.start + 1} of the line)")
             continue
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             if number == 1 and line.lstrip().startswith(b"["):
                 raise UserError(f"{path} is one JSON array; write one object a line (jq -c '.[]')") from None
-            reason = str(error).split(":")[0]
-            yield BadDocument(where, f"invalid JSON ({reason})")
+            yield BadDocument(where, f"invalid JSON ({error.msg}, column {error.colno})")
+            continue
+        except (ValueError, RecursionError) as error:
+            yield BadDocument(where, f"JSON that cannot be read ({error})")
             continue
         if not isinstance(record, dict):
             yield BadDocument(where, f"a JSON {type(record).__name__} where an object is expected")
