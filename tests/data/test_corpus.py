@@ -132,10 +132,11 @@ def test_damaged_files_are_named(tmp_path, suffix, damage):
 
 def test_files_of_folders(tmp_path):
     (tmp_path / "b").mkdir()
-    for name in ("b/2.jsonl", "b/1.txt.zst", "a.parquet", "notes.pdf", "script.gz"):
+    for name in ("b/2.jsonl", "b/1.txt.zst", "a.parquet", "c.json.gz", "notes.pdf", "script.gz", "info.json", ".a.txt"):
         (tmp_path / name).touch()
     found = [str(path.relative_to(tmp_path)) for path in find_files([tmp_path])]
-    assert found == ["a.parquet", "b/1.txt.zst", "b/2.jsonl"]
+    assert found == ["a.parquet", "b/1.txt.zst", "b/2.jsonl", "c.json.gz"]
+    assert find_files([tmp_path / "info.json"]) == [tmp_path / "info.json"]
     assert kind_of(Path("x.JSONL.GZ")) == "jsonl"
     assert kind_of(Path("x.parquet.gz")) is None
 
