@@ -39,7 +39,8 @@ class Tokenizer:
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            # The library takes no bytes at all for a model that is yet to come.
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except (RuntimeError, ValueError):
             raise UserError(f"{path} is not a SentencePiece model; 'tnllm tokenizer train' writes one") from None
         self.vocab_size: int = self._processor.vocab_size()
@@ -47,7 +48,7 @@ class Tokenizer:
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.unk_id
-        if self.vocab_size == 0 or min(self.bos_id, self.eos_id) < 0:
+        if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{path} has no begin (<s>) or end (</s>) token; train one with both")
         # Some models (Llama's) put a space before every text; decoding takes it away again.
         self._adds_space: bool = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
@@ -162,6 +163,8 @@ def train_tokenizer(
         )
     if not 0.98 <= character_coverage <= 1:
         raise UserError(f"character coverage is {character_coverage}; give a share from 0.98 to 1")
+    if max_lines <= 100:
+        raise UserError(f"max_lines is {max_lines}; a sample needs more than 100 lines")
     lines = _training_lines(texts)
     first = next(lines, None)
     if first is None:
@@ -221,7 +224,7 @@ def _training_error(message: str, vocab_size: int) -> str:
         return f"vocabulary size is {vocab_size}; this text allows at most {match[1]}: lower it or add text"
     if match := re.search(r"required_chars\.? *\(?(\d+) vs (\d+)", message):
         return (
-            f"vocabulary size is {vocab_size}, but this text has {match[2]} characters to cover; "
+            f"vocabulary size is {vocab_size}, but this text needs {match[2]} (characters and fixed tokens); "
             "raise it or lower the character coverage"
         )
     return f"training the tokenizer failed: {message}"

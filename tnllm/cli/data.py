@@ -112,7 +112,7 @@ def _show(found: dict[str, Any], indent: str = "") -> None:
             print(label.rstrip())
             _show(value, indent + "  ")
         elif isinstance(value, list):
-            print(f"{label}{len(value)}" if not value else label.rstrip())
+            print(f"{label}none" if not value else label.rstrip())
             for item in value:
                 print(f"{indent}  {item!r}" if isinstance(item, str) else f"{indent}  {item}")
         else:

@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     debug = "--debug" in args
     try:
         result = app(_normalize([arg for arg in args if arg != "--debug"]), prog_name="tnllm", standalone_mode=False)
+        if result == 130:
+            # Typer turns Ctrl-C into this result instead of letting it through.
+            raise KeyboardInterrupt
         sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except UserError as error:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
@@ -46,13 +47,13 @@ def train(
     on_bad = (lambda bad: print(f"left out: {bad}", file=sys.stderr)) if on_error is OnError.skip else None
     start = time.monotonic()
     with progress_on_stderr("read") as report:
-        documents = read_documents(files, field, on_bad=on_bad, report=report)
-        model = train_tokenizer(
-            (document.text for document in documents),
-            vocab_size,
-            character_coverage=character_coverage,
-            max_lines=max_lines,
-        )
+
+        def texts() -> Iterator[str]:
+            for document in read_documents(files, field, on_bad=on_bad, report=report):
+                yield document.text
+            print(f"read {len(files)} files; training {vocab_size} tokens", file=sys.stderr, flush=True)
+
+        model = train_tokenizer(texts(), vocab_size, character_coverage=character_coverage, max_lines=max_lines)
     out.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(target, model)
     seconds = format_duration(time.monotonic() - start)

@@ -78,25 +78,31 @@ def kind_of(path: Path) -> Literal["text", "jsonl", "parquet"] | None:
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     """Corpus files of `inputs` in order; a folder stands for the corpus files below it, sorted by path.
 
-    Raises UserError for an input that does not exist or is of no known format, or an empty folder.
+    In folders hidden files and bare .json files, which tend to be metadata, are passed over. Raises UserError
+    for an input that does not exist, is of no known format or is given twice, and for a folder without any.
     """
-    files: list[Path] = []
+    files: dict[Path, None] = {}
     for given in map(Path, inputs):
         if given.is_dir():
-            inside = sorted(path for path in given.rglob("*") if path.is_file() and kind_of(path))
-            if not inside:
+            found = sorted(path for path in given.rglob("*") if _is_corpus_file(path, given))
+            if not found:
                 raise UserError(f"{given} holds no corpus file; allowed: {ALLOWED}")
-            files += inside
         elif not given.exists():
             raise UserError(f"no such file or folder: {given}")
         elif kind_of(given) is None:
             raise UserError(f"{given} is of no known corpus format; allowed: {ALLOWED}")
         else:
-            files.append(given)
-    twice = {str(path) for path in files if files.count(path) > 1} if len(files) < 1000 else set()
-    if twice:
-        raise UserError(f"{sorted(twice)[0]} is given twice; name each file once")
-    return files
+            found = [given]
+        for path in found:
+            if path in files:
+                raise UserError(f"{path} is given twice; name each file once")
+            files[path] = None
+    return list(files)
+
+
+def _is_corpus_file(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower() != ".json" and kind_of(path) is not None and path.is_file()
 
 
 def read_documents(
@@ -136,15 +142,17 @@ def _read_json_lines(path: Path, name: str, split_on: SplitOn) -> Iterator[Docum
             continue
         where = f"{path}:{number}"
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8").strip())
         except UnicodeDecodeError as error:
             yield BadDocument(where, f"not UTF-8 (byte {error.start + 1} of the line)")
             continue
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             if number == 1 and line.lstrip().startswith(b"["):
                 raise UserError(f"{path} is one JSON array; write one object a line (jq -c '.[]')") from None
-            reason = str(error).split(":")[0]
-            yield BadDocument(where, f"invalid JSON ({reason})")
+            yield BadDocument(where, f"invalid JSON ({error.msg}, column {error.colno})")
+            continue
+        except (ValueError, RecursionError) as error:
+            yield BadDocument(where, f"JSON that cannot be read ({error})")
             continue
         if not isinstance(record, dict):
             yield BadDocument(where, f"a JSON {type(record).__name__} where an object is expected")

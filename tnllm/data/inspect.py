@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tnllm.data.corpus import BadDocument, read_documents
 from tnllm.data.progress import Report
 from tnllm.data.shards import SPLITS, TokenStream, read_manifest, verify_hashes
@@ -88,7 +90,7 @@ def inspect_shards(folder: Path, num_samples: int = 2, verify: bool = False) -> 
         "created_by": manifest.created_by,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "vocab_size": manifest.vocab_size,
-        "dtype": manifest.dtype,
+        "dtype": np.dtype(manifest.dtype).name,
         "options": manifest.options,
         "inputs": len(manifest.inputs),
         "shards": len(manifest.shards),

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+LINES = [{"text": f"Document {i}: 从前有一个国王。\n"} for i in range(40)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "web.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    return path
+
+
+def test_tokenize_and_inspect(tnllm, corpus, tmp_path):
+    out = tmp_path / "tokens"
+    code, stdout, stderr = tnllm("data", "tokenize", corpus, "-o", out, "--val_fraction", "0.2")
+    assert (code, stderr) == (0, "")
+    train, val, summary = stdout.splitlines()
+    counts = [int(line.split()[1]) for line in (train, val)]
+    assert sum(counts) == 40 and train.split()[2] == "documents"
+    assert summary.startswith(f"{out}: 2 shards in ")
+
+    code, stdout, _ = tnllm("data", "inspect", out, "--verify", "--json", "--samples", "1")
+    found = json.loads(stdout)
+    assert code == 0 and found["complete"] and found["hashes"] == "all match"
+    assert [found["splits"][split]["documents"] for split in ("train", "val")] == counts
+    assert sum(split["text_bytes"] for split in found["splits"].values()) == sum(
+        len(line["text"].encode()) for line in LINES
+    )
+    assert found["samples"] == [LINES[0]["text"]]
+    code, stdout, _ = tnllm("data", "inspect", out)
+    assert code == 0 and "bytes per token" in stdout and "all match" not in stdout
+
+
+def test_inspect_a_corpus(tnllm, corpus):
+    with open(corpus, "ab") as file:
+        file.write(b'junk\n{"text": ""}\n')
+    code, stdout, stderr = tnllm("data", "inspect", corpus, "--json")
+    found = json.loads(stdout)
+    assert (code, stderr) == (0, "")
+    assert (found["documents"], found["empty_documents"], found["bad_documents"]) == (41, 1, 1)
+    assert found["bad"] == [f"{corpus}:41: invalid JSON (Expecting value, column 1)"]
+    assert found["letters_by_script"] == {"han": 40 * 7, "latin": 40 * 8}
+    code, stdout, _ = tnllm("data", "inspect", corpus)
+    assert code == 0 and f"{corpus}:41: invalid JSON" in stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["nowhere.txt", "-o", "OUT"], 2, "no such file or folder: nowhere.txt"),
+        (["CORPUS", "-o", "OUT", "--tokenizer", "nowhere"], 2, "no tokenizer at nowhere; give a tokenizer.model"),
+        (["CORPUS", "-o", "OUT", "--field", "body"], 2, "web.jsonl:1: no field 'body' (fields: text; choose one with"),
+        (["CORPUS", "-o", "OUT", "--val-fraction", "2"], 2, "the validation fraction is 2.0; give a share"),
+        (["CORPUS", "-o", "OUT", "--shard-tokens", "many"], 2, "--shard-tokens is 'many'; write a number such as"),
+        (["CORPUS", "-o", "OUT", "--on-error", "ask"], 2, "'ask' is not one of 'stop', 'skip'"),
+        (["CORPUS"], 2, "Missing option '--out'"),
+    ],
+)
+def test_tokenize_says_what_is_wrong(tnllm, corpus, tmp_path, args, code, message):
+    places = {"CORPUS": corpus, "OUT": tmp_path / "out"}
+    found, stdout, stderr = tnllm("data", "tokenize", *[places.get(arg, arg) for arg in args])
+    assert (found, stdout) == (code, "")
+    assert stderr.count("\n") == 1 and stderr.startswith("tnllm: ") and message in stderr
+
+
+def test_text_that_is_not_utf8_and_skipping_it(tnllm, corpus, tmp_path):
+    with open(corpus, "ab") as file:
+        file.write('{"text": "café"}\n'.encode("latin-1"))
+    code, _, stderr = tnllm("data", "tokenize", corpus, "-o", tmp_path / "out")
+    assert code == 2
+    assert f"{corpus}:41: not UTF-8 (byte 14 of the line); mend it, or leave such documents out with" in stderr
+    code, stdout, stderr = tnllm("data", "tokenize", corpus, "-o", tmp_path / "out", "--on-error", "skip")
+    assert code == 0
+    assert stderr == f"left out: {corpus}:41: not UTF-8 (byte 14 of the line)\n"
+    assert stdout.splitlines()[-1].endswith("left out 0 empty and 1 bad documents")
+
+
+def test_a_truncated_shard_ends_with_code_1(tnllm, corpus, tmp_path):
+    out = tmp_path / "out"
+    tnllm("data", "tokenize", corpus, "-o", out)
+    (out / "train-00000.bin").write_bytes(b"")
+    code, stdout, stderr = tnllm("data", "inspect", out)
+    assert (code, stdout) == (1, "")
+    assert "train-00000.bin has 0 bytes, the manifest says" in stderr and stderr.count("\n") == 1
+
+
+def test_verifying_a_corpus_makes_no_sense(tnllm, corpus):
+    code, _, stderr = tnllm("data", "inspect", corpus, "--verify")
+    assert code == 2 and "is no folder of token shards, so there is no hash to verify" in stderr
+
+
+@pytest.mark.parametrize("command", ["tokenize", "inspect"])
+def test_help_ends_with_an_example(tnllm, command):
+    code, stdout, _ = tnllm("data", command, "--help")
+    assert code == 0 and f"Example:  tnllm data {command} " in stdout
