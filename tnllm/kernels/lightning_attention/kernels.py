@@ -1,0 +1,362 @@
+"""Lightning Attention on the GPU: three Triton kernels that serve forward and backward alike.
+
+All four results have one form. With out = attend(a, b, c), out_t = sum over s <= t of decay^(t-s) (a_t . b_s) c_s:
+
+    o  = attend(q, k, v)                    dk = attend(v, do, q)  with time running backward
+    dq = attend(do, v, k)                   dv = attend(k, q, do)  with time running backward
+
+Backward time is a negative token stride: row r of a chunk is then the r-th token from the end. Nothing else changes,
+except that a key meets the gradient of the state after it where a query meets the state before it (`SHIFT`).
+
+`attend_kernel` walks a segment of tokens chunk by chunk with the state S [A, BC] (A the width of a and b, BC columns
+of c) in fp32 registers. Long sequences with few heads are cut in segments that run side by side:
+`segment_states_kernel` computes what each segment adds to the state and `scan_states_kernel` turns that into the
+state before each segment. `launch.py` calls them. Token and sequence numbers here count in the direction of the walk.
+"""
+
+import triton
+import triton.language as tl
+
+# A term that decayed by 2^-32 is 256 times below the rounding of an fp32 sum of fresh terms: it is left out.
+NEGLIGIBLE_LOG2 = tl.constexpr(32.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _start(cu_ptr, n, num_seqs, T, REVERSE: tl.constexpr):
+    """First token of sequence n; T for n = num_seqs."""
+    if REVERSE:
+        return T - tl.load(cu_ptr + num_seqs - n)
+    else:
+        return tl.load(cu_ptr + n)
+
+
+@triton.jit
+def _sequence_at(cu_ptr, t, num_seqs, T, REVERSE: tl.constexpr):
+    """The sequence that holds token t: the last one that starts at or before t, so never an empty one."""
+    low = 0
+    high = num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _start(cu_ptr, middle, num_seqs, T, REVERSE) <= t:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _load_tile(
+    ptr, row_stride, token, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """[CHUNK, BLOCK] from `token` on; zero from row `rows` and column `cols` on where masked."""
+    r = tl.arange(0, CHUNK)[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    ptrs = ptr + token.to(tl.int64) * row_stride + (r * row_stride + d)
+    if MASK_ROWS:
+        return tl.load(ptrs, mask=(r < rows) & (d < cols), other=0.0)
+    elif MASK_COLS:
+        return tl.load(ptrs, mask=d < cols, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def _store_tile(
+    ptr, x, row_stride, token, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):
+    r = tl.arange(0, CHUNK)[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    ptrs = ptr + token.to(tl.int64) * row_stride + (r * row_stride + d)
+    x = x.to(ptr.dtype.element_ty)
+    if MASK_ROWS:
+        tl.store(ptrs, x, mask=(r < rows) & (d < cols))
+    elif MASK_COLS:
+        tl.store(ptrs, x, mask=d < cols)
+    else:
+        tl.store(ptrs, x)
+
+
+@triton.jit
+def _state_tile(
+    first_col, A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
+    STATE_TRANSPOSED: tl.constexpr, TRANS: tl.constexpr,
+):
+    """Offsets and mask of this program's [BA, BC] of a state [A, N] (as [BC, BA] with TRANS). In memory a state is
+    always [D, E]; with STATE_TRANSPOSED the [A, N] seen here is its transpose."""
+    if TRANS:
+        i = tl.arange(0, BA)[None, :]
+        j = first_col + tl.arange(0, BC)[:, None]
+    else:
+        i = tl.arange(0, BA)[:, None]
+        j = first_col + tl.arange(0, BC)[None, :]
+    if STATE_TRANSPOSED:
+        return j * A + i, (i < A) & (j < N)
+    else:
+        return i * N + j, (i < A) & (j < N)
+
+
+@triton.jit
+def _chunk(
+    a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t, a_desc, b_desc, c_desc, a2_desc,
+    token, state, g, rows, cols, MASK_ROWS: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
+    PAIR: tl.constexpr, TRANS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Write the outputs of the chunk of `rows` tokens at `token` and return the state after it. Decays are <= 1."""
+    MASK_A: tl.constexpr = BA != A
+    MASK_C: tl.constexpr = N % BC != 0
+    r = tl.arange(0, CHUNK)
+    if REVERSE:
+        r = rows - 1 - r
+    gap = r[:, None] - r[None, :]
+    decay = tl.where(gap >= 0, tl.exp2(g * tl.maximum(gap, 0).to(tl.float32)), 0.0)
+    from_start = tl.exp2(g * tl.maximum(r + 1 - REVERSE, 0).to(tl.float32))
+    to_end = tl.exp2(g * tl.maximum(rows - 1 - r + REVERSE, 0).to(tl.float32))
+    over_chunk = tl.exp2(g * (rows * 1.0))
+
+    if TMA and not MASK_ROWS:
+        a = a_desc.load([token, 0])
+        b = b_desc.load([token, 0])
+        c = c_desc.load([token, 0])
+    else:
+        a = _load_tile(a_ptr, a_t, token, rows, A, MASK_ROWS, MASK_A, CHUNK, BA)
+        b = _load_tile(b_ptr, b_t, token, rows, A, MASK_ROWS, MASK_A, CHUNK, BA)
+        c = _load_tile(c_ptr, c_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
+    dtype = a.dtype
+    if TRANS:
+        scores = tl.dot(b, tl.trans(a), input_precision=PRECISION) * tl.trans(decay)
+        out = tl.dot(state.to(dtype), tl.trans(a), input_precision=PRECISION) * from_start[None, :]
+        out = tl.dot(tl.trans(c), scores.to(dtype), out, input_precision=PRECISION)
+        _store_tile(o_ptr, tl.trans(out), o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
+        late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
+        return tl.dot(tl.trans(late), b, state * over_chunk, input_precision=PRECISION)
+    else:
+        narrow = state.to(dtype)
+        scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * decay
+        out = tl.dot(a, narrow, input_precision=PRECISION) * from_start[:, None]
+        out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
+        _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
+        if PAIR:
+            if TMA and not MASK_ROWS:
+                a2 = a2_desc.load([token, 0])
+            else:
+                a2 = _load_tile(a2_ptr, a2_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
+            scores = tl.dot(a2, tl.trans(c), input_precision=PRECISION) * decay
+            out = tl.dot(a2, tl.trans(narrow), input_precision=PRECISION) * from_start[:, None]
+            out = tl.dot(scores.to(dtype), b, out, input_precision=PRECISION)
+            _store_tile(o2_ptr, out, o2_t, token, rows, A, MASK_ROWS, MASK_A, CHUNK, BA)
+        late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
+        return tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
+
+
+@triton.jit
+def _walk(
+    a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t, a_desc, b_desc, c_desc, a2_desc,
+    t, stop, T, state, g, cols, RAGGED: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
+    PAIR: tl.constexpr, TRANS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Attend over tokens t to stop of one sequence."""
+    num_chunks = (stop - t) // CHUNK
+    for i in range(num_chunks):
+        token = t + i * CHUNK
+        if REVERSE:
+            token = T - CHUNK - token
+        state = _chunk(
+            a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t,
+            a_desc, b_desc, c_desc, a2_desc, token, state, g, CHUNK, cols,
+            False, A, N, BA, BC, CHUNK, REVERSE, PAIR, TRANS, TMA, PRECISION,
+        )
+    if RAGGED:
+        rows = (stop - t) % CHUNK
+        if rows > 0:
+            token = T - stop if REVERSE else stop - rows
+            state = _chunk(
+                a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t,
+                a_desc, b_desc, c_desc, a2_desc, token, state, g, rows, cols,
+                True, A, N, BA, BC, CHUNK, REVERSE, PAIR, TRANS, TMA, PRECISION,
+            )
+    return state
+
+
+@triton.jit(do_not_specialize=["T", "H", "segment", "num_seqs"])
+def attend_kernel(
+    a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, log_decay_ptr, initial_ptr, before_ptr, final_ptr, cu_ptr,
+    a_b, a_t, a_h, b_b, b_t, b_h, c_b, c_t, c_h, o_b, o_t, o_h, a2_b, a2_t, a2_h, o2_b, o2_t, o2_h,
+    T, H, segment, num_seqs,
+    A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr, PAIR: tl.constexpr, TRANS: tl.constexpr, STATE_TRANSPOSED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Grid (heads x column splits, segments, batch). o = attend(a, b, c); with PAIR also o2 = attend(a2, c, b).
+
+    initial, final [num_seqs, H, D, E] fp32: states before and after each sequence (None unless HAS_, STORE_).
+    before [B, H, segments, D, E] fp32: the state before each segment, from scan_states_kernel.
+    """
+    SPLITS: tl.constexpr = tl.cdiv(N, BC)
+    head = tl.program_id(0) // SPLITS
+    first_col = tl.program_id(0) % SPLITS * BC
+    seg = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    g = tl.load(log_decay_ptr + head) * LOG2E
+    cols = N - first_col
+    a_ptr += row * a_b + head * a_h
+    b_ptr += row * b_b + head * b_h
+    c_ptr += row * c_b + head * c_h + first_col
+    o_ptr += row * o_b + head * o_h + first_col
+    if PAIR:
+        a2_ptr += row * a2_b + head * a2_h + first_col
+        o2_ptr += row * o2_b + head * o2_h
+    a_desc, b_desc, c_desc, a2_desc = a_ptr, b_ptr, c_ptr, a2_ptr
+    if TMA:
+        a_desc = tl.make_tensor_descriptor(a_ptr, [T, A], [a_t, 1], [CHUNK, BA])
+        b_desc = tl.make_tensor_descriptor(b_ptr, [T, A], [b_t, 1], [CHUNK, BA])
+        c_desc = tl.make_tensor_descriptor(c_ptr, [T, cols], [c_t, 1], [CHUNK, BC])
+        if PAIR:
+            a2_desc = tl.make_tensor_descriptor(a2_ptr, [T, cols], [a2_t, 1], [CHUNK, BC])
+
+    offsets, mask = _state_tile(first_col, A, N, BA, BC, STATE_TRANSPOSED, TRANS)
+    begin = seg * segment
+    end = tl.minimum(begin + segment, T)
+    if TRANS:
+        state = tl.zeros([BC, BA], tl.float32)
+    else:
+        state = tl.zeros([BA, BC], tl.float32)
+    if HAS_BEFORE:
+        slot = (row * H + head) * tl.num_programs(1) + seg
+        state = tl.load(before_ptr + slot * (A * N) + offsets, mask=mask, other=0.0)
+    if PACKED:
+        n = _sequence_at(cu_ptr, begin, num_seqs, T, REVERSE)
+        t = begin
+        while t < end:
+            while _start(cu_ptr, n + 1, num_seqs, T, REVERSE) <= t:
+                n += 1
+            next_start = _start(cu_ptr, n + 1, num_seqs, T, REVERSE)
+            stop = tl.minimum(next_start, end)
+            real = num_seqs - 1 - n if REVERSE else n
+            slot = (real * H + head).to(tl.int64) * (A * N)
+            if _start(cu_ptr, n, num_seqs, T, REVERSE) == t:
+                if HAS_INITIAL:
+                    state = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
+                else:
+                    state = tl.zeros_like(state)
+            state = _walk(
+                a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t,
+                a_desc, b_desc, c_desc, a2_desc, t, stop, T, state, g, cols,
+                RAGGED, A, N, BA, BC, CHUNK, REVERSE, PAIR, TRANS, TMA, PRECISION,
+            )
+            if STORE_FINAL:
+                if stop == next_start:
+                    tl.store(final_ptr + slot + offsets, state, mask=mask)
+            t = stop
+    else:
+        slot = (row * H + head) * (A * N)
+        if HAS_INITIAL and not HAS_BEFORE:
+            state = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
+        state = _walk(
+            a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t,
+            a_desc, b_desc, c_desc, a2_desc, begin, end, T, state, g, cols,
+            RAGGED, A, N, BA, BC, CHUNK, REVERSE, PAIR, TRANS, TMA, PRECISION,
+        )
+        if STORE_FINAL:
+            if end == T:
+                tl.store(final_ptr + slot + offsets, state, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "H", "segment", "num_seqs"])
+def segment_states_kernel(
+    b_ptr, c_ptr, log_decay_ptr, initial_ptr, added_ptr, carries_ptr, cu_ptr,
+    b_b, b_t, b_h, c_b, c_t, c_h, T, H, segment, num_seqs,
+    A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Grid (heads x column splits, segments - 1, batch): what each segment but the last adds to the state.
+
+    added [B, H, segments, D, E]: slot s + 1 gets the state after segment s had the state before it been zero.
+    carries [segments]: 1 where the sequence at the segment's end began before the segment, else 0.
+    """
+    SPLITS: tl.constexpr = tl.cdiv(N, BC)
+    head = tl.program_id(0) // SPLITS
+    first_col = tl.program_id(0) % SPLITS * BC
+    seg = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    g = tl.load(log_decay_ptr + head) * LOG2E
+    begin = seg * segment
+    end = begin + segment
+    fresh = False
+    start = begin
+    if PACKED:
+        n = _sequence_at(cu_ptr, end - 1, num_seqs, T, REVERSE)
+        start = _start(cu_ptr, n, num_seqs, T, REVERSE)
+        fresh = start >= begin
+        tl.store(carries_ptr + seg, tl.where(fresh, 0.0, 1.0))
+    # Only tokens whose share has not decayed to nothing by the segment's end; whole chunks of them.
+    window = tl.minimum(NEGLIGIBLE_LOG2 / tl.maximum(-g, 1e-9), segment * 1.0).to(tl.int32)
+    window = tl.cdiv(window, CHUNK) * CHUNK
+    first = tl.maximum(tl.maximum(begin, start), end - window)
+
+    b_ptr += row * b_b + head * b_h
+    c_ptr += row * c_b + head * c_h + first_col
+    cols = N - first_col
+    r = tl.arange(0, CHUNK)
+    state = tl.zeros([BA, BC], tl.float32)
+    rows = 0
+    if PACKED:
+        rows = (end - first) % CHUNK
+        if rows > 0:
+            token = T - first - rows if REVERSE else first
+            b = _load_tile(b_ptr, b_t, token, rows, A, True, True, CHUNK, BA)
+            c = _load_tile(c_ptr, c_t, token, rows, cols, True, True, CHUNK, BC)
+            to_end = r + 1 if REVERSE else tl.maximum(rows - 1 - r, 0)
+            late = (c.to(tl.float32) * tl.exp2(g * to_end.to(tl.float32))[:, None]).to(c.dtype)
+            state = tl.dot(tl.trans(b), late, input_precision=PRECISION)
+    to_end = tl.exp2(g * (r + 1 if REVERSE else CHUNK - 1 - r).to(tl.float32))
+    over_chunk = tl.exp2(g * CHUNK)
+    for i in range((end - first) // CHUNK):
+        token = first + rows + i * CHUNK
+        if REVERSE:
+            token = T - CHUNK - token
+        b = _load_tile(b_ptr, b_t, token, CHUNK, A, False, BA != A, CHUNK, BA)
+        c = _load_tile(c_ptr, c_t, token, CHUNK, cols, False, N % BC != 0, CHUNK, BC)
+        late = (c.to(tl.float32) * to_end[:, None]).to(c.dtype)
+        state = tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
+    offsets, mask = _state_tile(first_col, A, N, BA, BC, STATE_TRANSPOSED, False)
+    if PACKED and HAS_INITIAL:
+        if fresh:
+            real = num_seqs - 1 - n if REVERSE else n
+            slot = (real * H + head).to(tl.int64) * (A * N)
+            initial = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
+            state += initial * tl.exp2(g * (end - start).to(tl.float32))
+    slot = (row * H + head) * (tl.num_programs(1) + 1) + seg + 1
+    tl.store(added_ptr + slot * (A * N) + offsets, state, mask=mask)
+
+
+@triton.jit(do_not_specialize=["H", "segment", "num_segments"])
+def scan_states_kernel(
+    states_ptr, log_decay_ptr, initial_ptr, carries_ptr, H, segment, num_segments,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+):
+    """Grid (SIZE / BLOCK, B * H): turn what each segment adds into the state before each segment, in place.
+
+    states [B * H, segments, SIZE] with SIZE = D * E; slot 0 becomes the initial state, or zero.
+    """
+    head_row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    over_segment = tl.exp2(tl.load(log_decay_ptr + head_row % H) * LOG2E * segment)
+    states_ptr += head_row * num_segments * SIZE
+    state = tl.zeros([BLOCK], tl.float32)
+    if HAS_INITIAL and not PACKED:
+        state = tl.load(initial_ptr + head_row * SIZE + i)
+    tl.store(states_ptr + i, state)
+    for seg in tl.range(1, num_segments, num_stages=4):
+        added = tl.load(states_ptr + seg * SIZE + i)
+        decay = over_segment
+        if PACKED:
+            decay *= tl.load(carries_ptr + seg - 1)
+        state = state * decay + added
+        tl.store(states_ptr + seg * SIZE + i, state)
