@@ -75,7 +75,8 @@ def tokenize(
     left_out = (
         f", left out {skipped['empty']} empty and {skipped['bad']} bad documents" if any(skipped.values()) else ""
     )
-    print(f"{out}: {len(manifest.shards)} shards in {seconds}{left_out}")
+    count = len(manifest.shards)
+    print(f"{out}: {count} shard{'s' * (count != 1)} in {seconds}{left_out}")
 
 
 @app.command(epilog="Example:  tnllm data inspect tokens --verify   |   tnllm data inspect web.jsonl.zst --json")

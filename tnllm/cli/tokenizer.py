@@ -51,7 +51,7 @@ def train(
         def texts() -> Iterator[str]:
             for document in read_documents(files, field, on_bad=on_bad, report=report):
                 yield document.text
-            print(f"read {len(files)} files; training {vocab_size} tokens", file=sys.stderr, flush=True)
+            print(f"corpus read; training {vocab_size} tokens", file=sys.stderr, flush=True)
 
         model = train_tokenizer(texts(), vocab_size, character_coverage=character_coverage, max_lines=max_lines)
     out.mkdir(parents=True, exist_ok=True)
