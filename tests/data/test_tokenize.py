@@ -113,7 +113,7 @@ def run_cli(corpus: Path, out: Path) -> list[str]:
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_process_that_is_stopped_or_killed_leaves_whole_shards(tmp_path, sent, code):
-    corpus = write_jsonl(tmp_path / "big.jsonl", texts(60) * 250)
+    corpus = write_jsonl(tmp_path / "big.jsonl", texts(60) * 500)
     out = tmp_path / "out"
     process = subprocess.Popen(
         [*run_cli(corpus, out), "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -136,7 +136,7 @@ def test_a_process_that_is_stopped_or_killed_leaves_whole_shards(tmp_path, sent,
     assert done.returncode == 0, done.stderr
     assert not list(out.glob("*.tmp-*"))
     found = documents(out) + documents(out, "val")
-    assert sorted(found) == sorted(texts(60) * 250)
+    assert sorted(found) == sorted(texts(60) * 500)
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(corpus, tmp_path, monkeypatch):
