@@ -121,7 +121,9 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
         speed.yaxis.set_major_formatter(lambda value, _: _short(value))
         figure.align_ylabels()
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], dpi=200)
+        # Without its date, the file of the same runs is the same file.
+        dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=dates.get(suffix))
     return buffer.getvalue()
 
 
