@@ -44,8 +44,9 @@ def test_another_row_length_keeps_the_tokens_of_a_pass(tnllm: Run) -> None:
         (["--gpu", "h10"], "--gpu is 'h10'; allowed: h200, h100, a100-80g, a100-40g, l40s, rtx4090; did you mean 'h100'?"),
         (["--mfu", "0.4"], "--mfu is 0.4; it must lie in (0, 1] and is a share of --gpu's peak, so give --gpu too"),
         (["--gpu", "h100", "--mfu", "40"], "--mfu is 40.0; it must lie in (0, 1]"),
+        (["--gpus", "0"], "--gpus is 0; it must be above 0"),
         (["--tokens-per-s", "0"], "--tokens-per-s is 0.0; it must be above 0"),
-        (["--seq-len", "0"], "--seq-len is 0; it must be at least 1"),
+        (["--seq-len", "0"], "--seq-len is 0; it must be above 0"),
     ],
 )  # fmt: skip
 def test_bad_input(tnllm: Run, args: list[str], message: str) -> None:

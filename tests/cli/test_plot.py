@@ -101,7 +101,7 @@ def test_without_matplotlib(tnllm: Run, tmp_path: Path, monkeypatch: pytest.Monk
     assert (code, err) == (3, "tnllm: this needs matplotlib, which is not installed; run: pip install 'tnllm[plot]'\n")
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(1, 50))
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(0, 50))
 def test_smoothing_stays_between_the_extremes(values: list[float], span: int) -> None:
     for index, value in enumerate(smooth(values, span)):
         seen = values[: index + 1]
@@ -113,6 +113,7 @@ def test_smoothing_stays_between_the_extremes(values: list[float], span: int) ->
 def test_smoothing_passes_over_what_is_not_finite() -> None:
     assert smooth([math.nan, 2.0, math.inf, 2.0], 5)[1:] == pytest.approx([2.0, 2.0, 2.0])
     assert math.isnan(smooth([math.nan], 5)[0])
+    assert smooth([3.0, 1.0, 2.0], 0) == [3.0, 1.0, 2.0]
 
 
 def test_unreadable_run_is_a_user_error(tmp_path: Path) -> None:
