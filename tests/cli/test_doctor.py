@@ -58,7 +58,7 @@ def test_hashes_cover_every_packaged_file() -> None:
         if file.is_file() and file.suffix not in (".py", ".pyc") and file.name != "SHA256SUMS"
     }
     listed = dict(reversed(line.split(maxsplit=1)) for line in (folder / "SHA256SUMS").read_text().splitlines())
-    assert listed == files, "renew the list: make assets/SHA256SUMS as docs/recipes.md says"
+    assert listed == files, "renew the list; docs/recipes.md says how"
 
 
 def test_damaged_and_missing_files_are_named(tnllm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
