@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnllm.errors import UserError
@@ -101,6 +101,7 @@ def test_without_matplotlib(tnllm: Run, tmp_path: Path, monkeypatch: pytest.Monk
     assert (code, err) == (3, "tnllm: this needs matplotlib, which is not installed; run: pip install 'tnllm[plot]'\n")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(0, 50))
 def test_smoothing_stays_between_the_extremes(values: list[float], span: int) -> None:
     for index, value in enumerate(smooth(values, span)):
