@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official import forward as official_forward
+from tests.modeling.official import forward as official_forward
 
 from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset

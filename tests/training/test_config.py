@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnllm.errors import UserError
@@ -55,6 +55,7 @@ def test_base_is_read_one_level_deep(recipe: Path) -> None:
     assert fails(recipe.parent / "c.yaml").startswith("no recipe nowhere")
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 2**40),
     rate=st.floats(1e-9, 1.0),
@@ -185,6 +186,9 @@ def test_batch_that_does_not_divide_names_its_neighbours(recipe: Path) -> None:
         ("train:\n  max_steps: 5\n  max_steps: 6\n", "{path}:3: train.max_steps is given twice"),
         ("train:\n  max_steps: [5\n", "{path}:3: not YAML: expected ',' or ']', but got '<stream end>'"),
         ("train:\n\tmax_steps: 5\n", "{path}:2: not YAML: found character '\\t' that cannot start any token"),
+        ("train: &a\n  seed: *a\n", "{path}:2: aliases (*name) and tags (!name) are not read; write the value out"),
+        ("train:\n  seed: !!python/name:os.system\n", "{path}:2: aliases (*name) and tags"),
+        ("train:\n  max_steps: 5\n---\n", "{path}:3: not YAML: but found another document"),
         ("train: 5\n", "train is 5; expected a section of keys ({path}:1)"),
         ("- train\n", "{path}: expected sections such as model: and train:, found list"),
         ("", "{path}: expected sections such as model: and train:, found NoneType"),

@@ -1,7 +1,6 @@
 """`tnllm doctor`: what is installed, what the GPUs are, and whether the attention here computes what it should."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -91,6 +90,9 @@ def _python() -> Check:
 
 
 def _version(name: str) -> str:
+    # Not at the top: it is a tenth of a second that `tnllm --help` would pay.
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
     except importlib.metadata.PackageNotFoundError:

@@ -1,5 +1,6 @@
 """What a run costs, by arithmetic: memory of one rank, FLOPs, days. Nothing is allocated.
 
+estimate(config, gpu="h100", mfu=0.4)             # all of it, ready for JSON
 memory = estimate_memory(config)                  # bytes of one rank: weights, gradients, optimizer, ...
 cost = estimate_cost(config, tokens_per_s=4e5)    # FLOPs of the run and how long it takes
 GPUS["h100"].memory_gib
@@ -9,7 +10,8 @@ pass, one by one in its docstring; a test holds it against what a small model re
 little higher: workspaces, fragmentation and communication buffers are not in it (see RESERVE).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.config import ModelConfig
@@ -60,11 +62,6 @@ class Memory:
     def total(self) -> int:
         """All of them: the peak, in the backward pass."""
         return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.head
-
-    @property
-    def without_activations(self) -> int:
-        """What is there whatever the batch."""
-        return self.weights + self.gradients + self.optimizer + self.casts
 
 
 def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_precision: bool | None = None) -> Memory:
@@ -189,3 +186,56 @@ def estimate_cost(
         tokens_per_s=tokens_per_s,
         seconds=tokens / tokens_per_s if tokens_per_s else None,
     )
+
+
+def settings_at_length(config: RunConfig, seq_len: int) -> list[str]:
+    """`--set` items for rows of `seq_len` tokens with as many tokens in a pass, and in a step, as before."""
+    rows = max(1, config.train.micro_batch_size * config.data.seq_len // seq_len)
+    unit = rows * seq_len * config.data_ranks
+    batch = -(-config.train.global_batch_tokens // unit) * unit
+    return [f"data.seq_len={seq_len}", f"train.micro_batch_size={rows}", f"train.global_batch_tokens={batch}"]
+
+
+def estimate(
+    config: RunConfig,
+    gpu: str | None = None,
+    memory_gib: float | None = None,
+    tokens_per_s: float | None = None,
+    mfu: float | None = None,
+    num_gpus: int | None = None,
+) -> dict[str, Any]:
+    """The whole estimate as plain values.
+
+    `rank_gib` holds the parts and the total without ("none") and with ("full") recomputation; `fits` says for the
+    named card, for `memory_gib`, or else for every known card, whether either total leaves RESERVE of it free.
+    """
+    card = find_gpu(gpu) if gpu else None
+    cost = estimate_cost(config, card, mfu, tokens_per_s, num_gpus)
+    rank: dict[str, dict[str, float]] = {}
+    for mode in ("none", "full"):
+        memory = estimate_memory(config, mode)
+        rank[mode] = {**{key: value / 2**30 for key, value in asdict(memory).items()}, "total": memory.total / 2**30}
+    sizes = {name: known.memory_gib for name, known in GPUS.items()}
+    if card is not None:
+        sizes = {str(gpu): card.memory_gib}
+    if memory_gib is not None:
+        sizes = {f"{memory_gib:g} GiB": memory_gib}
+    return {
+        "kind": config.model.kind,
+        "parameters": cost.parameters,
+        "ranks": config.world_size,
+        "rows_per_pass": config.train.micro_batch_size,
+        "seq_len": config.data.seq_len,
+        "rank_gib": rank,
+        "activation_checkpointing": config.train.activation_checkpointing,
+        "reserve": RESERVE,
+        "fits": {
+            name: {mode: rank[mode]["total"] <= size * (1 - RESERVE) for mode in rank} for name, size in sizes.items()
+        },
+        "state_gib": cost.state_bytes / 2**30,
+        "flops_per_token": cost.flops_per_token,
+        "tokens": cost.tokens,
+        "flops": cost.flops,
+        "tokens_per_s": cost.tokens_per_s,
+        "days": None if cost.seconds is None else cost.seconds / 86400,
+    }

@@ -67,9 +67,9 @@ def read_run(path: Path) -> Run:
 def smooth(values: list[float], span: int) -> list[float]:
     """Exponential mean with a time constant of `span` points, without the pull to zero at the start.
 
-    Values that are not finite are passed over: they neither show nor poison what follows.
+    Values that are not finite are passed over: they neither show nor poison what follows. Span 0 smooths nothing.
     """
-    keep = math.exp(-1 / span)
+    keep = math.exp(-1 / span) if span else 0.0
     total = weight = 0.0
     result = []
     for value in values:
@@ -82,8 +82,8 @@ def smooth(values: list[float], span: int) -> list[float]:
 def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | None = None) -> bytes:
     """The chart as bytes of a .png, .pdf or .svg file.
 
-    `span` is the time constant of the smoothed training loss in logged rows; None takes a fiftieth of the longest
-    run's. Raises MissingExtra without matplotlib.
+    `span` is the time constant of the smoothed training loss in logged rows, 0 for none; None takes a fiftieth of
+    the longest run's rows. Raises MissingExtra without matplotlib.
     """
     try:
         from matplotlib import rc_context
@@ -91,7 +91,7 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
     except ImportError:
         raise MissingExtra("plot", "matplotlib") from None
     assert suffix in FORMATS, suffix
-    span = span or max(1, max(len(run.train) for run in runs) // 50)
+    span = max(len(run.train) for run in runs) // 50 if span is None else span
     look: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
@@ -121,7 +121,9 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
         speed.yaxis.set_major_formatter(lambda value, _: _short(value))
         figure.align_ylabels()
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], dpi=200)
+        # Without its date, the file of the same runs is the same file.
+        dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=dates.get(suffix))
     return buffer.getvalue()
 
 

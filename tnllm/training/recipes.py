@@ -76,9 +76,15 @@ def read_header(path: Path) -> dict[str, str]:
 def parse_yaml(text: str, where: str = "text") -> tuple[Any, dict[str, int]]:
     """Read one YAML document: its value, and the line (from 1) of each dotted key of its two outer levels.
 
-    Raises UserError, one line naming `where` and the line, for a syntax error, a key given twice, or a tag.
+    Raises UserError, one line naming `where` and the line, for a syntax error, a key given twice, an alias or a tag.
     """
     try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken | yaml.TagToken):
+                line = f"{where}:{token.start_mark.line + 1}"
+                raise UserError(
+                    f"{line}: aliases (*name) and tags (!name) are not read; write the value out, or quote it"
+                )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
