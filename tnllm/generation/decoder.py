@@ -247,8 +247,9 @@ class _Batch:
     def _draw(self, num_tokens: int) -> "_Drawn":
         """The next `num_tokens` tokens of every row; the last one is not read yet."""
         columns: list[list[Tensor]] = []
-        for place in range(num_tokens):
-            if place:
+        tokens: Tensor | None = None
+        for _ in range(num_tokens):
+            if tokens is not None:
                 self._read(tokens)
             # A NaN or an infinity anywhere in the row reaches its maximum; only -inf would not, and is harmless.
             finite = self.logits.amax(dim=-1).isfinite()
@@ -259,6 +260,7 @@ class _Batch:
             if self.num_top is not None:
                 column += log_probabilities(self.logits, tokens, self.num_top)
             columns.append(column)
+        assert tokens is not None
         stacked = [torch.stack(parts, dim=1).cpu() for parts in zip(*columns, strict=True)]
         if not stacked[1].all():
             place = int((~stacked[1].all(dim=1)).nonzero()[0, 0])
