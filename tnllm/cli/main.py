@@ -81,9 +81,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
             # Typer turns Ctrl-C into this result instead of letting it through.
             raise KeyboardInterrupt
         sys.stdout.flush()
-        # Newer Typer turns Ctrl-C into this exit code and says nothing.
-        if result == 130:
-            _fail("stopped by Ctrl-C", 130)
         sys.exit(result if isinstance(result, int) else 0)
     except UserError as error:
         if debug:
