@@ -32,7 +32,7 @@ _SAMPLING, _INPUT, _OUTPUT, _STATE = "Sampling", "Input", "Output", "State"
 
 def command(
     model: str | None = typer.Option(
-        None, help="Run folder, step folder or weights folder. [default: the model that ships with tnllm]"
+        None, help="Run folder, step folder or weights folder. Default: the model that ships with tnllm."
     ),
     prompt: str | None = typer.Option(
         None, "--prompt", "-p", help='Text to continue; "" starts from nothing, - reads stdin.', rich_help_panel=_INPUT
@@ -49,10 +49,10 @@ def command(
         False, "--chat", help="Talk in turns; /reset forgets, /exit or Ctrl-D ends.", rich_help_panel=_INPUT
     ),
     chat_template: str | None = typer.Option(
-        None, help=r"Turn format with {prompt}; \n is a newline. [default: the model's]", rich_help_panel=_INPUT
+        None, help=r"Turn format with {prompt}; \n is a newline. Default: the model's.", rich_help_panel=_INPUT
     ),
     max_tokens: int | None = typer.Option(
-        None, help="Most tokens to generate; 0 only reads. [default: the model's, or 256]", rich_help_panel=_SAMPLING
+        None, help="Most tokens to generate; 0 only reads. Default: the model's, or 256.", rich_help_panel=_SAMPLING
     ),
     temperature: float | None = typer.Option(
         None, help="0 takes the likeliest token. This and the rest default to the model's.", rich_help_panel=_SAMPLING

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tnllm.errors import RunError, UserError
 from tnllm.generation.context import CHUNK_TOKENS, Context, read
+from tnllm.generation.graph import CapturedStep, can_capture
 from tnllm.generation.sampler import MAX_SEED, Options, SamplingParams, choose, log_probabilities
 from tnllm.generation.text import TAIL_TOKENS, TextStream
 from tnllm.modeling.model import LanguageModel
@@ -88,6 +89,12 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     reason: FinishReason | None = None
+    reported: bool = False
+
+    @property
+    def left(self) -> int:
+        """Tokens it may still generate."""
+        return self.params.max_tokens - len(self.tokens)
 
     def result(self, context: Context | None) -> Result:
         assert self.reason is not None
@@ -219,6 +226,7 @@ class _Batch:
         self.counts = torch.zeros_like(self.seen, dtype=torch.int32) if self.options.counts else None
         wanted = [row.params.logprobs for row in rows if row.params.logprobs is not None]
         self.num_top = max(wanted, default=None)
+        self.step: CapturedStep | None = None
 
     def _options(self) -> Options:
         return Options.of([row.params for row in self.rows], [row.seed for row in self.rows], self.model.device)
@@ -229,16 +237,19 @@ class _Batch:
             if row.params.max_tokens == 0:
                 row.reason = "length"
         while True:
-            finished = [place for place, row in enumerate(self.rows) if row.reason]
-            for place in finished:
-                yield self.rows[place].result(self._context(place) if keep_contexts else None)
-            self._drop(finished)
-            if not self.rows:
-                return
-            left = min(row.params.max_tokens - len(row.tokens) for row in self.rows)
-            drawn = self._draw(1 if keep_contexts else min(left, sync_every))
             for place, row in enumerate(self.rows):
-                yield from self._take(row, place, drawn)
+                if row.reason and not row.reported:
+                    row.reported = True
+                    yield row.result(self._context(place) if keep_contexts else None)
+            alive = [place for place, row in enumerate(self.rows) if not row.reason]
+            if not alive:
+                return
+            self._compact(alive)
+            left = [row.left for row in self.rows if not row.reason]
+            drawn = self._draw(1 if keep_contexts else min(*left, sync_every))
+            for place, row in enumerate(self.rows):
+                if not row.reason:
+                    yield from self._take(row, place, drawn)
             # A kept context holds every token; otherwise the last one need not be read.
             if keep_contexts or not all(row.reason for row in self.rows):
                 self._read(drawn.last)
@@ -247,8 +258,9 @@ class _Batch:
     def _draw(self, num_tokens: int) -> "_Drawn":
         """The next `num_tokens` tokens of every row; the last one is not read yet."""
         columns: list[list[Tensor]] = []
-        for place in range(num_tokens):
-            if place:
+        tokens: Tensor | None = None
+        for _ in range(num_tokens):
+            if tokens is not None:
                 self._read(tokens)
             # A NaN or an infinity anywhere in the row reaches its maximum; only -inf would not, and is harmless.
             finite = self.logits.amax(dim=-1).isfinite()
@@ -259,6 +271,7 @@ class _Batch:
             if self.num_top is not None:
                 column += log_probabilities(self.logits, tokens, self.num_top)
             columns.append(column)
+        assert tokens is not None
         stacked = [torch.stack(parts, dim=1).cpu() for parts in zip(*columns, strict=True)]
         if not stacked[1].all():
             place = int((~stacked[1].all(dim=1)).nonzero()[0, 0])
@@ -275,7 +288,7 @@ class _Batch:
         self.seen.scatter_(1, tokens[:, None], True)
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
-        self.logits = self.model.step(tokens, self.state)
+        self.logits = self.step(tokens) if self.step else self.model.step(tokens, self.state)
 
     def _take(self, row: _Row, place: int, drawn: "_Drawn") -> Iterator[Piece]:
         """Append the drawn tokens to a row, up to its end if it is among them."""
@@ -316,19 +329,18 @@ class _Batch:
             (*row.tail, *row.tokens)[-TAIL_TOKENS:],
         )
 
-    def _drop(self, finished: list[int]) -> None:
-        """Remove finished rows; the others move together."""
-        if not finished:
-            return
-        keep = [place for place in range(len(self.rows)) if place not in finished]
-        self.rows = [self.rows[place] for place in keep]
-        if not keep:
-            return
-        index = torch.tensor(keep, device=self.logits.device)
-        self.state = self.state.select(index)
-        self.logits, self.seen = self.logits[index], self.seen[index]
-        self.counts = None if self.counts is None else self.counts[index]
-        self.options = self._options()
+    def _compact(self, alive: list[int]) -> None:
+        """Move the rows that go on together. A captured step is for a fixed batch, so it goes on until half are left."""
+        if len(alive) < len(self.rows) and (self.step is None or 2 * len(alive) <= len(self.rows)):
+            self.step = None
+            self.rows = [self.rows[place] for place in alive]
+            index = torch.tensor(alive, device=self.logits.device)
+            self.state = self.state.select(index)
+            self.logits, self.seen = self.logits[index], self.seen[index]
+            self.counts = None if self.counts is None else self.counts[index]
+            self.options = self._options()
+        if self.step is None and can_capture(self.model, max(row.left for row in self.rows if not row.reason)):
+            self.step = CapturedStep(self.model, self.state)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,355 @@
+"""What a person sees of `tnllm generate`: text on stdout, one line per fault on stderr, and the exit code."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from tnllm.cli.main import main
+from tnllm.modeling.config import get_preset
+from tnllm.modeling.model import LanguageModel, build_model
+from tnllm.modeling.weights import save_model
+from tnllm.tokenizer import train_tokenizer
+
+TEXTS = ["The quick brown fox jumps over the lazy dog.\n", "今天天气很好，我们去公园。\n"] * 20
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A small untrained model with spread logits, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(TEXTS, 340))
+    sizes = {"vocab_size": 352, "model_dim": 64, "num_heads": 2, "num_layers": 2, "glu_dim": 96}
+    model = build_model(get_preset("tiny", **sizes, tie_embeddings=False), seed=1)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)
+    save_model(model, folder / "weights", folder / "tokenizer.model")
+    return folder / "weights"
+
+
+@pytest.fixture
+def tnllm(weights, capsys, monkeypatch):
+    """Run `tnllm generate` with the small model; returns exit code, stdout, stderr."""
+
+    def run(*args, stdin=b"", model=True):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        given = ["--model", str(weights)] if model else []
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", *given, *map(str, args)])
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run
+
+
+def fails(outcome, *parts, code=2):
+    """The run failed with `code`, no output and exactly one line that holds `parts`."""
+    assert outcome[0] == code
+    assert outcome[1] == ""
+    assert len(outcome[2].splitlines()) == 1
+    for part in parts:
+        assert part in outcome[2]
+
+
+def test_text_on_stdout_speed_on_stderr(tnllm):
+    code, out, err = tnllm("--prompt", "The fox", "--max-tokens", 20, "--seed", 1)
+    assert code == 0
+    assert len(out) > 5
+    assert out.endswith("\n")
+    assert "20 tokens at " in err
+    for part in "tokens/s, first after ", "; prompt 2 tokens", "; ended by length", "; seed 1":
+        assert part in err
+    again = tnllm("--prompt", "The fox", "--max_tokens", 20, "--seed=1", "--no-stream")
+    assert again[1] == out, "snake_case, and whole instead of streamed"
+    assert tnllm("--prompt", "The fox", "--max-tokens", 20, "--seed", 2)[1] != out
+
+
+def test_an_unseeded_run_names_its_seed(tnllm):
+    code, out, err = tnllm("-p", "The", "--max-tokens", 15)
+    assert code == 0
+    seed = err.split("seed ")[1].split()[0]
+    assert tnllm("-p", "The", "--max-tokens", 15, "--seed", seed)[1] == out
+
+
+def test_file_and_stdin_are_prompts(tnllm, tmp_path):
+    (tmp_path / "prompt.txt").write_text("今天天气\n", encoding="utf-8")
+    options = "--max-tokens", 10, "--seed", 1, "--echo"
+    wanted = tnllm("--prompt", "今天天气", *options)[1]
+    assert wanted.startswith("今天天气")
+    assert tnllm("--prompt-file", tmp_path / "prompt.txt", *options)[1] == wanted
+    assert tnllm("--prompt-file", "-", *options, stdin="今天天气".encode())[1] == wanted
+    assert tnllm("--prompt", "-", *options, stdin="今天天气\n".encode())[1] == wanted
+
+
+def test_json(tnllm):
+    options = "--prompt", "The", "--max-tokens", 6, "--seed", 5
+    code, out, _ = tnllm(*options, "--json", "--logprobs", 2, "--n", 2)
+    assert code == 0
+    first, second = map(json.loads, out.splitlines())
+    assert (first["sample"], first["seed"], second["sample"], second["seed"]) == (0, 5, 1, 6)
+    assert first["usage"] == {"prompt_tokens": 1, "completion_tokens": 6, "total_tokens": 7}
+    assert first["finish_reason"] == "length"
+    assert [entry["id"] for entry in first["logprobs"]] == first["tokens"]
+    assert all(len(entry["top"]) == 2 and entry["logprob"] <= entry["top"][0]["logprob"] for entry in first["logprobs"])
+    assert first["text"] + "\n" == tnllm(*options)[1]
+    echoed = json.loads(tnllm(*options, "--json", "--echo")[1])
+    assert echoed["text"] == "The" + first["text"]
+    assert echoed["logprobs"] is None
+
+
+def test_several_samples_as_text(tnllm):
+    code, out, err = tnllm("-p", "The", "--max-tokens", 5, "--seed", 5, "--n", 2)
+    assert code == 0
+    assert "sample 1 of 2, seed 5:\nsample 2 of 2, seed 6:\n" in err
+    assert out == "".join(tnllm("-p", "The", "--max-tokens", 5, "--seed", seed)[1] for seed in (5, 6))
+
+
+def test_stop_strings(tnllm):
+    options = "--prompt", "The", "--max-tokens", 30, "--seed", 1
+    free = tnllm(*options)[1]
+    code, out, err = tnllm(*options, "--stop", free[4:6], "--stop", "unseen")
+    assert (code, out) == (0, free[: free.index(free[4:6])] + "\n")
+    assert "ended by stop" in err
+    line = tnllm("--prompt", "The", "--max-tokens", 400, "--seed", 1, "--ignore-eos", "--stop", r"\n")[1]
+    assert line.count("\n") == 1
+
+
+def test_a_batch_comes_back_in_order(tnllm, tmp_path):
+    lines = [
+        {"prompt": "The fox", "id": "a", "max_tokens": 20},
+        {"prompt": "今天", "id": {"b": 2}, "temperature": 0, "max_tokens": 3},
+        {"prompt": "", "seed": 9, "n": 2, "max_tokens": 8},
+        {"prompt": "The dog", "max_tokens": 5, "logprobs": 1, "stop": ["x"]},
+    ]
+    text = "\n".join(json.dumps(line) for line in lines) + "\n\n"
+    (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
+    output = tmp_path / "out.jsonl"
+    options = "--seed", 3, "--batch-size", 3
+    code, out, err = tnllm("--input", tmp_path / "in.jsonl", "--output", output, *options)
+    assert (code, out) == (0, "")
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [(row["index"], row["sample"], row["seed"]) for row in rows] == [
+        (0, 0, 3), (1, 0, 3), (2, 0, 9), (2, 1, 10), (3, 0, 3),
+    ]  # fmt: skip
+    assert [row.get("id") for row in rows] == ["a", {"b": 2}, None, None, None]
+    assert rows[1]["usage"]["completion_tokens"] == 3
+    alone = tnllm("--prompt", "The fox", "--max-tokens", 20, "--seed", 3)[1]
+    assert rows[0]["text"] + "\n" == alone
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.jsonl"]
+    assert "tokens/s" in err
+    piped = tnllm("--input", "-", *options, "--echo", stdin=text.encode())
+    assert json.loads(piped[1].splitlines()[0])["text"] == "The fox" + rows[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "in.jsonl:3: no JSON (Expecting property name enclosed in double quotes at column 2)"),
+        (b'"The"', 'in.jsonl:3: each line is a JSON object with a string "prompt"'),
+        (b'{"prompt": 3}', 'in.jsonl:3: each line is a JSON object with a string "prompt"'),
+        (b'{"prompt": "a", "temprature": 1}', "in.jsonl:3: 'temprature' is no sampling option"),
+        (b'{"prompt": "a", "top_p": 2}', "in.jsonl:3: top_p is 2; allowed: a number, above 0, up to 1"),
+        (b'{"prompt": "\xff"}', "in.jsonl:3: byte 12 of the line is not UTF-8"),
+        (b'{"prompt": "\\ud800"}', "in.jsonl:3: text holds a lone surrogate (U+D800)"),
+        (b'{"prompt": "a", "id": "\\ud800"}', 'in.jsonl:3: "id" holds a lone surrogate'),
+    ],
+)
+def test_a_bad_line_is_located_and_nothing_is_written(tnllm, tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n\n' + line + b"\n")
+    fails(tnllm("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def interrupt_after(monkeypatch, steps):
+    """The model's `steps`-th step is a Ctrl-C."""
+    step, count = LanguageModel.step, iter(range(10**6))
+
+    def interrupted(self, tokens, state):
+        if next(count) == steps:
+            raise KeyboardInterrupt
+        return step(self, tokens, state)
+
+    monkeypatch.setattr(LanguageModel, "step", interrupted)
+
+
+def test_ctrl_c_keeps_the_text_so_far(tnllm, monkeypatch):
+    options = "--prompt", "The", "--seed", 1, "--max-tokens"
+    wanted = tnllm(*options, 8)[1]
+    interrupt_after(monkeypatch, 7)
+    code, out, err = tnllm(*options, 100)
+    assert code == 130
+    assert out == wanted
+    assert err == "tnllm: stopped by Ctrl-C\n"
+
+
+def test_ctrl_c_keeps_the_finished_part_of_a_batch(tnllm, monkeypatch, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The", "max_tokens": 4}\n' * 4)
+    (tmp_path / "out.jsonl").write_text("an older result\n")
+    interrupt_after(monkeypatch, 8)
+    code, _, err = tnllm("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--batch-size", 1)
+    assert code == 130
+    assert f"stopped after 2 of 4 results; they are in {tmp_path / 'out.jsonl'}.part" in err
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 2
+    assert (tmp_path / "out.jsonl").read_text() == "an older result\n"
+
+
+def test_chat_takes_turns(tnllm, weights):
+    options = "--max-tokens", 12, "--seed", 1
+    code, out, err = tnllm(
+        "--chat", *options, stdin="Hello\n你好\n/reset\nHello\n/help\n\n/exit\nnever read\n".encode()
+    )
+    assert code == 0
+    answers = out.removesuffix("\n").split("\n")
+    assert answers[0] == answers[2] != answers[1], "a reset forgets"
+    assert "forgotten" in err
+    assert "/help is no command; there are /reset and /exit" in err
+    turn = "Human:\nHello\nAssistant:\n"
+    single = tnllm("--prompt", turn, *options, "--stop", r"\nHuman:")[1]
+    assert single == answers[0] + "\n"
+
+
+def test_chat_remembers_as_if_the_talk_were_one_prompt(tnllm, weights):
+    """Later turns follow the earlier ones and their answers, each closed by the end token."""
+    from tnllm.generation.decoder import Result, generate
+    from tnllm.generation.loading import load
+
+    options = "--max-tokens", 12, "--seed", 1, "--temperature", 0.7
+    out = tnllm("--chat", *options, stdin=b"Hello\nAgain\n")[1]
+    ready = load(weights)
+    params = ready.params(max_tokens=12, seed=1, temperature=0.7, stop=("\nHuman:",))
+
+    def answer(ids):
+        return next(e for e in generate(ready.model, ready.tokenizer, [ids], params) if isinstance(e, Result))
+
+    first_turn = ready.encode("Human:\nHello\nAssistant:\n")
+    first = answer(first_turn)
+    assert first.finish_reason == "length"
+    second_turn = ready.encode("Human:\nAgain\nAssistant:\n")
+    second = answer([*first_turn, *first.tokens, ready.tokenizer.eos_id, *second_turn])
+    assert out == f"{first.text}\n{second.text}\n"
+
+
+def test_ctrl_c_in_a_chat_breaks_the_answer_off(tnllm, monkeypatch):
+    interrupt_after(monkeypatch, 5)
+    code, out, err = tnllm("--chat", "--seed", 1, "--max-tokens", 12, stdin=b"Hello\nAgain\n")
+    assert code == 0
+    assert [line.split(" at ")[0] for line in err.splitlines()] == ["answer broken off", "12 tokens"]
+    assert out.count("\n") >= 2
+
+
+def test_a_document_is_read_once_and_asked_many_times(tnllm, tmp_path):
+    book, state = "The quick brown fox jumps over the lazy dog. " * 20, tmp_path / "book.state"
+    options = "--max-tokens", 15, "--seed", 1
+    (tmp_path / "book.txt").write_text(book)
+    code, out, err = tnllm("--prompt-file", tmp_path / "book.txt", "--max-tokens", 0, "--state-out", state)
+    assert (code, out) == (0, "\n")
+    assert f"tokens saved to {state}" in err
+    for question in "The cat", "今天":
+        asked = tnllm("--state-in", state, "--prompt", question, *options)
+        assert asked[0] == 0
+        assert asked[1] == tnllm("--prompt", book + question, *options)[1]
+    assert tnllm("--state-in", state, *options)[1] == tnllm("--prompt", book, *options)[1], "going on without a prompt"
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The cat"}\n{"prompt": ""}\n')
+    batch = tnllm("--state-in", state, "--input", tmp_path / "in.jsonl", *options)[1]
+    assert json.loads(batch.splitlines()[1])["text"] + "\n" == tnllm("--state-in", state, *options)[1]
+
+
+def test_stopping_and_going_on_equals_never_stopping(tnllm, tmp_path):
+    options = "--seed", 4, "--ignore-eos"
+    whole = tnllm("--prompt", "今天", "--max-tokens", 30, *options, "--json")[1]
+    first = tnllm("--prompt", "今天", "--max-tokens", 11, *options, "--json", "--state-out", tmp_path / "s")[1]
+    second = tnllm("--state-in", tmp_path / "s", "--max-tokens", 19, *options, "--json")[1]
+    first, second, whole = map(json.loads, (first, second, whole))
+    assert first["tokens"] + second["tokens"] == whole["tokens"]
+    assert first["text"] + second["text"] == whole["text"]
+
+
+def test_a_state_of_another_model_is_refused(tnllm, tmp_path):
+    state = tmp_path / "s"
+    assert tnllm("-p", "The", "--max-tokens", 1, "--state-out", state)[0] == 0
+    fails(tnllm("--state-in", state, "--dtype", "bfloat16"), "was written with other weights", "--dtype it was written")
+    fails(tnllm("--state-in", tmp_path / "none"), "does not exist; write one with --state-out")
+
+
+def test_an_empty_prompt_starts_from_nothing_only_when_typed(tnllm, tmp_path):
+    code, _, err = tnllm("--prompt", "", "--max-tokens", 5, "--seed", 1)
+    assert code == 0
+    assert "the prompt is empty: starting from the begin token" in err
+    (tmp_path / "empty.txt").write_text("\n")
+    fails(tnllm("--prompt-file", tmp_path / "empty.txt"), 'empty.txt is empty; to start from nothing give --prompt ""')
+    fails(tnllm("--prompt-file", "-"), "stdin is empty")
+    fails(tnllm("--input", "-"), "- holds no request; write one JSON object per line")
+
+
+def test_text_that_is_not_utf8(tnllm, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    fails(tnllm("--prompt-file", tmp_path / "latin.txt"), "latin.txt is not UTF-8 (byte 3); convert it")
+    fails(tnllm("--prompt", "a\udcff"), "text holds a lone surrogate")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "no prompt; give --prompt TEXT, --prompt-file FILE"),
+        (["--prompt", "a", "--chat"], "--prompt and --chat were given; give one of them"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; allowed: a number, 0 or more"),
+        (["--prompt", "a", "--temperature", "hot"], "Invalid value for '--temperature'"),
+        (["--prompt", "a", "--top-p", "0"], "top_p is 0.0; allowed: a number, above 0, up to 1"),
+        (["--prompt", "a", "--temprature", "1"], "No such option: --temprature"),
+        (["--prompt", "a", "--stop", ""], "stop is ['']; allowed: strings that are not empty"),
+        (["--prompt", "a", "--output", "x"], "--output is for --input"),
+        (["--prompt", "a", "--logprobs", "2"], "--logprobs needs --json, or --input"),
+        (["--prompt", "a", "--n", "2", "--state-out", "x"], "--state-out saves the state of one text"),
+        (["--chat", "--json"], "--chat goes with none of"),
+        (["--chat", "--chat-template", "Q:"], "the chat template is 'Q:'; it must hold {prompt} once"),
+        (["--prompt", "a", "--chat-template", "{prompt}"], "--chat-template is for --chat"),
+        (["--prompt", "a", "--device", "tpu"], "device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
+        (["--prompt", "a", "--device", "cuda:99"], "device is 'cuda:99', but torch sees"),
+        (["--prompt", "a", "--dtype", "float16"], "dtype is 'float16'; allowed: auto, float32, bfloat16"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt is no file"),
+    ],
+)
+def test_one_line_for_each_mistake(tnllm, args, message):
+    fails(tnllm(*args), message)
+
+
+def test_a_folder_that_is_no_model(tnllm, tmp_path):
+    fails(tnllm("--model", tmp_path / "none", "-p", "a", model=False), "is no folder; give a run folder")
+    fails(tnllm("--model", tmp_path, "-p", "a", model=False), "holds neither config.json nor weights/config.json")
+
+
+def test_defaults_come_from_the_model(tnllm, weights, tmp_path):
+    import shutil
+
+    folder = tmp_path / "w"
+    shutil.copytree(weights, folder)
+    settings = {"do_sample": False, "max_new_tokens": 7, "eos_token_id": [2], "chat_template": "Q: {prompt}\nA:"}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    code, out, err = tnllm("--model", folder, "-p", "The", model=False)
+    assert code == 0
+    assert "7 tokens" in err
+    assert out == tnllm("-p", "The", "--temperature", 0, "--max-tokens", 7, "--repetition-penalty", 1)[1]
+    (folder / "generation_config.json").write_text('{"temperature": -2}')
+    fails(tnllm("--model", folder, "-p", "The", model=False), "generation_config.json: temperature is -2")
+    (folder / "generation_config.json").write_text("{")
+    fails(tnllm("--model", folder, "-p", "The", model=False), "generation_config.json is not JSON")
+
+
+def test_without_a_model_the_packaged_one_is_used_and_named(tnllm, weights, monkeypatch):
+    from tnllm import assets
+
+    monkeypatch.setattr(assets, "demo_weights", lambda: weights, raising=False)
+    code, out, err = tnllm("-p", "The", "--max-tokens", 5, "--seed", 1, model=False)
+    assert code == 0
+    assert err.startswith("no --model given: using the demo model that ships with tnllm\n")
+    assert out == tnllm("-p", "The", "--max-tokens", 5, "--seed", 1)[1]
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert 'tnllm generate --prompt "Once upon a time"' in out
+    assert "--state-out" in out
