@@ -63,6 +63,17 @@ def _load_tile(
 
 
 @triton.jit
+def _prefetch(ptr, row_stride, token, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Ask for the 128-byte lines of a 2-byte tile to be brought to L2."""
+    LINES: tl.constexpr = BLOCK // 64
+    i = tl.arange(0, CHUNK * LINES)
+    lines = ptr + token.to(tl.int64) * row_stride + (i // LINES * row_stride + i % LINES * 64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _store_tile(
     ptr, x, row_stride, token, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -81,29 +92,27 @@ def _store_tile(
 
 @triton.jit
 def _state_tile(
-    first_col, A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr,
-    STATE_TRANSPOSED: tl.constexpr, TRANS: tl.constexpr,
+    first_col, transposed, A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, TRANS: tl.constexpr
 ):
     """Offsets and mask of this program's [BA, BC] of a state [A, N] (as [BC, BA] with TRANS). In memory a state is
-    always [D, E]; with STATE_TRANSPOSED the [A, N] seen here is its transpose."""
+    always [D, E]; where `transposed` the [A, N] seen here is its transpose."""
     if TRANS:
         i = tl.arange(0, BA)[None, :]
         j = first_col + tl.arange(0, BC)[:, None]
     else:
         i = tl.arange(0, BA)[:, None]
         j = first_col + tl.arange(0, BC)[None, :]
-    if STATE_TRANSPOSED:
-        return j * A + i, (i < A) & (j < N)
-    else:
-        return i * N + j, (i < A) & (j < N)
+    row_stride = tl.where(transposed, 1, N)
+    col_stride = tl.where(transposed, A, 1)
+    return i * row_stride + j * col_stride, (i < A) & (j < N)
 
 
 @triton.jit
 def _chunk(
-    a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t, a_desc, b_desc, c_desc, a2_desc,
-    token, state, g, rows, cols, MASK_ROWS: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
+                token, state, g, rows, cols, MASK_ROWS: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    PAIR: tl.constexpr, TRANS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TRANS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Write the outputs of the chunk of `rows` tokens at `token` and return the state after it. Decays are <= 1."""
     MASK_A: tl.constexpr = BA != A
@@ -139,45 +148,43 @@ def _chunk(
         out = tl.dot(a, narrow, input_precision=PRECISION) * from_start[:, None]
         out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
         _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
-        if PAIR:
-            if TMA and not MASK_ROWS:
-                a2 = a2_desc.load([token, 0])
-            else:
-                a2 = _load_tile(a2_ptr, a2_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
-            scores = tl.dot(a2, tl.trans(c), input_precision=PRECISION) * decay
-            out = tl.dot(a2, tl.trans(narrow), input_precision=PRECISION) * from_start[:, None]
-            out = tl.dot(scores.to(dtype), b, out, input_precision=PRECISION)
-            _store_tile(o2_ptr, out, o2_t, token, rows, A, MASK_ROWS, MASK_A, CHUNK, BA)
         late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
         return tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
 
 
 @triton.jit
 def _walk(
-    a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t, a_desc, b_desc, c_desc, a2_desc,
-    t, stop, T, state, g, cols, RAGGED: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
+                t, stop, T, state, g, cols, RAGGED: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    PAIR: tl.constexpr, TRANS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TRANS: tl.constexpr, TMA: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Attend over tokens t to stop of one sequence."""
     num_chunks = (stop - t) // CHUNK
     for i in range(num_chunks):
         token = t + i * CHUNK
+        if PREFETCH > 0:
+            ahead = t + tl.minimum(i + PREFETCH, num_chunks - 1) * CHUNK
+            if REVERSE:
+                ahead = T - CHUNK - ahead
+            _prefetch(a_ptr, a_t, ahead, BA, CHUNK)
+            _prefetch(b_ptr, b_t, ahead, BA, CHUNK)
+            _prefetch(c_ptr, c_t, ahead, BC, CHUNK)
         if REVERSE:
             token = T - CHUNK - token
         state = _chunk(
-            a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t,
-            a_desc, b_desc, c_desc, a2_desc, token, state, g, CHUNK, cols,
-            False, A, N, BA, BC, CHUNK, REVERSE, PAIR, TRANS, TMA, PRECISION,
+            a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
+                token, state, g, CHUNK, cols,
+            False, A, N, BA, BC, CHUNK, REVERSE, TRANS, TMA, PRECISION,
         )
     if RAGGED:
         rows = (stop - t) % CHUNK
         if rows > 0:
             token = T - stop if REVERSE else stop - rows
             state = _chunk(
-                a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t,
-                a_desc, b_desc, c_desc, a2_desc, token, state, g, rows, cols,
-                True, A, N, BA, BC, CHUNK, REVERSE, PAIR, TRANS, TMA, PRECISION,
+                a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
+                token, state, g, rows, cols,
+                True, A, N, BA, BC, CHUNK, REVERSE, TRANS, TMA, PRECISION,
             )
     return state
 
@@ -188,18 +195,32 @@ def attend_kernel(
     a_b, a_t, a_h, b_b, b_t, b_h, c_b, c_t, c_h, o_b, o_t, o_h, a2_b, a2_t, a2_h, o2_b, o2_t, o2_h,
     T, H, segment, num_seqs,
     A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr, PAIR: tl.constexpr, TRANS: tl.constexpr, STATE_TRANSPOSED: tl.constexpr,
+    REVERSE: tl.constexpr, DUAL: tl.constexpr, TRANS: tl.constexpr, STATE_TRANSPOSED: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (heads x column splits, segments, batch). o = attend(a, b, c); with PAIR also o2 = attend(a2, c, b).
+    """Grid (heads x column splits, segments, batch). o = attend(a, b, c).
+
+    With DUAL the first axis is twice as long and every second program does o2 = attend(a2, c, b) instead: dk and dv
+    then run side by side, and what one reads the other finds in the L2 cache. A = N is needed for that.
 
     initial, final [num_seqs, H, D, E] fp32: states before and after each sequence (None unless HAS_, STORE_).
     before [B, H, segments, D, E] fp32: the state before each segment, from scan_states_kernel.
     """
     SPLITS: tl.constexpr = tl.cdiv(N, BC)
-    head = tl.program_id(0) // SPLITS
-    first_col = tl.program_id(0) % SPLITS * BC
+    program = tl.program_id(0)
+    transposed = STATE_TRANSPOSED
+    first_of_dual = True
+    if DUAL:
+        first_of_dual = program % 2 == 0
+        program = program // 2
+        if not first_of_dual:
+            transposed = not STATE_TRANSPOSED
+            a_ptr, a_b, a_t, a_h = a2_ptr, a2_b, a2_t, a2_h
+            o_ptr, o_b, o_t, o_h = o2_ptr, o2_b, o2_t, o2_h
+            b_ptr, b_b, b_t, b_h, c_ptr, c_b, c_t, c_h = c_ptr, c_b, c_t, c_h, b_ptr, b_b, b_t, b_h
+    head = program // SPLITS
+    first_col = program % SPLITS * BC
     seg = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     g = tl.load(log_decay_ptr + head) * LOG2E
@@ -208,18 +229,13 @@ def attend_kernel(
     b_ptr += row * b_b + head * b_h
     c_ptr += row * c_b + head * c_h + first_col
     o_ptr += row * o_b + head * o_h + first_col
-    if PAIR:
-        a2_ptr += row * a2_b + head * a2_h + first_col
-        o2_ptr += row * o2_b + head * o2_h
-    a_desc, b_desc, c_desc, a2_desc = a_ptr, b_ptr, c_ptr, a2_ptr
+    a_desc, b_desc, c_desc = a_ptr, b_ptr, c_ptr
     if TMA:
         a_desc = tl.make_tensor_descriptor(a_ptr, [T, A], [a_t, 1], [CHUNK, BA])
         b_desc = tl.make_tensor_descriptor(b_ptr, [T, A], [b_t, 1], [CHUNK, BA])
         c_desc = tl.make_tensor_descriptor(c_ptr, [T, cols], [c_t, 1], [CHUNK, BC])
-        if PAIR:
-            a2_desc = tl.make_tensor_descriptor(a2_ptr, [T, cols], [a2_t, 1], [CHUNK, BC])
 
-    offsets, mask = _state_tile(first_col, A, N, BA, BC, STATE_TRANSPOSED, TRANS)
+    offsets, mask = _state_tile(first_col, transposed, A, N, BA, BC, TRANS)
     begin = seg * segment
     end = tl.minimum(begin + segment, T)
     if TRANS:
@@ -245,12 +261,12 @@ def attend_kernel(
                 else:
                     state = tl.zeros_like(state)
             state = _walk(
-                a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t,
-                a_desc, b_desc, c_desc, a2_desc, t, stop, T, state, g, cols,
-                RAGGED, A, N, BA, BC, CHUNK, REVERSE, PAIR, TRANS, TMA, PRECISION,
+                a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
+                t, stop, T, state, g, cols,
+                RAGGED, A, N, BA, BC, CHUNK, REVERSE, TRANS, TMA, PREFETCH, PRECISION,
             )
             if STORE_FINAL:
-                if stop == next_start:
+                if stop == next_start and first_of_dual:
                     tl.store(final_ptr + slot + offsets, state, mask=mask)
             t = stop
     else:
@@ -258,12 +274,12 @@ def attend_kernel(
         if HAS_INITIAL and not HAS_BEFORE:
             state = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
         state = _walk(
-            a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, a_t, b_t, c_t, o_t, a2_t, o2_t,
-            a_desc, b_desc, c_desc, a2_desc, begin, end, T, state, g, cols,
-            RAGGED, A, N, BA, BC, CHUNK, REVERSE, PAIR, TRANS, TMA, PRECISION,
+            a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
+                begin, end, T, state, g, cols,
+            RAGGED, A, N, BA, BC, CHUNK, REVERSE, TRANS, TMA, PREFETCH, PRECISION,
         )
         if STORE_FINAL:
-            if end == T:
+            if end == T and first_of_dual:
                 tl.store(final_ptr + slot + offsets, state, mask=mask)
 
 
@@ -294,7 +310,7 @@ def segment_states_kernel(
         n = _sequence_at(cu_ptr, end - 1, num_seqs, T, REVERSE)
         start = _start(cu_ptr, n, num_seqs, T, REVERSE)
         fresh = start >= begin
-        tl.store(carries_ptr + seg, tl.where(fresh, 0.0, 1.0))
+        tl.store(carries_ptr + seg, tl.where(fresh, 0, 1))
     # Only tokens whose share has not decayed to nothing by the segment's end; whole chunks of them.
     window = tl.minimum(NEGLIGIBLE_LOG2 / tl.maximum(-g, 1e-9), segment * 1.0).to(tl.int32)
     window = tl.cdiv(window, CHUNK) * CHUNK
@@ -325,7 +341,7 @@ def segment_states_kernel(
         c = _load_tile(c_ptr, c_t, token, CHUNK, cols, False, N % BC != 0, CHUNK, BC)
         late = (c.to(tl.float32) * to_end[:, None]).to(c.dtype)
         state = tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
-    offsets, mask = _state_tile(first_col, A, N, BA, BC, STATE_TRANSPOSED, False)
+    offsets, mask = _state_tile(first_col, STATE_TRANSPOSED, A, N, BA, BC, False)
     if PACKED and HAS_INITIAL:
         if fresh:
             real = num_seqs - 1 - n if REVERSE else n
@@ -339,24 +355,35 @@ def segment_states_kernel(
 @triton.jit(do_not_specialize=["H", "segment", "num_segments"])
 def scan_states_kernel(
     states_ptr, log_decay_ptr, initial_ptr, carries_ptr, H, segment, num_segments,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
 ):
     """Grid (SIZE / BLOCK, B * H): turn what each segment adds into the state before each segment, in place.
 
-    states [B * H, segments, SIZE] with SIZE = D * E; slot 0 becomes the initial state, or zero.
+    states [B * H, segments, SIZE] with SIZE = D * E; slot 0 becomes the initial state, or zero. GROUP slots are read
+    at once: reading one after another would wait for memory at each.
     """
     head_row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    over_segment = tl.exp2(tl.load(log_decay_ptr + head_row % H) * LOG2E * segment)
+    g_segment = tl.load(log_decay_ptr + head_row % H) * LOG2E * segment
     states_ptr += head_row * num_segments * SIZE
     state = tl.zeros([BLOCK], tl.float32)
     if HAS_INITIAL and not PACKED:
         state = tl.load(initial_ptr + head_row * SIZE + i)
     tl.store(states_ptr + i, state)
-    for seg in tl.range(1, num_segments, num_stages=4):
-        added = tl.load(states_ptr + seg * SIZE + i)
-        decay = over_segment
+    j = tl.arange(0, GROUP)
+    gap = j[:, None] - j[None, :]
+    for first in range(1, num_segments, GROUP):
+        seg = first + j
+        there = seg < num_segments
+        ptrs = states_ptr + seg[:, None] * SIZE + i[None, :]
+        added = tl.load(ptrs, mask=there[:, None], other=0.0)
+        share = tl.where(gap >= 0, tl.exp2(g_segment * tl.maximum(gap, 0).to(tl.float32)), 0.0)
+        share_before = tl.exp2(g_segment * (j + 1).to(tl.float32))
         if PACKED:
-            decay *= tl.load(carries_ptr + seg - 1)
-        state = state * decay + added
-        tl.store(states_ptr + seg * SIZE + i, state)
+            resets = tl.cumsum(1 - tl.load(carries_ptr + seg - 1, mask=there, other=1), 0)
+            share = tl.where(resets[:, None] == resets[None, :], share, 0.0)
+            share_before = tl.where(resets == 0, share_before, 0.0)
+        states = tl.sum(share[:, :, None] * added[None, :, :], 1) + share_before[:, None] * state[None, :]
+        tl.store(ptrs, states, mask=there[:, None])
+        state = tl.sum(tl.where(seg[:, None] == first + GROUP - 1, states, 0.0), 0)

@@ -24,6 +24,7 @@ class Config:
     num_stages: int
     trans: bool = False
     tma: bool = False
+    prefetch: int = 0
 
 
 @cache
@@ -91,7 +92,7 @@ def _states_before(
     N = c.shape[-1]
     shape = (N, A) if transposed else (A, N)
     states = torch.empty(B, H, walk.num_segments, *shape, device=b.device, dtype=torch.float32)
-    carries = torch.empty(walk.num_segments, device=b.device) if walk.cu_seqlens is not None else None
+    carries = torch.empty(walk.num_segments, device=b.device, dtype=torch.int32) if walk.cu_seqlens is not None else None
     grid = (H * triton.cdiv(N, config.cols), walk.num_segments - 1, B)
     segment_states_kernel[grid](
         b, c, walk.log_decay, initial, states, carries, walk.cu_seqlens,
@@ -101,9 +102,9 @@ def _states_before(
         PACKED=walk.cu_seqlens is not None, PRECISION=_precision(b),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )
-    scan_states_kernel[(A * N // 512, B * H)](
+    scan_states_kernel[(A * N // 128, B * H)](
         states, walk.log_decay, initial, carries, H, walk.segment, walk.num_segments,
-        SIZE=A * N, BLOCK=512, HAS_INITIAL=initial is not None, PACKED=walk.cu_seqlens is not None, num_warps=4,
+        SIZE=A * N, BLOCK=128, GROUP=8, HAS_INITIAL=initial is not None, PACKED=walk.cu_seqlens is not None, num_warps=4,
     )
     return states
 
@@ -115,16 +116,16 @@ def _attend(
     B, T, H, A = a.shape
     N = c.shape[-1]
     a2, out2 = second or (a, out)
-    grid = (H * triton.cdiv(N, config.cols), walk.num_segments, B)
+    grid = (H * triton.cdiv(N, config.cols) * (2 if second else 1), walk.num_segments, B)
     attend_kernel[grid](
         a, b, c, out, a2, out2, walk.log_decay, initial, before, final, walk.cu_seqlens,
         *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *a2.stride()[:3], *out2.stride()[:3],
         T, H, walk.segment, walk.num_seqs,
         A=A, N=N, BA=triton.next_power_of_2(A), BC=config.cols, CHUNK=config.chunk,
-        REVERSE=walk.reverse, PAIR=second is not None, TRANS=config.trans, STATE_TRANSPOSED=transposed,
+        REVERSE=walk.reverse, DUAL=second is not None, TRANS=config.trans, STATE_TRANSPOSED=transposed,
         HAS_INITIAL=initial is not None, HAS_BEFORE=before is not None, STORE_FINAL=final is not None,
         PACKED=walk.cu_seqlens is not None, RAGGED=walk.cu_seqlens is not None or T % config.chunk != 0,
-        TMA=config.tma, PRECISION=_precision(a), num_warps=config.num_warps, num_stages=config.num_stages,
+        TMA=config.tma, PREFETCH=config.prefetch, PRECISION=_precision(a), num_warps=config.num_warps, num_stages=config.num_stages,
     )
 
 
@@ -146,8 +147,9 @@ def _new_final(initial: Tensor | None, walk: _Walk, like: Tensor, D: int, E: int
 
 
 def triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, need_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     q, k, v = _dense(q), _dense(k), _dense(v)
     D, E = q.shape[-1], v.shape[-1]
     initial = None if initial_state is None else initial_state.contiguous()
@@ -155,7 +157,7 @@ def triton_forward(
     walk = _walk(q, triton.cdiv(E, config.cols), config.chunk, log_decay.contiguous(), cu_seqlens, reverse=False)
     before = _states_before(walk, k, v, initial, False, states_config(D, E, q.element_size()))
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
-    final = _new_final(initial, walk, q, D, E)
+    final = _new_final(initial, walk, q, D, E) if need_state else None
     _attend(walk, q, k, v, o, initial, before, final, False, config)
     return o, final
 
@@ -179,7 +181,10 @@ def triton_backward(
     walk = _walk(q, triton.cdiv(D, config.cols), config.chunk, log_decay, cu_seqlens, reverse=True)
     before = _states_before(walk, do, q, dfinal, True, states_config(E, D, size))
     dinitial = None if initial is None else _new_final(dfinal, walk, q, D, E)
-    _attend(walk, v, do, q, dk, dfinal, before, dinitial, True, config)
-    config = attend_config(D, E, size)
-    _attend(walk, k, q, do, dv, dfinal, before, None, False, config)
+    if D == E:
+        _attend(walk, v, do, q, dk, dfinal, before, dinitial, True, config, second=(k, dv))
+    else:
+        _attend(walk, v, do, q, dk, dfinal, before, dinitial, True, config)
+        config = attend_config(D, E, size)
+        _attend(walk, k, q, do, dv, dfinal, before, None, False, config)
     return dq, dk, dv, dinitial

@@ -7,6 +7,8 @@ Forward, backward and step are each one `torch.library` custom op, so torch.comp
 tensors go to the Triton kernels, CPU tensors to the chunked torch form; nothing else chooses.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def lightning_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention: S_t = exp(log_decay) S_{t-1} + k_t v_t^T and o_t = q_t^T S_t in every head.
 
@@ -33,6 +31,7 @@ def lightning_attention(
     cu_seqlens [N + 1] int32 packs N sequences, empty ones allowed, in one row (B = 1): from 0, rising, to T.
     The states are then [N, H, D, E]. On CUDA its values are trusted: reading them would stall the device.
     Returns o [B, T, H, E] in v's dtype, and the final state, which continues the text when passed as initial.
+    need_state=False leaves the final state out (an empty tensor): writing one per packed sequence costs time.
     Raises ValueError for arguments that do not fit. Differentiable (once) in q, k, v and both states.
     Source: TransNormerLLM (arXiv 2307.14995) section 3.3, Lightning Attention-2 (arXiv 2401.04658).
     """
@@ -50,7 +49,7 @@ def lightning_attention(
         num_seqs = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         _check_state("initial_state", initial_state, q, v, num_seqs)
-    return _forward(q, k, v, log_decay, initial_state, cu_seqlens)
+    return _forward(q, k, v, log_decay, initial_state, cu_seqlens, need_state)
 
 
 def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
@@ -105,59 +104,51 @@ def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return q.new_empty(num_seqs, *q.shape[2:], v.shape[-1], dtype=_state_dtype(q))
 
 
+def _launch() -> ModuleType:
+    # Triton exists only where there may be a GPU, so its kernels are imported at their first use.
+    from tnllm.kernels.lightning_attention import launch
+
+    return launch
+
+
 def _no_state(q: Tensor) -> Tensor:
     return q.new_empty(0, dtype=_state_dtype(q))
 
 
 @torch.library.custom_op("tnllm::lightning_attention", mutates_args=())
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return chunk.chunk_forward(q, k, v, log_decay, initial_state, cu_seqlens)
+    if q.is_cuda:
+        o, final = _launch().triton_forward(q, k, v, log_decay, initial_state, cu_seqlens, need_state)
+    else:
+        o, final = chunk.chunk_forward(q, k, v, log_decay, initial_state, cu_seqlens)
+    return o, final if need_state and final is not None else _no_state(q)
 
 
 @_forward.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), _new_state(q, v, cu_seqlens)
+    return v.new_empty(v.shape), _new_state(q, v, cu_seqlens) if need_state else _no_state(q)
 
 
 @torch.library.custom_op("tnllm::lightning_attention_backward", mutates_args=())
 def _backward(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = chunk.chunk_backward(do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens)
+    backward = _launch().triton_backward if q.is_cuda else chunk.chunk_backward
+    grads = backward(do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens)
     return grads if initial_state is not None else (*grads[:3], _no_state(q))
 
 
 @_backward.register_fake
 def _(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dinitial = _no_state(q) if initial_state is None else torch.empty_like(initial_state)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
@@ -165,6 +156,10 @@ def _(
 
 @torch.library.custom_op("tnllm::lightning_attention_step", mutates_args=("state",))
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+    if q.is_cuda:
+        from tnllm.kernels.lightning_attention.step import triton_step
+
+        return triton_step(q, k, v, log_decay, state)
     return chunk.chunk_step(q, k, v, log_decay, state)
 
 
@@ -174,7 +169,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tens
 
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, need_state = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.has_final = need_state
     ctx.set_materialize_grads(False)
 
 
@@ -182,8 +179,10 @@ def _autograd(ctx, do: Tensor | None, dfinal: Tensor | None):
     q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(v)
+    if not ctx.has_final:
+        dfinal = None  # the gradient of the empty stand-in
     dq, dk, dv, dinitial = _backward(do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens)
-    return dq, dk, dv, None, None if initial_state is None else dinitial, None
+    return dq, dk, dv, None, None if initial_state is None else dinitial, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save)

@@ -1,0 +1,47 @@
+"""One decoding step on the GPU: S <- decay S + k v^T in place, o = q^T S.
+
+Bound by reading and writing the state once (64 KiB per head at D = E = 128, both ways), so the kernel does only that:
+each program holds all D rows of a few columns of one head's state, updates them and reduces them against q.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["H"])
+def step_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, log_decay_ptr, state_ptr,
+    q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_e, o_b, o_h, s_b, s_h, s_d, s_e, H,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):
+    """Grid (B * H, E / BE)."""
+    row = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    d = tl.arange(0, BD)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    state_ptrs = state_ptr + row * s_b + head * s_h + d[:, None] * s_d + e[None, :] * s_e
+    mask = (d[:, None] < D) & (e[None, :] < E)
+    state = tl.load(state_ptrs, mask=mask, other=0.0)
+    q = tl.load(q_ptr + row * q_b + head * q_h + d * q_d, mask=d < D, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + row * k_b + head * k_h + d * k_d, mask=d < D, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + row * v_b + head * v_h + e * v_e, mask=e < E, other=0.0).to(tl.float32)
+    state = tl.exp(tl.load(log_decay_ptr + head)) * state + k[:, None] * v[None, :]
+    tl.store(state_ptrs, state, mask=mask)
+    o = tl.sum(q[:, None] * state, 0).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + row * o_b + head * o_h + e, o, mask=e < E)
+
+
+def triton_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+    """q, k [B, H, D], v [B, H, E], any strides -> o [B, H, E]; state [B, H, D, E], any strides, is overwritten."""
+    B, H, D = q.shape
+    E = v.shape[-1]
+    o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
+    # 32 columns are one 128-byte line of fp32 state per row.
+    step_kernel[(B * H, triton.cdiv(E, 32))](
+        q, k, v, o, log_decay.contiguous(), state,
+        *q.stride(), *k.stride(), *v.stride(), *o.stride()[:2], *state.stride(), H,
+        D=D, E=E, BD=triton.next_power_of_2(D), BE=32, num_warps=4 if D <= 128 else 8,
+    )
+    return o
