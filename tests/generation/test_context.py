@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_model
+from tests.generation.conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_model
+from tests.generation.conftest import small_model
 
 from tnllm.errors import RunError, UserError
 from tnllm.generation import decoder

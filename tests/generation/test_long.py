@@ -3,7 +3,7 @@
 import math
 
 import torch
-from conftest import small_model
+from tests.generation.conftest import small_model
 
 from tnllm.generation.context import read
 from tnllm.kernels.lightning_attention import lightning_attention_step
