@@ -21,7 +21,7 @@ def command(
     output: Path = typer.Option(Path("loss.png"), "--output", "-o", help="File to write: .png, .pdf or .svg."),
     x: X = typer.Option(X.step, help="What the x axis counts."),
     smooth: int | None = typer.Option(
-        None, min=0, help="Time constant of the smoothed loss in logged rows; 0: none. Default: a fiftieth of the run."
+        None, min=0, help="Time constant of the smoothed loss in logged rows; 0: none. Default: by the run's length."
     ),
 ) -> None:
     """Draw loss (raw, smoothed, validation), learning rate and tokens/s of runs. Needs the extra `plot`."""

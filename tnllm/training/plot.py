@@ -82,8 +82,8 @@ def smooth(values: list[float], span: int) -> list[float]:
 def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | None = None) -> bytes:
     """The chart as bytes of a .png, .pdf or .svg file.
 
-    `span` is the time constant of the smoothed training loss in logged rows, 0 for none; None takes a fiftieth of
-    the longest run's rows. Raises MissingExtra without matplotlib.
+    `span` is the time constant of the smoothed training loss in logged rows, 0 for none; None takes a third of
+    the square root of the longest run's rows. Raises MissingExtra without matplotlib.
     """
     try:
         from matplotlib import rc_context
@@ -91,7 +91,8 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
     except ImportError:
         raise MissingExtra("plot", "matplotlib") from None
     assert suffix in FORMATS, suffix
-    span = max(len(run.train) for run in runs) // 50 if span is None else span
+    if span is None:
+        span = round(math.sqrt(max(len(run.train) for run in runs)) / 3)
     look: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
@@ -102,12 +103,13 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
         "legend.frameon": False,
         "svg.hashsalt": "tnllm",
     }
+    scale, label = _axis(runs, x)
     with rc_context(look):
         figure = Figure(figsize=(6.5, 6.2), layout="constrained")
         loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=[2.6, 1, 1])
         for index, run in enumerate(runs):
             color, style = COLORS[index % len(COLORS)], _STYLES[index // len(COLORS) % len(_STYLES)]
-            _draw_run(run, x, span, [loss, rate, speed], color, style, several=len(runs) > 1)
+            _draw_run(run, x, scale, span, [loss, rate, speed], color, style, several=len(runs) > 1)
         loss.set_ylabel("loss (nats per token)")
         loss.legend()
         rate.set_ylabel("learning rate")
@@ -115,9 +117,8 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
         rate.set_ylim(bottom=0)
         speed.set_ylabel("speed (tokens/s)")
         speed.set_ylim(bottom=0)
-        scale, label = _axis(runs, x)
         speed.set_xlabel(label)
-        speed.xaxis.set_major_formatter(lambda value, _: f"{value / scale:,.6g}")
+        speed.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         speed.yaxis.set_major_formatter(lambda value, _: _short(value))
         figure.align_ylabels()
         buffer = io.BytesIO()
@@ -127,16 +128,18 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
     return buffer.getvalue()
 
 
-def _draw_run(run: Run, x: Axis, span: int, panels: list[Any], color: str, style: str, several: bool) -> None:
+def _draw_run(
+    run: Run, x: Axis, scale: float, span: int, panels: list[Any], color: str, style: str, several: bool
+) -> None:
     loss, rate, speed = panels
-    steps = [_position(run, row, x) for row in run.train]
+    steps = [_position(run, row, x) / scale for row in run.train]
     raw = [float(row["loss"]) for row in run.train]
     prefix = f"{run.name}, " if several else ""
     if run.train:
         loss.plot(steps, raw, color=color, alpha=0.25, linewidth=0.8)
         loss.plot(steps, smooth(raw, span), color=color, linestyle=style, linewidth=1.6, label=f"{prefix}training")
     if run.validation:
-        at = [_position(run, row, x) for row in run.validation]
+        at = [_position(run, row, x) / scale for row in run.validation]
         values = [float(row["val_loss"]) for row in run.validation]
         loss.plot(
             at, values, color=color, marker="o", markersize=4, markerfacecolor="white", linewidth=0.8,
@@ -162,9 +165,9 @@ def _axis(runs: list[Run], x: Axis) -> tuple[float, str]:
             if far >= size:
                 return size, f"tokens ({word})"
         return 1.0, "tokens"
-    for size, word in ((86400 * 2, "days"), (7200, "hours"), (120, "minutes")):
-        if far >= size:
-            return {"days": 86400.0, "hours": 3600.0, "minutes": 60.0}[word], f"time since the first row ({word})"
+    for size, word in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if far >= 2 * size:
+            return size, f"time since the first row ({word})"
     return 1.0, "time since the first row (s)"
 
 
