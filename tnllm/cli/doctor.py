@@ -191,13 +191,13 @@ def _attention() -> list[Check]:
     from tnllm.kernels.lightning_attention.reference import recurrent
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 100, 2, 16, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(1, 100, 2, 32, generator=generator) for _ in range(3))
     log_decay = torch.tensor([-0.5, 0.0])
     wanted, wanted_state = recurrent(q.double(), k.double(), v.double(), log_decay.double())
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     checks = []
     for device in devices:
-        got, state = lightning_attention(*(tensor.to(device) for tensor in (q, k, v, log_decay)))
+        got, state = lightning_attention(q.to(device), k.to(device), v.to(device), log_decay.to(device))
         scale = max(wanted.abs().max().item(), wanted_state.abs().max().item())
         error = max((got.cpu() - wanted).abs().max().item(), (state.cpu() - wanted_state).abs().max().item()) / scale
         name, text = f"attention, {device}", f"within {error:.1e} of its definition"

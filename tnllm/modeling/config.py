@@ -137,7 +137,8 @@ PRESETS: dict[str, ModelConfig] = {
 def get_preset(name: str, **overrides: Any) -> ModelConfig:
     """Return the preset `name` with `overrides` (ModelConfig fields) applied.
 
-    `kind="transformer"` turns it into the baseline of the same widths, dropping the linear-attention choices.
+    `kind="transformer"` turns it into the Llama-style baseline of the same widths (SwiGLU, RMSNorm, unscaled embeddings),
+    dropping the linear-attention choices.
     Raises UserError for an unknown preset or field, or values that do not fit together.
     """
     if name not in PRESETS:
@@ -145,8 +146,8 @@ def get_preset(name: str, **overrides: Any) -> ModelConfig:
     values = PRESETS[name].model_dump()
     if overrides.get("kind") == "transformer":
         values = {key: value for key, value in values.items() if key not in LINEAR_ONLY}
-        # Llama does not scale embeddings; a baseline that did would be an odd one.
-        values["scale_embedding"] = False
+        # What Llama does; a baseline without them would be an easy one to beat.
+        values |= {"scale_embedding": False, "glu_activation": "silu", "norm": "rmsnorm"}
     return make_config({**values, **overrides})
 
 
