@@ -1,13 +1,14 @@
 """Attention against its peers: checked against float64 first, then time and memory by length.
 
-    results = bench_attention(Shape(...), lengths=[1024, 4096], providers=["tnllm", "fla"], device="cuda")
+    shapes = [Shape(batch=1, heads=16, length=length, head_dim=128) for length in (1024, 4096)]
+    results = bench_attention(shapes, torch.bfloat16, ["tnllm", "fla"], torch.device("cuda"))
 
 The floor is the time to move the operands once at the device's measured copy bandwidth: q, k, v, o forward; those and q,
 k, v, do, dq, dk, dv for forward and backward.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,17 +26,17 @@ GATE_LENGTH = 513  # odd on purpose: no block size divides it
 
 @dataclass(frozen=True)
 class Shape:
-    """What every provider is given. With `fixed_tokens`, batch = fixed_tokens / length."""
+    """What every provider is given: q, k, v [batch, length, heads, head_dim]."""
 
     batch: int
     heads: int
+    length: int
     head_dim: int
-    dtype: torch.dtype
-    fixed_tokens: int | None = None
 
-    def batch_at(self, length: int) -> int:
-        """Rows at this length."""
-        return self.batch if self.fixed_tokens is None else max(1, self.fixed_tokens // length)
+    @property
+    def elements(self) -> int:
+        """Elements of one operand."""
+        return self.batch * self.heads * self.length * self.head_dim
 
 
 def slopes(heads: int, device: torch.device) -> Tensor:
@@ -61,25 +62,29 @@ def choose(names: list[str], device: torch.device, dtype: torch.dtype, note: Cal
 
 
 def bench_attention(
-    shape: Shape,
-    lengths: list[int],
+    shapes: list[Shape],
+    dtype: torch.dtype,
     names: list[str],
     device: torch.device,
     budget_s: float = 0.5,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict:
-    """Gate, then measure. Returns {"environment", "shape", "accuracy": [...], "rows": [...]}, all plain values.
+    """Gate, then measure. Returns {"environment", "accuracy": [...], "rows": [...]}, all plain values.
 
-    A row: provider, seqlen, batch, fwd_ms and fwd_bwd_ms (median, with low and high), compile_ms, over_floor for each,
-    tb_per_s, tflop_per_s, extra_mib (fwd+bwd, inputs not counted; null on CPU).
+    A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor for each; compile_ms;
+    tb_per_s, tflop_per_s; extra_mib (fwd+bwd, inputs not counted; null on CPU).
     """
-    providers = choose(names, device, shape.dtype, note)
+    providers = choose(names, device, dtype, note)
     bandwidth = copy_bandwidth(device)
-    environment = {**describe_device(device), "copy_tb_per_s": bandwidth / 1e12}
+    environment = {
+        **describe_device(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_tb_per_s": bandwidth / 1e12,
+    }
     accuracy, passed = [], []
     for provider in providers:
-        errors = gate(provider, shape, device)
-        limit = ERROR_LIMIT[shape.dtype]
+        errors = gate(provider, shapes[0], dtype, device)
+        limit = ERROR_LIMIT[dtype]
         good = all(error <= limit for error in errors.values())
         accuracy.append({"provider": provider.name, **errors, "limit": limit, "passed": good})
         if good:
@@ -87,28 +92,27 @@ def bench_attention(
         else:
             note(f"not timed: {provider.name} is wrong (relative error {max(errors.values()):.2g}, limit {limit:g})")
     rows = []
-    for length in lengths:
+    for shape in shapes:
         for provider in passed:
-            row = _time(provider, shape, length, device, bandwidth, budget_s, note)
+            row = _time(provider, shape, dtype, device, bandwidth, budget_s, note)
             if row is not None:
                 rows.append(row)
-    described = {"heads": shape.heads, "head_dim": shape.head_dim, "dtype": str(shape.dtype).removeprefix("torch.")}
-    return {"environment": environment, "shape": described, "accuracy": accuracy, "rows": rows}
+    return {"environment": environment, "accuracy": accuracy, "rows": rows}
 
 
-def _inputs(shape: Shape, batch: int, length: int, device: torch.device, heads_first: bool) -> list[Tensor]:
+def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device, heads_first: bool) -> list[Tensor]:
     """q, k, v and the gradient of o; random, never zeros."""
-    size = (batch, length, shape.heads, shape.head_dim)
-    made = [torch.randn(size, device=device, dtype=shape.dtype) for _ in range(4)]
+    size = (shape.batch, shape.length, shape.heads, shape.head_dim)
+    made = [torch.randn(size, device=device, dtype=dtype) for _ in range(4)]
     # Scores of the size that SiLU and normalised activations give, so that outputs stay in fp16's range.
     made[0] *= shape.head_dim**-0.5
     return [part.transpose(1, 2).contiguous() for part in made] if heads_first else made
 
 
-def gate(provider: Provider, shape: Shape, device: torch.device) -> dict[str, float]:
+def gate(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Relative RMS error of o, dq, dk, dv against float64, on fresh random inputs of an odd length."""
     log_decay = slopes(shape.heads, device)
-    parts = _inputs(shape, 2, GATE_LENGTH, device, heads_first=False)
+    parts = _inputs(replace(shape, batch=2, length=GATE_LENGTH), dtype, device, heads_first=False)
     exact = [part.double().requires_grad_() for part in parts[:3]]
     q, k, v = exact
     expected = softmax_reference(q, k, v) if provider.softmax else quadratic(q, k, v, log_decay)[0]
@@ -126,24 +130,22 @@ def gate(provider: Provider, shape: Shape, device: torch.device) -> dict[str, fl
 def _time(
     provider: Provider,
     shape: Shape,
-    length: int,
+    dtype: torch.dtype,
     device: torch.device,
     bandwidth: float,
     budget_s: float,
     note: Callable[[str], None],
 ) -> dict | None:
-    batch = shape.batch_at(length)
-    elements = batch * length * shape.heads * shape.head_dim
-    itemsize = shape.dtype.itemsize
+    elements, itemsize = shape.elements, dtype.itemsize
     if provider.quadratic_memory:
         # Scores, masked scores and their gradients, besides the mask itself.
-        needed = (4 * batch + 1) * shape.heads * length**2 * itemsize
+        needed = (4 * shape.batch + 1) * shape.heads * shape.length**2 * itemsize
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
         if needed > 0.8 * free:
-            note(f"skipped {provider.name} at {length}: its [T, T] scores need {needed / 2**30:.0f} GiB")
+            note(f"skipped {provider.name} at {shape.length}: its [T, T] scores need {needed / 2**30:.0f} GiB")
             return None
     log_decay = slopes(shape.heads, device)
-    *parts, grad = _inputs(shape, batch, length, device, provider.heads_first)
+    *parts, grad = _inputs(shape, dtype, device, provider.heads_first)
     q, k, v = leaves = [part.requires_grad_() for part in parts]
 
     def forward() -> Tensor:
@@ -153,22 +155,21 @@ def _time(
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(provider.attend(q, k, v, log_decay), leaves, grad)
 
-    note(f"timing {provider.name} at {batch} x {length}")
+    note(f"timing {provider.name} at {shape.batch} x {shape.length}")
     try:
         fwd = measure(forward, device, budget_s)
         fwd_bwd = measure(both, device, budget_s)
         memory = extra_memory(both, device)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        note(f"skipped {provider.name} at {length}: out of memory")
+        note(f"skipped {provider.name} at {shape.length}: out of memory")
         return None
     floors = (4 * elements * itemsize / bandwidth * 1e3, 11 * elements * itemsize / bandwidth * 1e3)
     # Multiply-adds the function defines: the recurrence for linear attention, the causal half for softmax.
-    flops = elements * (2.0 * (length + 1) if provider.softmax else 4.0 * shape.head_dim)
+    flops = elements * (2.0 * (shape.length + 1) if provider.softmax else 4.0 * shape.head_dim)
     return {
         "provider": provider.name,
-        "seqlen": length,
-        "batch": batch,
+        **asdict(shape),
         "fwd_ms": fwd.median_ms,
         "fwd_low_ms": fwd.low_ms,
         "fwd_high_ms": fwd.high_ms,
@@ -179,7 +180,7 @@ def _time(
         "fwd_bwd_low_ms": fwd_bwd.low_ms,
         "fwd_bwd_high_ms": fwd_bwd.high_ms,
         "fwd_bwd_over_floor": fwd_bwd.median_ms / floors[1],
-        "fwd_bwd_ns_per_token": 1e6 * fwd_bwd.median_ms / (batch * length),
+        "fwd_bwd_ns_per_token": 1e6 * fwd_bwd.median_ms / (shape.batch * shape.length),
         "compile_ms": fwd.compile_ms + fwd_bwd.compile_ms,
         "extra_mib": None if memory is None else memory / 2**20,
         "floor_fwd_ms": floors[0],

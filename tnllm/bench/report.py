@@ -22,11 +22,9 @@ def print_results(results: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 130)
     environment = dict(results["environment"])
     bandwidth = environment.pop("copy_tb_per_s")
-    shape = results["shape"]
     console.print(
         f"{environment.pop('device')}, copy {bandwidth:.3g} TB/s; "
-        + ", ".join(f"{key} {value}" for key, value in environment.items())
-        + f"; {shape['heads']} heads of {shape['head_dim']}, {shape['dtype']}",
+        + ", ".join(f"{key} {value}" for key, value in environment.items()),
         highlight=False,
     )
     table = Table(title="relative RMS error against float64", title_justify="left")
@@ -37,28 +35,17 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row(row["provider"], *errors, f"{row['limit']:g}", "ok" if row["passed"] else "WRONG")
     console.print(table)
     table = Table(title="time (median; 20th to 80th percentile) and memory", title_justify="left")
-    columns = (
-        "seqlen",
-        "batch",
-        "provider",
-        "fwd ms",
-        "x floor",
-        "TB/s",
-        "TFLOP/s",
-        "fwd+bwd ms",
-        "x floor",
-        "extra MiB",
-    )
+    columns = ("batch x heads x length x dim", "provider", "fwd ms", "x floor", "TB/s", "TFLOP/s", "fwd+bwd ms")
+    columns = (*columns, "x floor", "extra MiB")
     for column in columns:
         table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
-    seqlen = None
+    shape = None
     for row in results["rows"]:
-        if seqlen not in (None, row["seqlen"]):
+        if shape not in (None, _shape(row)):
             table.add_section()
-        seqlen = row["seqlen"]
+        shape = _shape(row)
         table.add_row(
-            str(row["seqlen"]),
-            str(row["batch"]),
+            shape,
             row["provider"],
             _spread(row, "fwd"),
             f"{row['fwd_over_floor']:.3g}",
@@ -69,6 +56,10 @@ def print_results(results: dict[str, Any]) -> None:
             "-" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}",
         )
     console.print(table)
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return f"{row['batch']} x {row['heads']} x {row['length']} x {row['head_dim']}"
 
 
 def _spread(row: dict[str, Any], key: str) -> str:
@@ -85,7 +76,10 @@ def write_json(results: dict[str, Any], path: Path) -> None:
 def write_csv(results: dict[str, Any], path: Path) -> None:
     """The rows, with the device beside each."""
     text = io.StringIO()
-    rows = [{"device": results["environment"]["device"], **results["shape"], **row} for row in results["rows"]]
+    rows = [
+        {"device": results["environment"]["device"], "dtype": results["environment"]["dtype"], **row}
+        for row in results["rows"]
+    ]
     if rows:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -110,14 +104,14 @@ def plot_attention(results: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(row["provider"] for row in rows))
     for axis, (key, label) in zip(axes, panels, strict=True):
         for index, name in enumerate(names):
-            points = [(row["seqlen"], row[key]) for row in rows if row["provider"] == name and row[key]]
+            points = [(row["length"], row[key]) for row in rows if row["provider"] == name and row[key]]
             style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 4.5}
             axis.plot(*zip(*points, strict=True), label=name, linewidth=2.4 if name == "tnllm" else 1.4, **style)
         if key != "extra_mib":
             floor = "floor_" + key
-            points = sorted({(row["seqlen"], row[floor]) for row in rows})
+            points = sorted({(row["length"], row[floor]) for row in rows})
             axis.plot(*zip(*points, strict=True), color="0.5", linestyle=":", label="memory floor")
-        lengths = sorted({row["seqlen"] for row in rows})
+        lengths = sorted({row["length"] for row in rows})
         axis.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel=label)
         axis.set_xticks(lengths, [_length(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
         axis.minorticks_off()

@@ -19,6 +19,7 @@ _CPU_PROVIDERS = "tnllm,torch,sdpa"
 def command(
     seqlen: int | None = typer.Option(None, min=1, help="One length in tokens: --seqlen 65536."),
     seqlens: str | None = typer.Option(None, help="Several: 1k,4k,16k, or 1k:128k for every doubling."),
+    shapes: list[str] = typer.Option([], "--shape", help="BATCHxHEADSxLENGTHxDIM instead of the above. Repeatable."),
     batch: int = typer.Option(1, min=1, help="Rows."),
     fixed_tokens: str | None = typer.Option(None, help="Keep batch * length at this many tokens, such as 1m."),
     heads: int | None = typer.Option(None, min=1, help="Heads. Default 16 on a GPU, 4 on CPU."),
@@ -35,6 +36,8 @@ def command(
     if seqlen is not None and seqlens is not None:
         raise UserError("both --seqlen and --seqlens are given; use one of them")
     lengths = [seqlen] if seqlen is not None else _lengths(seqlens) if seqlens is not None else None
+    if shapes and (seqlen is not None or seqlens is not None or fixed_tokens is not None):
+        raise UserError("--shape gives lengths itself; leave out --seqlen, --seqlens and --fixed-tokens")
     tokens = _length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
     import torch
 
@@ -54,9 +57,12 @@ def command(
     if name not in dtypes:
         raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
     lengths = lengths or _lengths(default_lengths)
-    shape = Shape(batch, heads or default_heads, head_dim or default_dim, dtypes[name], tokens)
+    heads, head_dim = heads or default_heads, head_dim or default_dim
+    points = [Shape(*_shape(text)) for text in shapes] or [
+        Shape(max(1, tokens // length) if tokens else batch, heads, length, head_dim) for length in lengths
+    ]
     names = [part.strip() for part in (providers or (_GPU_PROVIDERS if on_gpu else _CPU_PROVIDERS)).split(",")]
-    results = bench_attention(shape, lengths, names, torch.device("cuda" if on_gpu else "cpu"), seconds, _note)
+    results = bench_attention(points, dtypes[name], names, torch.device("cuda" if on_gpu else "cpu"), seconds, _note)
     print_results(results)
     for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_attention)):
         if file is not None:
@@ -73,6 +79,13 @@ def _length(text: str, flag: str) -> int:
     if not number.isdigit() or int(number) == 0:
         raise UserError(f"{flag} has {text!r}; write tokens such as 1000, 64k (65536) or 1m (1048576)")
     return int(number) * {"": 1, "k": 1 << 10, "m": 1 << 20}[unit]
+
+
+def _shape(text: str) -> list[int]:
+    parts = text.lower().split("x")
+    if len(parts) != 4:
+        raise UserError(f"--shape is {text!r}; write BATCHxHEADSxLENGTHxDIM, such as 8x16x2048x128")
+    return [_length(part, "--shape") for part in parts]
 
 
 def _lengths(text: str) -> list[int]:
