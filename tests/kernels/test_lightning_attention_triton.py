@@ -1,5 +1,5 @@
-"""The Triton kernels against the float64 chunked form: small odd shapes under Triton's interpreter on CPU (GPU: the
-same ones compiled), large ones on a GPU only. Memory that no kernel wrote is NaN."""
+"""The Triton kernels against the float64 chunked form: small odd shapes under Triton's interpreter on CPU
+(GPU: the same ones compiled), large ones on a GPU only. Memory that no kernel wrote is NaN."""
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ step = pytest.importorskip("tnllm.kernels.lightning_attention.step")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Relative root-mean-square error. fp32: three tf32 products leave 1e-6. bf16 and fp16: the result is rounded to 8 and
-# 11 bits (1.7e-3 and 2e-4 rms), as are the scores and the state on their way into the tensor cores, at random.
+# Relative root-mean-square error. fp32: three tf32 products leave 1e-6. bf16 and fp16: the result is rounded
+# to 8 and 11 bits (1.7e-3 and 2e-4 rms), as are the scores and the state on their way into the tensor cores,
+# at random.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 
 
@@ -36,7 +37,8 @@ def check(args, tolerance=None):
     wide = [None if x is None else x.cpu().double() if x.is_floating_point() else x.cpu() for x in args]
     wide[5] = args[5].cpu()
     exact = (*chunk.chunk_forward(*wide[2:]), *chunk.chunk_backward(*wide))
-    for name, a, b in zip(("o", "final", "dq", "dk", "dv", "dinitial"), (o, final, *grads), exact, strict=True):
+    names = ("o", "final", "dq", "dk", "dv", "dinitial")
+    for name, a, b in zip(names, (o, final, *grads), exact, strict=True):
         if a is not None:
             error = float((a.cpu().double() - b).norm() / b.norm())
             assert error <= tolerance, f"{name}: relative error {error:.1e}"  # NaN fails too
@@ -69,7 +71,9 @@ def test_segments(short_segments, with_state):
 
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize(
-    "lengths", [[0, 0, 3, 67, 0, 58, 22, 0, 150, 0, 0], [290, 10], [128, 128, 44]], ids=["odd", "long", "aligned"]
+    "lengths",
+    [[0, 0, 3, 67, 0, 58, 22, 0, 150, 0, 0], [290, 10], [128, 128, 44]],
+    ids=["odd", "long", "aligned"],
 )
 def test_packed_segments(short_segments, lengths, with_state):
     check(make(1, sum(lengths), 1, 32, 32, torch.float32, lengths, with_state))
@@ -132,7 +136,9 @@ def test_all_head_dims_compiled(D, E):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("D", "E"), [(32, 32), (64, 64), (96, 128), (128, 128), (256, 128), (192, 256), (256, 256)])
+@pytest.mark.parametrize(
+    ("D", "E"), [(32, 32), (64, 64), (96, 128), (128, 128), (256, 128), (192, 256), (256, 256)]
+)
 def test_other_dtypes_compiled(D, E, dtype):
     check(make(1, 1100, 3, D, E, dtype, [0, 500, 0, 600]))
     check(make(1, 1088, 3, D, E, dtype, with_state=False))
@@ -150,7 +156,7 @@ def test_large_shapes(B, T, H):
 def test_offsets_beyond_32_bits():
     T, H, D = 2**20, 20, 128  # 2.7e9 elements
     q, k, v = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    g = torch.full((H,), -1.0, device="cuda")  # forgets within a chunk, so the end alone is a check of the whole
+    g = torch.full((H,), -1.0, device="cuda")  # forgets fast: the end alone checks the whole
     o, final = lightning_attention(q, k, v, g)
     o_end, final_end = lightning_attention(*(x[:, -1000:] for x in (q, k, v)), g)
     torch.testing.assert_close(o[:, -900:], o_end[:, -900:])
@@ -162,7 +168,8 @@ def test_compiled_module_trains_and_steps():
     g = -torch.rand(4, device="cuda")
 
     def loss(q, k, v):
-        return lightning_attention(torch.nn.functional.silu(q), k, v, g, need_state=False)[0].float().square().sum()
+        q = torch.nn.functional.silu(q)
+        return lightning_attention(q, k, v, g, need_state=False)[0].square().sum()
 
     compiled = torch.compile(loss, fullgraph=True)
     for T in (100, 513):

@@ -1,18 +1,20 @@
 """Lightning Attention on the GPU: three Triton kernels that serve forward and backward alike.
 
-All four results have one form. With out = attend(a, b, c), out_t = sum over s <= t of decay^(t-s) (a_t . b_s) c_s:
+All four results have one form. With out = attend(a, b, c), out_t = sum over s <= t of decay^(t-s) (a_t .
+b_s) c_s:
 
     o  = attend(q, k, v)                    dk = attend(v, do, q)  with time running backward
     dq = attend(do, v, k)                   dv = attend(k, q, do)  with time running backward
 
-Backward time is a negative token stride: row r of a chunk is then the r-th token from the end. Nothing else changes,
-except that a key meets the gradient of the state after it where a query meets the state before it (`SHIFT`).
+Backward time is a negative token stride: row r of a chunk is then the r-th token from the end. Nothing else
+changes, except that a key meets the gradient of the state after it where a query meets the state before it
+(`SHIFT`).
 
-`attend_kernel` walks a segment of tokens chunk by chunk with the state S [A, BC] (A the width of a and b, BC columns
-of c) in fp32 registers. A sequence with few heads is cut in segments that run side by side. For these,
-`piece_states_kernel` computes what each piece of a segment adds to the state, in many small programs, and
-`scan_states_kernel` turns that into the state before each piece. `launch.py` calls them. Token and sequence numbers
-here count in the direction of the walk.
+`attend_kernel` walks a segment of tokens chunk by chunk with the state S [A, BC] (A the width of a and b, BC
+columns of c) in fp32 registers. A sequence with few heads is cut in segments that run side by side. For
+these, `piece_states_kernel` computes what each piece of a segment adds to the state, in many small programs,
+and `scan_states_kernel` turns that into the state before each piece. `launch.py` calls them. Token and
+sequence numbers here count in the direction of the walk.
 """
 
 import triton
@@ -100,7 +102,7 @@ def _chunk(
     BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Write the outputs of the chunk of `rows` tokens at `token` and return the state after it. Decays are <= 1."""
+    """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it."""
     MASK_A: tl.constexpr = BA != A
     MASK_C: tl.constexpr = N % BC != 0
     r = tl.arange(0, CHUNK)
@@ -172,8 +174,9 @@ def attend_kernel(
 ):
     """Grid (heads x column splits, segments, batch). o = attend(a, b, c).
 
-    With DUAL the first axis is twice as long and every second program does o2 = attend(a2, c, b) instead: dk and dv
-    then run side by side, and what one reads the other finds in the L2 cache. A = N is needed for that.
+    With DUAL the first axis is twice as long and every second program does o2 = attend(a2, c, b) instead: dk
+    and dv then run side by side, and what one reads the other finds in the L2 cache. A = N is needed for
+    that.
 
     initial, final [num_seqs, H, D, E] fp32: states before and after each sequence (None unless HAS_, STORE_).
     before [B, H, num_slots, D, E] fp32, from scan_states_kernel: every slots_per_segment-th is a segment's.
@@ -233,7 +236,7 @@ def attend_kernel(
                 t, stop, T, state, g, cols,
                 RAGGED, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
             )
-            if STORE_FINAL:
+            if STORE_FINAL:  # noqa: SIM102 (the outer test is made by the compiler)
                 if stop == next_start and first_of_dual:
                     tl.store(final_ptr + slot + offsets, state, mask=mask)
             t = stop
@@ -246,7 +249,7 @@ def attend_kernel(
                 begin, end, T, state, g, cols,
             RAGGED, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
         )
-        if STORE_FINAL:
+        if STORE_FINAL:  # noqa: SIM102
             if end == T and first_of_dual:
                 tl.store(final_ptr + slot + offsets, state, mask=mask)
 
@@ -259,7 +262,8 @@ def piece_states_kernel(
     REVERSE: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (heads x column splits, pieces - 1, batch): what each piece of tokens but the last adds to the state.
+    """Grid (heads x column splits, pieces - 1, batch): what each piece of tokens but the last adds to the
+    state.
 
     added [B, H, pieces, D, E]: slot i + 1 gets the state after piece i had the state before it been zero.
     carries [pieces]: 1 where the sequence at the piece's end began before the piece, else 0.
@@ -310,7 +314,7 @@ def piece_states_kernel(
         late = (c.to(tl.float32) * to_end[:, None]).to(c.dtype)
         state = tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
     offsets, mask = _state_tile(first_col, STATE_TRANSPOSED, A, N, BA, BC)
-    if PACKED and HAS_INITIAL:
+    if PACKED and HAS_INITIAL:  # noqa: SIM102
         if fresh:
             real = num_seqs - 1 - n if REVERSE else n
             slot = (real * H + head).to(tl.int64) * (A * N)
@@ -328,8 +332,8 @@ def scan_states_kernel(
 ):
     """Grid (SIZE / BLOCK, B * H): turn what each piece adds into the state before each piece, in place.
 
-    states [B * H, num_slots, SIZE] with SIZE = D * E; slot 0 becomes the initial state, or zero. GROUP slots are read
-    at once: reading one after another would wait for memory at each.
+    states [B * H, num_slots, SIZE] with SIZE = D * E; slot 0 becomes the initial state, or zero. GROUP slots
+    are read at once: reading one after another would wait for memory at each.
     """
     head_row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

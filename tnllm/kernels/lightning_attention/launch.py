@@ -1,7 +1,8 @@
 """Launch the Triton kernels: `triton_forward` and `triton_backward`, called by `op.py` on CUDA.
 
-Arguments and results are those of the chunked CPU form (`chunk.py`), so tests run either on the same inputs. Nothing
-here depends on the values of tensors, so nothing waits for the GPU, and nothing is tuned at run time.
+Arguments and results are those of the chunked CPU form (`chunk.py`), so tests run either on the same inputs.
+Nothing here depends on the values of tensors, so nothing waits for the GPU, and nothing is tuned at run
+time.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is built: tokens per chunk, columns of c per program, Triton's warps and pipeline stages."""
+    """How a kernel is built: tokens per chunk, columns of c per program, warps and pipeline stages."""
 
     chunk: int
     cols: int
@@ -53,11 +54,13 @@ def _device(x: Tensor) -> Device:
 
 
 def attend_config(a_dim: int, c_dim: int, itemsize: int, device: Device, dual: bool = False) -> Config:
-    """One program of 4 warps and 64 columns per multiprocessor, with as deep a pipeline as shared memory holds.
+    """One program of 4 warps and 64 columns per multiprocessor, with as deep a pipeline as shared memory
+    holds.
 
-    On an H100 (B 16, H 16, T 4096, D = E = 128, bf16) 4 stages took 0.379 ms, 3 stages 0.403, 2 stages (two programs
-    per multiprocessor) 0.436; 8 warps with all 128 columns 0.458 at best. Loads by TMA descriptor made `dual` 10 %
-    faster (0.660 against 0.731 ms: it saves the registers of the addresses) and the others 2 % slower.
+    On an H100 (B 16, H 16, T 4096, D = E = 128, bf16) 4 stages took 0.379 ms, 3 stages 0.403, 2 stages (two
+    programs per multiprocessor) 0.436; 8 warps with all 128 columns 0.458 at best. Loads by TMA descriptor
+    made `dual` 10 % faster (0.660 against 0.731 ms: it saves the registers of the addresses) and the others
+    2 % slower.
     """
     chunk = 64 if itemsize == 2 else 32
     rows = triton.next_power_of_2(a_dim)
@@ -76,8 +79,9 @@ def states_config(a_dim: int, c_dim: int, itemsize: int, device: Device) -> Conf
 def plan(T: int, num_programs: int, num_sms: int, chunk: int) -> Plan:
     """Cut T tokens so that `num_programs` programs per segment fill the GPU in few, full waves.
 
-    A segment costs its tokens and, where there are several, about 512 more for its state (read, written, joined).
-    Pieces are smaller, for four programs per multiprocessor: their kernel is short, and its time is that of one walk.
+    A segment costs its tokens and, where there are several, about 512 more for its state (read, written,
+    joined). Pieces are smaller, for four programs per multiprocessor: their kernel is short, and its time is
+    that of one walk.
     """
 
     def cost(segments: int) -> float:
@@ -167,7 +171,8 @@ def _attend(
     before = _states_before(walk, cut, b, c, initial, transposed)
     attend_kernel[(programs, triton.cdiv(T, cut.segment), B)](
         a, b, c, out, a2, out2, walk.log_decay, initial, before, final, walk.cu_seqlens,
-        *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *a2.stride()[:3], *out2.stride()[:3],
+        *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3],
+        *a2.stride()[:3], *out2.stride()[:3],
         T, H, cut.segment, cut.segment // cut.piece, triton.cdiv(T, cut.piece), walk.num_seqs,
         A=A, N=N, BA=triton.next_power_of_2(A), BC=config.cols, CHUNK=config.chunk,
         REVERSE=walk.reverse, DUAL=second is not None, STATE_TRANSPOSED=transposed,
@@ -191,8 +196,8 @@ def _optional(x: Tensor | None) -> Tensor | None:
 def _walks(q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> tuple[_Walk, _Walk]:
     num_seqs = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     log_decay, cu_seqlens = log_decay.contiguous(), _optional(cu_seqlens)
-    forward, backward = (_Walk(log_decay, cu_seqlens, num_seqs, q.shape[1], reverse) for reverse in (False, True))
-    return forward, backward
+    shared = (log_decay, cu_seqlens, num_seqs, q.shape[1])
+    return _Walk(*shared, reverse=False), _Walk(*shared, reverse=True)
 
 
 def _like(x: Tensor) -> Tensor:
