@@ -6,9 +6,9 @@ b_s) c_s:
     o  = attend(q, k, v)                    dk = attend(v, do, q)  with time running backward
     dq = attend(do, v, k)                   dv = attend(k, q, do)  with time running backward
 
-Backward time is a negative token stride: row r of a chunk is then the r-th token from the end. Nothing else
-changes, except that a key meets the gradient of the state after it where a query meets the state before it
-(`SHIFT`).
+Where time runs backward the rows of a chunk are numbered from its end. Nothing else changes, except that a
+key meets the gradient of the state after it where a query meets the state before it: one factor of the decay
+less.
 
 `attend_kernel` walks a segment of tokens chunk by chunk with the state S [A, BC] (A the width of a and b, BC
 columns of c) in fp32 registers. A sequence with few heads is cut in segments that run side by side. For

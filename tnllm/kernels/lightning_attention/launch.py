@@ -53,7 +53,8 @@ def _device(x: Tensor) -> Device:
     return _cuda_device(x.get_device()) if x.is_cuda else Device(4, 232448, True)
 
 
-def attend_config(a_dim: int, c_dim: int, itemsize: int, device: Device, dual: bool = False) -> Config:
+@cache
+def attend_config(a_dim: int, itemsize: int, device: Device, dual: bool = False) -> Config:
     """One program of 4 warps and 64 columns per multiprocessor, with as deep a pipeline as shared memory
     holds.
 
@@ -64,7 +65,9 @@ def attend_config(a_dim: int, c_dim: int, itemsize: int, device: Device, dual: b
     """
     chunk = 64 if itemsize == 2 else 32
     rows = triton.next_power_of_2(a_dim)
-    cols = min(64, triton.next_power_of_2(c_dim))
+    # 64 also where c has 32 columns (the rest is masked): with 32 the packed bf16 kernel, as Triton 3.6 compiles
+    # it, reached outside its shared memory.
+    cols = 64
     tile_bytes = (2 * chunk * rows + chunk * cols) * itemsize
     scratch_bytes = (rows + chunk) * cols * itemsize
     num_stages = max(1, min(4, (device.shared_memory - scratch_bytes) // tile_bytes))
@@ -72,10 +75,7 @@ def attend_config(a_dim: int, c_dim: int, itemsize: int, device: Device, dual: b
     return Config(chunk, cols, 4 if rows <= 128 else 8, num_stages, dual and device.has_tma and rows <= 128)
 
 
-def states_config(a_dim: int, c_dim: int, itemsize: int, device: Device) -> Config:
-    return attend_config(a_dim, c_dim, itemsize, device)
-
-
+@cache
 def plan(T: int, num_programs: int, num_sms: int, chunk: int) -> Plan:
     """Cut T tokens so that `num_programs` programs per segment fill the GPU in few, full waves.
 
@@ -134,7 +134,7 @@ def _states_before(
         return None
     B, _, H, A = b.shape
     N = c.shape[-1]
-    config = states_config(A, N, b.element_size(), _device(b))
+    config = attend_config(A, b.element_size(), _device(b))
     num_slots = triton.cdiv(walk.T, cut.piece)
     states = torch.empty(B, H, num_slots, A * N, device=b.device, dtype=torch.float32)
     carries = torch.empty(num_slots, device=b.device, dtype=torch.int32) if walk.packed else None
@@ -162,7 +162,7 @@ def _attend(
     N = c.shape[-1]
     a2, out2 = second or (a, out)
     device = _device(a)
-    config = attend_config(A, N, a.element_size(), device, dual=second is not None)
+    config = attend_config(A, a.element_size(), device, dual=second is not None)
     if config.tma:
         # Triton writes descriptors to memory that it asks for here.
         triton.set_allocator(lambda size, align, stream: torch.empty(size, device=a.device, dtype=torch.int8))
