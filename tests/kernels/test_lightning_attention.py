@@ -166,6 +166,19 @@ def test_no_initial_state_means_zeros_and_unused_results_need_no_gradient():
             torch.testing.assert_close(a, b)
 
 
+def test_the_final_state_may_be_left_out():
+    q, k, v, g, state = make(1, 9, 3, 4, 3)
+    inputs = [x.requires_grad_() for x in (q, k, v, state)]
+    whole, _ = lightning_attention(q, k, v, g, state)
+    o, none = lightning_attention(q, k, v, g, state, need_state=False)
+    assert none.numel() == 0
+    ours, theirs = (torch.autograd.grad(x.square().sum(), inputs) for x in (o, whole))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    op = torch.ops.tnllm.lightning_attention.default
+    torch.library.opcheck(op, (q, k, v, g, state, None, False))
+
+
 def test_opcheck():
     q, k, v, g, state = make(1, 9, 3, 4, 3, num_seqs=2)
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)

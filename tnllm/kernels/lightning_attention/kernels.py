@@ -1,17 +1,20 @@
 """Lightning Attention on the GPU: three Triton kernels that serve forward and backward alike.
 
-All four results have one form. With out = attend(a, b, c), out_t = sum over s <= t of decay^(t-s) (a_t . b_s) c_s:
+All four results have one form. With out = attend(a, b, c), out_t = sum over s <= t of decay^(t-s) (a_t .
+b_s) c_s:
 
     o  = attend(q, k, v)                    dk = attend(v, do, q)  with time running backward
     dq = attend(do, v, k)                   dv = attend(k, q, do)  with time running backward
 
-Backward time is a negative token stride: row r of a chunk is then the r-th token from the end. Nothing else changes,
-except that a key meets the gradient of the state after it where a query meets the state before it (`SHIFT`).
+Where time runs backward the rows of a chunk are numbered from its end. Nothing else changes, except that a
+key meets the gradient of the state after it where a query meets the state before it: one factor of the decay
+less.
 
-`attend_kernel` walks a segment of tokens chunk by chunk with the state S [A, BC] (A the width of a and b, BC columns
-of c) in fp32 registers. Long sequences with few heads are cut in segments that run side by side:
-`segment_states_kernel` computes what each segment adds to the state and `scan_states_kernel` turns that into the
-state before each segment. `launch.py` calls them. Token and sequence numbers here count in the direction of the walk.
+`attend_kernel` walks a segment of tokens chunk by chunk with the state S [A, BC] (A the width of a and b, BC
+columns of c) in fp32 registers. A sequence with few heads is cut in segments that run side by side. For
+these, `piece_states_kernel` computes what each piece of a segment adds to the state, in many small programs,
+and `scan_states_kernel` turns that into the state before each piece. `launch.py` calls them. Token and
+sequence numbers here count in the direction of the walk.
 """
 
 import triton
@@ -63,17 +66,6 @@ def _load_tile(
 
 
 @triton.jit
-def _prefetch(ptr, row_stride, token, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Ask for the 128-byte lines of a 2-byte tile to be brought to L2."""
-    LINES: tl.constexpr = BLOCK // 64
-    i = tl.arange(0, CHUNK * LINES)
-    lines = ptr + token.to(tl.int64) * row_stride + (i // LINES * row_stride + i % LINES * 64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _store_tile(
     ptr, x, row_stride, token, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -92,16 +84,12 @@ def _store_tile(
 
 @triton.jit
 def _state_tile(
-    first_col, transposed, A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, TRANS: tl.constexpr
+    first_col, transposed, A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr
 ):
-    """Offsets and mask of this program's [BA, BC] of a state [A, N] (as [BC, BA] with TRANS). In memory a state is
+    """Offsets and mask of this program's [BA, BC] of a state [A, N]. In memory a state is
     always [D, E]; where `transposed` the [A, N] seen here is its transpose."""
-    if TRANS:
-        i = tl.arange(0, BA)[None, :]
-        j = first_col + tl.arange(0, BC)[:, None]
-    else:
-        i = tl.arange(0, BA)[:, None]
-        j = first_col + tl.arange(0, BC)[None, :]
+    i = tl.arange(0, BA)[:, None]
+    j = first_col + tl.arange(0, BC)[None, :]
     row_stride = tl.where(transposed, 1, N)
     col_stride = tl.where(transposed, A, 1)
     return i * row_stride + j * col_stride, (i < A) & (j < N)
@@ -112,9 +100,9 @@ def _chunk(
     a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
                 token, state, g, rows, cols, MASK_ROWS: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    TRANS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Write the outputs of the chunk of `rows` tokens at `token` and return the state after it. Decays are <= 1."""
+    """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it."""
     MASK_A: tl.constexpr = BA != A
     MASK_C: tl.constexpr = N % BC != 0
     r = tl.arange(0, CHUNK)
@@ -135,21 +123,13 @@ def _chunk(
         b = _load_tile(b_ptr, b_t, token, rows, A, MASK_ROWS, MASK_A, CHUNK, BA)
         c = _load_tile(c_ptr, c_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
     dtype = a.dtype
-    if TRANS:
-        scores = tl.dot(b, tl.trans(a), input_precision=PRECISION) * tl.trans(decay)
-        out = tl.dot(state.to(dtype), tl.trans(a), input_precision=PRECISION) * from_start[None, :]
-        out = tl.dot(tl.trans(c), scores.to(dtype), out, input_precision=PRECISION)
-        _store_tile(o_ptr, tl.trans(out), o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
-        late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
-        return tl.dot(tl.trans(late), b, state * over_chunk, input_precision=PRECISION)
-    else:
-        narrow = state.to(dtype)
-        scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * decay
-        out = tl.dot(a, narrow, input_precision=PRECISION) * from_start[:, None]
-        out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
-        _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
-        late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
-        return tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
+    narrow = state.to(dtype)
+    scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * decay
+    out = tl.dot(a, narrow, input_precision=PRECISION) * from_start[:, None]
+    out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
+    _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
+    late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
+    return tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
 
 
 @triton.jit
@@ -157,25 +137,18 @@ def _walk(
     a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
                 t, stop, T, state, g, cols, RAGGED: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
     BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    TRANS: tl.constexpr, TMA: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Attend over tokens t to stop of one sequence."""
     num_chunks = (stop - t) // CHUNK
     for i in range(num_chunks):
         token = t + i * CHUNK
-        if PREFETCH > 0:
-            ahead = t + tl.minimum(i + PREFETCH, num_chunks - 1) * CHUNK
-            if REVERSE:
-                ahead = T - CHUNK - ahead
-            _prefetch(a_ptr, a_t, ahead, BA, CHUNK)
-            _prefetch(b_ptr, b_t, ahead, BA, CHUNK)
-            _prefetch(c_ptr, c_t, ahead, BC, CHUNK)
         if REVERSE:
             token = T - CHUNK - token
         state = _chunk(
             a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
                 token, state, g, CHUNK, cols,
-            False, A, N, BA, BC, CHUNK, REVERSE, TRANS, TMA, PRECISION,
+            False, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
         )
     if RAGGED:
         rows = (stop - t) % CHUNK
@@ -184,28 +157,29 @@ def _walk(
             state = _chunk(
                 a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
                 token, state, g, rows, cols,
-                True, A, N, BA, BC, CHUNK, REVERSE, TRANS, TMA, PRECISION,
+                True, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
             )
     return state
 
 
-@triton.jit(do_not_specialize=["T", "H", "segment", "num_seqs"])
+@triton.jit(do_not_specialize=["T", "H", "segment", "slots_per_segment", "num_slots", "num_seqs"])
 def attend_kernel(
     a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, log_decay_ptr, initial_ptr, before_ptr, final_ptr, cu_ptr,
     a_b, a_t, a_h, b_b, b_t, b_h, c_b, c_t, c_h, o_b, o_t, o_h, a2_b, a2_t, a2_h, o2_b, o2_t, o2_h,
-    T, H, segment, num_seqs,
+    T, H, segment, slots_per_segment, num_slots, num_seqs,
     A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr, DUAL: tl.constexpr, TRANS: tl.constexpr, STATE_TRANSPOSED: tl.constexpr,
+    REVERSE: tl.constexpr, DUAL: tl.constexpr, STATE_TRANSPOSED: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (heads x column splits, segments, batch). o = attend(a, b, c).
 
-    With DUAL the first axis is twice as long and every second program does o2 = attend(a2, c, b) instead: dk and dv
-    then run side by side, and what one reads the other finds in the L2 cache. A = N is needed for that.
+    With DUAL the first axis is twice as long and every second program does o2 = attend(a2, c, b) instead: dk
+    and dv then run side by side, and what one reads the other finds in the L2 cache. A = N is needed for
+    that.
 
     initial, final [num_seqs, H, D, E] fp32: states before and after each sequence (None unless HAS_, STORE_).
-    before [B, H, segments, D, E] fp32: the state before each segment, from scan_states_kernel.
+    before [B, H, num_slots, D, E] fp32, from scan_states_kernel: every slots_per_segment-th is a segment's.
     """
     SPLITS: tl.constexpr = tl.cdiv(N, BC)
     program = tl.program_id(0)
@@ -235,15 +209,12 @@ def attend_kernel(
         b_desc = tl.make_tensor_descriptor(b_ptr, [T, A], [b_t, 1], [CHUNK, BA])
         c_desc = tl.make_tensor_descriptor(c_ptr, [T, cols], [c_t, 1], [CHUNK, BC])
 
-    offsets, mask = _state_tile(first_col, transposed, A, N, BA, BC, TRANS)
+    offsets, mask = _state_tile(first_col, transposed, A, N, BA, BC)
     begin = seg * segment
     end = tl.minimum(begin + segment, T)
-    if TRANS:
-        state = tl.zeros([BC, BA], tl.float32)
-    else:
-        state = tl.zeros([BA, BC], tl.float32)
+    state = tl.zeros([BA, BC], tl.float32)
     if HAS_BEFORE:
-        slot = (row * H + head) * tl.num_programs(1) + seg
+        slot = (row * H + head) * num_slots + seg * slots_per_segment
         state = tl.load(before_ptr + slot * (A * N) + offsets, mask=mask, other=0.0)
     if PACKED:
         n = _sequence_at(cu_ptr, begin, num_seqs, T, REVERSE)
@@ -263,9 +234,9 @@ def attend_kernel(
             state = _walk(
                 a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
                 t, stop, T, state, g, cols,
-                RAGGED, A, N, BA, BC, CHUNK, REVERSE, TRANS, TMA, PREFETCH, PRECISION,
+                RAGGED, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
             )
-            if STORE_FINAL:
+            if STORE_FINAL:  # noqa: SIM102 (the outer test is made by the compiler)
                 if stop == next_start and first_of_dual:
                     tl.store(final_ptr + slot + offsets, state, mask=mask)
             t = stop
@@ -276,43 +247,44 @@ def attend_kernel(
         state = _walk(
             a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
                 begin, end, T, state, g, cols,
-            RAGGED, A, N, BA, BC, CHUNK, REVERSE, TRANS, TMA, PREFETCH, PRECISION,
+            RAGGED, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
         )
-        if STORE_FINAL:
+        if STORE_FINAL:  # noqa: SIM102
             if end == T and first_of_dual:
                 tl.store(final_ptr + slot + offsets, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "H", "segment", "num_seqs"])
-def segment_states_kernel(
+@triton.jit(do_not_specialize=["T", "H", "piece", "num_seqs"])
+def piece_states_kernel(
     b_ptr, c_ptr, log_decay_ptr, initial_ptr, added_ptr, carries_ptr, cu_ptr,
-    b_b, b_t, b_h, c_b, c_t, c_h, T, H, segment, num_seqs,
+    b_b, b_t, b_h, c_b, c_t, c_h, T, H, piece, num_seqs,
     A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
     REVERSE: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (heads x column splits, segments - 1, batch): what each segment but the last adds to the state.
+    """Grid (heads x column splits, pieces - 1, batch): what each piece of tokens but the last adds to the
+    state.
 
-    added [B, H, segments, D, E]: slot s + 1 gets the state after segment s had the state before it been zero.
-    carries [segments]: 1 where the sequence at the segment's end began before the segment, else 0.
+    added [B, H, pieces, D, E]: slot i + 1 gets the state after piece i had the state before it been zero.
+    carries [pieces]: 1 where the sequence at the piece's end began before the piece, else 0.
     """
     SPLITS: tl.constexpr = tl.cdiv(N, BC)
     head = tl.program_id(0) // SPLITS
     first_col = tl.program_id(0) % SPLITS * BC
-    seg = tl.program_id(1)
+    index = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     g = tl.load(log_decay_ptr + head) * LOG2E
-    begin = seg * segment
-    end = begin + segment
+    begin = index * piece
+    end = begin + piece
     fresh = False
     start = begin
     if PACKED:
         n = _sequence_at(cu_ptr, end - 1, num_seqs, T, REVERSE)
         start = _start(cu_ptr, n, num_seqs, T, REVERSE)
         fresh = start >= begin
-        tl.store(carries_ptr + seg, tl.where(fresh, 0, 1))
-    # Only tokens whose share has not decayed to nothing by the segment's end; whole chunks of them.
-    window = tl.minimum(NEGLIGIBLE_LOG2 / tl.maximum(-g, 1e-9), segment * 1.0).to(tl.int32)
+        tl.store(carries_ptr + index, tl.where(fresh, 0, 1))
+    # Only tokens whose share has not decayed to nothing by the piece's end; whole chunks of them.
+    window = tl.minimum(NEGLIGIBLE_LOG2 / tl.maximum(-g, 1e-9), piece * 1.0).to(tl.int32)
     window = tl.cdiv(window, CHUNK) * CHUNK
     first = tl.maximum(tl.maximum(begin, start), end - window)
 
@@ -341,49 +313,49 @@ def segment_states_kernel(
         c = _load_tile(c_ptr, c_t, token, CHUNK, cols, False, N % BC != 0, CHUNK, BC)
         late = (c.to(tl.float32) * to_end[:, None]).to(c.dtype)
         state = tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
-    offsets, mask = _state_tile(first_col, STATE_TRANSPOSED, A, N, BA, BC, False)
-    if PACKED and HAS_INITIAL:
+    offsets, mask = _state_tile(first_col, STATE_TRANSPOSED, A, N, BA, BC)
+    if PACKED and HAS_INITIAL:  # noqa: SIM102
         if fresh:
             real = num_seqs - 1 - n if REVERSE else n
             slot = (real * H + head).to(tl.int64) * (A * N)
             initial = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
             state += initial * tl.exp2(g * (end - start).to(tl.float32))
-    slot = (row * H + head) * (tl.num_programs(1) + 1) + seg + 1
+    slot = (row * H + head) * (tl.num_programs(1) + 1) + index + 1
     tl.store(added_ptr + slot * (A * N) + offsets, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "segment", "num_segments"])
+@triton.jit(do_not_specialize=["H", "piece", "num_slots"])
 def scan_states_kernel(
-    states_ptr, log_decay_ptr, initial_ptr, carries_ptr, H, segment, num_segments,
+    states_ptr, log_decay_ptr, initial_ptr, carries_ptr, H, piece, num_slots,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Grid (SIZE / BLOCK, B * H): turn what each segment adds into the state before each segment, in place.
+    """Grid (SIZE / BLOCK, B * H): turn what each piece adds into the state before each piece, in place.
 
-    states [B * H, segments, SIZE] with SIZE = D * E; slot 0 becomes the initial state, or zero. GROUP slots are read
-    at once: reading one after another would wait for memory at each.
+    states [B * H, num_slots, SIZE] with SIZE = D * E; slot 0 becomes the initial state, or zero. GROUP slots
+    are read at once: reading one after another would wait for memory at each.
     """
     head_row = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    g_segment = tl.load(log_decay_ptr + head_row % H) * LOG2E * segment
-    states_ptr += head_row * num_segments * SIZE
+    g_piece = tl.load(log_decay_ptr + head_row % H) * LOG2E * piece
+    states_ptr += head_row * num_slots * SIZE
     state = tl.zeros([BLOCK], tl.float32)
     if HAS_INITIAL and not PACKED:
         state = tl.load(initial_ptr + head_row * SIZE + i)
     tl.store(states_ptr + i, state)
     j = tl.arange(0, GROUP)
     gap = j[:, None] - j[None, :]
-    for first in range(1, num_segments, GROUP):
-        seg = first + j
-        there = seg < num_segments
-        ptrs = states_ptr + seg[:, None] * SIZE + i[None, :]
+    for first in range(1, num_slots, GROUP):
+        slot = first + j
+        there = slot < num_slots
+        ptrs = states_ptr + slot[:, None] * SIZE + i[None, :]
         added = tl.load(ptrs, mask=there[:, None], other=0.0)
-        share = tl.where(gap >= 0, tl.exp2(g_segment * tl.maximum(gap, 0).to(tl.float32)), 0.0)
-        share_before = tl.exp2(g_segment * (j + 1).to(tl.float32))
+        share = tl.where(gap >= 0, tl.exp2(g_piece * tl.maximum(gap, 0).to(tl.float32)), 0.0)
+        share_before = tl.exp2(g_piece * (j + 1).to(tl.float32))
         if PACKED:
-            resets = tl.cumsum(1 - tl.load(carries_ptr + seg - 1, mask=there, other=1), 0)
+            resets = tl.cumsum(1 - tl.load(carries_ptr + slot - 1, mask=there, other=1), 0)
             share = tl.where(resets[:, None] == resets[None, :], share, 0.0)
             share_before = tl.where(resets == 0, share_before, 0.0)
         states = tl.sum(share[:, :, None] * added[None, :, :], 1) + share_before[:, None] * state[None, :]
         tl.store(ptrs, states, mask=there[:, None])
-        state = tl.sum(tl.where(seg[:, None] == first + GROUP - 1, states, 0.0), 0)
+        state = tl.sum(tl.where(slot[:, None] == first + GROUP - 1, states, 0.0), 0)

@@ -5,8 +5,8 @@
 
 Both are plain differentiable torch on any device and dtype, computed in float64 for float64 inputs and in
 float32 otherwise. Shapes: q, k [B, T, H, D]; v, o [B, T, H, E]; log_decay [H]; states [B, H, D, E]. With
-`cu_seqlens` [N + 1], B is 1 and the tokens of N sequences, some perhaps empty, lie one after another; states are
-then [N, H, D, E].
+`cu_seqlens` [N + 1], B is 1 and the tokens of N sequences, some perhaps empty, lie one after another; states
+are then [N, H, D, E].
 
 Sources: TransNormerLLM (arXiv 2307.14995) Eq. 2 and section 3.3; Lightning Attention-2 (arXiv 2401.04658).
 """
@@ -26,7 +26,7 @@ def recurrent(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(log_decay) S_{t-1} + k_t v_t^T ; o_t = q_t^T S_t. A token enters undecayed, before q reads."""
+    """S_t = exp(log_decay) S_{t-1} + k_t v_t^T ; o_t = q_t^T S_t. A token enters undecayed and before q."""
 
     def sequence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         outputs = [v[:, :0]]

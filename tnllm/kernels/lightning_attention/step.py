@@ -1,7 +1,8 @@
 """One decoding step on the GPU: S <- decay S + k v^T in place, o = q^T S.
 
-Bound by reading and writing the state once (64 KiB per head at D = E = 128, both ways), so the kernel does only that:
-each program holds all D rows of a few columns of one head's state, updates them and reduces them against q.
+Bound by reading and writing the state once (64 KiB per head at D = E = 128, both ways), so the kernel does
+only that: each program holds all D rows of a few columns of one head's state, updates them and reduces them
+against q.
 """
 
 import torch
@@ -34,7 +35,7 @@ def step_kernel(
 
 
 def triton_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
-    """q, k [B, H, D], v [B, H, E], any strides -> o [B, H, E]; state [B, H, D, E], any strides, is overwritten."""
+    """q, k [B, H, D], v [B, H, E], any strides -> o [B, H, E]. The state [B, H, D, E] is overwritten."""
     B, H, D = q.shape
     E = v.shape[-1]
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)

@@ -1,0 +1,187 @@
+"""The Triton kernels against the float64 chunked form: small odd shapes under Triton's interpreter on CPU
+(GPU: the same ones compiled), large ones on a GPU only. Memory that no kernel wrote is NaN."""
+
+import pytest
+import torch
+
+from tnllm.kernels.lightning_attention import chunk, lightning_attention, lightning_attention_step
+from tnllm.kernels.lightning_attention.op import HEAD_DIMS
+
+launch = pytest.importorskip("tnllm.kernels.lightning_attention.launch")
+step = pytest.importorskip("tnllm.kernels.lightning_attention.step")
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Relative root-mean-square error. fp32: three tf32 products leave 1e-6. bf16 and fp16: the result is rounded
+# to 8 and 11 bits (1.7e-3 and 2e-4 rms), as are the scores and the state on their way into the tensor cores,
+# at random.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+
+
+def make(B, T, H, D, E, dtype, lengths=None, with_state=True, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v, do = (torch.randn(B, T, H, d, generator=rng).to(DEVICE, dtype) for d in (D, D, E, E))
+    log_decay = -torch.tensor([0.0, 0.84, 0.05, 30.0, 0.0039, 1e-5])[:H].to(DEVICE)
+    states = torch.randn(2, len(lengths) if lengths else B, H, D, E, generator=rng).to(DEVICE)
+    initial, dfinal = states if with_state else (None, None)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE) if lengths else None
+    return do, dfinal, q, k, v, log_decay, initial, cu_seqlens
+
+
+def check(args, tolerance=None):
+    do, dfinal, *inputs = args
+    tolerance = tolerance or TOLERANCE[do.dtype]
+    o, final = launch.triton_forward(*inputs)
+    grads = launch.triton_backward(do, dfinal, *inputs)
+    wide = [None if x is None else x.cpu().double() if x.is_floating_point() else x.cpu() for x in args]
+    wide[5] = args[5].cpu()
+    exact = (*chunk.chunk_forward(*wide[2:]), *chunk.chunk_backward(*wide))
+    names = ("o", "final", "dq", "dk", "dv", "dinitial")
+    for name, a, b in zip(names, (o, final, *grads), exact, strict=True):
+        if a is not None:
+            error = float((a.cpu().double() - b).norm() / b.norm())
+            assert error <= tolerance, f"{name}: relative error {error:.1e}"  # NaN fails too
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Cut even short texts in segments of 128 tokens, each of two pieces."""
+    monkeypatch.setattr(launch, "plan", lambda T, *_: launch.Plan(128, 64) if T > 128 else launch.Plan(T, T))
+
+
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 65])
+def test_any_length(T):
+    check(make(2, T, 2, 32, 32, torch.float32))
+
+
+@pytest.mark.parametrize(("D", "E"), [(32, 64), (96, 32), (64, 96), (192, 32), (32, 192), (256, 128)])
+def test_head_dims(D, E):
+    check(make(1, 40, 2, D, E, torch.float32))
+
+
+def test_half_precision():
+    check(make(1, 130, 2, 64, 64, torch.float16))
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_segments(short_segments, with_state):
+    check(make(1, 290, 2, 32, 32, torch.float32, with_state=with_state))
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(
+    "lengths",
+    [[0, 0, 3, 67, 0, 58, 22, 0, 150, 0, 0], [290, 10], [128, 128, 44]],
+    ids=["odd", "long", "aligned"],
+)
+def test_packed_segments(short_segments, lengths, with_state):
+    check(make(1, sum(lengths), 1, 32, 32, torch.float32, lengths, with_state))
+
+
+def test_packed_with_different_head_dims(short_segments):
+    check(make(1, 200, 1, 32, 64, torch.float32, [70, 0, 130]))
+
+
+def test_fast_heads_leave_out_only_what_decayed_to_nothing(short_segments):
+    args = make(1, 290, 2, 32, 32, torch.float32, with_state=False)
+    args[5][:] = torch.tensor([-30.0, -0.84])
+    check(args)
+
+
+def test_strided_inputs_are_read_in_place_and_odd_ones_copied():
+    B, T, H, D = 1, 40, 2, 32
+    fused = torch.randn(B, T, 4 * H * D, device=DEVICE)
+    q, k, v, _ = (x.unflatten(-1, (H, D)) for x in fused.chunk(4, -1))
+    assert all(launch._readable(x) is x for x in (q, k, v))
+    do = torch.randn(B, H, D, T, device=DEVICE).permute(0, 3, 1, 2)  # last stride T: cannot be read in rows
+    check((do, None, q, k, v, torch.tensor([-0.1, 0.0], device=DEVICE), None, None))
+
+
+def test_final_state_may_be_left_out():
+    _, _, *inputs = make(1, 40, 2, 32, 32, torch.float32)
+    o, none = launch.triton_forward(*inputs, need_state=False)
+    assert none is None
+    assert torch.equal(o, launch.triton_forward(*inputs)[0])
+
+
+@pytest.mark.parametrize(("D", "E"), [(32, 64), (96, 96), (256, 128)])
+def test_step(D, E):
+    _, _, q, k, v, g, state, _ = make(3, 1, 2, D, E, torch.float32)
+    slots = torch.zeros(5, 2, D, E, device=DEVICE)
+    slots[1:4] = state
+    o = step.triton_step(q[:, 0], k[:, 0], v[:, 0], g, slots[1:4])
+    expected_o, expected = chunk.chunk_forward(*(x.cpu() for x in (q, k, v, g, state)), None)
+    # fp32 both; sums over up to 256 products in another order.
+    torch.testing.assert_close(o.cpu(), expected_o[:, 0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(slots[1:4].cpu(), expected, rtol=1e-6, atol=1e-6)
+    assert not slots[0].any() and not slots[4].any()
+
+
+@pytest.mark.parametrize("num_sms", [4, 30, 132])
+@pytest.mark.parametrize("num_programs", [1, 16, 64, 131, 133, 256, 4000])
+@pytest.mark.parametrize("T", [1, 100, 4096, 65537, 2**20])
+def test_every_plan_covers_the_text_in_whole_chunks(T, num_programs, num_sms):
+    cut = launch.plan(T, num_programs, num_sms, 64)
+    assert cut.segment == cut.piece == T or (cut.segment % cut.piece == 0 and cut.piece % 64 == 0)
+    assert -(-T // cut.segment) * num_programs <= max(num_programs, 4 * num_sms)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", HEAD_DIMS)
+@pytest.mark.parametrize("E", HEAD_DIMS)
+def test_all_head_dims_compiled(D, E):
+    check(make(1, 1100, 3, D, E, torch.bfloat16, [0, 500, 0, 600]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("D", "E"), [(32, 32), (64, 64), (96, 128), (128, 128), (256, 128), (192, 256), (256, 256)]
+)
+def test_other_dtypes_compiled(D, E, dtype):
+    check(make(1, 1100, 3, D, E, dtype, [0, 500, 0, 600]))
+    check(make(1, 1088, 3, D, E, dtype, with_state=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("B", "T", "H"), [(1, 65537, 2), (2, 5003, 6), (64, 257, 6), (1, 2**18, 1)])
+def test_large_shapes(B, T, H):
+    for with_state in (False, True):
+        check(make(B, T, H, 128, 128, torch.bfloat16, with_state=with_state))
+    check(make(1, B * T, H, 128, 128, torch.bfloat16, [T] * B))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    T, H, D = 2**20, 20, 128  # 2.7e9 elements
+    q, k, v = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    g = torch.full((H,), -1.0, device="cuda")  # forgets fast: the end alone checks the whole
+    o, final = lightning_attention(q, k, v, g)
+    o_end, final_end = lightning_attention(*(x[:, -1000:] for x in (q, k, v)), g)
+    torch.testing.assert_close(o[:, -900:], o_end[:, -900:])
+    torch.testing.assert_close(final, final_end)
+
+
+@pytest.mark.gpu
+def test_compiled_module_trains_and_steps():
+    g = -torch.rand(4, device="cuda")
+
+    def loss(q, k, v):
+        q = torch.nn.functional.silu(q)
+        return lightning_attention(q, k, v, g, need_state=False)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for T in (100, 513):
+        q, k, v = (torch.randn(2, T, 4, 64, device="cuda", requires_grad=True) for _ in range(3))
+        for x in (q, k, v):
+            torch._dynamo.mark_dynamic(x, 1)
+        ours = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+        for a, b in zip(ours, torch.autograd.grad(loss(q, k, v), (q, k, v)), strict=True):
+            torch.testing.assert_close(a, b)
+    state = torch.zeros(2, 4, 64, 64, device="cuda")
+    steps = [lightning_attention_step(q[:, t], k[:, t], v[:, t], g, state) for t in range(5)]
+    whole, final = lightning_attention(q[:, :5], k[:, :5], v[:, :5], g)
+    # fp32 with tf32x3 products against exact ones.
+    torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)
