@@ -151,6 +151,9 @@ def test_a_batch_comes_back_in_order(tnllm, tmp_path):
         (b'{"prompt": 3}', 'in.jsonl:3: each line is a JSON object with a string "prompt"'),
         (b'{"prompt": "a", "temprature": 1}', "in.jsonl:3: 'temprature' is no sampling option"),
         (b'{"prompt": "a", "top_p": 2}', "in.jsonl:3: top_p is 2; allowed: a number, above 0, up to 1"),
+        (b'{"prompt": "a", "top_p": NaN}', "in.jsonl:3: no JSON (NaN is no JSON number)"),
+        (b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}", "in.jsonl:3: no JSON (Exceeds the limit"),
+        (b'{"prompt": "a", "id": ' + b"[" * 100_000, "in.jsonl:3: no JSON (it is nested too deep)"),
         (b'{"prompt": "\xff"}', "in.jsonl:3: byte 12 of the line is not UTF-8"),
         (b'{"prompt": "\\ud800"}', "in.jsonl:3: text holds a lone surrogate (U+D800)"),
         (b'{"prompt": "a", "id": "\\ud800"}', 'in.jsonl:3: "id" holds a lone surrogate'),
@@ -294,7 +297,7 @@ def test_text_that_is_not_utf8(tnllm, tmp_path):
     [
         ([], "no prompt; give --prompt TEXT, --prompt-file FILE"),
         (["--prompt", "a", "--chat"], "--prompt and --chat were given; give one of them"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; allowed: a number, 0 or more"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; allowed: a number, 0 to 100"),
         (["--prompt", "a", "--temperature", "hot"], "Invalid value for '--temperature'"),
         (["--prompt", "a", "--top-p", "0"], "top_p is 0.0; allowed: a number, above 0, up to 1"),
         (["--prompt", "a", "--temprature", "1"], "No such option: --temprature"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.generation.conftest import small_model
+from small_models import small_model
 
 from tnllm.errors import RunError, UserError
 from tnllm.generation import decoder

@@ -21,7 +21,7 @@ from tnllm.errors import UserError, did_you_mean
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
-MAX_SEED = 2**63 - 1
+MAX_SEED = _MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class SamplingParams:
         _check_int("max_tokens", self.max_tokens, 0, None)
         _check_int("top_k", self.top_k, 0, None)
         _check_int("n", self.n, 1, MAX_SAMPLES)
-        _check_float("temperature", self.temperature, 0, None)
+        _check_float("temperature", self.temperature, 0, 100)
         _check_float("top_p", self.top_p, 0, 1, open_low=True)
         _check_float("min_p", self.min_p, 0, 1)
-        _check_float("repetition_penalty", self.repetition_penalty, 0, None, open_low=True)
+        _check_float("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
         _check_float("presence_penalty", self.presence_penalty, -2, 2)
         _check_float("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
@@ -83,12 +83,10 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise UserError(f"{name} is {value!r}; allowed: a whole number, {allowed}")
 
 
-def _check_float(name: str, value: Any, low: float, high: float | None, open_low: bool = False) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value < low or (open_low and value == low) or (high is not None and value > high):
-        allowed = f"above {low}" if open_low else f"{low} or more" if high is None else f"{low} to {high}"
-        if open_low and high is not None:
-            allowed += f", up to {high}"
+def _check_float(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (open_low and value == low):
+        allowed = f"above {low}, up to {high}" if open_low else f"{low} to {high}"
         raise UserError(f"{name} is {value!r}; allowed: a number, {allowed}")
 
 
@@ -124,7 +122,7 @@ class Options:
                     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
                 )
             },
-            top_k=torch.tensor([row.top_k or torch.iinfo(torch.int64).max for row in params], device=device),
+            top_k=torch.tensor([min(row.top_k or _MAX_INT, _MAX_INT) for row in params], device=device),
             seed=torch.tensor(list(seeds), dtype=torch.int64, device=device),
             draws=any(row.temperature > 0 for row in params),
             filters=any(
