@@ -3,8 +3,8 @@
 import math
 
 import torch
-from small_models import small_model
 
+from tests.generation.small_models import small_model
 from tnllm.generation.context import read
 from tnllm.kernels.lightning_attention import lightning_attention_step
 
