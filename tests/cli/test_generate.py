@@ -83,6 +83,16 @@ def test_file_and_stdin_are_prompts(run, tmp_path):
     assert run("--prompt", "-", *options, stdin="今天天气\n".encode())[1] == wanted
 
 
+def test_a_terminal_gets_no_control_characters(capsys, monkeypatch):
+    from tnllm.cli.streaming import show
+
+    show("a\x1b[2Jb\tc\nd\x0e")
+    assert capsys.readouterr().out == "a\x1b[2Jb\tc\nd\x0e"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show("a\x1b[2Jb\tc\nd\x0e今\r")
+    assert capsys.readouterr().out == "a\ufffd[2Jb\tc\nd\ufffd今\ufffd"
+
+
 def test_json(run):
     options = "--prompt", "The", "--max-tokens", 6, "--seed", 5
     code, out, _ = run(*options, "--json", "--logprobs", 2, "--n", 2)
@@ -287,6 +297,7 @@ def test_an_empty_prompt_starts_from_nothing_only_when_typed(run, tmp_path):
 def test_text_that_is_not_utf8(run, tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     fails(run("--prompt-file", tmp_path / "latin.txt"), "latin.txt is not UTF-8 (byte 3); convert it")
+    fails(run("--chat", stdin=b"\xff\n"), "stdin is not UTF-8 (byte 0)")
     fails(run("--prompt", "a\udcff"), "text holds a lone surrogate")
 
 
