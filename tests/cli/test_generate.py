@@ -30,10 +30,10 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def tnllm(weights, capsys, monkeypatch):
+def run(weights, capsys, monkeypatch):
     """Run `tnllm generate` with the small model; returns exit code, stdout, stderr."""
 
-    def run(*args, stdin=b"", model=True):
+    def outcome(*args, stdin=b"", model=True):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         given = ["--model", str(weights)] if model else []
         with pytest.raises(SystemExit) as stopped:
@@ -41,7 +41,7 @@ def tnllm(weights, capsys, monkeypatch):
         out, err = capsys.readouterr()
         return stopped.value.code, out, err
 
-    return run
+    return outcome
 
 
 def fails(outcome, *parts, code=2):
@@ -53,39 +53,49 @@ def fails(outcome, *parts, code=2):
         assert part in outcome[2]
 
 
-def test_text_on_stdout_speed_on_stderr(tnllm):
-    code, out, err = tnllm("--prompt", "The fox", "--max-tokens", 20, "--seed", 1)
+def test_text_on_stdout_speed_on_stderr(run):
+    code, out, err = run("--prompt", "The fox", "--max-tokens", 20, "--seed", 1)
     assert code == 0
     assert len(out) > 5
     assert out.endswith("\n")
     assert "20 tokens at " in err
     for part in "tokens/s, first after ", "; prompt 2 tokens", "; ended by length", "; seed 1":
         assert part in err
-    again = tnllm("--prompt", "The fox", "--max_tokens", 20, "--seed=1", "--no-stream")
+    again = run("--prompt", "The fox", "--max_tokens", 20, "--seed=1", "--no-stream")
     assert again[1] == out, "snake_case, and whole instead of streamed"
-    assert tnllm("--prompt", "The fox", "--max-tokens", 20, "--seed", 2)[1] != out
+    assert run("--prompt", "The fox", "--max-tokens", 20, "--seed", 2)[1] != out
 
 
-def test_an_unseeded_run_names_its_seed(tnllm):
-    code, out, err = tnllm("-p", "The", "--max-tokens", 15)
+def test_an_unseeded_run_names_its_seed(run):
+    code, out, err = run("-p", "The", "--max-tokens", 15)
     assert code == 0
     seed = err.split("seed ")[1].split()[0]
-    assert tnllm("-p", "The", "--max-tokens", 15, "--seed", seed)[1] == out
+    assert run("-p", "The", "--max-tokens", 15, "--seed", seed)[1] == out
 
 
-def test_file_and_stdin_are_prompts(tnllm, tmp_path):
+def test_file_and_stdin_are_prompts(run, tmp_path):
     (tmp_path / "prompt.txt").write_text("今天天气\n", encoding="utf-8")
     options = "--max-tokens", 10, "--seed", 1, "--echo"
-    wanted = tnllm("--prompt", "今天天气", *options)[1]
+    wanted = run("--prompt", "今天天气", *options)[1]
     assert wanted.startswith("今天天气")
-    assert tnllm("--prompt-file", tmp_path / "prompt.txt", *options)[1] == wanted
-    assert tnllm("--prompt-file", "-", *options, stdin="今天天气".encode())[1] == wanted
-    assert tnllm("--prompt", "-", *options, stdin="今天天气\n".encode())[1] == wanted
+    assert run("--prompt-file", tmp_path / "prompt.txt", *options)[1] == wanted
+    assert run("--prompt-file", "-", *options, stdin="今天天气".encode())[1] == wanted
+    assert run("--prompt", "-", *options, stdin="今天天气\n".encode())[1] == wanted
 
 
-def test_json(tnllm):
+def test_a_terminal_gets_no_control_characters(capsys, monkeypatch):
+    from tnllm.cli.streaming import show
+
+    show("a\x1b[2Jb\tc\nd\x0e")
+    assert capsys.readouterr().out == "a\x1b[2Jb\tc\nd\x0e"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show("a\x1b[2Jb\tc\nd\x0e今\r")
+    assert capsys.readouterr().out == "a\ufffd[2Jb\tc\nd\ufffd今\ufffd"
+
+
+def test_json(run):
     options = "--prompt", "The", "--max-tokens", 6, "--seed", 5
-    code, out, _ = tnllm(*options, "--json", "--logprobs", 2, "--n", 2)
+    code, out, _ = run(*options, "--json", "--logprobs", 2, "--n", 2)
     assert code == 0
     first, second = map(json.loads, out.splitlines())
     assert (first["sample"], first["seed"], second["sample"], second["seed"]) == (0, 5, 1, 6)
@@ -93,30 +103,30 @@ def test_json(tnllm):
     assert first["finish_reason"] == "length"
     assert [entry["id"] for entry in first["logprobs"]] == first["tokens"]
     assert all(len(entry["top"]) == 2 and entry["logprob"] <= entry["top"][0]["logprob"] for entry in first["logprobs"])
-    assert first["text"] + "\n" == tnllm(*options)[1]
-    echoed = json.loads(tnllm(*options, "--json", "--echo")[1])
+    assert first["text"] + "\n" == run(*options)[1]
+    echoed = json.loads(run(*options, "--json", "--echo")[1])
     assert echoed["text"] == "The" + first["text"]
     assert echoed["logprobs"] is None
 
 
-def test_several_samples_as_text(tnllm):
-    code, out, err = tnllm("-p", "The", "--max-tokens", 5, "--seed", 5, "--n", 2)
+def test_several_samples_as_text(run):
+    code, out, err = run("-p", "The", "--max-tokens", 5, "--seed", 5, "--n", 2)
     assert code == 0
     assert "sample 1 of 2, seed 5:\nsample 2 of 2, seed 6:\n" in err
-    assert out == "".join(tnllm("-p", "The", "--max-tokens", 5, "--seed", seed)[1] for seed in (5, 6))
+    assert out == "".join(run("-p", "The", "--max-tokens", 5, "--seed", seed)[1] for seed in (5, 6))
 
 
-def test_stop_strings(tnllm):
+def test_stop_strings(run):
     options = "--prompt", "The", "--max-tokens", 30, "--seed", 1
-    free = tnllm(*options)[1]
-    code, out, err = tnllm(*options, "--stop", free[4:6], "--stop", "unseen")
+    free = run(*options)[1]
+    code, out, err = run(*options, "--stop", free[4:6], "--stop", "unseen")
     assert (code, out) == (0, free[: free.index(free[4:6])] + "\n")
     assert "ended by stop" in err
-    line = tnllm("--prompt", "The", "--max-tokens", 400, "--seed", 1, "--ignore-eos", "--stop", r"\n")[1]
+    line = run("--prompt", "The", "--max-tokens", 400, "--seed", 1, "--ignore-eos", "--stop", r"\n")[1]
     assert line.count("\n") == 1
 
 
-def test_a_batch_comes_back_in_order(tnllm, tmp_path):
+def test_a_batch_comes_back_in_order(run, tmp_path):
     lines = [
         {"prompt": "The fox", "id": "a", "max_tokens": 20},
         {"prompt": "今天", "id": {"b": 2}, "temperature": 0, "max_tokens": 3},
@@ -127,7 +137,7 @@ def test_a_batch_comes_back_in_order(tnllm, tmp_path):
     (tmp_path / "in.jsonl").write_text(text, encoding="utf-8")
     output = tmp_path / "out.jsonl"
     options = "--seed", 3, "--batch-size", 3
-    code, out, err = tnllm("--input", tmp_path / "in.jsonl", "--output", output, *options)
+    code, out, err = run("--input", tmp_path / "in.jsonl", "--output", output, *options)
     assert (code, out) == (0, "")
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [(row["index"], row["sample"], row["seed"]) for row in rows] == [
@@ -135,11 +145,11 @@ def test_a_batch_comes_back_in_order(tnllm, tmp_path):
     ]  # fmt: skip
     assert [row.get("id") for row in rows] == ["a", {"b": 2}, None, None, None]
     assert rows[1]["usage"]["completion_tokens"] == 3
-    alone = tnllm("--prompt", "The fox", "--max-tokens", 20, "--seed", 3)[1]
+    alone = run("--prompt", "The fox", "--max-tokens", 20, "--seed", 3)[1]
     assert rows[0]["text"] + "\n" == alone
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.jsonl"]
     assert "tokens/s" in err
-    piped = tnllm("--input", "-", *options, "--echo", stdin=text.encode())
+    piped = run("--input", "-", *options, "--echo", stdin=text.encode())
     assert json.loads(piped[1].splitlines()[0])["text"] == "The fox" + rows[0]["text"]
 
 
@@ -151,14 +161,17 @@ def test_a_batch_comes_back_in_order(tnllm, tmp_path):
         (b'{"prompt": 3}', 'in.jsonl:3: each line is a JSON object with a string "prompt"'),
         (b'{"prompt": "a", "temprature": 1}', "in.jsonl:3: 'temprature' is no sampling option"),
         (b'{"prompt": "a", "top_p": 2}', "in.jsonl:3: top_p is 2; allowed: a number, above 0, up to 1"),
+        (b'{"prompt": "a", "top_p": NaN}', "in.jsonl:3: no JSON (NaN is no JSON number)"),
+        (b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}", "in.jsonl:3: no JSON (Exceeds the limit"),
+        (b'{"prompt": "a", "id": ' + b"[" * 100_000, "in.jsonl:3: no JSON (it is nested too deep)"),
         (b'{"prompt": "\xff"}', "in.jsonl:3: byte 12 of the line is not UTF-8"),
         (b'{"prompt": "\\ud800"}', "in.jsonl:3: text holds a lone surrogate (U+D800)"),
         (b'{"prompt": "a", "id": "\\ud800"}', 'in.jsonl:3: "id" holds a lone surrogate'),
     ],
 )
-def test_a_bad_line_is_located_and_nothing_is_written(tnllm, tmp_path, line, message):
+def test_a_bad_line_is_located_and_nothing_is_written(run, tmp_path, line, message):
     (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n\n' + line + b"\n")
-    fails(tnllm("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"), message)
+    fails(run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"), message)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -174,49 +187,47 @@ def interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(LanguageModel, "step", interrupted)
 
 
-def test_ctrl_c_keeps_the_text_so_far(tnllm, monkeypatch):
+def test_ctrl_c_keeps_the_text_so_far(run, monkeypatch):
     options = "--prompt", "The", "--seed", 1, "--max-tokens"
-    wanted = tnllm(*options, 8)[1]
+    wanted = run(*options, 8)[1]
     interrupt_after(monkeypatch, 7)
-    code, out, err = tnllm(*options, 100)
+    code, out, err = run(*options, 100)
     assert code == 130
     assert out == wanted
     assert err == "tnllm: stopped by Ctrl-C\n"
 
 
-def test_ctrl_c_keeps_the_finished_part_of_a_batch(tnllm, monkeypatch, tmp_path):
+def test_ctrl_c_keeps_the_finished_part_of_a_batch(run, monkeypatch, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "The", "max_tokens": 4}\n' * 4)
     (tmp_path / "out.jsonl").write_text("an older result\n")
     interrupt_after(monkeypatch, 8)
-    code, _, err = tnllm("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--batch-size", 1)
+    code, _, err = run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--batch-size", 1)
     assert code == 130
     assert f"stopped after 2 of 4 results; they are in {tmp_path / 'out.jsonl'}.part" in err
     assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 2
     assert (tmp_path / "out.jsonl").read_text() == "an older result\n"
 
 
-def test_chat_takes_turns(tnllm, weights):
+def test_chat_takes_turns(run, weights):
     options = "--max-tokens", 12, "--seed", 1
-    code, out, err = tnllm(
-        "--chat", *options, stdin="Hello\n你好\n/reset\nHello\n/help\n\n/exit\nnever read\n".encode()
-    )
+    code, out, err = run("--chat", *options, stdin="Hello\n你好\n/reset\nHello\n/help\n\n/exit\nnever read\n".encode())
     assert code == 0
     answers = out.removesuffix("\n").split("\n")
     assert answers[0] == answers[2] != answers[1], "a reset forgets"
     assert "forgotten" in err
     assert "/help is no command; there are /reset and /exit" in err
     turn = "Human:\nHello\nAssistant:\n"
-    single = tnllm("--prompt", turn, *options, "--stop", r"\nHuman:")[1]
+    single = run("--prompt", turn, *options, "--stop", r"\nHuman:")[1]
     assert single == answers[0] + "\n"
 
 
-def test_chat_remembers_as_if_the_talk_were_one_prompt(tnllm, weights):
+def test_chat_remembers_as_if_the_talk_were_one_prompt(run, weights):
     """Later turns follow the earlier ones and their answers, each closed by the end token."""
     from tnllm.generation.decoder import Result, generate
     from tnllm.generation.loading import load
 
     options = "--max-tokens", 12, "--seed", 1, "--temperature", 0.7
-    out = tnllm("--chat", *options, stdin=b"Hello\nAgain\n")[1]
+    out = run("--chat", *options, stdin=b"Hello\nAgain\n")[1]
     ready = load(weights)
     params = ready.params(max_tokens=12, seed=1, temperature=0.7, stop=("\nHuman:",))
 
@@ -231,62 +242,63 @@ def test_chat_remembers_as_if_the_talk_were_one_prompt(tnllm, weights):
     assert out == f"{first.text}\n{second.text}\n"
 
 
-def test_ctrl_c_in_a_chat_breaks_the_answer_off(tnllm, monkeypatch):
+def test_ctrl_c_in_a_chat_breaks_the_answer_off(run, monkeypatch):
     interrupt_after(monkeypatch, 5)
-    code, out, err = tnllm("--chat", "--seed", 1, "--max-tokens", 12, stdin=b"Hello\nAgain\n")
+    code, out, err = run("--chat", "--seed", 1, "--max-tokens", 12, stdin=b"Hello\nAgain\n")
     assert code == 0
     assert [line.split(" at ")[0] for line in err.splitlines()] == ["answer broken off", "12 tokens"]
     assert out.count("\n") >= 2
 
 
-def test_a_document_is_read_once_and_asked_many_times(tnllm, tmp_path):
+def test_a_document_is_read_once_and_asked_many_times(run, tmp_path):
     book, state = "The quick brown fox jumps over the lazy dog. " * 20, tmp_path / "book.state"
     options = "--max-tokens", 15, "--seed", 1
     (tmp_path / "book.txt").write_text(book)
-    code, out, err = tnllm("--prompt-file", tmp_path / "book.txt", "--max-tokens", 0, "--state-out", state)
+    code, out, err = run("--prompt-file", tmp_path / "book.txt", "--max-tokens", 0, "--state-out", state)
     assert (code, out) == (0, "\n")
     assert f"tokens saved to {state}" in err
     for question in "The cat", "今天":
-        asked = tnllm("--state-in", state, "--prompt", question, *options)
+        asked = run("--state-in", state, "--prompt", question, *options)
         assert asked[0] == 0
-        assert asked[1] == tnllm("--prompt", book + question, *options)[1]
-    assert tnllm("--state-in", state, *options)[1] == tnllm("--prompt", book, *options)[1], "going on without a prompt"
+        assert asked[1] == run("--prompt", book + question, *options)[1]
+    assert run("--state-in", state, *options)[1] == run("--prompt", book, *options)[1], "going on without a prompt"
     (tmp_path / "in.jsonl").write_text('{"prompt": "The cat"}\n{"prompt": ""}\n')
-    batch = tnllm("--state-in", state, "--input", tmp_path / "in.jsonl", *options)[1]
-    assert json.loads(batch.splitlines()[1])["text"] + "\n" == tnllm("--state-in", state, *options)[1]
+    batch = run("--state-in", state, "--input", tmp_path / "in.jsonl", *options)[1]
+    assert json.loads(batch.splitlines()[1])["text"] + "\n" == run("--state-in", state, *options)[1]
 
 
-def test_stopping_and_going_on_equals_never_stopping(tnllm, tmp_path):
+def test_stopping_and_going_on_equals_never_stopping(run, tmp_path):
     options = "--seed", 4, "--ignore-eos"
-    whole = tnllm("--prompt", "今天", "--max-tokens", 30, *options, "--json")[1]
-    first = tnllm("--prompt", "今天", "--max-tokens", 11, *options, "--json", "--state-out", tmp_path / "s")[1]
-    second = tnllm("--state-in", tmp_path / "s", "--max-tokens", 19, *options, "--json")[1]
+    whole = run("--prompt", "今天", "--max-tokens", 30, *options, "--json")[1]
+    first = run("--prompt", "今天", "--max-tokens", 11, *options, "--json", "--state-out", tmp_path / "s")[1]
+    second = run("--state-in", tmp_path / "s", "--max-tokens", 19, *options, "--json")[1]
     first, second, whole = map(json.loads, (first, second, whole))
     assert first["tokens"] + second["tokens"] == whole["tokens"]
     assert first["text"] + second["text"] == whole["text"]
 
 
-def test_a_state_of_another_model_is_refused(tnllm, tmp_path):
+def test_a_state_of_another_model_is_refused(run, tmp_path):
     state = tmp_path / "s"
-    assert tnllm("-p", "The", "--max-tokens", 1, "--state-out", state)[0] == 0
-    fails(tnllm("--state-in", state, "--dtype", "bfloat16"), "was written with other weights", "--dtype it was written")
-    fails(tnllm("--state-in", tmp_path / "none"), "does not exist; write one with --state-out")
+    assert run("-p", "The", "--max-tokens", 1, "--state-out", state)[0] == 0
+    fails(run("--state-in", state, "--dtype", "bfloat16"), "was written with other weights", "--dtype it was written")
+    fails(run("--state-in", tmp_path / "none"), "does not exist; write one with --state-out")
 
 
-def test_an_empty_prompt_starts_from_nothing_only_when_typed(tnllm, tmp_path):
-    code, _, err = tnllm("--prompt", "", "--max-tokens", 5, "--seed", 1)
+def test_an_empty_prompt_starts_from_nothing_only_when_typed(run, tmp_path):
+    code, _, err = run("--prompt", "", "--max-tokens", 5, "--seed", 1)
     assert code == 0
     assert "the prompt is empty: starting from the begin token" in err
     (tmp_path / "empty.txt").write_text("\n")
-    fails(tnllm("--prompt-file", tmp_path / "empty.txt"), 'empty.txt is empty; to start from nothing give --prompt ""')
-    fails(tnllm("--prompt-file", "-"), "stdin is empty")
-    fails(tnllm("--input", "-"), "- holds no request; write one JSON object per line")
+    fails(run("--prompt-file", tmp_path / "empty.txt"), 'empty.txt is empty; to start from nothing give --prompt ""')
+    fails(run("--prompt-file", "-"), "stdin is empty")
+    fails(run("--input", "-"), "- holds no request; write one JSON object per line")
 
 
-def test_text_that_is_not_utf8(tnllm, tmp_path):
+def test_text_that_is_not_utf8(run, tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    fails(tnllm("--prompt-file", tmp_path / "latin.txt"), "latin.txt is not UTF-8 (byte 3); convert it")
-    fails(tnllm("--prompt", "a\udcff"), "text holds a lone surrogate")
+    fails(run("--prompt-file", tmp_path / "latin.txt"), "latin.txt is not UTF-8 (byte 3); convert it")
+    fails(run("--chat", stdin=b"\xff\n"), "stdin is not UTF-8 (byte 0)")
+    fails(run("--prompt", "a\udcff"), "text holds a lone surrogate")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +306,7 @@ def test_text_that_is_not_utf8(tnllm, tmp_path):
     [
         ([], "no prompt; give --prompt TEXT, --prompt-file FILE"),
         (["--prompt", "a", "--chat"], "--prompt and --chat were given; give one of them"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; allowed: a number, 0 or more"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; allowed: a number, 0 to 100"),
         (["--prompt", "a", "--temperature", "hot"], "Invalid value for '--temperature'"),
         (["--prompt", "a", "--top-p", "0"], "top_p is 0.0; allowed: a number, above 0, up to 1"),
         (["--prompt", "a", "--temprature", "1"], "No such option: --temprature"),
@@ -311,40 +323,40 @@ def test_text_that_is_not_utf8(tnllm, tmp_path):
         (["--prompt-file", "nowhere.txt"], "nowhere.txt is no file"),
     ],
 )
-def test_one_line_for_each_mistake(tnllm, args, message):
-    fails(tnllm(*args), message)
+def test_one_line_for_each_mistake(run, args, message):
+    fails(run(*args), message)
 
 
-def test_a_folder_that_is_no_model(tnllm, tmp_path):
-    fails(tnllm("--model", tmp_path / "none", "-p", "a", model=False), "is no folder; give a run folder")
-    fails(tnllm("--model", tmp_path, "-p", "a", model=False), "holds neither config.json nor weights/config.json")
+def test_a_folder_that_is_no_model(run, tmp_path):
+    fails(run("--model", tmp_path / "none", "-p", "a", model=False), "is no folder; give a run folder")
+    fails(run("--model", tmp_path, "-p", "a", model=False), "holds neither config.json nor weights/config.json")
 
 
-def test_defaults_come_from_the_model(tnllm, weights, tmp_path):
+def test_defaults_come_from_the_model(run, weights, tmp_path):
     import shutil
 
     folder = tmp_path / "w"
     shutil.copytree(weights, folder)
     settings = {"do_sample": False, "max_new_tokens": 7, "eos_token_id": [2], "chat_template": "Q: {prompt}\nA:"}
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    code, out, err = tnllm("--model", folder, "-p", "The", model=False)
+    code, out, err = run("--model", folder, "-p", "The", model=False)
     assert code == 0
     assert "7 tokens" in err
-    assert out == tnllm("-p", "The", "--temperature", 0, "--max-tokens", 7, "--repetition-penalty", 1)[1]
+    assert out == run("-p", "The", "--temperature", 0, "--max-tokens", 7, "--repetition-penalty", 1)[1]
     (folder / "generation_config.json").write_text('{"temperature": -2}')
-    fails(tnllm("--model", folder, "-p", "The", model=False), "generation_config.json: temperature is -2")
+    fails(run("--model", folder, "-p", "The", model=False), "generation_config.json: temperature is -2")
     (folder / "generation_config.json").write_text("{")
-    fails(tnllm("--model", folder, "-p", "The", model=False), "generation_config.json is not JSON")
+    fails(run("--model", folder, "-p", "The", model=False), "generation_config.json is not JSON")
 
 
-def test_without_a_model_the_packaged_one_is_used_and_named(tnllm, weights, monkeypatch):
+def test_without_a_model_the_packaged_one_is_used_and_named(run, weights, monkeypatch):
     from tnllm import assets
 
     monkeypatch.setattr(assets, "demo_weights", lambda: weights, raising=False)
-    code, out, err = tnllm("-p", "The", "--max-tokens", 5, "--seed", 1, model=False)
+    code, out, err = run("-p", "The", "--max-tokens", 5, "--seed", 1, model=False)
     assert code == 0
     assert err.startswith("no --model given: using the demo model that ships with tnllm\n")
-    assert out == tnllm("-p", "The", "--max-tokens", 5, "--seed", 1)[1]
+    assert out == run("-p", "The", "--max-tokens", 5, "--seed", 1)[1]
 
 
 def test_help_shows_examples(capsys):

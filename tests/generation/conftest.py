@@ -1,10 +1,8 @@
-"""A tokenizer with few tokens and a small model whose logits differ clearly from token to token."""
+"""A tokenizer with few tokens and a model that goes with it."""
 
 import pytest
-import torch
 
-from tnllm.modeling.config import get_preset
-from tnllm.modeling.model import build_model
+from tests.generation.small_models import small_model
 from tnllm.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["The quick brown fox jumps over the lazy dog and the cat.\n", "今天天气很好，我们去公园。\n"] * 20
@@ -15,23 +13,6 @@ def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(train_tokenizer(TEXTS, 340))
     return Tokenizer.load(path)
-
-
-def small_model(dtype=torch.float32, vocab_size=352, **more):
-    """Linear weights are larger than at the start of training, so that every part of the model moves the logits.
-
-    A tied head would make every token predict itself.
-    """
-    settings = {"vocab_size": vocab_size, "model_dim": 64, "num_heads": 4, "num_layers": 3, "glu_dim": 96}
-    settings |= {"tie_embeddings": False, **more}
-    model = build_model(get_preset("tiny", **settings), dtype=dtype, seed=1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.mul_(5)
-        # Logits of about N(0, 3^2): a few tokens carry most of the probability, as in a trained model.
-        model.lm_head.weight.mul_(4)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """How generated text reaches a person or a file: text on stdout as it comes, JSON lines, whole texts, chat, speed."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 def say(message: str) -> None:
     """A line for the person at the terminal."""
     print(message, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Write generated text. A terminal gets no control characters, which could garble it; a file gets every byte."""
+    print(_CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+# All but tab and newline.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Meter:
@@ -70,12 +80,12 @@ def stream_text(events: "Events", echo: str) -> "Result":
     from tnllm.generation.decoder import Piece
 
     try:
-        print(echo, end="", flush=True)
+        show(echo)
         for event in events:
             if not isinstance(event, Piece):
                 return event
             if event.text:
-                print(event.text, end="", flush=True)
+                show(event.text)
     finally:
         print(flush=True)
     raise AssertionError("a sample ends with its result")
@@ -102,7 +112,7 @@ def print_texts(events: "Events", samples: int, echo: str) -> "list[Result]":
     for result in in_order(events, [samples]):
         if samples > 1:
             say(f"sample {result.sample + 1} of {samples}, seed {result.seed}:")
-        print(echo + result.text, flush=True)
+        show(echo + result.text + "\n")
         results.append(result)
     return results
 

@@ -1,1 +1,1 @@
-"""Sampling and recurrent decoding."""
+"""Sampling and recurrent decoding: `decoder.generate` for text, `context.read` for states, `loading.load` for both."""

@@ -85,7 +85,7 @@ class _Row:
     prompt_tokens: int
     tail: tuple[int, ...]
     stream: TextStream
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     reason: FinishReason | None = None
@@ -101,7 +101,7 @@ class _Row:
         return Result(
             index=self.index,
             sample=self.sample,
-            text=self.text,
+            text="".join(self.texts),
             tokens=self.tokens,
             finish_reason=self.reason,
             seed=self.seed,
@@ -147,9 +147,10 @@ def generate(
     Raises UserError for a bad prompt, before anything is generated, RunError when the model gives non-finite logits.
     """
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    each = [params or SamplingParams()] * len(ids) if params is None or isinstance(params, SamplingParams) else params
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(ids)
     befores: list[Context | None] = [None] * len(ids) if contexts is None else list(contexts)
-    assert len(each) == len(befores) == len(ids), "one of params and contexts for each prompt"
+    assert len(params) == len(befores) == len(ids), "one of params and contexts for each prompt"
     for index, (prompt, before) in enumerate(zip(ids, befores, strict=True)):
         if not prompt and before is None:
             raise UserError(f"prompt {index} is empty; give text, or the begin token to start from nothing")
@@ -161,38 +162,23 @@ def generate(
     if sync_every is None:
         sync_every = SYNC_EVERY if model.device.type == "cuda" else 1
     ends = frozenset([tokenizer.eos_id] if eos_ids is None else eos_ids)
-    return _batches(model, tokenizer, ids, each, befores, ends, keep_contexts, batch_size, chunk_tokens, sync_every)
 
+    def batches() -> Iterator[Piece | Result]:
+        start = 0
+        while start < len(ids):
+            end, num_rows = start, 0
+            while end < len(ids) and (num_rows == 0 or num_rows + params[end].n <= batch_size):
+                num_rows += params[end].n
+                end += 1
+            contexts = read(model, ids[start:end], befores[start:end], chunk_tokens)
+            rows, origins = [], []
+            for index, context in zip(range(start, end), contexts, strict=True):
+                rows += _rows(tokenizer, index, params[index], len(ids[index]), context)
+                origins += [context] * params[index].n
+            yield from _Batch(model, tokenizer, rows, origins, ends).run(keep_contexts, sync_every)
+            start = end
 
-def _batches(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    params: Sequence[SamplingParams],
-    contexts: list[Context | None],
-    ends: frozenset[int],
-    keep_contexts: bool,
-    batch_size: int,
-    chunk_tokens: int,
-    sync_every: int,
-) -> Iterator[Piece | Result]:
-    start = 0
-    while start < len(prompts):
-        stop, rows = start, 0
-        while stop < len(prompts) and (rows == 0 or rows + params[stop].n <= batch_size):
-            rows += params[stop].n
-            stop += 1
-        here = slice(start, stop)
-        read_now = read(model, prompts[here], contexts[here], chunk_tokens)
-        jobs = [
-            row
-            for index, context in zip(range(start, stop), read_now, strict=True)
-            for row in _rows(tokenizer, index, params[index], len(prompts[index]), context)
-        ]
-        origin = [row.index - start for row in jobs]
-        batch = _Batch(model, tokenizer, jobs, [read_now[place] for place in origin], ends)
-        yield from batch.run(keep_contexts, sync_every)
-        start = stop
+    return batches()
 
 
 def _rows(tokenizer: Tokenizer, index: int, params: SamplingParams, prompt_tokens: int, context: Context) -> list[_Row]:
@@ -305,7 +291,7 @@ class _Batch:
                     row.reason = "length"
             if row.reason:
                 text += row.stream.close()
-            row.text += text
+            row.texts.append(text)
             logprob = None
             if row.params.logprobs is not None and drawn.logprobs is not None:
                 logprob = self._logprob(token, row.params.logprobs, *(part[place][column] for part in drawn.logprobs))

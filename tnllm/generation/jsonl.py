@@ -42,16 +42,25 @@ def read_requests(name: str, data: bytes, ready: Ready, options: dict[str, Any],
         if not line.strip():
             continue
         try:
-            requests.append(_request(json.loads(line.decode("utf-8-sig")), ready, options, start))
+            values = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant)
+            requests.append(_request(values, ready, options, start))
         except UnicodeDecodeError as error:
             raise UserError(f"{name}:{number}: byte {error.start} of the line is not UTF-8; convert the file") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{name}:{number}: no JSON ({error.msg} at column {error.colno})") from None
+        except RecursionError:
+            raise UserError(f"{name}:{number}: no JSON (it is nested too deep)") from None
+        except ValueError as error:
+            raise UserError(f"{name}:{number}: no JSON ({error})") from None
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None
     if not requests:
         raise UserError(f'{name} holds no request; write one JSON object per line, such as {{"prompt": "Once"}}')
     return requests
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _request(values: Any, ready: Ready, options: dict[str, Any], start: bool) -> Request:

@@ -70,14 +70,15 @@ def load(model: Path | str | None = None, device: str = "auto", dtype: str = "au
         SamplingParams.of(sampling)
     except UserError as error:
         raise UserError(f"{folder / GENERATION}: {error}") from None
-    eos = settings.get("eos_token_id", tokenizer.eos_id)
+    eos, bos = settings.get("eos_token_id"), settings.get("bos_token_id")
+    eos = tokenizer.eos_id if eos is None else eos
     return Ready(
         folder,
         loaded,
         tokenizer,
         sampling,
         tuple(eos) if isinstance(eos, list) else (eos,),
-        settings.get("bos_token_id", tokenizer.bos_id),
+        tokenizer.bos_id if bos is None else bos,
         bool(settings.get("add_bos_token", False)),
         settings.get("chat_template", CHAT_TEMPLATE),
     )

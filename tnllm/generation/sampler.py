@@ -21,7 +21,7 @@ from tnllm.errors import UserError, did_you_mean
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
-MAX_SEED = 2**63 - 1
+MAX_SEED = _MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class SamplingParams:
         _check_int("max_tokens", self.max_tokens, 0, None)
         _check_int("top_k", self.top_k, 0, None)
         _check_int("n", self.n, 1, MAX_SAMPLES)
-        _check_float("temperature", self.temperature, 0, None)
+        _check_float("temperature", self.temperature, 0, 100)
         _check_float("top_p", self.top_p, 0, 1, open_low=True)
         _check_float("min_p", self.min_p, 0, 1)
-        _check_float("repetition_penalty", self.repetition_penalty, 0, None, open_low=True)
+        _check_float("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
         _check_float("presence_penalty", self.presence_penalty, -2, 2)
         _check_float("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
@@ -83,12 +83,10 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise UserError(f"{name} is {value!r}; allowed: a whole number, {allowed}")
 
 
-def _check_float(name: str, value: Any, low: float, high: float | None, open_low: bool = False) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value < low or (open_low and value == low) or (high is not None and value > high):
-        allowed = f"above {low}" if open_low else f"{low} or more" if high is None else f"{low} to {high}"
-        if open_low and high is not None:
-            allowed += f", up to {high}"
+def _check_float(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (open_low and value == low):
+        allowed = f"above {low}, up to {high}" if open_low else f"{low} to {high}"
         raise UserError(f"{name} is {value!r}; allowed: a number, {allowed}")
 
 
@@ -124,7 +122,7 @@ class Options:
                     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
                 )
             },
-            top_k=torch.tensor([row.top_k or torch.iinfo(torch.int64).max for row in params], device=device),
+            top_k=torch.tensor([min(row.top_k or _MAX_INT, _MAX_INT) for row in params], device=device),
             seed=torch.tensor(list(seeds), dtype=torch.int64, device=device),
             draws=any(row.temperature > 0 for row in params),
             filters=any(
@@ -147,13 +145,12 @@ def choose(
     if not options.draws:
         return logits.argmax(dim=-1)
     # Relative to the maximum, so that a tiny temperature gives zeros and large negatives, never inf - inf.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / options.temperature.clamp(min=1e-6)[:, None]
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(options.temperature.clamp(min=1e-6)[:, None])
     if options.filters:
         scaled = keep_likeliest(scaled, options.top_k, options.top_p, options.min_p)
-    noise = gumbel(options.seed, positions, logits.shape[-1])
     # The maximum of log p + Gumbel noise is a draw from p.
-    noise = torch.where(options.temperature[:, None] > 0, noise, 0.0)
-    return (scaled + noise).argmax(dim=-1)
+    noise = gumbel(options.seed, positions, logits.shape[-1]).masked_fill_(options.temperature[:, None] == 0, 0.0)
+    return noise.add_(scaled).argmax(dim=-1)
 
 
 def penalize(logits: Tensor, options: Options, seen: Tensor | None, counts: Tensor | None) -> Tensor:
@@ -178,13 +175,13 @@ def keep_likeliest(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) 
     """
     ranked, ids = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    keep = rank < top_k[:, None]
-    probability = ranked.masked_fill(~keep, -math.inf).softmax(dim=-1)
-    before = probability.cumsum(dim=-1) - probability
-    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    keep &= probability >= min_p[:, None] * probability[:, :1]
-    keep |= rank == 0
-    return logits.masked_fill(~torch.zeros_like(keep).scatter(1, ids, keep), -math.inf)
+    dropped = rank >= top_k[:, None]
+    probability = ranked.masked_fill_(dropped, -math.inf).softmax(dim=-1)
+    before = probability.cumsum(dim=-1).sub_(probability)
+    dropped |= before >= torch.where(top_p < 1, top_p, math.inf)[:, None]
+    dropped |= probability < min_p[:, None] * probability[:, :1]
+    dropped[:, 0] = False
+    return logits.masked_fill(torch.empty_like(dropped).scatter_(1, ids, dropped), -math.inf)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
@@ -192,8 +189,8 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     stream = _mix(_mix(seeds) + positions * _GOLDEN)
     bits = _mix(stream[:, None] + torch.arange(1, vocab_size + 1, device=seeds.device) * _GOLDEN)
     # 32 bits, because the smallest of V uniforms decides; below 1, so that the noise is finite.
-    uniform = ((_shift(bits, 32).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
+    uniform = _shift(bits, 32).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def _signed(value: int) -> int:
@@ -207,13 +204,13 @@ _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 def _shift(bits: Tensor, by: int) -> Tensor:
     """Logical right shift; int64's own keeps the sign."""
-    return (bits >> by) & (2 ** (64 - by) - 1)
+    return (bits >> by).bitwise_and_(2 ** (64 - by) - 1)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shift(bits, 30)) * _FACTORS[0]
-    bits = (bits ^ _shift(bits, 27)) * _FACTORS[1]
-    return bits ^ _shift(bits, 31)
+    bits = _shift(bits, 30).bitwise_xor_(bits).mul_(_FACTORS[0])
+    bits = _shift(bits, 27).bitwise_xor_(bits).mul_(_FACTORS[1])
+    return _shift(bits, 31).bitwise_xor_(bits)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
