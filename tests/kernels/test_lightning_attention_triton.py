@@ -127,6 +127,14 @@ def test_every_plan_covers_the_text_in_whole_chunks(T, num_programs, num_sms):
     assert -(-T // cut.segment) * num_programs <= max(num_programs, 4 * num_sms)
 
 
+def test_small_gpus_get_a_shallower_pipeline_or_a_clear_error():
+    small = launch.Device(num_sms=46, shared_memory=101376, has_tma=False)
+    assert launch.attend_config(128, 2, small).num_stages == 1
+    assert not launch.attend_config(128, 2, small, dual=True).tma
+    with pytest.raises(ValueError, match="needs 128 KiB of shared memory, this GPU has 99; use bfloat16"):
+        launch.attend_config(256, 4, small)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("D", HEAD_DIMS)
 @pytest.mark.parametrize("E", HEAD_DIMS)

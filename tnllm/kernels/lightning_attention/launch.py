@@ -65,8 +65,13 @@ def attend_config(a_dim: int, itemsize: int, device: Device, dual: bool = False)
     """
     chunk = 64 if itemsize == 2 else 32
     rows = triton.next_power_of_2(a_dim)
-    # 64 also where c has 32 columns (the rest is masked): with 32 the packed bf16 kernel, as Triton 3.6 compiles
-    # it, reached outside its shared memory.
+    if rows == 256 and itemsize == 4 and device.shared_memory < 131072:
+        raise ValueError(
+            f"float32 with head dims above 128 needs 128 KiB of shared memory, this GPU has "
+            f"{device.shared_memory // 1024}; use bfloat16"
+        )
+    # 64 also where c has 32 columns (the rest is masked): with 32 the packed kernel, as Triton 3.6 builds it
+    # for bf16, reached outside its shared memory.
     cols = 64
     tile_bytes = (2 * chunk * rows + chunk * cols) * itemsize
     scratch_bytes = (rows + chunk) * cols * itemsize
