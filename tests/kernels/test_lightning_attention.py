@@ -79,9 +79,7 @@ def test_gradcheck():
     states = torch.randn(3, 3, 3, 2, dtype=torch.float64)
     for s, cu in ((state, None), (states, cu_seqlens)):
         inputs = [x.requires_grad_() for x in (q, k, v, s)]
-        assert torch.autograd.gradcheck(
-            lambda q, k, v, s, cu=cu: lightning_attention(q, k, v, g, s, cu), inputs
-        )
+        assert torch.autograd.gradcheck(lambda q, k, v, s, cu=cu: lightning_attention(q, k, v, g, s, cu), inputs)
 
 
 @settings(max_examples=25, deadline=None)

@@ -144,9 +144,7 @@ def test_all_head_dims_compiled(D, E):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    ("D", "E"), [(32, 32), (64, 64), (96, 128), (128, 128), (256, 128), (192, 256), (256, 256)]
-)
+@pytest.mark.parametrize(("D", "E"), [(32, 32), (64, 64), (96, 128), (128, 128), (256, 128), (192, 256), (256, 256)])
 def test_other_dtypes_compiled(D, E, dtype):
     check(make(1, 1100, 3, D, E, dtype, [0, 500, 0, 600]))
     check(make(1, 1088, 3, D, E, dtype, with_state=False))

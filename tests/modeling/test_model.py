@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.modeling.official import forward as official_forward
 
+from tests.modeling.official import forward as official_forward
 from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.hf_names import official_keys, to_official

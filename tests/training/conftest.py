@@ -1,5 +1,6 @@
 """A small corpus, tokenizer and run config that every training test shares."""
 
+import json
 import random
 from pathlib import Path
 
@@ -25,14 +26,15 @@ checkpoint: {every_steps: 5, keep: 2, async_save: false}
 def corpus(tmp_path_factory) -> tuple[Path, Path]:
     """A text file of a hundred documents with some structure to learn, and a tokenizer of 320 pieces."""
     folder = tmp_path_factory.mktemp("corpus")
-    words = "the quick brown fox jumps over a lazy dog while seven wizards box near old quiet jetty".split()
+    sentence = "the quick brown fox jumps over a lazy dog while seven wizards box near old quiet jetty"
+    words = sentence.split(" ")
     draw = random.Random(0)
     lines = []
     for _ in range(100):
         start = draw.randrange(len(words))
         lines.append(" ".join(words[(start + i * 3) % len(words)] for i in range(draw.randrange(20, 60))))
     text = folder / "corpus.jsonl"
-    text.write_text("".join('{"text": "%s"}\n' % line for line in lines), encoding="utf-8")
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
     model = folder / "tokenizer.model"
     model.write_bytes(train_tokenizer(lines, vocab_size=320))
     return text, model

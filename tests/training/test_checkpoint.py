@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, saved, monkeypatch,
 
     monkeypatch.setattr(checkpoint, "_save_tensors", full)
     saver = Saver(tmp_path, keep=1, background=background, tokenizer=None)
-    with pytest.raises(RunError, match="No space left on device.*the one before is intact"):
+    with pytest.raises(RunError, match=r"No space left on device.*the one before is intact"):
         saver.save(TrainState(3), *saved)
         saver.wait()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]

@@ -40,7 +40,15 @@ def test_a_run_learns_and_leaves_a_model(config, tmp_path, capfd):
     assert validated[1]["val_loss"] < validated[0]["val_loss"]
     assert 0 < validated[1]["val_bpb"] < 8
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == ["checkpoints", "config.resolved.yaml", "env.json", "latest", "metrics.jsonl", "train.log", "weights"]
+    assert names == [
+        "checkpoints",
+        "config.resolved.yaml",
+        "env.json",
+        "latest",
+        "metrics.jsonl",
+        "train.log",
+        "weights",
+    ]
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000015", "step-00000020"]
     published = load_model(tmp_path / "run")
     checkpointed = load_model(tmp_path / "run" / "checkpoints" / "step-00000020")

@@ -35,9 +35,8 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row(row["provider"], *errors, f"{row['limit']:g}", "ok" if row["passed"] else "WRONG")
     console.print(table)
     table = Table(title="time (median; 20th to 80th percentile) and memory", title_justify="left")
-    columns = ("batch x heads x length x dim", "provider", "fwd ms", "x floor", "TB/s", "TFLOP/s", "fwd+bwd ms")
-    columns = (*columns, "x floor", "extra MiB")
-    for column in columns:
+    columns = "batch x heads x length x dim|provider|fwd ms|x floor|TB/s|TFLOP/s|fwd+bwd ms|x floor|extra MiB"
+    for column in columns.split("|"):
         table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
     shape = None
     for row in results["rows"]:

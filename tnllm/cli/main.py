@@ -16,7 +16,18 @@ from tnllm import __version__
 from tnllm.errors import UserError
 
 # In the order people meet them. A module offers `command` (a function) or `app` (a group of functions).
-COMMANDS = ("train", "generate", "data", "tokenizer", "recipes", "estimate", "doctor", "plot", "bench-attn", "bench-norm")
+COMMANDS = (
+    "train",
+    "generate",
+    "data",
+    "tokenizer",
+    "recipes",
+    "estimate",
+    "doctor",
+    "plot",
+    "bench-attn",
+    "bench-norm",
+)
 
 app = typer.Typer(
     name="tnllm",

@@ -50,8 +50,15 @@ def _sequence_at(cu_ptr, t, num_seqs, T, REVERSE: tl.constexpr):
 
 @triton.jit
 def _load_tile(
-    ptr, row_stride, token, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ptr,
+    row_stride,
+    token,
+    rows,
+    cols,
+    MASK_ROWS: tl.constexpr,
+    MASK_COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """[CHUNK, BLOCK] from `token` on; zero from row `rows` and column `cols` on where masked."""
     r = tl.arange(0, CHUNK)[:, None]
@@ -67,8 +74,16 @@ def _load_tile(
 
 @triton.jit
 def _store_tile(
-    ptr, x, row_stride, token, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ptr,
+    x,
+    row_stride,
+    token,
+    rows,
+    cols,
+    MASK_ROWS: tl.constexpr,
+    MASK_COLS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     r = tl.arange(0, CHUNK)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
@@ -83,9 +98,7 @@ def _store_tile(
 
 
 @triton.jit
-def _state_tile(
-    first_col, transposed, A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr
-):
+def _state_tile(first_col, transposed, A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr):
     """Offsets and mask of this program's [BA, BC] of a state [A, N]. In memory a state is
     always [D, E]; where `transposed` the [A, N] seen here is its transpose."""
     i = tl.arange(0, BA)[:, None]
@@ -97,10 +110,31 @@ def _state_tile(
 
 @triton.jit
 def _chunk(
-    a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
-                token, state, g, rows, cols, MASK_ROWS: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
-    BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    o_ptr,
+    a_t,
+    b_t,
+    c_t,
+    o_t,
+    a_desc,
+    b_desc,
+    c_desc,
+    token,
+    state,
+    g,
+    rows,
+    cols,
+    MASK_ROWS: tl.constexpr,
+    A: tl.constexpr,
+    N: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it."""
     MASK_A: tl.constexpr = BA != A
@@ -134,10 +168,32 @@ def _chunk(
 
 @triton.jit
 def _walk(
-    a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
-                t, stop, T, state, g, cols, RAGGED: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
-    BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    o_ptr,
+    a_t,
+    b_t,
+    c_t,
+    o_t,
+    a_desc,
+    b_desc,
+    c_desc,
+    t,
+    stop,
+    T,
+    state,
+    g,
+    cols,
+    RAGGED: tl.constexpr,
+    A: tl.constexpr,
+    N: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Attend over tokens t to stop of one sequence."""
     num_chunks = (stop - t) // CHUNK
@@ -146,31 +202,118 @@ def _walk(
         if REVERSE:
             token = T - CHUNK - token
         state = _chunk(
-            a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
-                token, state, g, CHUNK, cols,
-            False, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
+            a_ptr,
+            b_ptr,
+            c_ptr,
+            o_ptr,
+            a_t,
+            b_t,
+            c_t,
+            o_t,
+            a_desc,
+            b_desc,
+            c_desc,
+            token,
+            state,
+            g,
+            CHUNK,
+            cols,
+            False,
+            A,
+            N,
+            BA,
+            BC,
+            CHUNK,
+            REVERSE,
+            TMA,
+            PRECISION,
         )
     if RAGGED:
         rows = (stop - t) % CHUNK
         if rows > 0:
             token = T - stop if REVERSE else stop - rows
             state = _chunk(
-                a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
-                token, state, g, rows, cols,
-                True, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
+                a_ptr,
+                b_ptr,
+                c_ptr,
+                o_ptr,
+                a_t,
+                b_t,
+                c_t,
+                o_t,
+                a_desc,
+                b_desc,
+                c_desc,
+                token,
+                state,
+                g,
+                rows,
+                cols,
+                True,
+                A,
+                N,
+                BA,
+                BC,
+                CHUNK,
+                REVERSE,
+                TMA,
+                PRECISION,
             )
     return state
 
 
 @triton.jit(do_not_specialize=["T", "H", "segment", "slots_per_segment", "num_slots", "num_seqs"])
 def attend_kernel(
-    a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, log_decay_ptr, initial_ptr, before_ptr, final_ptr, cu_ptr,
-    a_b, a_t, a_h, b_b, b_t, b_h, c_b, c_t, c_h, o_b, o_t, o_h, a2_b, a2_t, a2_h, o2_b, o2_t, o2_h,
-    T, H, segment, slots_per_segment, num_slots, num_seqs,
-    A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr, DUAL: tl.constexpr, STATE_TRANSPOSED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    o_ptr,
+    a2_ptr,
+    o2_ptr,
+    log_decay_ptr,
+    initial_ptr,
+    before_ptr,
+    final_ptr,
+    cu_ptr,
+    a_b,
+    a_t,
+    a_h,
+    b_b,
+    b_t,
+    b_h,
+    c_b,
+    c_t,
+    c_h,
+    o_b,
+    o_t,
+    o_h,
+    a2_b,
+    a2_t,
+    a2_h,
+    o2_b,
+    o2_t,
+    o2_h,
+    T,
+    H,
+    segment,
+    slots_per_segment,
+    num_slots,
+    num_seqs,
+    A: tl.constexpr,
+    N: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DUAL: tl.constexpr,
+    STATE_TRANSPOSED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    STORE_FINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Grid (heads x column splits, segments, batch). o = attend(a, b, c).
 
@@ -232,9 +375,32 @@ def attend_kernel(
                 else:
                     state = tl.zeros_like(state)
             state = _walk(
-                a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
-                t, stop, T, state, g, cols,
-                RAGGED, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
+                a_ptr,
+                b_ptr,
+                c_ptr,
+                o_ptr,
+                a_t,
+                b_t,
+                c_t,
+                o_t,
+                a_desc,
+                b_desc,
+                c_desc,
+                t,
+                stop,
+                T,
+                state,
+                g,
+                cols,
+                RAGGED,
+                A,
+                N,
+                BA,
+                BC,
+                CHUNK,
+                REVERSE,
+                TMA,
+                PRECISION,
             )
             if STORE_FINAL:  # noqa: SIM102 (the outer test is made by the compiler)
                 if stop == next_start and first_of_dual:
@@ -245,9 +411,32 @@ def attend_kernel(
         if HAS_INITIAL and not HAS_BEFORE:
             state = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
         state = _walk(
-            a_ptr, b_ptr, c_ptr, o_ptr, a_t, b_t, c_t, o_t, a_desc, b_desc, c_desc,
-                begin, end, T, state, g, cols,
-            RAGGED, A, N, BA, BC, CHUNK, REVERSE, TMA, PRECISION,
+            a_ptr,
+            b_ptr,
+            c_ptr,
+            o_ptr,
+            a_t,
+            b_t,
+            c_t,
+            o_t,
+            a_desc,
+            b_desc,
+            c_desc,
+            begin,
+            end,
+            T,
+            state,
+            g,
+            cols,
+            RAGGED,
+            A,
+            N,
+            BA,
+            BC,
+            CHUNK,
+            REVERSE,
+            TMA,
+            PRECISION,
         )
         if STORE_FINAL:  # noqa: SIM102
             if end == T and first_of_dual:
@@ -256,11 +445,33 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "piece", "num_seqs"])
 def piece_states_kernel(
-    b_ptr, c_ptr, log_decay_ptr, initial_ptr, added_ptr, carries_ptr, cu_ptr,
-    b_b, b_t, b_h, c_b, c_t, c_h, T, H, piece, num_seqs,
-    A: tl.constexpr, N: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    b_ptr,
+    c_ptr,
+    log_decay_ptr,
+    initial_ptr,
+    added_ptr,
+    carries_ptr,
+    cu_ptr,
+    b_b,
+    b_t,
+    b_h,
+    c_b,
+    c_t,
+    c_h,
+    T,
+    H,
+    piece,
+    num_seqs,
+    A: tl.constexpr,
+    N: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    STATE_TRANSPOSED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Grid (heads x column splits, pieces - 1, batch): what each piece of tokens but the last adds to the
     state.
@@ -326,9 +537,18 @@ def piece_states_kernel(
 
 @triton.jit(do_not_specialize=["H", "piece", "num_slots"])
 def scan_states_kernel(
-    states_ptr, log_decay_ptr, initial_ptr, carries_ptr, H, piece, num_slots,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+    states_ptr,
+    log_decay_ptr,
+    initial_ptr,
+    carries_ptr,
+    H,
+    piece,
+    num_slots,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Grid (SIZE / BLOCK, B * H): turn what each piece adds into the state before each piece, in place.
 

@@ -144,23 +144,60 @@ def _states_before(
     states = torch.empty(B, H, num_slots, A * N, device=b.device, dtype=torch.float32)
     carries = torch.empty(num_slots, device=b.device, dtype=torch.int32) if walk.packed else None
     piece_states_kernel[(H * triton.cdiv(N, config.cols), num_slots - 1, B)](
-        b, c, walk.log_decay, initial, states, carries, walk.cu_seqlens,
-        *b.stride()[:3], *c.stride()[:3], walk.T, H, cut.piece, walk.num_seqs,
-        A=A, N=N, BA=triton.next_power_of_2(A), BC=config.cols, CHUNK=config.chunk,
-        REVERSE=walk.reverse, STATE_TRANSPOSED=transposed, HAS_INITIAL=initial is not None,
-        PACKED=walk.packed, PRECISION=_precision(b),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        b,
+        c,
+        walk.log_decay,
+        initial,
+        states,
+        carries,
+        walk.cu_seqlens,
+        *b.stride()[:3],
+        *c.stride()[:3],
+        walk.T,
+        H,
+        cut.piece,
+        walk.num_seqs,
+        A=A,
+        N=N,
+        BA=triton.next_power_of_2(A),
+        BC=config.cols,
+        CHUNK=config.chunk,
+        REVERSE=walk.reverse,
+        STATE_TRANSPOSED=transposed,
+        HAS_INITIAL=initial is not None,
+        PACKED=walk.packed,
+        PRECISION=_precision(b),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     scan_states_kernel[(A * N // 128, B * H)](
-        states, walk.log_decay, initial, carries, H, cut.piece, num_slots,
-        SIZE=A * N, BLOCK=128, GROUP=8, HAS_INITIAL=initial is not None, PACKED=walk.packed, num_warps=4,
+        states,
+        walk.log_decay,
+        initial,
+        carries,
+        H,
+        cut.piece,
+        num_slots,
+        SIZE=A * N,
+        BLOCK=128,
+        GROUP=8,
+        HAS_INITIAL=initial is not None,
+        PACKED=walk.packed,
+        num_warps=4,
     )
     return states
 
 
 def _attend(
-    walk: _Walk, a: Tensor, b: Tensor, c: Tensor, out: Tensor, initial: Tensor | None, final: Tensor | None,
-    transposed: bool, second: tuple[Tensor, Tensor] | None = None,
+    walk: _Walk,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    out: Tensor,
+    initial: Tensor | None,
+    final: Tensor | None,
+    transposed: bool,
+    second: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """out = attend(a, b, c), and with `second` = (a2, out2) also out2 = attend(a2, c, b)."""
     B, T, H, A = a.shape
@@ -175,15 +212,46 @@ def _attend(
     cut = plan(T, B * programs, device.num_sms, config.chunk)
     before = _states_before(walk, cut, b, c, initial, transposed)
     attend_kernel[(programs, triton.cdiv(T, cut.segment), B)](
-        a, b, c, out, a2, out2, walk.log_decay, initial, before, final, walk.cu_seqlens,
-        *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3],
-        *a2.stride()[:3], *out2.stride()[:3],
-        T, H, cut.segment, cut.segment // cut.piece, triton.cdiv(T, cut.piece), walk.num_seqs,
-        A=A, N=N, BA=triton.next_power_of_2(A), BC=config.cols, CHUNK=config.chunk,
-        REVERSE=walk.reverse, DUAL=second is not None, STATE_TRANSPOSED=transposed,
-        HAS_INITIAL=initial is not None, HAS_BEFORE=before is not None, STORE_FINAL=final is not None,
-        PACKED=walk.packed, RAGGED=walk.packed or T % config.chunk != 0, TMA=config.tma,
-        PRECISION=_precision(a), num_warps=config.num_warps, num_stages=config.num_stages,
+        a,
+        b,
+        c,
+        out,
+        a2,
+        out2,
+        walk.log_decay,
+        initial,
+        before,
+        final,
+        walk.cu_seqlens,
+        *a.stride()[:3],
+        *b.stride()[:3],
+        *c.stride()[:3],
+        *out.stride()[:3],
+        *a2.stride()[:3],
+        *out2.stride()[:3],
+        T,
+        H,
+        cut.segment,
+        cut.segment // cut.piece,
+        triton.cdiv(T, cut.piece),
+        walk.num_seqs,
+        A=A,
+        N=N,
+        BA=triton.next_power_of_2(A),
+        BC=config.cols,
+        CHUNK=config.chunk,
+        REVERSE=walk.reverse,
+        DUAL=second is not None,
+        STATE_TRANSPOSED=transposed,
+        HAS_INITIAL=initial is not None,
+        HAS_BEFORE=before is not None,
+        STORE_FINAL=final is not None,
+        PACKED=walk.packed,
+        RAGGED=walk.packed or T % config.chunk != 0,
+        TMA=config.tma,
+        PRECISION=_precision(a),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
 
@@ -210,8 +278,13 @@ def _like(x: Tensor) -> Tensor:
 
 
 def triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, need_state: bool = True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    need_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """o [B, T, H, E] and the final state, or None for it where it is not needed."""
     q, k, v = _readable(q), _readable(k), _readable(v)
@@ -224,8 +297,14 @@ def triton_forward(
 
 
 def triton_backward(
-    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and, where there was an initial state, its gradient."""
     do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)

@@ -19,8 +19,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def lightning_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, need_state: bool = True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention: S_t = exp(log_decay) S_{t-1} + k_t v_t^T and o_t = q_t^T S_t in every head.
 
@@ -117,8 +122,13 @@ def _no_state(q: Tensor) -> Tensor:
 
 @torch.library.custom_op("tnllm::lightning_attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, need_state: bool = True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     if q.is_cuda:
         o, final = _launch().triton_forward(q, k, v, log_decay, initial_state, cu_seqlens, need_state)
@@ -129,16 +139,27 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, need_state: bool = True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    need_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape), _new_state(q, v, cu_seqlens) if need_state else _no_state(q)
 
 
 @torch.library.custom_op("tnllm::lightning_attention_backward", mutates_args=())
 def _backward(
-    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backward = _launch().triton_backward if q.is_cuda else chunk.chunk_backward
     grads = backward(do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens)
@@ -147,8 +168,14 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dinitial = _no_state(q) if initial_state is None else torch.empty_like(initial_state)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial

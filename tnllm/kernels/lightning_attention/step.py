@@ -13,9 +13,32 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["H"])
 def step_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, log_decay_ptr, state_ptr,
-    q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_e, o_b, o_h, s_b, s_h, s_d, s_e, H,
-    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    log_decay_ptr,
+    state_ptr,
+    q_b,
+    q_h,
+    q_d,
+    k_b,
+    k_h,
+    k_d,
+    v_b,
+    v_h,
+    v_e,
+    o_b,
+    o_h,
+    s_b,
+    s_h,
+    s_d,
+    s_e,
+    H,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
 ):
     """Grid (B * H, E / BE)."""
     row = (tl.program_id(0) // H).to(tl.int64)
@@ -41,8 +64,22 @@ def triton_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tenso
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     # 32 columns are one 128-byte line of fp32 state per row.
     step_kernel[(B * H, triton.cdiv(E, 32))](
-        q, k, v, o, log_decay.contiguous(), state,
-        *q.stride(), *k.stride(), *v.stride(), *o.stride()[:2], *state.stride(), H,
-        D=D, E=E, BD=triton.next_power_of_2(D), BE=32, num_warps=4 if D <= 128 else 8,
+        q,
+        k,
+        v,
+        o,
+        log_decay.contiguous(),
+        state,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *o.stride()[:2],
+        *state.stride(),
+        H,
+        D=D,
+        E=E,
+        BD=triton.next_power_of_2(D),
+        BE=32,
+        num_warps=4 if D <= 128 else 8,
     )
     return o

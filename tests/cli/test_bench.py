@@ -1,0 +1,54 @@
+"""`tnllm bench-attn` and `bench-norm` as typed."""
+
+import json
+
+import pytest
+
+from tnllm.cli.main import main
+
+
+def run(capfd, *args):
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    return stop.value.code, *capfd.readouterr()
+
+
+def test_bench_attn_on_cpu(capfd, tmp_path):
+    file = tmp_path / "a.json"
+    code, out, err = run(capfd, "bench-attn", "--device", "cpu", "--seqlens", "64:128", "--seconds", "0.01", "--json", str(file))
+    assert code == 0
+    assert "no GPU in use" in err and f"wrote {file}" in err
+    assert "1 x 4 x 128 x 64" in out and "x floor" in out
+    assert {row["length"] for row in json.loads(file.read_text())["rows"]} == {64, 128}
+
+
+def test_constant_tokens(capfd, tmp_path):
+    file = tmp_path / "a.json"
+    args = ("--fixed-tokens", "256", "--seqlens", "64,128", "--providers", "tnllm", "--seconds", "0.01")
+    assert run(capfd, "bench-attn", "--device", "cpu", *args, "--json", str(file))[0] == 0
+    assert [(row["batch"], row["length"]) for row in json.loads(file.read_text())["rows"]] == [(4, 64), (2, 128)]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--seqlens", "1q"], "--seqlens has '1q'; write tokens such as 1000, 64k (65536) or 1m (1048576)"),
+        (["--seqlens", "4k:1k"], "the first length must not exceed the second"),
+        (["--seqlen", "64", "--seqlens", "64"], "both --seqlen and --seqlens are given"),
+        (["--shape", "1x2x3"], "write BATCHxHEADSxLENGTHxDIM"),
+        (["--shape", "1x2x3x4", "--seqlen", "5"], "--shape gives lengths itself"),
+        (["--dtype", "int8"], "--dtype is 'int8'; allowed: bf16, fp16, fp32"),
+        (["--providers", "tnlm"], "did you mean 'tnllm'?"),
+        (["--device", "tpu"], "--device is 'tpu'; allowed: auto, cuda, cpu"),
+    ],
+)
+def test_bad_input(capfd, args, message):
+    code, out, err = run(capfd, "bench-attn", *args)
+    assert code == 2 and out == ""
+    assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
+
+
+def test_bench_norm(capfd):
+    code, out, _ = run(capfd, "bench-norm", "--device", "cpu", "--widths", "32", "--rows", "8")
+    assert code == 0 and "srmsnorm" in out and "layernorm" in out
+    assert run(capfd, "bench-norm", "--widths", "wide")[0] == 2
