@@ -17,4 +17,6 @@ def test_norms_and_steps():
 
 def test_the_gate_sees_a_wrong_norm():
     x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
-    assert gate(lambda x: 1.1 * torch.nn.functional.rms_norm(x, (8,), eps=1e-6), "wrong", x, dy) == pytest.approx(0.1, rel=0.01)
+    assert gate(lambda x: 1.1 * torch.nn.functional.rms_norm(x, (8,), eps=1e-6), "wrong", x, dy) == pytest.approx(
+        0.1, rel=0.01
+    )

@@ -15,7 +15,9 @@ def run(capfd, *args):
 
 def test_bench_attn_on_cpu(capfd, tmp_path):
     file = tmp_path / "a.json"
-    code, out, err = run(capfd, "bench-attn", "--device", "cpu", "--seqlens", "64:128", "--seconds", "0.01", "--json", str(file))
+    code, out, err = run(
+        capfd, "bench-attn", "--device", "cpu", "--seqlens", "64:128", "--seconds", "0.01", "--json", str(file)
+    )
     assert code == 0
     assert "no GPU in use" in err and f"wrote {file}" in err
     assert "1 x 4 x 128 x 64" in out and "x floor" in out

@@ -33,7 +33,11 @@ def sets(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     text = "one two three four five six seven eight nine ten " * 60
     (tmp_path / "corpus.txt").write_text("".join(f"{text[i : i + 300]}\n" for i in range(0, 2000, 7)))
-    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer([text + "abcdefghijklmnopqrstuvwxyz" * 30], 280))
+    (tmp_path / "tokenizer.model").write_bytes(
+        train_tokenizer(
+            [text + "the quick brown fox jumps over a lazy dog while seven wizards box near old quiet jetty " * 30], 320
+        )
+    )
     keys = {**SMALL, "data.path": tmp_path / "corpus.txt", "tokenizer.path": tmp_path / "tokenizer.model"}
     return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
 
@@ -56,15 +60,16 @@ def test_a_run_and_its_continuation(capfd, tmp_path, sets):
     assert lines[-1] == f"weights in {out / 'weights'}; try: tnllm generate --model {out} --prompt '...'"
 
     code, _, err = run(capfd, "train", "tiny", "--device", "cpu", "--out", out, *sets)
-    assert (code, err) == (2, f"tnllm: {out} holds a run already; add --resume auto to go on with it, or choose another --out\n")
+    assert (code, err) == (
+        2,
+        f"tnllm: {out} holds a run already; add --resume auto to go on with it, or choose another --out\n",
+    )
     more = (*sets, "--set", "train.max_steps=6", "--resume", "auto")
     code, _, err = run(capfd, "train", "tiny", "--device", "cpu", "--out", out, *more)
     assert code == 0 and "after step 4" in err and "step 6/6" in err
 
 
 def test_dry_run_allocates_nothing(capfd):
-    code, out, _ = run(capfd, "train", "7b", "--dry-run")
-    assert code == 0 or "ranks" in capfd.readouterr().err
     code, out, _ = run(capfd, "train", "385m", "--dry-run")
     assert code == 0 and "398,984,192" in out and "micro-batches of" in out
 
@@ -76,7 +81,7 @@ def test_dry_run_allocates_nothing(capfd):
         (["tiny", "--set", "train.maxsteps=3"], "train.maxsteps: no such key; did you mean 'train.max_steps'?"),
         (["tiny", "--set", "train.max_steps=soon"], "train.max_steps is 'soon'"),
         (["tiny", "--nproc", "2"], "only 1 is allowed"),
-        (["tiny", "--set", "parallel.shard=2", "--set", "train.micro_batch_size=8"], "asks for 2 ranks"),
+        (["7b"], "asks for 64 ranks; this version trains on one device"),
         (["tiny", "--set", "data.path=/no/such.txt", "--out", "OUT"], "/no/such.txt"),
         (["tiny", "--set", "model.vocab_size=1000", "--out", "OUT"], "8192 pieces, more than model.vocab_size 1000"),
     ],

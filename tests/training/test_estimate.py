@@ -64,7 +64,8 @@ def test_activations_in_low_precision() -> None:
 
 def test_activations_of_the_baseline() -> None:
     # On CPU, torch's attention also keeps its own logsumexp and the rotary tables: 5 % of a narrow model.
-    config = get_preset("tiny", kind="transformer", glu_activation="silu")
+    # Its RMSNorm is one kernel on a GPU and several on CPU, so the norm without weights stands in for it.
+    config = get_preset("tiny", kind="transformer", norm="srmsnorm")
     assert activation_bytes(config, ROWS * LENGTH, 4) == pytest.approx(kept_bytes(config), rel=0.08)
 
 

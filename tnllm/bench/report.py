@@ -19,7 +19,7 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 130)
+    console = Console(width=None if Console().is_terminal else 140)
     environment = dict(results["environment"])
     bandwidth = environment.pop("copy_tb_per_s")
     console.print(
@@ -35,7 +35,7 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row(row["provider"], *errors, f"{row['limit']:g}", "ok" if row["passed"] else "WRONG")
     console.print(table)
     table = Table(title="time (median; 20th to 80th percentile) and memory", title_justify="left")
-    columns = "batch x heads x length x dim|provider|fwd ms|x floor|TB/s|TFLOP/s|fwd+bwd ms|x floor|extra MiB"
+    columns = "B x H x T x D|provider|fwd ms|x floor|TB/s|TFLOP/s|fwd+bwd ms|x floor|extra MiB"
     for column in columns.split("|"):
         table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
     shape = None
@@ -117,12 +117,11 @@ def plot_attention(results: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8.5)
-    shape, environment = results["shape"], results["environment"]
-    batches = sorted({row["batch"] for row in rows})
-    batch = f"batch {batches[0]}" if len(batches) == 1 else f"batch {batches[-1]} to {batches[0]}, constant tokens"
+    environment = results["environment"]
+    spans = {key: sorted({row[key] for row in rows}) for key in ("batch", "heads", "head_dim")}
+    batch, heads, dim = (str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans.values())
     figure.suptitle(
-        f"{environment['device']}: {batch}, {shape['heads']} heads of {shape['head_dim']}, {shape['dtype']}",
-        fontsize=10,
+        f"{environment['device']}: batch {batch}, {heads} heads of {dim}, {environment['dtype']}", fontsize=10
     )
     figure.savefig(path, dpi=160)
     plt.close(figure)

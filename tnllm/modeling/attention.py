@@ -69,10 +69,16 @@ class GatedLinearAttention(nn.Module):
 
     def forward(
         self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x [B, T, M], positions [B, T] int64, state [B or N, H, D, E] fp32 or None → y [B, T, M], new state."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, M], positions [B, T] int64, state [B or N, H, D, E] → y [B, T, M], new state.
+
+        Without a state the text starts here and nobody asks how it ends: training, where None comes back.
+        """
         q, k, v, gate = self._project(x, positions)
-        attended, state = lightning_attention(q, k, v, self.log_decay, state, cu_seqlens)
+        if state is None:
+            attended, _ = lightning_attention(q, k, v, self.log_decay, None, cu_seqlens, need_state=False)
+        else:
+            attended, state = lightning_attention(q, k, v, self.log_decay, state, cu_seqlens)
         return self._output(attended, gate), state
 
     def step(self, x: Tensor, positions: Tensor, state: Tensor) -> Tensor:

@@ -23,13 +23,28 @@ class SRMSNorm(nn.Module):
         return srms_norm(x, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm with its weight in x's dtype: a wider weight would lose the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm in x's dtype (statistics in fp32): autocast alone would run and return it in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), None, self.eps)
+
+
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
     """The norm the config names, over the last `width` channels. None of them has a bias."""
     if config.norm == "srmsnorm":
         return SRMSNorm(config.norm_eps)
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=False)
+        return RMSNorm(width, eps=config.norm_eps)
+    return LayerNorm(width, eps=config.norm_eps, bias=False)
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
