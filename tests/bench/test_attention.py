@@ -51,7 +51,7 @@ def test_missing_peers_are_named():
     said: list[str] = []
     assert attention.choose(["tnllm", "fla"], CPU, torch.float32, said.append)[0].name == "tnllm"
     assert said == ["skipped fla: runs on cuda only"]
-    with pytest.raises(UserError, match="provider 'fla2' is unknown.*did you mean 'fla'"):
+    with pytest.raises(UserError, match=r"provider 'fla2' is unknown.*did you mean 'fla'"):
         attention.choose(["fla2"], CPU, torch.float32, print)
 
 
