@@ -1,5 +1,6 @@
 """A run learns, resumes exactly, and survives what can happen to it."""
 
+import importlib.util
 import json
 import math
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tnllm.errors import RunError, Terminated, UserError
+from tnllm.errors import MissingExtra, RunError, Terminated, UserError
 from tnllm.modeling.weights import load_model
+from tnllm.tokenizer import train_tokenizer
 from tnllm.training.checkpoint import list_checkpoints
 from tnllm.training.config import load_recipe
 from tnllm.training.corpus import open_loaders, open_tokenizer
@@ -127,6 +129,24 @@ def test_a_resumed_run_keeps_its_model(recipe, config, tmp_path):
     train(load_recipe(str(recipe), ["train.max_steps=5"]), tmp_path / "run")
     with pytest.raises(UserError, match=r"model\.glu_dim is 64, but step-00000005 was trained with 48"):
         train(load_recipe(str(recipe), ["model.glu_dim=64"]), tmp_path / "run", resume="auto")
+
+
+def test_a_resumed_run_keeps_its_tokenizer(recipe, corpus, config, tmp_path):
+    train(load_recipe(str(recipe), ["train.max_steps=5"]), tmp_path / "run")
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer([corpus[0].read_text() + "0123456789" * 9], vocab_size=320))
+    with pytest.raises(UserError, match="is not the tokenizer this run was trained with"):
+        train(load_recipe(str(recipe), [f"tokenizer.path={other}"]), tmp_path / "run", resume="auto")
+
+
+def test_tensorboard_events_beside_the_metrics(recipe, tmp_path, monkeypatch):
+    sets = ["train.max_steps=2", "log.tensorboard=true", "eval.every_steps=0"]
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(MissingExtra, match=r"pip install 'tnllm\[track\]'"):
+            train(load_recipe(str(recipe), sets), tmp_path / "run")
+    else:
+        train(load_recipe(str(recipe), sets), tmp_path / "run")
+        assert list((tmp_path / "run/tensorboard").glob("events.*"))
 
 
 def poison(trainer, at: int) -> None:

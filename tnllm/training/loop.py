@@ -24,7 +24,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.files import format_count, format_duration, write_text_atomic
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import LanguageModel, build_model
-from tnllm.modeling.weights import save_model
+from tnllm.modeling.weights import TOKENIZER, save_model
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.checkpoint import Saver, TrainState, find_checkpoint, list_checkpoints, load_checkpoint
 from tnllm.training.config import RunConfig
@@ -69,12 +69,15 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
         state = TrainState()
         checkpoint = find_checkpoint(out, resume, view.say) if resume else None
         if checkpoint is not None:
+            keep_tokenizer(checkpoint, tokenizer)
             state = load_checkpoint(checkpoint, trainer.model, trainer.optimizer)
             view.say(f"resumed from {checkpoint} after step {state.step}")
         write_environment(out, config, device)
         saver = Saver(out, config.checkpoint.keep, config.checkpoint.async_save, tokenizer.path)
-        metrics = MetricsLog(out / "metrics.jsonl", state.step)
+        metrics = MetricsLog(out / "metrics.jsonl", state.step, config.log.tensorboard)
         view.say(_opening(config, loader, device))
+        if config.data.path is None:
+            view.say("data: the sample corpus that ships; name your own with --set data.path=FOLDER_OR_FILE")
         if device.type == "cpu" and checkpoint is None:
             view.say(_forecast(trainer))
         meter = Meter(trainer, matmul_rate(device))
@@ -103,7 +106,7 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
         if signals.stop:
             view.say(f"stopped after step {state.step}, saved at step {saved}; go on with --resume auto")
             signals.leave()
-        save_model(trainer.model, out / "weights", tokenizer=tokenizer.path, dtype=published_dtype(config, device))
+        save_model(trainer.model, out / "weights", tokenizer=tokenizer.path, dtype=compute_dtype(config, device))
         view.say(f"weights in {out / 'weights'}; try: tnllm generate --model {out} --prompt '...'")
 
 
@@ -252,9 +255,13 @@ def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
 
 
-def published_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """Weights are published in the dtype they were used in."""
-    return compute_dtype(config, device)
+def keep_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError where a run would go on with another tokenizer than it began with."""
+    kept = checkpoint / TOKENIZER
+    if kept.is_file() and Tokenizer.load(kept).sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{tokenizer.path} is not the tokenizer this run was trained with ({kept}); a resumed run keeps its tokenizer"
+        )
 
 
 def write_environment(out: Path, config: RunConfig, device: torch.device) -> None:

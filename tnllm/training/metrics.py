@@ -13,14 +13,25 @@ from typing import Any
 
 import torch
 
+from tnllm.errors import MissingExtra
 from tnllm.files import write_text_atomic
 
 
 class MetricsLog:
-    """Appends rows to a file, each flushed as it is written."""
+    """Appends rows to a file, each flushed as it is written; TensorBoard events beside it if asked."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        """Keep the rows up to `resume_step` of an earlier part of the run: no step appears twice."""
+    def __init__(self, path: Path, resume_step: int, tensorboard: bool = False) -> None:
+        """Keep the rows up to `resume_step` of an earlier part of the run: no step appears twice.
+
+        Raises MissingExtra where TensorBoard is asked for and not installed.
+        """
+        self._events: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise MissingExtra("track", "tensorboard") from None
+            self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
             write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -30,12 +41,18 @@ class MetricsLog:
         """Append one row."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        if self._events is not None:
+            for key, value in row.items():
+                if value is not None and key not in ("step", "time"):
+                    self._events.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
         """Make the rows durable."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
