@@ -1,7 +1,7 @@
 """The architecture: config, layers, model, recurrent state, weights.
 
-    from tnllm.modeling import load_model
-    model = load_model("runs/tiny", device="cpu", dtype=torch.float32)
+from tnllm.modeling import load_model
+model = load_model("runs/tiny", device="cpu", dtype=torch.float32)
 """
 
 from typing import TYPE_CHECKING, Any
