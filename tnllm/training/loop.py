@@ -50,6 +50,7 @@ class Trainer:
     loader: Loader
     device: torch.device
     loss_sum: Callable[[Batch], Tensor]
+    compiled: bool = False
 
 
 def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
@@ -80,6 +81,8 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
             view.say("data: the sample corpus that ships; name your own with --set data.path=FOLDER_OR_FILE")
         if device.type == "cpu" and checkpoint is None:
             view.say(_forecast(trainer))
+        if trainer.compiled:
+            view.say("compiling the model: the first step takes a minute or so")
         meter = Meter(trainer, matmul_rate(device))
         saved = state.step
         while state.step < config.total_steps and not signals.stop:
@@ -129,7 +132,7 @@ def make_trainer(config: RunConfig, loader: Loader, device: torch.device) -> Tra
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             return loss(batch.tokens, batch.labels, batch.cu_seqlens)
 
-    return Trainer(config, model, optimizer, loader, device, loss_sum)
+    return Trainer(config, model, optimizer, loader, device, loss_sum, compiled)
 
 
 def train_step(trainer: Trainer, state: TrainState, meter: "Meter") -> None:

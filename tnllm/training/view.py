@@ -69,5 +69,6 @@ class View:
             f"{format_count(row['tokens_per_s'])} tok/s{mfu}  mem {row['mem_gib']:.2f} GiB"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], status=f"loss {row['loss']:.4f}")
+            short = f"loss {row['loss']:.3f}  {format_count(row['tokens_per_s'])} tok/s{mfu}  {row['mem_gib']:.1f} GiB"
+            self._bar.update(self._task, completed=row["step"], status=short)
         self.say(f"{step}  {status}  left {format_duration(left)}")
