@@ -14,7 +14,8 @@ def validate(
 ) -> tuple[float, float]:
     """Mean loss in nats per counted token, and bits per byte of the text those tokens stand for.
 
-    `loader` reads in order, not shuffled; at most `max_tokens` tokens are read (None: all).
+    `loader` reads in order, not shuffled; about `max_tokens` tokens are read, in whole batches (None: all). Every batch
+    has the same shape, so a compiled loss is compiled once: rows past the end hold ignored labels alone.
     """
     rows = loader.num_rows
     if max_tokens is not None:
@@ -22,7 +23,7 @@ def validate(
     loss, labels, num_bytes = 0.0, 0, 0
     with torch.no_grad():
         for first in range(0, rows, rows_per_batch):
-            batch = loader.batch(first, min(rows_per_batch, rows - first))
+            batch = loader.batch(first, rows_per_batch)
             loss += float(loss_sum(batch))
             labels += batch.num_labels
             num_bytes += batch.num_bytes
