@@ -17,7 +17,7 @@ def command(
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan and stop; nothing is allocated."),
 ) -> None:
     """Train a model from a recipe, on a CPU or one GPU."""
-    from tnllm.errors import UserError
+    from tnllm.errors import RunError, UserError
     from tnllm.training.config import load_recipe
 
     if nproc != 1:
@@ -34,6 +34,14 @@ def command(
 
         print(plan(config))
         return
+    import torch
+
     from tnllm.training.loop import train
 
-    train(config, out, resume)
+    try:
+        train(config, out, resume)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "
+            "train.activation_checkpointing=full, and go on with --resume auto"
+        ) from error

@@ -140,10 +140,10 @@ def _block_numbers(model: ModelConfig, layer: int, tensor: int) -> float:
 def head_bytes(model: ModelConfig, num_tokens: int, itemsize: int, tensor: int = 1) -> int:
     """Bytes of the fused head and loss: fp32 logits of one chunk and their low-precision copy, and both gradients.
 
-    A chunk is as many tokens as make 64 M logits, the most `linear_cross_entropy` holds.
+    A chunk is as many tokens as make 256 M logits, the most `linear_cross_entropy` holds on a GPU.
     """
     vocabulary = model.vocab_size // tensor
-    rows = min(num_tokens, max(1, (1 << 26) // vocabulary))
+    rows = min(num_tokens, max(1, (1 << 28) // vocabulary))
     copy = 0 if itemsize == 4 else itemsize
     return rows * vocabulary * (4 + copy) + num_tokens * model.model_dim * itemsize + 4 * vocabulary * model.model_dim
 

@@ -31,6 +31,7 @@ from tnllm.training.config import RunConfig
 from tnllm.training.corpus import open_loaders, open_tokenizer
 from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
 from tnllm.training.optim import clip_and_step, make_optimizer
+from tnllm.training.plan import fit_memory
 from tnllm.training.schedule import learning_rate
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
@@ -66,6 +67,7 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
     loader, validation = open_loaders(config, tokenizer)
     _open_folder(out, config, resume)
     with View(out / "train.log", config.total_steps) as view, StopSignals() as signals:
+        config = fit_memory(config, device, view.say)
         trainer = make_trainer(config, loader, device)
         state = TrainState()
         checkpoint = find_checkpoint(out, resume, view.say) if resume else None

@@ -1,10 +1,25 @@
-"""What a run would do, without doing it: `tnllm train RECIPE --dry-run`."""
+"""What a run would do, without doing it, and a micro-batch that fits the machine.
 
+print(plan(config))                           # tnllm train RECIPE --dry-run
+config = fit_memory(config, device, view.say) # fewer rows at a time where the recipe's do not fit
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count
 from tnllm.modeling.flops import flops_per_token
 from tnllm.modeling.model import build_model
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import open_tokenizer
+from tnllm.training.estimate import RESERVE, estimate_memory
+
+MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all of the machine's memory counts as free
 
 
 def plan(config: RunConfig) -> str:
@@ -26,3 +41,36 @@ def plan(config: RunConfig) -> str:
         "memory": f"{format_bytes(16 * parameters)} for weights, gradients and optimizer, plus activations",
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
+
+
+def fit_memory(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> RunConfig:
+    """The config, with a smaller train.micro_batch_size where the computed memory exceeds what is free on `device`.
+
+    More passes make up for fewer rows, so an optimizer step learns from the same tokens; only the order of fp32 sums
+    changes. `say` is told. Raises UserError where not even one row fits.
+    """
+    free = (1 - RESERVE) * free_bytes(device)
+    rows = config.train.micro_batch_size
+    smaller = [size for size in range(rows, 0, -1) if rows % size == 0]
+    for size in smaller:
+        fitted = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
+        needed = estimate_memory(fitted, low_precision=device.type == "cuda").total
+        if needed <= free:
+            if size < rows:
+                say(f"train.micro_batch_size is {size} instead of {rows}, to fit into {format_bytes(free)} on {device}")
+            return fitted
+    raise UserError(
+        f"one row of {config.data.seq_len} tokens needs about {format_bytes(needed)}, and {format_bytes(free)} are free on "
+        f"{device}; lower data.seq_len, set train.activation_checkpointing=full or take a smaller model"
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a run may still take: the GPU's, or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if MEMINFO.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text(encoding="ascii"))
+        if found is not None:
+            return 1024 * int(found[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
