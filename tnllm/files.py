@@ -91,13 +91,15 @@ def format_bytes(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`4000` → `"1h06m"`; days above 48 hours, tenths below a minute."""
+    """`4000` → `"1h06m"`; days above 48 hours, years above two, tenths of seconds below a minute."""
     if seconds != seconds or seconds == float("inf"):
         return "?"
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 2 * 365 * 24:
+        return f"{hours / (365 * 24):,.0f} years"
     if hours >= 48:
         return f"{hours / 24:.1f}d"
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -16,10 +16,10 @@ import torch
 from tnllm.errors import MissingExtra, RunError, Terminated, UserError
 from tnllm.modeling.weights import load_model
 from tnllm.tokenizer import train_tokenizer
-from tnllm.training.checkpoint import list_checkpoints
+from tnllm.training.checkpoint import TrainState, list_checkpoints
 from tnllm.training.config import load_recipe
 from tnllm.training.corpus import open_loaders, open_tokenizer
-from tnllm.training.loop import make_trainer, train, train_step
+from tnllm.training.loop import Meter, make_trainer, train, train_step
 from tnllm.training.metrics import read_metrics
 from tnllm.training.signals import StopSignals
 
@@ -190,14 +190,11 @@ def test_a_refused_update_changes_nothing(config):
     loader, _ = open_loaders(config, open_tokenizer(config))
     trainer = make_trainer(config, loader, torch.device("cpu"))
     poison(trainer, at=3)
-    from tnllm.training.checkpoint import TrainState
-    from tnllm.training.loop import Meter
-
     state, meter = TrainState(), Meter(trainer, None)
-    train_step(trainer, state, meter)
+    train_step(trainer, state, meter, StopSignals())
     before = [p.clone() for p in trainer.model.parameters()]
     moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
-    train_step(trainer, state, meter)
+    train_step(trainer, state, meter, StopSignals())
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, trainer.optimizer.state.values(), strict=True))
 
@@ -208,10 +205,11 @@ def test_a_signal_saves_and_leaves(recipe, tmp_path, monkeypatch, number, error)
 
     true = loop.train_step
 
-    def step(trainer, state, meter):
-        true(trainer, state, meter)
+    def step(trainer, state, meter, signals):
+        assert true(trainer, state, meter, signals)
         if state.step == 3:
             os.kill(os.getpid(), number)
+        return True
 
     monkeypatch.setattr(loop, "train_step", step)
     with pytest.raises(error):
@@ -219,6 +217,22 @@ def test_a_signal_saves_and_leaves(recipe, tmp_path, monkeypatch, number, error)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000003"]
     assert rows(tmp_path / "run")[-1]["step"] == 3
     assert signal.getsignal(number) is not None
+
+
+def test_a_signal_within_a_step_gives_the_step_up(config):
+    loader, _ = open_loaders(config, open_tokenizer(config))
+    trainer = make_trainer(config, loader, torch.device("cpu"))
+    before = [p.clone() for p in trainer.model.parameters()]
+    signals, state, true = StopSignals(), TrainState(), trainer.loss_sum
+
+    def loss_sum(batch):
+        signals.stop = signal.SIGTERM
+        return true(batch)
+
+    trainer.loss_sum = loss_sum
+    assert not train_step(trainer, state, Meter(trainer, None), signals)
+    assert state == TrainState()
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
 def test_a_second_interrupt_stops_at_once():

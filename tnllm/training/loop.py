@@ -88,7 +88,8 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
         meter = Meter(trainer, matmul_rate(device))
         saved = state.step
         while state.step < config.total_steps and not signals.stop:
-            train_step(trainer, state, meter)
+            if not train_step(trainer, state, meter, signals):
+                break
             last = state.step == config.total_steps
             if last or state.step == 1 or state.step % config.log.every_steps == 0 or signals.stop:
                 row = meter.row(state, out)
@@ -102,10 +103,13 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
                 for line in sample_lines(trainer, tokenizer, state.step):
                     view.say(line)
                 meter.restart()
-            if due(config.checkpoint.every_steps, state.step, last) or signals.stop:
+            if due(config.checkpoint.every_steps, state.step, last):
                 saver.save(state, trainer.model, trainer.optimizer)
                 saved = state.step
                 meter.restart()
+        if signals.stop and saved < state.step:
+            saver.save(state, trainer.model, trainer.optimizer)
+            saved = state.step
         saver.wait()
         metrics.close()
         if signals.stop:
@@ -137,8 +141,11 @@ def make_trainer(config: RunConfig, loader: Loader, device: torch.device) -> Tra
     return Trainer(config, model, optimizer, loader, device, loss_sum, compiled)
 
 
-def train_step(trainer: Trainer, state: TrainState, meter: "Meter") -> None:
-    """One update: gather the micro-batches, accumulate gradients, clip, step; `state` and `meter` move on."""
+def train_step(trainer: Trainer, state: TrainState, meter: "Meter", signals: StopSignals) -> bool:
+    """One update: gather the micro-batches, accumulate gradients, clip, step; `state` and `meter` move on.
+
+    A signal between two micro-batches gives the update up: nothing has changed, and False comes back.
+    """
     config = trainer.config
     rows, micro = config.global_batch_rows, config.train.micro_batch_size
     # All micro-batches first: the loss is divided by the true number of counted labels, whatever their lengths.
@@ -147,7 +154,10 @@ def train_step(trainer: Trainer, state: TrainState, meter: "Meter") -> None:
     labels = sum(batch.num_labels for batch in batches)
     waited = time.perf_counter() - started
     loss = torch.zeros((), device=trainer.device)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if number and signals.stop:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            return False
         part = trainer.loss_sum(batch) / max(labels, 1)
         part.backward()
         loss += part.detach()
@@ -157,6 +167,7 @@ def train_step(trainer: Trainer, state: TrainState, meter: "Meter") -> None:
     state.step += 1
     state.samples += rows
     state.tokens += rows * config.data.seq_len
+    return True
 
 
 class Meter:

@@ -1,10 +1,13 @@
 """Ctrl-C and SIGTERM during a run: finish the step, save, leave with the right exit code."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
 
 from tnllm.errors import Terminated
+
+_STOPPING = b"\nstopping when the current pass is through and all is saved; Ctrl-C again stops at once\n"
 
 
 class StopSignals:
@@ -29,6 +32,8 @@ class StopSignals:
         if self.stop is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop = number
+        # Straight to the descriptor: a handler may interrupt a print, which would not bear another one inside it.
+        os.write(2, _STOPPING)
 
     def leave(self) -> None:
         """Raise what the command line turns into exit code 130 or 143."""
