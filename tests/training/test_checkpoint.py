@@ -1,11 +1,14 @@
 """Checkpoints: whole or not there, damage named, the one before takes over."""
 
+import resource
+
 import pytest
 import torch
 
 from tnllm.errors import RunError, UserError
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model
+from tnllm.modeling.weights import load_model
 from tnllm.training.checkpoint import (
     MANIFEST,
     Saver,
@@ -101,6 +104,14 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, saved, how, name):
         find_checkpoint(tmp_path, str(tmp_path), print)
 
 
+@pytest.mark.parametrize("how", ["truncated", "missing"])
+def test_generating_from_a_damaged_step_is_one_line(tmp_path, saved, how):
+    DAMAGES[how][0](next((tmp_path / "checkpoints/step-00000002/model").glob("*.safetensors")))
+    with pytest.raises(RunError, match="is damaged or is no checkpoint of this model") as caught:
+        load_model(tmp_path / "checkpoints/step-00000002")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unfinished_folder_is_never_taken(tmp_path, saved):
     newest_file(tmp_path, MANIFEST).unlink()
     assert find_checkpoint(tmp_path, "auto", lambda text: None).name == "step-00000001"
@@ -118,19 +129,26 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
 
 
+@pytest.fixture
+def no_room():
+    """Files of this process may not grow beyond 2,000 bytes: the system refuses the write, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, saved, monkeypatch, background):
-    import tnllm.training.checkpoint as checkpoint
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_save_tensors", full)
+def test_a_write_that_fails_is_one_line_and_loses_nothing(tmp_path, saved, no_room, background):
     saver = Saver(tmp_path, keep=1, background=background, tokenizer=None)
-    with pytest.raises(RunError, match=r"No space left on device.*the one before is intact"):
+    with pytest.raises(
+        RunError, match=r"could not be written \(.*File too large\); the one before is intact"
+    ) as caught:
         saver.save(TrainState(3), *saved)
         saver.wait()
+    assert "\n" not in str(caught.value)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert not list((tmp_path / "checkpoints").glob("*.tmp-*"))
     assert find_checkpoint(tmp_path, "auto", print).name == "step-00000002"
 
 

@@ -10,6 +10,8 @@ ever unpickled.
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
@@ -146,11 +149,31 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise what really went wrong inside torch.distributed.checkpoint.
+
+    Its CheckpointException derives from BaseException and so slips past every `except Exception`.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
 def _load_checkpoint(wanted: dict[str, Tensor], folder: Path) -> None:
     """Fill `wanted` from a training checkpoint, written by any number of ranks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a single process is what we mean
-        dcp.load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    try:
+        # The headers first: the reader below answers a broken one with pages of its own log.
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):
+                pass
+        with warnings.catch_warnings(), plain_errors():
+            warnings.simplefilter("ignore", UserWarning)  # a single process is what we mean
+            dcp.load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{folder} is damaged or is no checkpoint of this model ({reason}); take another step") from None
 
 
 def _load_files(wanted: dict[str, Tensor], folder: Path) -> None:

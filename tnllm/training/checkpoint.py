@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir, write_text_atomic
 from tnllm.modeling.model import LanguageModel
-from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json
+from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 
@@ -91,7 +91,7 @@ class Saver:
     def _guard(self, write: Callable[[], None]) -> None:
         try:
             write()
-        except Exception as error:  # carried to the thread that asked, which raises it
+        except BaseException as error:  # all of it is carried to the thread that asked, which raises it
             self._error = error
 
     def _write(self, state: TrainState, tensors: dict[str, Tensor], moments: dict[str, Tensor], config: str) -> None:
@@ -133,13 +133,15 @@ def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # one process is what we mean
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
+        with plain_errors():
+            dcp.save(tensors, storage_writer=writer, no_dist=True)
 
 
 def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        with plain_errors():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def _sha256(path: Path) -> str:
