@@ -53,6 +53,7 @@ class Case:
     activation_checkpointing: str = "none"
     packing: str = "concat"
     same: str = "width"
+    weights: str = "fp32"
 
     @property
     def model(self) -> ModelConfig:
@@ -80,6 +81,7 @@ def run_config(case: Case, device: torch.device, compiled: bool, dtype: str = "a
             global_batch_tokens=case.rows * case.seq_len,
             micro_batch_size=case.rows,
             dtype=dtype,
+            weights=case.weights,
             compile="on" if compiled else "off",
             activation_checkpointing=case.activation_checkpointing,
             device=device.type,
@@ -230,6 +232,7 @@ def gate(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[s
     config = run_config(part, device, compiled, dtype, small)
     step = trainer(config, device)
     step.model.load_state_dict(exact.state_dict())
+    exact.load_state_dict(step.model.state_dict())  # what rounding left, where weights are bf16
     batch = RandomLoader(config, seed=1).batch(0, part.rows)
     expected = exact.loss(batch.tokens, batch.labels, batch.cu_seqlens)
     expected.backward()

@@ -30,7 +30,8 @@ def command(
     packing: str = typer.Option("concat", help="concat: plain rows. reset: every row a document, packed."),
     activation_checkpointing: str = typer.Option("none", help="none, full or none,full."),
     compile: bool | None = typer.Option(None, help="torch.compile. Default: on a GPU."),
-    dtype: str = typer.Option("auto", help="auto (bf16 on a GPU, fp32 on CPU), bf16 or fp32; weights stay fp32."),
+    dtype: str = typer.Option("auto", help="auto (bf16 on a GPU, fp32 on CPU), bf16 or fp32; the compute type."),
+    weights: str = typer.Option("fp32", help="fp32; or bf16: weights and moments kept in 8 bytes instead of 16."),
     steps: int | None = typer.Option(None, min=1, help="Steps timed. Default 10 on a GPU, 3 on CPU."),
     warmup: int | None = typer.Option(None, min=0, help="Steps before, after the first. Default 3 on a GPU, 1 on CPU."),
     device: str = typer.Option("auto", help="auto, cuda or cpu."),
@@ -42,6 +43,7 @@ def command(
     for flag, value, allowed in (
         ("--device", device, ("auto", "cuda", "cpu")),
         ("--dtype", dtype, ("auto", "bf16", "fp32")),
+        ("--weights", weights, ("fp32", "bf16")),
         ("--packing", packing, ("concat", "reset")),
         ("--same", same, ("width", "parameters")),
     ):
@@ -80,7 +82,7 @@ def command(
     lengths = lengths or parse_lengths(default_lengths)
     tokens = tokens or parse_length(default_tokens, "--tokens-per-batch")
     cases = [
-        Case(name.strip(), kind, length, batch or max(1, tokens // length), mode, packing, same)
+        Case(name.strip(), kind, length, batch or max(1, tokens // length), mode, packing, same, weights)
         for name in (preset or default_preset).split(",")
         for mode in modes
         for length in lengths
