@@ -113,7 +113,7 @@ def plot_attention(results: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), color="0.5", linestyle=":", label="memory floor")
         lengths = sorted({row["length"] for row in rows})
         axis.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel=label)
-        axis.set_xticks(lengths, [_length(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
+        axis.set_xticks(lengths, [length_label(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -162,7 +162,7 @@ def print_training_head(results: dict[str, Any]) -> None:
 
 def print_training_row(row: dict[str, Any]) -> None:
     """One line, as soon as it is measured."""
-    cells = [row["preset"], row["kind"], _length(row["seq_len"]), str(row["rows"])]
+    cells = [row["preset"], row["kind"], length_label(row["seq_len"]), str(row["rows"])]
     if row["step_ms"] is None:
         print("  ".join([*(_pad(n, c, w) for (n, w), c in zip(_TRAIN_COLUMNS, cells, strict=False)), row["status"]]))
     else:
@@ -200,7 +200,7 @@ def compare_training(rows: list[dict[str, Any]]) -> list[str]:
         )
         name = group[0] if group[1] == "none" else f"{group[0]} with recomputation"
         ratios = [
-            f"{ours[length]['tokens_per_s'] / theirs[length]['tokens_per_s']:.2f} at {_length(length)}"
+            f"{ours[length]['tokens_per_s'] / theirs[length]['tokens_per_s']:.2f} at {length_label(length)}"
             for length in ours
             if length in theirs
         ]
@@ -246,7 +246,7 @@ def plot_training(results: dict[str, Any], path: Path) -> None:
             )  # fmt: skip
         axis.set(xscale="log", xlabel="sequence length (tokens)", ylabel=label)
         axis.set_ylim(bottom=0)
-        axis.set_xticks(lengths, [_length(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
+        axis.set_xticks(lengths, [length_label(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(lambda value, _, key=key: f"{value:.0%}" if key == "mfu" else f"{value:,.0f}")
         axis.grid(alpha=0.25, linewidth=0.6)
@@ -259,7 +259,8 @@ def plot_training(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _length(tokens: int) -> str:
+def length_label(tokens: int) -> str:
+    """`64K`, `1M`: tokens in powers of two where they are."""
     if tokens % (1 << 20) == 0:
         return f"{tokens >> 20}M"
     return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)

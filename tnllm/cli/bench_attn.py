@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.lengths import parse_length, parse_lengths
+from tnllm.cli.lengths import length, lengths
 from tnllm.errors import UserError
 
 EPILOG = "Example:  tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png"
@@ -36,10 +36,10 @@ def command(
     """Check attention against float64, then time it beside its peers: forward, backward, memory, by length."""
     if seqlen is not None and seqlens is not None:
         raise UserError("both --seqlen and --seqlens are given; use one of them")
-    lengths = [seqlen] if seqlen is not None else parse_lengths(seqlens) if seqlens is not None else None
+    chosen = [seqlen] if seqlen is not None else lengths(seqlens, "--seqlens") if seqlens is not None else None
     if shapes and (seqlen is not None or seqlens is not None or fixed_tokens is not None):
         raise UserError("--shape gives lengths itself; leave out --seqlen, --seqlens and --fixed-tokens")
-    tokens = parse_length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
+    tokens = length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
     import torch
 
     from tnllm.bench.attention import Shape, bench_attention
@@ -57,10 +57,10 @@ def command(
     name = dtype or default_dtype
     if name not in dtypes:
         raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
-    lengths = lengths or parse_lengths(default_lengths)
+    chosen = chosen or lengths(default_lengths, "--seqlens")
     heads, head_dim = heads or default_heads, head_dim or default_dim
     points = [Shape(*_shape(text)) for text in shapes] or [
-        Shape(max(1, tokens // length) if tokens else batch, heads, length, head_dim) for length in lengths
+        Shape(max(1, tokens // count) if tokens else batch, heads, count, head_dim) for count in chosen
     ]
     names = [part.strip() for part in (providers or (_GPU_PROVIDERS if on_gpu else _CPU_PROVIDERS)).split(",")]
     results = bench_attention(points, dtypes[name], names, torch.device("cuda" if on_gpu else "cpu"), seconds, _note)
@@ -79,4 +79,4 @@ def _shape(text: str) -> list[int]:
     parts = text.lower().split("x")
     if len(parts) != 4:
         raise UserError(f"--shape is {text!r}; write BATCHxHEADSxLENGTHxDIM, such as 8x16x2048x128")
-    return [parse_length(part, "--shape") for part in parts]
+    return [length(part, "--shape") for part in parts]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.lengths import parse_length, parse_lengths
+from tnllm.cli.lengths import length, lengths
 from tnllm.errors import UserError
 
 EPILOG = "Example:  tnllm bench-train --preset 385m --seqlens 1k:64k --json training.json --plot training.png"
@@ -53,8 +53,8 @@ def command(
         raise UserError("both --batch and --tokens-per-batch are given; use one of them")
     chosen = _words(kinds, "--kinds", _KINDS)
     modes = _words(activation_checkpointing, "--activation-checkpointing", ("none", "full"))
-    tokens = parse_length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
-    lengths = parse_lengths(seqlens) if seqlens else None
+    tokens = length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
+    chosen_lengths = lengths(seqlens, "--seqlens") if seqlens else None
     for file in (json_file, csv_file, plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"there is no folder {file.parent} to write {file.name} into; make it first")
@@ -79,13 +79,13 @@ def command(
     default_preset, default_lengths, default_tokens, default_steps = _GPU if on_gpu else _CPU
     if not on_gpu:
         _note("no GPU in use: sizes for a CPU, which say nothing about a GPU; expect up to a minute")
-    lengths = lengths or parse_lengths(default_lengths)
-    tokens = tokens or parse_length(default_tokens, "--tokens-per-batch")
+    chosen_lengths = chosen_lengths or lengths(default_lengths, "--seqlens")
+    tokens = tokens or length(default_tokens, "--tokens-per-batch")
     cases = [
-        Case(name.strip(), kind, length, batch or max(1, tokens // length), mode, packing, same, weights)
+        Case(name.strip(), kind, count, batch or max(1, tokens // count), mode, packing, same, weights)
         for name in (preset or default_preset).split(",")
         for mode in modes
-        for length in lengths
+        for count in chosen_lengths
         for kind in chosen
     ]
     for case in cases:
