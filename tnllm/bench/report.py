@@ -112,7 +112,7 @@ def plot_attention(results: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), color="0.5", linestyle=":", label="memory floor")
         lengths = sorted({row["length"] for row in rows})
         axis.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel=label)
-        axis.set_xticks(lengths, [_length(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
+        axis.set_xticks(lengths, [length_label(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -127,7 +127,8 @@ def plot_attention(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _length(tokens: int) -> str:
+def length_label(tokens: int) -> str:
+    """`64K`, `1M`: tokens in powers of two where they are."""
     if tokens % (1 << 20) == 0:
         return f"{tokens >> 20}M"
     return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)

@@ -27,6 +27,7 @@ COMMANDS = (
     "plot",
     "bench-attn",
     "bench-norm",
+    "bench-decode",
 )
 
 app = typer.Typer(
