@@ -1,4 +1,4 @@
-"""Gated attention as one operator: the Triton launches against the parts in float64; the op's fakes and gradient on a GPU."""
+"""Gated attention as one operator: the Triton launches against the parts in float64; the op itself on a GPU."""
 
 import pytest
 import torch
