@@ -63,7 +63,7 @@ class GatedLinearAttention(nn.Module):
         """Whether all between the projections is the released form without LRPE, which has an operator of its own."""
         config = self.config
         released = (config.gate, config.activation, config.value_activation) == ("full", "silu", "none")
-        return released and self.lrpe is None and type(self.norm) is SRMSNorm
+        return released and self.lrpe is None and type(self.norm) is SRMSNorm and self.attend is attend
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, M] → q, k [B, T, H, D], v [B, T, H, E] and the gate [B, T, M]."""
