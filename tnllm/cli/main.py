@@ -19,6 +19,9 @@ from tnllm.errors import UserError
 COMMANDS = (
     "train",
     "generate",
+    "serve",
+    "eval",
+    "convert",
     "data",
     "tokenizer",
     "recipes",
@@ -28,6 +31,10 @@ COMMANDS = (
     "bench-attn",
     "bench-norm",
     "bench-train",
+    "bench-decode",
+    "bench-eval",
+    "bench-serve",
+    "bench-scale",
 )
 
 app = typer.Typer(
