@@ -1,6 +1,7 @@
 """Paths of the files that ship in the package: a sample corpus, its tokenizer and their licences.
 
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
+sample_instructions()   # .../sample/instructions.jsonl: questions and answers to fine-tune on
 demo_weights()      # .../demo: a small model's weights folder
 tokenizer_model()   # .../tokenizer.model: 8,192 pieces, trained by this project's code
 """
@@ -17,6 +18,11 @@ def folder() -> Path:
 def sample_corpus() -> Path:
     """The bilingual sample corpus (JSON Lines, xz); `NOTICE` beside it names sources and licences."""
     return folder() / "sample" / "sample.jsonl.xz"
+
+
+def sample_instructions() -> Path:
+    """Short questions and answers, English and Chinese, written for this project (JSON Lines, messages)."""
+    return folder() / "sample" / "instructions.jsonl"
 
 
 def tokenizer_model() -> Path:
