@@ -28,7 +28,7 @@ ALLOWED = {
     "__init__": set(),
 }
 # Heavy packages a command must not import until it runs, so that `tnllm --help` answers at once.
-HEAVY = {"torch", "numpy", "pydantic", "lm_eval", "matplotlib", "triton", "sentencepiece", "yaml"}
+HEAVY = {"torch", "numpy", "pydantic", "lm_eval", "matplotlib", "triton", "sentencepiece", "yaml", "fastapi", "uvicorn"}
 
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -19,6 +19,7 @@ from tnllm.errors import UserError
 COMMANDS = (
     "train",
     "generate",
+    "serve",
     "data",
     "tokenizer",
     "recipes",
