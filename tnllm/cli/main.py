@@ -20,6 +20,8 @@ COMMANDS = (
     "train",
     "generate",
     "serve",
+    "eval",
+    "convert",
     "data",
     "tokenizer",
     "recipes",
@@ -28,7 +30,11 @@ COMMANDS = (
     "plot",
     "bench-attn",
     "bench-norm",
+    "bench-train",
     "bench-decode",
+    "bench-eval",
+    "bench-serve",
+    "bench-scale",
 )
 
 app = typer.Typer(
