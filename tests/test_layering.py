@@ -42,6 +42,8 @@ HEAVY = {
     "yaml",
     "transformers",
     "tiktoken",
+    "fastapi",
+    "uvicorn",
 }
 
 FILES = sorted(ROOT.rglob("*.py"))

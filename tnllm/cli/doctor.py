@@ -22,6 +22,7 @@ EXTRAS = {
     "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard"),
     "plot": ("matplotlib",),
     "track": ("tensorboard",),
+    "serve": ("fastapi", "uvicorn"),
     "hf": ("transformers",),
     "bench": ("fla",),
 }

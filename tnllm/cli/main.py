@@ -32,6 +32,7 @@ COMMANDS = (
     "bench-norm",
     "bench-train",
     "bench-decode",
+    "bench-stream",
     "bench-eval",
     "bench-serve",
     "bench-scale",
