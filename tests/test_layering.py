@@ -23,7 +23,9 @@ ALLOWED = {
     "training": MODEL | {"parallel", "data", "generation"},
     "evaluation": MODEL | {"parallel", "data", "generation"},
     "bench": MODEL | {"parallel", "data", "generation"},
-    "cli": MODEL | {"parallel", "data", "generation", "training", "evaluation", "bench"},
+    # Self-cleaning trains the model it scores with.
+    "cleaning": MODEL | {"data", "generation", "training"},
+    "cli": MODEL | {"parallel", "data", "generation", "training", "evaluation", "bench", "cleaning"},
     "__main__": {"cli"},
     "__init__": set(),
 }

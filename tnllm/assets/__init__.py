@@ -2,6 +2,7 @@
 
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
 demo_weights()      # .../demo: a small model's weights folder
+named("dirty-sample")   # .../dirty/pages: text with known dirt, for the cleaning pipeline
 tokenizer_model()   # .../tokenizer.model: 8,192 pieces, trained by this project's code
 """
 
@@ -27,3 +28,18 @@ def tokenizer_model() -> Path:
 def demo_weights() -> Path:
     """The weights folder of the demo model, trained by `recipes/demo.yaml`."""
     return folder() / "demo"
+
+
+def named(name: str) -> Path:
+    """The path a recipe means: `dirty-sample`, `dirty-held-out` and `dirty-evaluation` ship; others are paths.
+
+    The dirty sample is text as the web brings it (JSON Lines; text, id, source, noise), with clean text of the same
+    sources to measure losses on and an invented evaluation set.
+    """
+    dirty = folder() / "dirty"
+    packaged = {
+        "dirty-sample": dirty / "pages",
+        "dirty-held-out": dirty / "held-out.jsonl.xz",
+        "dirty-evaluation": dirty / "evaluation.jsonl",
+    }
+    return packaged.get(name, Path(name))
