@@ -71,8 +71,8 @@ def bench_attention(
 ) -> dict:
     """Gate, then measure. Returns {"environment", "accuracy": [...], "rows": [...]}, all plain values.
 
-    A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor for each; compile_ms;
-    tb_per_s, tflop_per_s; extra_mib (fwd+bwd, inputs not counted; null on CPU).
+    A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor and host_ms for each;
+    compile_ms; tb_per_s, tflop_per_s; extra_mib (fwd+bwd, inputs not counted; null on CPU).
     """
     providers = choose(names, device, dtype, note)
     bandwidth = copy_bandwidth(device)
@@ -181,6 +181,8 @@ def _time(
         "fwd_bwd_high_ms": fwd_bwd.high_ms,
         "fwd_bwd_over_floor": fwd_bwd.median_ms / floors[1],
         "fwd_bwd_ns_per_token": 1e6 * fwd_bwd.median_ms / (shape.batch * shape.length),
+        "fwd_host_ms": fwd.host_ms,
+        "fwd_bwd_host_ms": fwd_bwd.host_ms,
         "compile_ms": fwd.compile_ms + fwd_bwd.compile_ms,
         "extra_mib": None if memory is None else memory / 2**20,
         "floor_fwd_ms": floors[0],

@@ -5,9 +5,9 @@
 (arXiv 2307.14995, appendix D: most of a corpus is good, so a model of all of it finds the bad parts unlikely.) Each
 round leaves, under OUT/work/self-clean/round-N:
 
-    train.jsonl.zst  tokens/  run/    what was learned from, and the training run (it resumes)
-    scores/NNNNN.jsonl.zst            id, group, tokens, bytes, nats of every document that was still in
-    kept/NNNNN.jsonl.zst              what stays (the last round writes OUT/clean)
+    train.jsonl.gz  tokens/  run/    what was learned from, and the training run (it resumes)
+    scores/NNNNN.jsonl.gz            id, group, tokens, bytes, nats of every document that was still in
+    kept/NNNNN.jsonl.gz              what stays (the last round writes OUT/clean)
 
 A round whose files are there is not done again. What is held out is never learned from; after the last round a model
 learns from what is left, and its loss there is the measure. Every model takes the same number of steps.
@@ -23,8 +23,7 @@ from typing import Any
 from tnllm import assets
 from tnllm.cleaning.score import Score, score_texts
 from tnllm.data.cleaning.settings import SelfCleanSection
-from tnllm.data.cleaning.shards import Lines, read_lines
-from tnllm.data.cleaning.steps import REJECTED
+from tnllm.data.cleaning.shards import REJECTED, Lines, read_lines
 from tnllm.data.corpus import find_files, read_documents
 from tnllm.data.encode import Options
 from tnllm.data.tokenize import tokenize_corpus
@@ -54,7 +53,7 @@ def self_clean(
     Raises UserError for an empty corpus and what training and scoring raise.
     """
     work = out / "work" / "self-clean"
-    shards = sorted(source.glob("*.jsonl.zst"))
+    shards = sorted(source.glob("*.jsonl.gz"))
     held_out = _hold_out(settings, shards, work)
     kept = source
     rounds = []
@@ -94,7 +93,7 @@ def _identity(record: dict[str, Any]) -> bytes:
 
 def _hold_out(settings: SelfCleanSection, shards: list[Path], work: Path) -> Path:
     """What losses are measured on: the recipe's own text, or a share of the corpus chosen by hash."""
-    path = work / "held-out.jsonl.zst"
+    path = work / "held-out.jsonl.gz"
     if path.exists():
         return path
     limit = int(settings.held_out_fraction * 2**64)
@@ -114,7 +113,7 @@ def _hold_out(settings: SelfCleanSection, shards: list[Path], work: Path) -> Pat
 
 def _learned_from(folder: Path, kept: Path, seed: tuple[str, ...], held_out: Path) -> Path:
     """One file of training text: the seed, or what is kept, without what is held out."""
-    path = folder / "train.jsonl.zst"
+    path = folder / "train.jsonl.gz"
     if not path.exists():
         without = {_identity(record) for record in read_lines(held_out)}
         with Lines(path) as lines:
@@ -131,14 +130,14 @@ def _texts(kept: Path, seed: tuple[str, ...]) -> Iterator[str]:
         for document in read_documents(find_files(seed)):
             yield document.text
     else:
-        for shard in sorted(kept.glob("*.jsonl.zst")):
+        for shard in sorted(kept.glob("*.jsonl.gz")):
             for record in read_lines(shard):
                 yield record["text"]
 
 
 def _random_subset(folder: Path, source: Path, kept: Path, held_out: Path) -> Path:
     """As many bytes of the corpus before self-cleaning as were kept, chosen at random."""
-    path = folder / "train.jsonl.zst"
+    path = folder / "train.jsonl.gz"
     if not path.exists():
         target = sum(len(text.encode()) for text in _texts(kept, ()))
         without = {_identity(record) for record in read_lines(held_out)}
@@ -169,7 +168,7 @@ def _train(settings: SelfCleanSection, text: Path, folder: Path, device: str) ->
 
 
 def _score_shards(ready: Ready, kept: Path, folder: Path, say: Say) -> None:
-    for shard in sorted(kept.glob("*.jsonl.zst")):
+    for shard in sorted(kept.glob("*.jsonl.gz")):
         if (folder / shard.name).exists():
             continue
         records = [{"id": r["id"], "group": f"{r.get('source', '')}/{r.get('lang', '')}"} for r in read_lines(shard)]
@@ -181,7 +180,7 @@ def _score_shards(ready: Ready, kept: Path, folder: Path, say: Say) -> None:
 
 
 def _scores(folder: Path) -> Iterator[tuple[dict[str, Any], float]]:
-    for path in sorted(folder.glob("*.jsonl.zst")):
+    for path in sorted(folder.glob("*.jsonl.gz")):
         for record in read_lines(path):
             yield record, Score(record["tokens"], record["nats"], record["bytes"]).bits_per_byte
 
@@ -203,7 +202,7 @@ def _limits(settings: SelfCleanSection, scores: Path) -> dict[str, tuple[float, 
 def _select(
     limits: dict[str, tuple[float, float]], number: int, kept: Path, scores: Path, target: Path, rejected: Path | None
 ) -> None:
-    for shard in sorted(kept.glob("*.jsonl.zst")):
+    for shard in sorted(kept.glob("*.jsonl.gz")):
         if (target / shard.name).exists():
             continue
         dropped = []
@@ -241,7 +240,7 @@ def _round_report(
         documents, size = documents + 1, size + record["bytes"]
     documents_out = bytes_out = 0
     tally: dict[str, int] = {}
-    for shard in sorted(target.glob("*.jsonl.zst")):
+    for shard in sorted(target.glob("*.jsonl.gz")):
         for record in read_lines(shard):
             documents_out, bytes_out = documents_out + 1, bytes_out + len(record["text"].encode())
             if tally_field and tally_field in record:

@@ -115,6 +115,7 @@ def inspect(
 
 app.command("clean", epilog=data_clean.CLEAN_EPILOG)(data_clean.clean)
 app.command("dedup", epilog=data_clean.DEDUP_EPILOG)(data_clean.dedup)
+app.command("self-clean", epilog=data_clean.SELF_CLEAN_EPILOG)(data_clean.self_clean)
 app.command("score", epilog=data_clean.SCORE_EPILOG)(data_clean.score)
 
 

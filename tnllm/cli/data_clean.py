@@ -24,6 +24,7 @@ class Executor(StrEnum):
 
 CLEAN_EPILOG = "Example:  tnllm data clean data/sample -o clean-out   |   tnllm data clean web/ -o out --workers 8"
 DEDUP_EPILOG = "Example:  tnllm data dedup web.jsonl.zst -o unique --threshold 0.7 --pairs pairs.tsv"
+SELF_CLEAN_EPILOG = "Example:  tnllm data self-clean clean-out/clean -o better --set self_clean.rounds=2"
 SCORE_EPILOG = "Example:  tnllm data score web.jsonl --model runs/tiny -o scores.jsonl"
 
 
@@ -107,6 +108,25 @@ def dedup(
     _run(settings, out, workers, Executor.local, as_json, overwrite=overwrite)
     if pairs is not None or truth is not None:
         _list_pairs(out, pairs, truth, threshold)
+
+
+def self_clean(
+    inputs: list[str] = typer.Argument(..., help="A cleaning recipe, files, folders, or both."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to go on after a stop."),
+    sets: list[str] = typer.Option([], "--set", help="Override a key: --set self_clean.drop_highest=0.05. Repeatable."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
+) -> None:
+    """Train a small model on a corpus, drop what it finds unlikely, repeat; needs no extra, so it runs on a GPU node."""
+    from tnllm.cleaning.config import load_clean_recipe
+    from tnllm.cleaning.run import self_clean_alone
+    from tnllm.data.cleaning.report import render
+
+    recipe, paths = _split(inputs)
+    more = ["self_clean.rounds=1"] if recipe is None else []
+    more += [f"input.path={json.dumps(paths)}"] if paths else []
+    report = self_clean_alone(load_clean_recipe(recipe, [*more, *sets]), out, device)
+    print(json.dumps(report, ensure_ascii=False) if as_json else render(report))
 
 
 def score(

@@ -66,6 +66,8 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.checkpointing = "none"
+        # The head with its loss; ranks that share the vocabulary put their own in its place.
+        self.cross_entropy = linear_cross_entropy
 
     @property
     def head_weight(self) -> Tensor:
@@ -84,16 +86,20 @@ class LanguageModel(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Matrices and embeddings N(0, init_std^2), the padding row zero, norm weights one, theta by its formula."""
+        for module in self.modules():
+            self.init_module(module, generator)
+
+    def init_module(self, module: nn.Module, generator: torch.Generator | None = None) -> None:
+        """The initial weights of one of this model's modules, its children's left out."""
         with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, nn.Linear | nn.Embedding):
-                    module.weight.normal_(0.0, self.config.init_std, generator=generator)
-                elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
-                    module.weight.fill_(1.0)
-                elif isinstance(module, LRPE):
-                    module.reset()
-            if self.config.pad_token_id is not None:
-                self.embed_tokens.weight[self.config.pad_token_id].zero_()
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, self.config.init_std, generator=generator)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, LRPE):
+                module.reset()
+            if module is self.embed_tokens and self.config.pad_token_id is not None:
+                module.weight[self.config.pad_token_id].zero_()
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """`full` recomputes every block in the backward pass; `none` keeps all activations."""
@@ -197,11 +203,16 @@ class LanguageModel(nn.Module):
         state.position += 1
         return self.logits(self.final_norm(x))
 
-    def loss(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; shapes as `tokens`."""
-        start: list[None] = [None] * self.config.num_layers
-        x, _ = self._run(tokens, start, None, cu_seqlens)
-        return linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
+    def loss(
+        self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; shapes as `tokens`.
+
+        `start` [B] int64 is the position of each row's first token, zero where it is not given.
+        """
+        layers: list[None] = [None] * self.config.num_layers
+        x, _ = self._run(tokens, layers, start, cu_seqlens)
+        return self.cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
 
 
 def build_model(

@@ -2,7 +2,7 @@
 
     signatures/NNNNN.npy   uint32 [values, documents]: MinHash values (rensa), one row after another
     signatures/NNNNN.exact.npy, .ids.json     content hashes and names of the same documents
-    pairs/NN.npy           uint64 [K, 2]: documents that share band NN (the last: the content hash)
+    pairs/NNN.npy          uint64 [K, 2]: documents that share a band of task NNN
     groups.npz             verified pairs with their similarity; which documents go, and for which other
 
 A document is numbered `shard << 32 | place`. Near means that the Jaccard similarity of two documents' n-grams reaches the
@@ -25,8 +25,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from tnllm.data.cleaning.hashing import content_hash, counts_characters, mix, ngram_hashes, token_hashes
 from tnllm.data.cleaning.settings import DedupSection
-from tnllm.data.cleaning.shards import read_lines
-from tnllm.data.cleaning.steps import REJECTED, Step, reject
+from tnllm.data.cleaning.shards import REJECTED, read_lines
+from tnllm.data.cleaning.steps import Step, reject
 from tnllm.errors import MissingExtra
 from tnllm.files import write_bytes_atomic, write_text_atomic
 
@@ -36,6 +36,8 @@ _VERIFY_PAIRS = 1 << 16
 # Two documents of a thousand n-grams each, 8 bytes an n-gram.
 _BYTES_PER_PAIR = 16_000
 _MAX_LISTED_GROUP = 100
+# Bands are few hundred milliseconds each on a million documents: more tasks would mostly start and stop.
+MATCH_TASKS = 8
 
 
 class Sign(PipelineStep):
@@ -101,7 +103,7 @@ def num_bands(settings: DedupSection) -> int:
 
 
 class Match(PipelineStep):
-    """Pairs of documents that agree in one band; task `num_bands` matches content hashes."""
+    """Pairs of documents that agree in a band; each task takes every `world_size`-th band, the last: content hashes."""
 
     type, name = "tnllm", "match"
 
@@ -112,10 +114,12 @@ class Match(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         total = sum(len(np.load(path, mmap_mode="r")) for path in sorted(self.folder.glob("*.exact.npy")))
         parts = max(1, -(-total * _BYTES_PER_DOCUMENT // int(self.settings.memory_mb * 2**20)))
+        found = [np.zeros((0, 2), np.uint64)]
         with self.track_time():
-            found = [self._match(rank, part, parts) for part in range(parts)]
+            for band in range(rank, num_bands(self.settings) + 1, world_size):
+                found += [self._match(band, part, parts) for part in range(parts)]
         self.out.mkdir(parents=True, exist_ok=True)
-        _save(self.out / f"{rank:03d}.npy", np.concatenate(found))
+        _save(self.out / f"{rank:03d}.npy", np.unique(np.concatenate(found), axis=0))
         return iter(())
 
     def _match(self, band: int, part: int, parts: int) -> np.ndarray:
@@ -218,7 +222,7 @@ class Group(PipelineStep):
         held: dict[int, np.ndarray] = {}
         for shard in np.unique(numbers >> np.uint64(32)):
             wanted = set((numbers[numbers >> np.uint64(32) == shard] & np.uint64(0xFFFFFFFF)).tolist())
-            for place, record in enumerate(read_lines(self.filtered / f"{int(shard):05d}.jsonl.zst")):
+            for place, record in enumerate(read_lines(self.filtered / f"{int(shard):05d}.jsonl.gz")):
                 if place in wanted:
                     held[int(shard) << 32 | place] = shingles(record["text"], self.settings)
                     if len(held) == len(numbers):
@@ -278,7 +282,7 @@ class Drop(Step):
         fate = {
             int(place): (int(of), float(close), bool(same)) for place, of, close, same in zip(*columns, strict=True)
         }
-        for place, record in enumerate(read_lines(self.kept / f"{rank:05d}.jsonl.zst")):
+        for place, record in enumerate(read_lines(self.kept / f"{rank:05d}.jsonl.gz")):
             doc = Document(record.pop("text"), record.pop("id"), metadata=record)
             self.stat_update("documents")
             self.stat_update("bytes", value=len(doc.text.encode("utf-8", "replace")))

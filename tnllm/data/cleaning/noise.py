@@ -1,6 +1,7 @@
 """Dirt of known kinds put into clean text: how the dirty sample in the package was made, and what tests measure with.
 
-    python -m tnllm.data.cleaning.noise OUT [JAPANESE.txt]      # writes what lies in tnllm/assets/dirty, byte for byte
+    python -m tnllm.data.cleaning.noise sample OUT [JAPANESE.txt]   # what lies in tnllm/assets/dirty, byte for byte
+    python -m tnllm.data.cleaning.noise mix CORPUS OUT [DOCUMENTS]  # excerpts of a corpus, a fifth of them spoiled
 
 Text comes from the sample corpus that ships (public domain and MIT; see assets/NOTICE), the Japanese from the second
 argument; everything else is made here, from a fixed seed. Every record says in `noise` what was done to it ("none"
@@ -18,7 +19,8 @@ from typing import Any
 
 from tnllm import assets
 from tnllm.data.cleaning.hashing import counts_characters
-from tnllm.data.corpus import read_documents
+from tnllm.data.cleaning.shards import Lines
+from tnllm.data.corpus import find_files, read_documents
 from tnllm.files import write_bytes_atomic
 
 SEED = 20261124
@@ -262,5 +264,34 @@ def _json_lines(records: list[dict[str, Any]], name: str) -> Iterator[bytes]:
         yield line.encode("utf-8", "replace") + b"\n"
 
 
+def mix(corpus: Path, out: Path, documents: int, seed: int = SEED) -> None:
+    """OUT/noisy.jsonl.gz: excerpts of `corpus`, 4 % of each kind a reader of text alone can tell; OUT/held-out.jsonl.gz.
+
+    Excerpts are of at most 1,200 characters (Chinese: 400), one a document, so that none repeats another.
+    """
+    rng = random.Random(seed)
+    pieces = []
+    for document in read_documents(find_files([corpus])):
+        limit = 400 if counts_characters(document.text[:400]) else 1200
+        text = document.text[:limit].strip()
+        if len(text) > limit // 3:
+            pieces.append((str(document.record.get("source", corpus.stem)), text))
+    rng.shuffle(pieces)
+    pieces = pieces[:documents]
+    share = len(pieces) // 25
+    with Lines(out / "held-out.jsonl.gz") as lines:
+        for source, text in pieces[:share]:
+            lines.write({"text": text, "source": source})
+    kinds = ("shuffled", "gibberish", "lost encoding", "keywords", "foreign")
+    with Lines(out / "noisy.jsonl.gz") as lines:
+        for number, (source, text) in enumerate(pieces[share:]):
+            kind = kinds[number % 25] if number % 25 < len(kinds) else "none"
+            made = text if kind == "none" else _MAKERS[kind](text, rng)
+            lines.write({"text": made, "id": f"{number:06d}", "source": source, "noise": kind})
+
+
 if __name__ == "__main__":
-    write_sample(Path(sys.argv[1]), Path(sys.argv[2]).read_text("utf-8") if len(sys.argv) > 2 else "")
+    if sys.argv[1] == "mix":
+        mix(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 1 << 60)
+    else:
+        write_sample(Path(sys.argv[2]), Path(sys.argv[3]).read_text("utf-8") if len(sys.argv) > 3 else "")

@@ -7,21 +7,19 @@ run.unique                                          # the folder of what is kept
 OUT/recipe.json      settings and inputs; a run with others is refused
 OUT/work/filtered    documents that passed the filters, one file a shard
 OUT/work/unique      without duplicates (the last stage writes OUT/clean where nothing follows)
-OUT/rejected         STAGE-NNNNN.jsonl.zst
+OUT/rejected         STAGE-NNNNN.jsonl.gz
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tnllm import __version__, assets
 from tnllm.data.cleaning.decontaminate import build_index, eval_files
-from tnllm.data.cleaning.dedup import Drop, Group, Match, Sign, num_bands
+from tnllm.data.cleaning.dedup import MATCH_TASKS, Drop, Group, Match, Sign, num_bands
 from tnllm.data.cleaning.executor import Stage, stage_stats
 from tnllm.data.cleaning.settings import CleanSettings
 from tnllm.data.cleaning.shards import fingerprint, plan_shards
@@ -84,7 +82,8 @@ def _stages(settings: CleanSettings, shards: Any, out: Path, work: Path, last: P
     sizes = [sum(piece.size for piece in shard) for shard in shards]
     yield Stage("filter", steps, count, work / "filter", sizes)
     if dedup.enabled:
-        yield Stage("match", [Match(signatures, pairs, dedup)], num_bands(dedup) + 1, work / "match")
+        tasks = min(MATCH_TASKS, num_bands(dedup) + 1)
+        yield Stage("match", [Match(signatures, pairs, dedup)], tasks, work / "match")
         yield Stage("group", [Group(signatures, pairs, filtered, groups, dedup)], 1, work / "group")
         drop = Drop(filtered, groups, signatures, settings.output.tally_field)
         yield Stage("dedup", [drop, Writer(last, rejected, "dedup")], count, work / "dedup")
@@ -135,15 +134,3 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         return f"{len(before['inputs'])} input files (now {len(now['inputs'])}, or others)"
     changed = [path for path, mark in now["inputs"].items() if before["inputs"][path] != mark]
     return f"another content of {changed[0]}" if changed else ""
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go when it ends, however it ends. Raises UserError."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is cleaning into {out}; wait for it or choose another folder") from None
-        yield

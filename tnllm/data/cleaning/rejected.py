@@ -14,7 +14,7 @@ from tnllm.errors import UserError
 
 def rejected(folder: Path) -> Iterator[dict[str, Any]]:
     """Every rejected record, each with `rejected`: step, reason and figures. Raises UserError where none are kept."""
-    files = sorted((folder / "rejected").glob("*.jsonl.zst"))
+    files = sorted((folder / "rejected").glob("*.jsonl.gz"))
     if not files:
         raise UserError(f"{folder} holds no rejected documents; clean with --keep-rejected")
     for path in files:

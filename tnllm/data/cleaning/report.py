@@ -7,19 +7,22 @@ print(render(report))
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tnllm.data.cleaning.html import page
-from tnllm.data.cleaning.pipeline import CleanRun
 from tnllm.data.cleaning.shards import read_lines
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, write_text_atomic
+
+if TYPE_CHECKING:
+    # A report is also read and shown where datatrove is not installed.
+    from tnllm.data.cleaning.pipeline import CleanRun
 
 JSON, HTML = "report.json", "report.html"
 _MAX_NAMED = 20
 
 
-def build_report(run: CleanRun, self_clean: dict[str, Any] | None = None) -> dict[str, Any]:
+def build_report(run: "CleanRun", self_clean: dict[str, Any] | None = None) -> dict[str, Any]:
     """Counts of a finished run, over all shards, whenever they were done."""
     stats = run.stats()
     steps: list[dict[str, Any]] = []
@@ -32,11 +35,7 @@ def build_report(run: CleanRun, self_clean: dict[str, Any] | None = None) -> dic
     ends = [*passed, (_get(writer, "documents"), _get(writer, "bytes"))]
     for step, (documents, size) in zip(steps, ends, strict=True):
         step["documents_out"], step["bytes_out"] = documents, size
-    for round_ in (self_clean or {}).get("rounds", []):
-        columns = ("documents_in", "bytes_in", "documents_out", "bytes_out")
-        lost = round_["documents_in"] - round_["documents_out"]
-        row = {"step": f"self-clean {round_['round']}", "seconds": None, "reasons": {"unlikely text": lost}}
-        steps.append(row | {key: round_[key] for key in columns})
+    steps += _round_rows(self_clean)
     filters, group = stats["filter"], stats.get("group", {}).get("group", {})
     report: dict[str, Any] = {
         "out": str(run.out),
@@ -54,6 +53,34 @@ def build_report(run: CleanRun, self_clean: dict[str, Any] | None = None) -> dic
         "self_clean": self_clean,
     }
     return report
+
+
+def self_clean_report(out: Path, found: dict[str, Any], tally: dict[str, int]) -> dict[str, Any]:
+    """The same for `tnllm data self-clean` alone; `tally` counts the tallied field's values in the input."""
+    steps = _round_rows(found)
+    values: dict[str, Any] = {value: {"in": count, "out": count, "rejected": {}} for value, count in tally.items()}
+    return {
+        "out": str(out),
+        "documents_in": steps[0]["documents_in"],
+        "documents_out": steps[-1]["documents_out"],
+        "bytes_out": steps[-1]["bytes_out"],
+        "steps": steps,
+        "languages": {},
+        "duplicate_groups": {},
+        "tally": _tally_rounds(values, found),
+        "unreadable": [],
+        "self_clean": found,
+    }
+
+
+def _round_rows(found: dict[str, Any] | None) -> list[dict[str, Any]]:
+    rows = []
+    for round_ in (found or {}).get("rounds", []):
+        columns = ("documents_in", "bytes_in", "documents_out", "bytes_out")
+        lost = round_["documents_in"] - round_["documents_out"]
+        row = {"step": f"self-clean {round_['round']}", "seconds": None, "reasons": {"unlikely text": lost}}
+        rows.append(row | {key: round_[key] for key in columns})
+    return rows
 
 
 def _get(counts: dict[str, Any], label: str) -> int:
@@ -92,6 +119,10 @@ def _tally(steps: list[dict[str, Any]], rounds: dict[str, Any] | None, stats: An
                 values[value]["rejected"][name] = count
     for entry in values.values():
         entry["out"] = entry["in"] - sum(entry["rejected"].values())
+    return _tally_rounds(values, rounds)
+
+
+def _tally_rounds(values: dict[str, Any], rounds: dict[str, Any] | None) -> dict[str, Any]:
     for round_ in (rounds or {}).get("rounds", []):
         for value, entry in values.items():
             after = round_["kept_by_tally"].get(value, 0)
@@ -100,10 +131,10 @@ def _tally(steps: list[dict[str, Any]], rounds: dict[str, Any] | None, stats: An
     return values
 
 
-def _unreadable(run: CleanRun) -> list[str]:
+def _unreadable(run: "CleanRun") -> list[str]:
     """The first places that could not be read, and why."""
     found: list[str] = []
-    for path in sorted((run.out / "rejected").glob("filter-*.jsonl.zst")):
+    for path in sorted((run.out / "rejected").glob("filter-*.jsonl.gz")):
         for record in read_lines(path):
             if record["rejected"]["reason"] == "unreadable":
                 where, why = record["where"], record["rejected"]["why"]

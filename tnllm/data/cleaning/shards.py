@@ -1,25 +1,30 @@
 """The input cut into shards, the units of work, and the files of a cleaning run: JSON Lines written whole or not at all.
 
 shards = plan_shards(find_files(["web/"]), shard_bytes=64 << 20)   # files, and spans of large plain ones
-with Lines(folder / "00000.jsonl.zst") as lines:                   # renamed into place when the block ends well
+with Lines(folder / "00000.jsonl.gz") as lines:                   # renamed into place when the block ends well
     lines.write({"text": "..."})
-for record in read_lines(folder / "00000.jsonl.zst"): ...
+for record in read_lines(folder / "00000.jsonl.gz"): ...
 """
 
+import fcntl
+import gzip
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tnllm.data.corpus import Span, kind_of, lines_of
-from tnllm.errors import MissingExtra, RunError
+from tnllm.errors import RunError, UserError
 from tnllm.files import fsync_dir
 
 _EDGE_BYTES = 1 << 16
+# The field of a rejected record that says where and why: step, reason and figures.
+REJECTED = "rejected"
 
 
 @dataclass(frozen=True)
@@ -86,18 +91,14 @@ def fingerprint(path: Path) -> str:
 
 
 class Lines:
-    """A packed JSON Lines file that appears under its name only when complete."""
+    """A gzipped JSON Lines file that appears under its name only when complete; the same records give the same bytes."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise MissingExtra("data", "zstandard") from None
         self.path, self.count = path, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         self._file = open(self._aside, "wb")
-        self._packer = zstandard.ZstdCompressor(level=3).stream_writer(self._file, closefd=False)
+        self._packer = gzip.GzipFile("", "wb", 4, self._file, mtime=0)
 
     def __enter__(self) -> "Lines":
         return self
@@ -111,11 +112,10 @@ class Lines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            self._packer.close()
             if kind is None:
-                self._packer.close()
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                self._file.close()
                 os.replace(self._aside, self.path)
                 fsync_dir(self.path.parent)
         finally:
@@ -130,3 +130,15 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line or b"")
         except ValueError:
             raise RunError(f"{path}:{number} is damaged; remove the folder's work/ and clean again") from None
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go when it ends, however it ends. Raises UserError."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is cleaning into {out}; wait for it or choose another folder") from None
+        yield

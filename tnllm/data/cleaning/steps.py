@@ -16,11 +16,9 @@ from tnllm.data.cleaning.blocklist import Blocklist
 from tnllm.data.cleaning.decontaminate import Index
 from tnllm.data.cleaning.language import identify
 from tnllm.data.cleaning.settings import CleanSettings, InputSection
-from tnllm.data.cleaning.shards import Lines, Piece
+from tnllm.data.cleaning.shards import REJECTED, Lines, Piece
 from tnllm.data.corpus import read_file
 from tnllm.errors import RunError, UserError
-
-REJECTED = "rejected"
 
 
 def reject(doc: Document, step: str, reason: str, **figures: Any) -> None:
@@ -251,7 +249,7 @@ class Decontaminate(Step):
 
 
 class Writer(PipelineStep):
-    """Kept documents to `kept/NNNNN.jsonl.zst`, rejected ones to `rejected/STAGE-NNNNN.jsonl.zst`."""
+    """Kept documents to `kept/NNNNN.jsonl.gz`, rejected ones to `rejected/STAGE-NNNNN.jsonl.gz`."""
 
     type, name = "tnllm", "write"
 
@@ -261,11 +259,11 @@ class Writer(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         if self.rejected is None:
-            with Lines(self.kept / f"{rank:05d}.jsonl.zst") as kept:
+            with Lines(self.kept / f"{rank:05d}.jsonl.gz") as kept:
                 yield from self._write(data, kept, None)
             return
-        path = self.rejected / f"{self.stage}-{rank:05d}.jsonl.zst"
-        with Lines(self.kept / f"{rank:05d}.jsonl.zst") as kept, Lines(path) as rejected:
+        path = self.rejected / f"{self.stage}-{rank:05d}.jsonl.gz"
+        with Lines(self.kept / f"{rank:05d}.jsonl.gz") as kept, Lines(path) as rejected:
             yield from self._write(data, kept, rejected)
 
     def _write(self, data: DocumentsPipeline, kept: Lines, rejected: Lines | None) -> DocumentsPipeline:

@@ -17,10 +17,10 @@ _TAGS = "a abbr article aside b blockquote body br button center code div em fon
 _TAGS += " header hr html i iframe img input label li link main meta nav object ol option p pre script section select"
 _TAGS += " small span strong style sub sup table tbody td th thead title tr u ul video"
 _TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:\s[^<>]{{0,2000}})?/?>", re.IGNORECASE)
-_BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\s{0,9}/?>", re.IGNORECASE)
+_BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\s{0,9}/?>\n?", re.IGNORECASE)
 _CODE = re.compile(r"<(script|style)\b[^<>]{0,2000}>.*?</\1>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
 _ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{1,6}|#x[0-9a-fA-F]{1,5});")
-_URL = re.compile(r"(?:https?://|www\.)[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+")
+_URL = re.compile(r" ?(?:https?://|www\.)[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+")
 # Dots, dashes, stars, hashes, bars, dollars and backslashes build Markdown and LaTeX, so they are left alone.
 _REPEATED = re.compile(r"([!?,;~！？，。、；～])\1+")
 # Zero-width, bidirectional and other invisible signs, private use, byte order marks; not the joiners of emoji.
