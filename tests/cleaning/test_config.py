@@ -38,7 +38,7 @@ def test_mistakes_are_named(tmp_path, text, message):
 def test_unknown_recipe_and_set():
     with pytest.raises(UserError, match=r"no cleaning recipe data/sampel: .*did you mean 'data/sample'\?"):
         load_clean_recipe("data/sampel")
-    with pytest.raises(UserError, match="write section.key=value"):
+    with pytest.raises(UserError, match="such as dedup"):
         load_clean_recipe(None, ["threshold=1"])
 
 

@@ -97,5 +97,5 @@ def test_other_settings_are_refused(cleaned, corpus):
 
 
 def test_no_rounds_is_a_mistake(corpus, tmp_path):
-    with pytest.raises(UserError, match="self_clean.rounds is 0"):
+    with pytest.raises(UserError, match=r"self_clean\.rounds is 0"):
         self_clean_alone(settings(corpus, rounds=0), tmp_path / "out", "cpu")

@@ -75,7 +75,10 @@ def test_separation_is_the_area_under_the_curve():
         (["clean", "a.yaml", "b.yaml", "-o", "OUT"], "2 recipes are given (a.yaml, b.yaml); name one"),
         (["clean", "CORPUS", "-o", "OUT", "--set", "dedup.treshold=1"], "did you mean 'threshold'? (--set)"),
         (["clean", "CORPUS", "-o", "OUT", "--executor", "slurm"], "there is no sbatch on this machine"),
-        (["clean", "CORPUS", "-o", "OUT", "--set", "input.on_error=stop", "--workers", "1"], "web.jsonl:7: invalid JSON"),
+        (
+            ["clean", "CORPUS", "-o", "OUT", "--set", "input.on_error=stop", "--workers", "1"],
+            "web.jsonl:7: invalid JSON",
+        ),
         (["dedup", "CORPUS", "-o", "OUT", "--threshold", "2"], "--threshold is 2.0: input should be less than"),
         (["dedup", "CORPUS", "-o", "OUT", "--truth", "nowhere.tsv"], "no labelled pairs at nowhere.tsv"),
         (["inspect", "CORPUS", "--reason", "rules"], "--reason is for the folder of a cleaning run"),

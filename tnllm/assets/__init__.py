@@ -3,7 +3,7 @@
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
 demo_weights()      # .../demo: a small model's weights folder
 named("dirty-sample")   # .../dirty/pages: text with known dirt, for the cleaning pipeline
-tokenizer_model()   # .../tokenizer.model: 8,192 pieces, trained by this project's code
+tokenizer_model()   # .../tokenizer.model: 8,192 pieces; tokenizer_model("tnllm-64k"): 64,000
 """
 
 from importlib.resources import files
@@ -20,9 +20,14 @@ def sample_corpus() -> Path:
     return folder() / "sample" / "sample.jsonl.xz"
 
 
-def tokenizer_model() -> Path:
-    """The SentencePiece model of the demo and of the small recipes."""
-    return folder() / "tokenizer.model"
+# Name → file: 8,192 pieces for the demo and the small recipes, 64,000 for 385M parameters and more.
+TOKENIZERS = {"tnllm-8k": "tokenizer.model", "tnllm-64k": "tokenizer-64k.model"}
+
+
+def tokenizer_model(name: str | Path | None = None) -> Path:
+    """The SentencePiece model that `name` means: one that ships (None: tnllm-8k), else `name` as a path."""
+    packaged = TOKENIZERS.get(str(name or "tnllm-8k"))
+    return Path(str(name)) if packaged is None else folder() / packaged
 
 
 def demo_weights() -> Path:

@@ -158,7 +158,7 @@ def _train(settings: SelfCleanSection, text: Path, folder: Path, device: str) ->
     if (run / "weights" / "config.json").exists():
         return run
     config = load_recipe(settings.recipe, [*settings.set, f"train.device={device.split(':')[0]}"])
-    tokenizer = Tokenizer.load(config.tokenizer.path or assets.tokenizer_model())
+    tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
     tokens = folder / "tokens"
     tokenize_corpus([text], tokens, tokenizer, Options(val_fraction=0), workers=1)
     changes = [f"data.path={tokens}", f"tokenizer.path={tokenizer.path}", "eval.every_steps=0"]

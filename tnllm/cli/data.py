@@ -33,7 +33,9 @@ class SplitOn(StrEnum):
 def tokenize(
     inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
     out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to go on after a stop."),
-    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or its folder. [default: the shipped one]"),
+    tokenizer: Path | None = typer.Option(
+        None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
+    ),
     field: str = typer.Option("text", help="Field or column that holds the text."),
     split_on: SplitOn = typer.Option(SplitOn.none, help="Cut text files into documents; none: one a file."),
     val_fraction: float = typer.Option(0.01, help="Share of the documents held out for validation."),
@@ -58,7 +60,7 @@ def tokenize(
         manifest = tokenize_corpus(
             find_files(inputs),
             out,
-            Tokenizer.load(tokenizer or assets.tokenizer_model()),
+            Tokenizer.load(assets.tokenizer_model(tokenizer)),
             options,
             on_error=on_error.value,
             workers=workers,

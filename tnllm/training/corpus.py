@@ -22,12 +22,11 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     """
     sources = config.data.path or DEFAULT_SOURCES
     first = Path(sources[0].path)
-    if config.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
-    elif is_shard_folder(first):
+    if is_shard_folder(first) and config.tokenizer.path in (None, *assets.TOKENIZERS):
+        # Shards know what they were made with; a recipe's packaged tokenizer is for text.
         tokenizer = Tokenizer.load(first)
     else:
-        tokenizer = Tokenizer.load(assets.tokenizer_model())
+        tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "

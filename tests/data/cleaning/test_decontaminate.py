@@ -16,7 +16,9 @@ def index(tmp_path):
     folder.mkdir()
     record = {"question": QUESTION, "choices": {"text": ["yes", "no"], "label": [1, 2]}, "n": 3}
     (folder / "a.jsonl").write_text(json.dumps(record) + "\n\n")
-    (folder / "b.csv").write_text(f"id,question\n0,{FRAGE}\n1,the owl sees by night what the hawk missed\n", encoding="utf-8")
+    (folder / "b.csv").write_text(
+        f"id,question\n0,{FRAGE}\n1,the owl sees by night what the hawk missed\n", encoding="utf-8"
+    )
     (folder / "notes.md").write_text("not read")
     built = build_index(eval_files([folder]), words=13, characters=24)
     built.save(tmp_path / "index.npz")

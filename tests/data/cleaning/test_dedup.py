@@ -117,7 +117,6 @@ def test_join_finds_the_connected_groups(pairs):
 def test_a_crowd_of_equal_documents_makes_few_pairs(tmp_path):
     run, kept = dedup(tmp_path, [ENGLISH] * 60)
     assert kept == ["d0"]
-    settings = DedupSection()
     stage = next(step for step in run.stages if step.name == "match").steps[0]
     assert isinstance(stage, Match)
     assert len(stage._match(0, 0, 1)) <= 2 * 60

@@ -54,4 +54,3 @@ def test_hashes_are_fixed_for_ever():
     assert [int(token_hashes(text)[0]) for text in ("word", "字")] == [9480805241173167587, 2516393113289205985]
     assert content_hash("A  b") == 2952434739088078779
     assert content_hash("A  b\n") == content_hash("a b")
-

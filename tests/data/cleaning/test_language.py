@@ -12,7 +12,10 @@ from tnllm.data.cleaning.language import identify
         (CLASSICAL, "zh"),
         ("春眠不覺曉，處處聞啼鳥。", "zh"),
         ("吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。", "ja"),
-        ("Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, mes yeux se fermaient.", "fr"),
+        (
+            "Longtemps, je me suis couché de bonne heure. Parfois, à peine ma bougie éteinte, mes yeux se fermaient.",
+            "fr",
+        ),
         ("Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему.", "ru"),
         ("xqzv brtk wplf gnmh cdsj zzkq vbxp lmtr qwpf hgnk", None),
         ("", None),

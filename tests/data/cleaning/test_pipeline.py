@@ -102,7 +102,18 @@ def test_workers_change_nothing(cleaned, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_result(cleaned, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "r.yaml").write_text(json.dumps(sample().model_dump(mode="json")))
-    command = [sys.executable, "-m", "tnllm", "data", "clean", str(tmp_path / "r.yaml"), "-o", str(out), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tnllm",
+        "data",
+        "clean",
+        str(tmp_path / "r.yaml"),
+        "-o",
+        str(out),
+        "--workers",
+        "1",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     done = out / "work" / "filter" / "completions"
     while process.poll() is None and not (done / "00001").exists():
@@ -214,7 +225,9 @@ def test_slurm_takes_all_stages_as_jobs_that_wait(tmp_path, monkeypatch):
     """With an sbatch that only notes what it is given."""
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho Submitted batch job $(wc -l < {tmp_path}/calls)\n')
+    sbatch.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho Submitted batch job $(wc -l < {tmp_path}/calls)\n'
+    )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     run = open_run(sample(), tmp_path / "out")
@@ -223,6 +236,8 @@ def test_slurm_takes_all_stages_as_jobs_that_wait(tmp_path, monkeypatch):
     # datatrove submits each stage and, behind it, a job that adds up its counts.
     jobs = [call for call in calls if "RUN_OFFSET" in call]
     assert len(jobs) == len(run.stages) == 4
-    assert [f"--dependency=afterok:{number}" in job for number, job in zip((1, 3, 5), jobs[1:], strict=True)] == [True] * 3
+    assert [f"--dependency=afterok:{number}" in job for number, job in zip((1, 3, 5), jobs[1:], strict=True)] == [
+        True
+    ] * 3
     scripts = list((tmp_path / "out" / "work").rglob("launch_script.slurm"))
     assert len(scripts) == 4 and all("--partition=short" in path.read_text() for path in scripts)

@@ -26,15 +26,36 @@ BROKEN = {
     "mean_word_length": ("a b of it is to do " * 20, "的。一。是。了。我。不。" * 12),
     "longest_word": (ENGLISH + " " + "x" * 1001, CHINESE + "的" * 301),
     "letters": (ENGLISH + " 12 34 | + = 56" * 20, CHINESE + "＋－×÷＝" * 60),
-    "stop_words": ("Lorenzo walked slowly through empty rooms, looking for somebody else. " * 8, "".join(chr(0x4E10 + 37 * i) for i in range(120)) + "。"),
+    "stop_words": (
+        "Lorenzo walked slowly through empty rooms, looking for somebody else. " * 8,
+        "".join(chr(0x4E10 + 37 * i) for i in range(120)) + "。",
+    ),
     "symbols": (ENGLISH.replace(" ", " # ", 40), CHINESE + "#" * 60),
-    "bullet_lines": ("\n".join(f"- the {w} and that is to be" for w in ENGLISH.split()[:30]), "\n".join(f"· 这是{c}的一个说法" for c in CHINESE[:30])),
-    "ellipsis_lines": ("\n".join(f"the {w} and that is to be..." for w in ENGLISH.split()[:20]), "\n".join(f"这是{c}的一个说法…" for c in CHINESE[:20])),
-    "end_marks": ("\n".join(f"the {w} and that is to be told" for w in ENGLISH.split()[:20]), "\n".join(f"这是{c}的一个说法" for c in CHINESE[:20])),
-    "short_lines": ("\n".join(f"and {w} to be the." for w in ENGLISH.split()[:60]), "\n".join(f"这是{c}的。" for c in CHINESE[:60])),
-    "line_breaks": ("\n".join(f"{w} the." for w in ENGLISH.split()[:60]), "\n".join(f"是{c}的。" for c in CHINESE[:60])),
+    "bullet_lines": (
+        "\n".join(f"- the {w} and that is to be" for w in ENGLISH.split()[:30]),
+        "\n".join(f"· 这是{c}的一个说法" for c in CHINESE[:30]),
+    ),
+    "ellipsis_lines": (
+        "\n".join(f"the {w} and that is to be..." for w in ENGLISH.split()[:20]),
+        "\n".join(f"这是{c}的一个说法…" for c in CHINESE[:20]),
+    ),
+    "end_marks": (
+        "\n".join(f"the {w} and that is to be told" for w in ENGLISH.split()[:20]),
+        "\n".join(f"这是{c}的一个说法" for c in CHINESE[:20]),
+    ),
+    "short_lines": (
+        "\n".join(f"and {w} to be the." for w in ENGLISH.split()[:60]),
+        "\n".join(f"这是{c}的。" for c in CHINESE[:60]),
+    ),
+    "line_breaks": (
+        "\n".join(f"{w} the." for w in ENGLISH.split()[:60]),
+        "\n".join(f"是{c}的。" for c in CHINESE[:60]),
+    ),
     "dup_lines": ("\n".join([LINE["en"]] * 20), "\n".join([LINE["zh"]] * 20)),
-    "dup_line_chars": (f"{ENGLISH}\n{paragraphs('en')}\n{paragraphs('en')}", f"{CHINESE}\n{paragraphs('zh')}\n{paragraphs('zh')}"),
+    "dup_line_chars": (
+        f"{ENGLISH}\n{paragraphs('en')}\n{paragraphs('en')}",
+        f"{CHINESE}\n{paragraphs('zh')}\n{paragraphs('zh')}",
+    ),
     "dup_paragraphs": ("\n\n".join([LINE["en"]] * 9), "\n\n".join([LINE["zh"]] * 9)),
     "dup_paragraph_chars": ("\n\n".join([paragraphs("en")] * 3), "\n\n".join([paragraphs("zh")] * 3)),
     "top_2gram": ("of the " * 60, "的是一了" * 60),
