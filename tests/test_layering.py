@@ -26,7 +26,9 @@ ALLOWED = {
     # It times the trainer's own step, so it stands on the trainer.
     "bench": MODEL | {"parallel", "data", "generation", "training"},
     "convert": MODEL,
-    "cli": MODEL | {"parallel", "data", "generation", "training", "evaluation", "bench", "convert"},
+    # Self-cleaning trains the model it scores with.
+    "cleaning": MODEL | {"data", "generation", "training"},
+    "cli": MODEL | {"parallel", "data", "generation", "training", "evaluation", "bench", "convert", "cleaning"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -54,7 +54,9 @@ class TokenizerSection(BaseModel):
     model_config = _FROZEN
 
     path: str | None = Field(
-        None, description="SentencePiece .model file, or a folder with tokenizer.model. null: the packaged one."
+        None,
+        description="SentencePiece .model file, a folder with tokenizer.model, or a packaged one: tnllm-8k, tnllm-64k. "
+        "null: tnllm-8k. Token shards bring their own, before a packaged one.",
     )
 
 

@@ -29,14 +29,15 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     """
     sources = config.data.path or DEFAULT_SOURCES
     first, folder = Path(sources[0].path), init_folder(config)
-    if config.tokenizer.path is not None:
+    if config.tokenizer.path not in (None, *assets.TOKENIZERS):
         tokenizer = Tokenizer.load(config.tokenizer.path)
     elif folder is not None:
         tokenizer = Tokenizer.load(folder)
     elif is_shard_folder(first):
+        # Shards know what they were made with; a recipe's packaged tokenizer is for text.
         tokenizer = Tokenizer.load(first)
     else:
-        tokenizer = Tokenizer.load(assets.tokenizer_model())
+        tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
