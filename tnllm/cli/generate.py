@@ -12,7 +12,7 @@ from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, say, 
 from tnllm.errors import UserError
 
 if TYPE_CHECKING:
-    from tnllm.generation.decoder import Piece, Result
+    from tnllm.generation.rows import Piece, Result
     from tnllm.generation.sampler import SamplingParams
 
 EPILOG = """Examples:

@@ -19,6 +19,9 @@ from tnllm.errors import UserError
 COMMANDS = (
     "train",
     "generate",
+    "serve",
+    "eval",
+    "convert",
     "data",
     "tokenizer",
     "recipes",
@@ -27,6 +30,11 @@ COMMANDS = (
     "plot",
     "bench-attn",
     "bench-norm",
+    "bench-train",
+    "bench-decode",
+    "bench-eval",
+    "bench-serve",
+    "bench-scale",
 )
 
 app = typer.Typer(

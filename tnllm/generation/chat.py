@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from tnllm.errors import UserError
 from tnllm.generation.context import Context, read
-from tnllm.generation.decoder import Piece, Result, generate
+from tnllm.generation.decoder import generate
 from tnllm.generation.loading import Ready
+from tnllm.generation.rows import Piece, Result
 from tnllm.generation.sampler import SamplingParams
 
 

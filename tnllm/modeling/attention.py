@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnllm.kernels.gated_attention import gated_attention
 from tnllm.kernels.lightning_attention import lightning_attention, lightning_attention_step
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.decay import log_decay
-from tnllm.modeling.layers import LRPE, activate, make_norm
+from tnllm.modeling.layers import LRPE, SRMSNorm, activate, make_norm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -57,6 +58,13 @@ class GatedLinearAttention(nn.Module):
             self.log_decay = log_decay(self.config, self.layer)[self._heads].to(self.log_decay.device)
         return self
 
+    @property
+    def _one_operator(self) -> bool:
+        """Whether all between the projections is the released form without LRPE, which has an operator of its own."""
+        config = self.config
+        released = (config.gate, config.activation, config.value_activation) == ("full", "silu", "none")
+        return released and self.lrpe is None and type(self.norm) is SRMSNorm
+
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, M] → q, k [B, T, H, D], v [B, T, H, E] and the gate [B, T, M]."""
         config = self.config
@@ -87,6 +95,9 @@ class GatedLinearAttention(nn.Module):
 
         Without a state the text starts here and nobody asks how it ends: training, where None comes back.
         """
+        if state is None and self._one_operator:
+            projected = self.qkvu_proj(x)
+            return self.out_proj(gated_attention(projected, self.log_decay, self.config.norm_eps, cu_seqlens)), None
         q, k, v, gate = self._project(x, positions)
         if state is None:
             attended = self.attend(q, k, v, self.log_decay, cu_seqlens)

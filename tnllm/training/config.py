@@ -142,7 +142,12 @@ class TrainSection(BaseModel):
     )
     micro_batch_size: Count = Field(8, ge=1, description="Rows of seq_len tokens in one forward pass of one rank.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Compute type; weights stay fp32. auto: bf16 on a GPU, fp32 on CPU."
+        "auto", description="Compute type, whatever train.weights is. auto: bf16 on a GPU, fp32 on CPU."
+    )
+    weights: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="How weights and AdamW's moments are kept. bf16: 8 bytes a parameter instead of 16, updates rounded "
+        "at random; for models that do not fit otherwise. One device only.",
     )
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="torch.compile. auto: on a GPU only."
@@ -249,6 +254,9 @@ class RunConfig(BaseModel):
                 f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} "
                 f"do not fit into schedule.horizon_steps {horizon}"
             )
+        if train.weights == "bf16" and (train.dtype == "fp32" or self.world_size > 1):
+            reason = "train.dtype fp32" if train.dtype == "fp32" else f"{self.world_size} ranks"
+            raise ValueError(f"train.weights is bf16, which does not go with {reason}; set train.weights=fp32")
         if self.model.num_heads % self.parallel.tensor:
             raise ValueError(
                 f"parallel.tensor is {self.parallel.tensor}; it must divide model.num_heads {self.model.num_heads}"

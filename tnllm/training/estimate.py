@@ -67,10 +67,10 @@ class Memory:
 def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_precision: bool | None = None) -> Memory:
     """Memory of one rank for a forward and backward pass of `micro_batch_size` rows.
 
-    Weights, gradients and AdamW's two moments are fp32 and divided over parallel.shard and parallel.tensor. The
-    low-precision copies autocast makes of the weights live through a pass; with sharding only two blocks' and the
-    embedding's are whole at a time. `checkpointing` and `low_precision` (bf16) default to the recipe's; bf16 is
-    what `train.dtype: auto` means on a GPU.
+    Weights, gradients and AdamW's two moments are fp32 (or bf16: train.weights) and divided over parallel.shard and
+    parallel.tensor. The low-precision copies autocast makes of the weights live through a pass; with sharding only two
+    blocks' and the embedding's are whole at a time. `checkpointing` and `low_precision` (bf16) default to the recipe's;
+    bf16 is what `train.dtype: auto` means on a GPU.
     """
     model, parallel, train = config.model, config.parallel, config.train
     checkpointing = checkpointing or train.activation_checkpointing
@@ -79,17 +79,19 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
     item = 2 if low_precision else 4
     parameters = count_parameters(model)
     local = -(-parameters // (parallel.shard * parallel.tensor))
-    casts = 0
-    if low_precision:
+    casts, kept = 0, 4
+    if train.weights == "bf16":
+        item = kept = 2
+    elif low_precision:
         embedding = model.vocab_size * model.model_dim
         block = (parameters - embedding) // model.num_layers
         whole = parameters if parallel.shard == 1 else min(parameters, embedding + 2 * block)
         casts = item * whole // parallel.tensor
     tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
     return Memory(
-        weights=4 * local,
-        gradients=4 * local,
-        optimizer=8 * local,
+        weights=kept * local,
+        gradients=kept * local,
+        optimizer=2 * kept * local,
         casts=casts,
         activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor),
         head=head_bytes(model, tokens, item, parallel.tensor),

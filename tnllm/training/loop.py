@@ -125,11 +125,12 @@ def due(every: int, step: int, last: bool) -> bool:
 
 
 def make_trainer(config: RunConfig, loader: Loader, device: torch.device) -> Trainer:
-    """Model, optimizer and loss of a run, on `device`; weights are fp32, products in the recipe's dtype."""
-    model = build_model(config.model, device, torch.float32, seed=config.train.seed)
+    """Model, optimizer and loss of a run, on `device`; weights are fp32 unless asked, products in the recipe's dtype."""
+    kept = torch.bfloat16 if config.train.weights == "bf16" else torch.float32
+    model = build_model(config.model, device, kept, seed=config.train.seed)
     model.set_activation_checkpointing(config.train.activation_checkpointing)
-    optimizer = make_optimizer(model, config.optimizer)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
+    optimizer = make_optimizer(model, config.optimizer, compiled)
     loss = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
     low = compute_dtype(config, device) == torch.bfloat16
 
@@ -265,7 +266,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 on a GPU, fp32 on CPU."""
+    """`auto`: bf16 on a GPU, fp32 on CPU; bf16 wherever the weights are."""
+    if config.train.weights == "bf16":
+        return torch.bfloat16
     if config.train.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32

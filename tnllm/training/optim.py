@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tnllm.training.config import OptimizerSection
+from tnllm.training.rounding import Bf16AdamW
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -18,15 +19,21 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith("lrpe.theta")
 
 
-def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW over two groups of `model`'s parameters."""
+def make_optimizer(model: nn.Module, config: OptimizerSection, compiled: bool = False) -> torch.optim.AdamW:
+    """AdamW over two groups of `model`'s trained parameters: torch's fused one, or for bf16 weights the rounding one.
+
+    `compiled` is for the latter, which is written in plain torch.
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if any(p.dtype == torch.bfloat16 for _, p in named):
+        return Bf16AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, compiled=compiled)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,

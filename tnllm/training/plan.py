@@ -31,14 +31,14 @@ def plan(config: RunConfig) -> str:
     rows, length = config.train.micro_batch_size, config.data.seq_len
     shape = [1, rows * length] if config.data.packing == "reset" else [rows, length]
     sources = ", ".join(source.path for source in config.data.path) if config.data.path else "the packaged sample"
+    kept = 2 if config.train.weights == "bf16" else 4  # bytes of a weight, its gradient, and each of two moments
     lines = {
         "model": f"{config.model.kind}, {format_count(parameters)} parameters ({parameters:,})",
         "data": f"{sources}; tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)",
         "step": f"{format_count(config.train.global_batch_tokens)} tokens = {config.accumulation_steps} micro-batches "
         f"of {shape}",
         "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
-        # fp32 weights, gradients and two moments.
-        "memory": f"{format_bytes(16 * parameters)} for weights, gradients and optimizer, plus activations",
+        "memory": f"{format_bytes(4 * kept * parameters)} for weights, gradients and optimizer, plus activations",
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 

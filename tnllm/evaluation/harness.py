@@ -1,0 +1,353 @@
+"""lm-evaluation-harness runs on this model: its language model interface over prefix sharing and carried states.
+
+    from tnllm.evaluation.harness import TransNormerLM            # registers "tnllm"
+    lm = TransNormerLM("runs/tiny")
+    lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])
+    lm_eval.simple_evaluate(model="tnllm", model_args="pretrained=runs/tiny,dtype=bfloat16", tasks=["arc_easy"])
+
+Nothing is cut off: the state carries a text of any length, so a context has no limit and a rolling log-likelihood no
+windows. Under torchrun each rank takes its share of the questions.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from torch import Tensor
+
+from tnllm import __version__
+from tnllm.errors import UserError, did_you_mean
+from tnllm.evaluation.cache import AnswerCache
+from tnllm.evaluation.prefix_tree import MIN_SAVED_TOKENS, Request
+from tnllm.evaluation.scoring import Scorer
+from tnllm.generation.context import Context, read, weights_hash
+from tnllm.generation.decoder import BATCH_SIZE, Result, generate
+from tnllm.generation.loading import load
+from tnllm.generation.sampler import SamplingParams
+
+# The harness's settings of `generate_until`, and ours.
+_GENERATION = {
+    "max_gen_toks": "max_tokens", "max_new_tokens": "max_tokens", "max_tokens": "max_tokens", "until": "stop",
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty", "do_sample": None,
+}  # fmt: skip
+Report = Callable[[str, int, int], None]
+
+
+@register_model("tnllm")
+class TransNormerLM(TemplateLM):
+    """The model behind the harness. Answers do not depend on batching or sharing, up to rounding (docs/evaluation.md)."""
+
+    def __init__(
+        self,
+        pretrained: str | Path | None = None,
+        device: str | None = "auto",
+        dtype: str = "auto",
+        batch_size: int | str | None = "auto",
+        max_batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        share_prefix: bool = True,
+        cache_dir: str | Path | None = None,
+        seed: int = 1234,
+        note: Callable[[str], None] = lambda text: None,
+        report: Report = lambda kind, done, total: None,
+    ) -> None:
+        """`pretrained`: a run, step or weights folder; None: the model that ships in the package.
+
+        `batch_size`: auto (by tokens and memory) or the most texts computed together; `batch_tokens`: tokens computed
+        together. `cache_dir` keeps answers on disk. `note` and `report` (kind, done, total) tell of the progress.
+        Raises UserError for a folder that is no model, or has no tokenizer.
+        """
+        super().__init__()
+        self._join_ranks()
+        if device in (None, "auto", "cuda") and self.world_size > 1 and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        self.ready = load(pretrained, device or "auto", dtype)
+        self.share_prefix = share_prefix in (True, "True", "true", 1)
+        rows = None if batch_size in (None, "auto") else int(str(batch_size).removeprefix("auto:"))
+        if max_batch_size is not None:
+            rows = min(rows or max_batch_size, int(max_batch_size))
+        self._rows = rows
+        self.scorer = Scorer(self.ready.model, self.share_prefix, batch_tokens, rows, note)
+        self.weights_sha256 = weights_hash(self.ready.model)
+        self._seed, self._report, self._note = seed, report, note
+        self._chat = False
+        self.longest = self.num_cached = self.num_requests = 0
+        self.cache = AnswerCache(Path(cache_dir), self.identity()) if cache_dir is not None else None
+
+    def identity(self) -> dict[str, Any]:
+        """All an answer depends on besides the prompt."""
+        ready = self.ready
+        return {
+            "weights": self.weights_sha256, "tokenizer": ready.tokenizer.sha256, "bos": [ready.bos_id, ready.add_bos],
+            "eos": ready.eos_ids, "dtype": self._dtype, "device": ready.model.device.type,
+            "share_prefix": self.share_prefix, "tnllm": __version__,
+        }  # fmt: skip
+
+    # What the harness asks about the model.
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.ready.model.head_weight.dtype).removeprefix("torch.")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end token."""
+        return self.ready.eos_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context starts after."""
+        return self.ready.bos_id
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.ready.model.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells request caches apart."""
+        return f"tnllm-{self.ready.tokenizer.sha256[:16]}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Goes into the results."""
+        model = self.ready.model
+        return {
+            "model_num_parameters": sum(weight.numel() for weight in model.parameters()), "model_dtype": self._dtype,
+            "model_revision": "", "model_sha": self.weights_sha256,
+        }  # fmt: skip
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; the begin token first if the model wants one. Within a chat the end token's name is that token."""
+        tokenizer = self.ready.tokenizer
+        parts = string.split(tokenizer.piece(tokenizer.eos_id)) if self._chat else [string]
+        ids = tokenizer.encode(parts[0])
+        for part in parts[1:]:
+            ids += [tokenizer.eos_id, *tokenizer.encode(part)]
+        begin = self.ready.add_bos if add_special_tokens is None else add_special_tokens
+        return [self.ready.bos_id, *ids] if begin else ids
+
+    # Chats.
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The model's turn format."""
+        return self.ready.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Turns as the model was fine-tuned on: the template around what the user says, the end token after answers.
+
+        A system message goes before the first turn. Without `add_generation_prompt` the last answer stays open.
+        """
+        self._chat = True
+        opening, _, closing = self.ready.chat_template.partition("{prompt}")
+        end = self.ready.tokenizer.piece(self.ready.tokenizer.eos_id)
+        text = ""
+        for number, turn in enumerate(chat_history):
+            if turn["role"] == "user":
+                text += opening + turn["content"] + closing
+            elif turn["role"] == "assistant":
+                open_end = number == len(chat_history) - 1 and not add_generation_prompt
+                text += turn["content"] + ("" if open_end else end)
+            else:
+                text += turn["content"].rstrip() + "\n\n"
+        return text
+
+    # Log-likelihoods.
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, whether greedy decoding would give it) of each continuation."""
+        answers = self._answers("loglikelihood", [request.args for request in requests], self._score_pairs)
+        return [(logprob, greedy) for logprob, greedy in answers]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text after the begin token, every token after all that stand before it."""
+        return self._answers("loglikelihood_rolling", [request.args for request in requests], self._score_texts)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [Request(context, continuation) for _, context, continuation in requests]
+        answers = dict(self._score("loglikelihood", pairs))
+        return [answers[index] for index in range(len(pairs))]
+
+    def _score(self, kind: str, requests: Sequence[Request]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        self.longest = max([self.longest, *(len(each.context) + len(each.continuation) for each in requests)])
+        for score in self.scorer.score(requests, lambda done, total: self._report(kind, done, total)):
+            yield score.index, (float(score.logprobs.sum()), score.greedy)
+
+    def _score_pairs(self, arguments: list[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        yield from self._score("loglikelihood", self.encode_pairs(arguments))
+
+    def encode_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[Request]:
+        """Contexts and continuations as the harness splits them: encoded together, cut where the context ends."""
+        contexts: dict[str, list[int]] = {}
+        requests = []
+        for context, continuation in pairs:
+            # Spaces at the end of a context belong to the word that follows.
+            kept = context.rstrip()
+            if kept not in contexts:
+                contexts[kept] = self.tok_encode(kept) if kept else []
+            before = contexts[kept]
+            whole = self.tok_encode(context + continuation, add_special_tokens=None if kept else False)
+            before, after = (before, whole[len(before) :]) if kept else ([self.prefix_token_id], whole)
+            if not after:
+                # Both together are one token more or less: the last one is what the continuation decides.
+                before, after = whole[:-1] or [self.prefix_token_id], whole[-1:]
+            requests.append(Request(before, after))
+        return requests
+
+    def _score_texts(self, arguments: list[tuple[str]]) -> Iterator[tuple[int, float]]:
+        ids = [self.tok_encode(text, add_special_tokens=False) for (text,) in arguments]
+        filled = [index for index, text in enumerate(ids) if text]
+        yield from ((index, 0.0) for index, text in enumerate(ids) if not text)
+        requests = [Request([self.prefix_token_id], ids[index]) for index in filled]
+        for number, (logprob, _) in self._score("loglikelihood_rolling", requests):
+            yield filled[number], logprob
+
+    # Generation.
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The model's text after each context, up to the first stop string; greedy unless `do_sample` is set."""
+        return self._answers("generate_until", [request.args for request in requests], self._generate)
+
+    def _generate(self, arguments: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[int, str]]:
+        ready = self.ready
+        prompts = [self.tok_encode(text) or [self.prefix_token_id] for text, _ in arguments]
+        params = [_sampling(settings) for _, settings in arguments]
+        times: Counter[tuple[str, SamplingParams]] = Counter()
+        for index, (text, _) in enumerate(arguments):
+            # The same prompt asked again gets another draw.
+            times[text, params[index]] += 1
+            params[index] = replace(params[index], seed=self._seed + times[text, params[index]] - 1)
+        self.longest = max([self.longest, *map(len, prompts)])
+        order = sorted(range(len(prompts)), key=prompts.__getitem__)
+        rows = self._rows or (BATCH_SIZE if ready.model.device.type == "cpu" else 4 * BATCH_SIZE)
+        done, prefix = 0, _Prefix(ready.model, self.share_prefix)
+        for start in range(0, len(order), rows):
+            group = order[start : start + rows]
+            shared, context = prefix.of([prompts[index] for index in group])
+            self.scorer.plain_tokens += sum(len(prompts[index]) for index in group)
+            self.scorer.num_tokens += sum(len(prompts[index]) - shared for index in group)
+            events = generate(
+                ready.model, ready.tokenizer, [prompts[index][shared:] for index in group],
+                [params[index] for index in group], contexts=[context] * len(group), eos_ids=ready.eos_ids,
+                batch_size=rows,
+            )  # fmt: skip
+            for event in events:
+                if isinstance(event, Result):
+                    done += 1
+                    self._report("generate_until", done, len(order))
+                    yield group[event.index], event.text
+        self.scorer.num_tokens += prefix.num_tokens
+
+    # Answers from the cache, the rest from the model.
+
+    def _answers(self, kind: str, arguments: list[Any], compute: Callable[[Any], Iterator[tuple[int, Any]]]) -> list[Any]:
+        keys = [AnswerCache.key(kind, each) for each in arguments]
+        for index, each in enumerate(arguments):
+            if kind == "generate_until" and each[1].get("do_sample"):
+                # Draws are as many as are asked for.
+                keys[index] = f"draw {index}"
+        lasting = [key for key in keys if not key.startswith("draw")]
+        found = self.cache.get(lasting) if self.cache else {}
+        self.num_requests += len(keys)
+        self.num_cached += sum(key in found for key in keys)
+        if found:
+            left = sum(key not in found for key in keys)
+            self._note(f"{kind}: {len(keys) - left:,} of {len(keys):,} answers are in the cache, {left:,} are left")
+        todo = {key: each for key, each in zip(keys, arguments, strict=True) if key not in found}
+        names = list(todo)
+        try:
+            for index, answer in compute(list(todo.values())) if todo else ():
+                found[names[index]] = answer
+                if self.cache and not names[index].startswith("draw"):
+                    self.cache.put(names[index], answer)
+        finally:
+            if self.cache:
+                self.cache.flush()
+        return [found[key] for key in keys]
+
+    # Ranks.
+
+    def _join_ranks(self) -> None:
+        """Under torchrun: who of how many this process is."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size > 1:
+            if not dist.is_initialized():
+                # Only small objects travel: counts before, samples and metrics after.
+                dist.init_process_group("gloo")
+            self._rank, self._world_size = dist.get_rank(), world_size
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """[world size] of each rank's number."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.zeros_like(tensor, device="cpu") for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.cpu())
+        return torch.stack(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Every rank's object, on `dst`."""
+        if self.world_size == 1:
+            return [obj]
+        parts: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, parts, dst)
+        return parts
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+class _Prefix:
+    """What the prompts of a batch start with, read once; kept for the next batch if that goes on from it."""
+
+    def __init__(self, model: Any, share: bool) -> None:
+        self._model, self._share = model, share
+        self._ids: list[int] = []
+        self._context: Context | None = None
+        self.num_tokens = 0
+
+    def of(self, prompts: list[list[int]]) -> tuple[int, Context | None]:
+        """Length of the common beginning of sorted prompts, and the context after it; every prompt keeps a token."""
+        first, last = prompts[0], prompts[-1]
+        length = 0
+        while length < min(len(first), len(last)) - 1 and first[length] == last[length]:
+            length += 1
+        if not self._share or length * (len(prompts) - 1) < MIN_SAVED_TOKENS:
+            return 0, None
+        known = len(self._ids)
+        if self._context is None or known > length or first[:known] != self._ids:
+            known, self._context = 0, None
+        if known < length:
+            [self._context] = read(self._model, [first[known:length]], [self._context])
+            self.num_tokens += length - known
+            self._ids = first[:length]
+        return length, self._context
+
+
+def _sampling(settings: dict[str, Any]) -> SamplingParams:
+    """The harness's generation settings as ours. Raises UserError for one that is not known."""
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in _GENERATION:
+            allowed = ", ".join(_GENERATION)
+            raise UserError(f"generation setting {key!r} is not known; allowed: {allowed}{did_you_mean(key, _GENERATION)}")
+        name = _GENERATION[key]
+        if name is not None and value is not None:
+            values[name] = value
+    if not settings.get("do_sample"):
+        values["temperature"] = 0
+    if isinstance(values.get("stop"), list | tuple):
+        values["stop"] = tuple(text for text in values["stop"] if text)
+    return SamplingParams.of(values)
