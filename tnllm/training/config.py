@@ -209,6 +209,9 @@ class ParallelSection(BaseModel):
     )
     sequence: Count = Field(1, ge=1, description="Ranks that share one row along the sequence.")
     tensor: Count = Field(1, ge=1, description="Ranks that share each matrix and the heads.")
+    timeout_s: float = Field(
+        600, gt=0, description="Seconds a rank waits for the others before the run ends with an error."
+    )
 
 
 class RunConfig(BaseModel):
@@ -257,9 +260,14 @@ class RunConfig(BaseModel):
         if train.weights == "bf16" and (train.dtype == "fp32" or self.world_size > 1):
             reason = "train.dtype fp32" if train.dtype == "fp32" else f"{self.world_size} ranks"
             raise ValueError(f"train.weights is bf16, which does not go with {reason}; set train.weights=fp32")
-        if self.model.num_heads % self.parallel.tensor:
+        for key in ("num_heads", "glu_dim", "vocab_size"):
+            size, value = self.parallel.tensor, getattr(self.model, key)
+            if value % size:
+                raise ValueError(f"parallel.tensor is {size}; it must divide model.{key} {value}")
+        if self.parallel.sequence > 1 and self.model.kind == "transformer":
             raise ValueError(
-                f"parallel.tensor is {self.parallel.tensor}; it must divide model.num_heads {self.model.num_heads}"
+                f"parallel.sequence is {self.parallel.sequence}, but softmax attention has no state to pass on; "
+                "set parallel.sequence=1 for model.kind transformer"
             )
         if self.data.seq_len % self.parallel.sequence:
             raise ValueError(

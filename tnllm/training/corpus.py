@@ -36,8 +36,13 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> tuple[Loader, Loader | None]:
-    """The shuffled training loader, and the validation loader in order (None where nothing is held out)."""
+def open_loaders(
+    config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1
+) -> tuple[Loader, Loader | None]:
+    """The shuffled training loader, and the validation loader in order (None where nothing is held out).
+
+    `rank` of `world_size` says which rows of a step are this process's.
+    """
     data = config.data
     options = Options(field=data.field, val_fraction=data.val_fraction)
     train, held_out = [], []
@@ -49,7 +54,9 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> tuple[Loader, Loade
         if stream.num_tokens > 1:
             held_out.append(Source(stream))
     rows = config.global_batch_rows
-    loader = Loader(train, data.seq_len, rows, seed=config.train.seed, packing=data.packing)
+    loader = Loader(train, data.seq_len, rows, config.train.seed, rank, world_size, packing=data.packing)
     if not held_out:
         return loader, None
-    return loader, Loader(held_out, data.seq_len, batch_size=1, packing=data.packing, shuffle=False)
+    return loader, Loader(
+        held_out, data.seq_len, world_size, rank=rank, world_size=world_size, packing=data.packing, shuffle=False
+    )
