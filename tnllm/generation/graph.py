@@ -7,7 +7,7 @@ The graph of a few rows holds one persistent kernel (`kernels/fused/decode.py`),
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
         and config.activation in ("silu", "none")
         and config.head_dim % 8 == 0
     )
-    layers = []
+    layers: list[Layer] = []
+    block: Any  # its parts are of the classes `fits` stands for
     for block, memory in zip(model.blocks, state.layers, strict=True) if fits else ():
         mixer, channel = block.token_mixer, block.channel_mixer
         linears = (mixer.qkvu_proj, mixer.out_proj, channel.l1, channel.l2, channel.l3)

@@ -63,7 +63,8 @@ class GatedLinearAttention(nn.Module):
         """Whether all between the projections is the released form without LRPE, which has an operator of its own."""
         config = self.config
         released = (config.gate, config.activation, config.value_activation) == ("full", "silu", "none")
-        return released and self.lrpe is None and type(self.norm) is SRMSNorm and self.attend is attend
+        here = self.attend is attend and type(self.norm) is SRMSNorm
+        return released and self.lrpe is None and here
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, M] → q, k [B, T, H, D], v [B, T, H, E] and the gate [B, T, M]."""
