@@ -46,6 +46,7 @@ def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
         and config.head_dim % 8 == 0
     )
     layers: list[Layer] = []
+    mixers: list[Any] = [block.token_mixer for block in model.blocks]
     block: Any  # its parts are of the classes `fits` stands for
     for block, memory in zip(model.blocks, state.layers, strict=True) if fits else ():
         mixer, channel = block.token_mixer, block.channel_mixer
@@ -54,14 +55,15 @@ def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
         if not all(type(linear) is nn.Linear and linear.weight.is_contiguous() for linear in linears):
             return None
         theta = None if mixer.lrpe is None else mixer.lrpe.theta.data
-        layers.append(Layer(*(linear.weight.data for linear in linears), memory, theta))
+        qkvu, out, up, gate, down = (linear.weight.data for linear in linears)
+        layers.append(Layer(qkvu, out, up, gate, down, memory, theta))
     if not layers or model.embed_tokens.weight.dtype == torch.float64:
         return None
     return DecodeStep(
         layers,
         model.embed_tokens.weight.data,
         model.head_weight.data,
-        torch.stack([block.token_mixer.log_decay for block in model.blocks]),
+        torch.stack([mixer.log_decay for mixer in mixers]),
         state.position,
         math.sqrt(config.model_dim) if config.scale_embedding else 1.0,
         config.norm_eps,

@@ -98,7 +98,7 @@ def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | 
         if device.type == "cpu" and checkpoint is None and ranks.size == 1:
             view.say(_forecast(trainer))
         if trainer.compiled:
-            view.say("compiling the model: the first step takes a minute or so")
+            view.say("compiling the model: the first step takes a little longer")
         meter = Meter(trainer, matmul_rate(device))
         if ranks.size > 1 and config.eval.sample_prompts:
             view.say("eval.sample_prompts are left out: text is sampled by one rank alone; use tnllm generate")
@@ -154,12 +154,13 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
     model = make_model(config, device, low)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
     optimizer = make_optimizer(model, config.optimizer, compiled)
-    loss = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
+    if compiled:
+        model.compile_blocks()
 
     def loss_sum(batch: Batch) -> Tensor:
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            return loss(batch.tokens, batch.labels, batch.cu_seqlens)
+            return model.loss(batch.tokens, batch.labels, batch.cu_seqlens)
 
     return Trainer(config, model, model, optimizer, loader, device, loss_sum, compiled)
 

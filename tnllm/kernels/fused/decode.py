@@ -56,8 +56,8 @@ def _rows(tile, P, RR: tl.constexpr, W: tl.constexpr):
     return tl.program_id(0) + P * ((tile * RR + tl.arange(0, RR)[:, None]) * W + tl.arange(0, W)[None, :])
 
 
-# Tiles are [spans of columns, rows of a warp, warps, columns of a span]. A warp then holds whole rows, so a product needs no
-# word from another warp: each thread adds up its spans, and the last sum runs over the threads of the warp.
+# Tiles are [spans of columns, rows of a warp, warps, columns of a span]. A warp then holds whole rows, so a product needs
+# no word from another warp: each thread adds up its spans, and the last sum runs over the threads of the warp.
 
 
 @triton.jit
