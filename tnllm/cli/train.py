@@ -17,6 +17,9 @@ def command(
     resume: str | None = typer.Option(None, help="auto, a run folder or a step folder."),
     device: str | None = typer.Option(None, help="auto, cpu or cuda; overrides train.device."),
     nproc: int = typer.Option(1, help="Processes on this machine. This version trains on one device."),
+    profile: bool = typer.Option(
+        False, "--profile", help="Profile three steps into the run's profile/; sets log.profile_steps."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan and stop; nothing is allocated."),
 ) -> None:
     """Train a model from a recipe, on a CPU or one GPU."""
@@ -25,7 +28,7 @@ def command(
 
     if nproc != 1:
         raise UserError(f"--nproc is {nproc}; this version trains on one device, so only 1 is allowed")
-    flags = {"train.device": device, "train.init": init}
+    flags = {"train.device": device, "train.init": init, "log.profile_steps": 3 if profile else None}
     config = load_recipe(recipe, [*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)])
     if config.world_size != 1:
         raise UserError(
