@@ -26,6 +26,9 @@ def command(
     device: str | None = typer.Option(None, help="auto, cpu or cuda; overrides train.device."),
     nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one a GPU; on several machines use torchrun."),
     max_restarts: int = typer.Option(0, min=0, help="With --nproc: start again after a lost rank, this many times."),
+    profile: bool = typer.Option(
+        False, "--profile", help="Profile three steps into the run's profile/; sets log.profile_steps."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan and stop; nothing is allocated."),
     world_size: int | None = typer.Option(None, min=1, help="With --dry-run: plan for this many ranks."),
 ) -> None:
@@ -38,7 +41,7 @@ def command(
 
     if world_size is not None and not dry_run:
         raise UserError("--world-size is for --dry-run; to train on several ranks give --nproc, or start torchrun")
-    flags = {"train.device": device, "train.init": init}
+    flags = {"train.device": device, "train.init": init, "log.profile_steps": 3 if profile else None}
     sets = [*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     out = out or Path("runs") / Path(recipe).stem
     is_rank = launched() and not dry_run

@@ -185,7 +185,7 @@ def find_checkpoint(run: Path, resume: str, warn: Callable[[str], None]) -> Path
     """The checkpoint to resume from, verified.
 
     `resume` "auto": the newest whole one of `run`, older ones taking the place of damaged ones (`warn` says so), None
-    where there is none. Otherwise a step folder or a run folder; damaged or missing raises an error.
+    where there is none at all. Otherwise a step folder or a run folder; damaged or missing raises an error.
     """
     if resume != "auto":
         named = Path(resume)
@@ -194,13 +194,17 @@ def find_checkpoint(run: Path, resume: str, warn: Callable[[str], None]) -> Path
             raise UserError(f"--resume {resume}: no checkpoint there; give a run folder, a step folder or auto")
         verify_checkpoint(folder)
         return folder
-    for folder in reversed(list_checkpoints(run)):
+    there = list_checkpoints(run)
+    for folder in reversed(there):
         try:
             verify_checkpoint(folder)
         except RunError as error:
             warn(f"checkpoint {folder.name} cannot be used: {error}; trying the one before")
             continue
         return folder
+    if there:
+        # To start anew would quietly throw the run away.
+        raise RunError(f"no checkpoint in {run / 'checkpoints'} can be used; move that folder away to start anew")
     return None
 
 

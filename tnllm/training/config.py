@@ -204,6 +204,9 @@ class LogSection(BaseModel):
 
     every_steps: Count = Field(10, ge=1, description="Steps between rows of metrics.jsonl and lines of the log.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
+    profile_steps: Count = Field(
+        0, ge=0, description="Steps to profile, after the first three, into the run's profile/; 0: none."
+    )
 
 
 class CheckpointSection(BaseModel):

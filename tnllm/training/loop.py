@@ -36,11 +36,13 @@ from tnllm.training.estimate import lora_parameters
 from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
 from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
 from tnllm.training.plan import fit_memory, free_bytes
+from tnllm.training.profile import Profile
 from tnllm.training.schedule import learning_rate
 from tnllm.training.setup import chat_template, make_model, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
 from tnllm.training.view import View
+from tnllm.training.watch import LossWatch, Spike
 
 # Under the policy `skip`, this many refused updates in a row end the run: it will not recover by itself.
 _MAX_SKIPS_IN_A_ROW = 20
@@ -102,15 +104,25 @@ def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | 
         meter = Meter(trainer, matmul_rate(device))
         if ranks.size > 1 and config.eval.sample_prompts:
             view.say("eval.sample_prompts are left out: text is sampled by one rank alone; use tnllm generate")
+        profile = (
+            Profile(out / "profile", config.log.profile_steps, device, view.say)
+            if config.log.profile_steps and ranks.main
+            else None
+        )
         saved = state.step
         while state.step < config.total_steps and not signals.stop:
             if not train_step(trainer, state, meter, signals):
                 break
+            if profile is not None:
+                profile.step()
             last = state.step == config.total_steps
             if last or state.step == 1 or state.step % config.log.every_steps == 0 or signals.stop:
                 row = meter.row(state, out)
                 metrics.write(row)
                 view.row(row)
+                for row, line in meter.take_spikes():
+                    metrics.write(row)
+                    view.say(line)
             view.advance(state.step)
             if validation is not None and due(config.eval.every_steps, state.step, last) and not signals.stop:
                 row = validation_row(trainer, state, validation)
@@ -126,6 +138,8 @@ def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | 
         if signals.stop and saved < state.step:
             saver.save(state, trainer.parameters, trainer.optimizer)
             saved = state.step
+        if profile is not None:
+            profile.close()
         saver.wait()
         metrics.close()
         if signals.stop:
@@ -231,6 +245,8 @@ class Meter:
         self._pending: list[tuple[Tensor, Tensor, int, int]] = []
         self._in_a_row = 0
         self._rate = 0.0
+        self._watch = LossWatch()
+        self._spikes: list[tuple[Spike, int]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -274,9 +290,33 @@ class Meter:
         self.restart()
         return row
 
+    def take_spikes(self) -> list[tuple[dict[str, Any], str]]:
+        """Spikes of the loss since the last call: a row of metrics.jsonl and a line for each."""
+        found, self._spikes = self._spikes, []
+        rows = self.config.global_batch_rows
+        return [
+            (
+                {
+                    "step": spike.step,
+                    "tokens": (samples + rows) * self.config.data.seq_len,
+                    "spike_loss": spike.loss,
+                    "usual_loss": spike.usual,
+                    "first_sample": samples,
+                    "last_sample": samples + rows - 1,
+                    "time": time.time(),
+                },
+                f"loss spike at step {spike.step}: {spike.loss:.4f}, usually {spike.usual:.4f} "
+                f"(global samples {samples} to {samples + rows - 1})",
+            )
+            for spike, samples in found
+        ]
+
     def _check(self, loss: float, norm: float, step: int, samples: int, state: TrainState, out: Path) -> None:
         if abs(loss) < float("inf") and abs(norm) < float("inf"):
             self._in_a_row = 0
+            spike = self._watch.check(step, loss)
+            if spike is not None:
+                self._spikes.append((spike, samples))
             return
         last = samples + self.config.global_batch_rows - 1
         report = {"step": step, "samples": [samples, last], "loss": str(loss), "grad_norm": str(norm)}
