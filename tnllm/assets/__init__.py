@@ -1,6 +1,7 @@
 """Paths of the files that ship in the package: a sample corpus, its tokenizer and their licences.
 
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
+sample_instructions()   # .../sample/instructions.jsonl: questions and answers to fine-tune on
 demo_weights()      # .../demo: a small model's weights folder
 named("dirty-sample")   # .../dirty/pages: text with known dirt, for the cleaning pipeline
 tokenizer_model()   # .../tokenizer.model: 8,192 pieces; tokenizer_model("tnllm-64k"): 64,000
@@ -18,6 +19,11 @@ def folder() -> Path:
 def sample_corpus() -> Path:
     """The bilingual sample corpus (JSON Lines, xz); `NOTICE` beside it names sources and licences."""
     return folder() / "sample" / "sample.jsonl.xz"
+
+
+def sample_instructions() -> Path:
+    """Short questions and answers, English and Chinese, written for this project (JSON Lines, messages)."""
+    return folder() / "sample" / "instructions.jsonl"
 
 
 # Name → file: 8,192 pieces for the demo and the small recipes, 64,000 for 385M parameters and more.

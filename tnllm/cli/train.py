@@ -11,6 +11,9 @@ def command(
     recipe: str = typer.Argument(..., help="A recipe file, or the name of a packaged one (`tnllm recipes list`)."),
     sets: list[str] = typer.Option([], "--set", help="Override a key: --set train.max_steps=50. Repeatable."),
     out: Path | None = typer.Option(None, help="Run folder. Default: runs/<recipe name>."),
+    init: str | None = typer.Option(
+        None, help="Start from these weights: a weights folder, a run folder, or `packaged`; sets train.init."
+    ),
     resume: str | None = typer.Option(None, help="auto, a run folder or a step folder."),
     device: str | None = typer.Option(None, help="auto, cpu or cuda; overrides train.device."),
     nproc: int = typer.Option(1, help="Processes on this machine. This version trains on one device."),
@@ -22,7 +25,8 @@ def command(
 
     if nproc != 1:
         raise UserError(f"--nproc is {nproc}; this version trains on one device, so only 1 is allowed")
-    config = load_recipe(recipe, [*sets, *([f"train.device={device}"] if device else [])])
+    flags = {"train.device": device, "train.init": init}
+    config = load_recipe(recipe, [*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)])
     if config.world_size != 1:
         raise UserError(
             f"the recipe's parallel section asks for {config.world_size} ranks; this version trains on one device: "

@@ -96,6 +96,18 @@ class ModelConfig(BaseModel):
         return self.head_dim * (2 if self.uses_lrpe(layer) else 1)
 
 
+class LoraConfig(BaseModel):
+    """A low-rank adapter beside frozen weights (arXiv 2106.09685)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rank: int = Field(0, ge=0, description="Rank of the adapter; 0: no adapter, all weights are trained.")
+    alpha: float = Field(16.0, gt=0, description="The adapter's output is scaled by alpha / rank.")
+    targets: tuple[Literal["qkvu_proj", "qkv_proj", "out_proj", "l1", "l2", "l3"], ...] | None = Field(
+        None, description="Projections of a block that get one, such as [qkvu_proj, out_proj]. null: all of them."
+    )
+
+
 # Choices that mean nothing to the softmax baseline.
 LINEAR_ONLY = (
     "position",

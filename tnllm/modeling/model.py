@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tnllm.errors import UserError
 from tnllm.kernels.linear_cross_entropy import linear_cross_entropy
 from tnllm.modeling.attention import GatedLinearAttention
-from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.layers import GLU, LRPE, make_norm
 from tnllm.modeling.packing import packed_index
 from tnllm.modeling.state import State
@@ -66,6 +66,7 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.checkpointing = "none"
+        self.lora: LoraConfig | None = None  # set where adapters hang on the projections (tnllm.modeling.lora)
         # The head with its loss; ranks that share the vocabulary put their own in its place.
         self.cross_entropy = linear_cross_entropy
 

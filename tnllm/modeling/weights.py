@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir
-from tnllm.modeling.config import ModelConfig, make_config
+from tnllm.modeling.config import LoraConfig, ModelConfig, make_config
+from tnllm.modeling.lora import add_lora, merge_lora
 from tnllm.modeling.model import LanguageModel, build_model
 
 CONFIG, GENERATION, INDEX, SINGLE = (
@@ -49,14 +50,16 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 }
 
 
-def config_json(config: ModelConfig, dtype: torch.dtype) -> str:
-    """The text of a weights folder's config.json."""
-    values = {
+def config_json(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None = None) -> str:
+    """The text of a weights folder's config.json; `lora` where the tensors hold an adapter beside the weights."""
+    values: dict[str, Any] = {
         "model_type": "tnllm",
         "tnllm_version": __version__,
         "dtype": str(dtype).removeprefix("torch."),
         "model": config.model_dump(),
     }
+    if lora is not None:
+        values["lora"] = lora.model_dump()
     return json.dumps(values, indent=2) + "\n"
 
 
@@ -129,6 +132,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
     return make_config(model), DTYPES[dtype]
 
 
+def read_lora(folder: Path) -> LoraConfig | None:
+    """The adapter a training checkpoint holds beside its weights, if any."""
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("lora")
+    return None if values is None else LoraConfig(**values)
+
+
 def load_model(
     folder: Path | str | None = None,
     device: torch.device | str = "cpu",
@@ -136,16 +145,23 @@ def load_model(
 ) -> LanguageModel:
     """Load a weights folder or run folder (None: the model that ships in the package), ready for inference.
 
-    `dtype` None keeps the stored one. Raises UserError for a folder that is no model, RunError for damaged files.
+    `dtype` None keeps the stored one. An adapter in a training checkpoint is merged. Raises UserError for a folder that
+    is no model, RunError for damaged files.
     """
     folder = resolve_model(folder)
     config, stored = read_config(folder)
-    model = build_model(config, "meta", dtype or stored).to_empty(device=device)
+    model = build_model(config, "meta", dtype or stored)
+    lora = read_lora(folder)
+    if lora is not None:
+        add_lora(model, lora)
+    model = model.to_empty(device=device)
     wanted = model.state_dict()
     if (folder / CHECKPOINT).is_dir():
         _load_checkpoint(wanted, folder / CHECKPOINT)
     else:
         _load_files(wanted, folder)
+    if lora is not None:
+        merge_lora(model)
     return model.eval().requires_grad_(False)
 
 

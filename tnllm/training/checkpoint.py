@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir, write_text_atomic
 from tnllm.modeling.model import LanguageModel
-from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors
+from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors, read_lora
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 
@@ -66,7 +66,7 @@ class Saver:
         tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         moments = {name: value.cpu().clone() for name, value in optimizer_tensors(model, optimizer).items()}
         moments["rng.cpu"] = torch.get_rng_state()
-        config = config_json(model.config, model.head_weight.dtype)
+        config = config_json(model.config, model.head_weight.dtype, model.lora)
         snapshot = TrainState(**asdict(state))
 
         def write() -> None:
@@ -118,9 +118,11 @@ class Saver:
 
 
 def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts by parameter name, created where no update has been made yet."""
+    """AdamW's moments and step counts by name of the trained parameters, created where no update has been made yet."""
     tensors = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -213,6 +215,10 @@ def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.O
         raise UserError(
             f"model.{key} is {ours[key]!r}, but {folder.name} was trained with {config[key]!r}; "
             "a resumed run keeps its model (start a new one with another --out)"
+        )
+    if read_lora(folder) != model.lora:
+        raise UserError(
+            f"lora is not as in {folder.name}; a resumed run keeps its adapter (start a new one with another --out)"
         )
     with torch.no_grad():
         tensors = dict(model.state_dict())

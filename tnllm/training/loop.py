@@ -19,20 +19,22 @@ import torch
 from torch import Tensor
 
 from tnllm import __version__
-from tnllm.data.loader import Batch, Loader
+from tnllm.data.loader import Batch
 from tnllm.errors import RunError, UserError
 from tnllm.files import format_count, format_duration, write_text_atomic
 from tnllm.modeling.flops import count_parameters, flops_per_token
-from tnllm.modeling.model import LanguageModel, build_model
-from tnllm.modeling.weights import TOKENIZER, save_model
+from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.weights import TOKENIZER
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.checkpoint import Saver, TrainState, find_checkpoint, list_checkpoints, load_checkpoint
 from tnllm.training.config import RunConfig
-from tnllm.training.corpus import open_loaders, open_tokenizer
+from tnllm.training.corpus import AnyLoader, open_loaders, open_tokenizer
+from tnllm.training.estimate import lora_parameters
 from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
 from tnllm.training.optim import clip_and_step, make_optimizer
 from tnllm.training.plan import fit_memory
 from tnllm.training.schedule import learning_rate
+from tnllm.training.setup import chat_template, make_model, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
 from tnllm.training.view import View
@@ -48,7 +50,7 @@ class Trainer:
     config: RunConfig
     model: LanguageModel
     optimizer: torch.optim.AdamW
-    loader: Loader
+    loader: AnyLoader
     device: torch.device
     loss_sum: Callable[[Batch], Tensor]
     compiled: bool = False
@@ -80,7 +82,8 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
         metrics = MetricsLog(out / "metrics.jsonl", state.step, config.log.tensorboard)
         view.say(_opening(config, loader, device))
         if config.data.path is None:
-            view.say("data: the sample corpus that ships; name your own with --set data.path=FOLDER_OR_FILE")
+            sample = "corpus that ships" if config.data.format == "text" else "conversations that ship"
+            view.say(f"data: the sample {sample}; name your own with --set data.path=FOLDER_OR_FILE")
         if device.type == "cpu" and checkpoint is None:
             view.say(_forecast(trainer))
         if trainer.compiled:
@@ -115,8 +118,9 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
         if signals.stop:
             view.say(f"stopped after step {state.step}, saved at step {saved}; go on with --resume auto")
             signals.leave()
-        save_model(trainer.model, out / "weights", tokenizer=tokenizer.path, dtype=compute_dtype(config, device))
-        view.say(f"weights in {out / 'weights'}; try: tnllm generate --model {out} --prompt '...'")
+        publish(trainer.model, out, config, tokenizer, compute_dtype(config, device))
+        how = "--chat" if config.data.format == "chat" else "--prompt '...'"
+        view.say(f"weights in {out / 'weights'}; try: tnllm generate --model {out} {how}")
 
 
 def due(every: int, step: int, last: bool) -> bool:
@@ -124,15 +128,13 @@ def due(every: int, step: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def make_trainer(config: RunConfig, loader: Loader, device: torch.device) -> Trainer:
+def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device) -> Trainer:
     """Model, optimizer and loss of a run, on `device`; weights are fp32 unless asked, products in the recipe's dtype."""
-    kept = torch.bfloat16 if config.train.weights == "bf16" else torch.float32
-    model = build_model(config.model, device, kept, seed=config.train.seed)
-    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    low = compute_dtype(config, device) == torch.bfloat16
+    model = make_model(config, device, low)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
     optimizer = make_optimizer(model, config.optimizer, compiled)
     loss = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
-    low = compute_dtype(config, device) == torch.bfloat16
 
     def loss_sum(batch: Batch) -> Tensor:
         batch = batch.to(device)
@@ -235,7 +237,7 @@ class Meter:
             raise RunError(f"{what}; {self._in_a_row} updates in a row were refused, so the run stops")
 
 
-def validation_row(trainer: Trainer, state: TrainState, loader: Loader) -> dict[str, Any]:
+def validation_row(trainer: Trainer, state: TrainState, loader: AnyLoader) -> dict[str, Any]:
     """Validate and return the row for metrics.jsonl."""
     rows = trainer.config.train.micro_batch_size
     loss, bpb = validate(trainer.loss_sum, loader, rows, trainer.config.eval.tokens)
@@ -249,7 +251,11 @@ def sample_lines(trainer: Trainer, tokenizer: Tokenizer, step: int) -> list[str]
         from tnllm.generation.decoder import generate_text
 
         count = trainer.config.eval.sample_tokens
-        text = generate_text(trainer.model, tokenizer, prompt, max_tokens=count, seed=trainer.config.train.seed)
+        asked = prompt
+        if trainer.config.data.format == "chat":
+            asked = chat_template(trainer.config).replace("{prompt}", prompt)
+            prompt = f"{prompt} -> "
+        text = generate_text(trainer.model, tokenizer, asked, max_tokens=count, seed=trainer.config.train.seed)
         lines.append(f"sample at step {step}: {prompt}{text}")
     return lines
 
@@ -321,11 +327,14 @@ def _forecast(trainer: Trainer) -> str:
     return f"this CPU does about {format_count(rate)} tokens/s: about {format_duration(total / rate)} for the whole run"
 
 
-def _opening(config: RunConfig, loader: Loader, device: torch.device) -> str:
+def _opening(config: RunConfig, loader: AnyLoader, device: torch.device) -> str:
     tokens = config.total_steps * config.global_batch_rows * config.data.seq_len
     passes = config.total_steps * config.global_batch_rows / loader.num_rows
+    size = f"{format_count(count_parameters(config.model))} parameters"
+    if config.lora.rank:
+        size += f", frozen, with an adapter of {format_count(lora_parameters(config))}"
     return (
-        f"{config.model.kind} {format_count(count_parameters(config.model))} parameters on {device}; "
+        f"{config.model.kind} {size} on {device}; "
         f"{config.total_steps} steps of {format_count(config.train.global_batch_tokens)} tokens = "
         f"{format_count(tokens)} tokens, {passes:.2f} passes over the data"
     )

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tnllm.data.instruct_loader import InstructLoader
 from tnllm.data.loader import Batch, Loader
 
 
 def validate(
-    loss_sum: Callable[[Batch], Tensor], loader: Loader, rows_per_batch: int, max_tokens: int | None
+    loss_sum: Callable[[Batch], Tensor], loader: Loader | InstructLoader, rows_per_batch: int, max_tokens: int | None
 ) -> tuple[float, float]:
     """Mean loss in nats per counted token, and bits per byte of the text those tokens stand for.
 
