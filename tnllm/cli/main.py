@@ -25,8 +25,10 @@ COMMANDS = (
     "estimate",
     "doctor",
     "plot",
+    "eval",
     "bench-attn",
     "bench-norm",
+    "bench-eval",
 )
 
 app = typer.Typer(

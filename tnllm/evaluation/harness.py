@@ -185,25 +185,7 @@ class TransNormerLM(TemplateLM):
             yield score.index, (float(score.logprobs.sum()), score.greedy)
 
     def _score_pairs(self, arguments: list[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        yield from self._score("loglikelihood", self.encode_pairs(arguments))
-
-    def encode_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[Request]:
-        """Contexts and continuations as the harness splits them: encoded together, cut where the context ends."""
-        contexts: dict[str, list[int]] = {}
-        requests = []
-        for context, continuation in pairs:
-            # Spaces at the end of a context belong to the word that follows.
-            kept = context.rstrip()
-            if kept not in contexts:
-                contexts[kept] = self.tok_encode(kept) if kept else []
-            before = contexts[kept]
-            whole = self.tok_encode(context + continuation, add_special_tokens=None if kept else False)
-            before, after = (before, whole[len(before) :]) if kept else ([self.prefix_token_id], whole)
-            if not after:
-                # Both together are one token more or less: the last one is what the continuation decides.
-                before, after = whole[:-1] or [self.prefix_token_id], whole[-1:]
-            requests.append(Request(before, after))
-        return requests
+        yield from self._score("loglikelihood", encode_pairs(arguments, self.tok_encode, self.prefix_token_id))
 
     def _score_texts(self, arguments: list[tuple[str]]) -> Iterator[tuple[int, float]]:
         ids = [self.tok_encode(text, add_special_tokens=False) for (text,) in arguments]
@@ -251,7 +233,9 @@ class TransNormerLM(TemplateLM):
 
     # Answers from the cache, the rest from the model.
 
-    def _answers(self, kind: str, arguments: list[Any], compute: Callable[[Any], Iterator[tuple[int, Any]]]) -> list[Any]:
+    def _answers(
+        self, kind: str, arguments: list[Any], compute: Callable[[Any], Iterator[tuple[int, Any]]]
+    ) -> list[Any]:
         keys = [AnswerCache.key(kind, each) for each in arguments]
         for index, each in enumerate(arguments):
             if kind == "generate_until" and each[1].get("do_sample"):
@@ -309,6 +293,25 @@ class TransNormerLM(TemplateLM):
             dist.barrier()
 
 
+def encode_pairs(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], prefix_id: int) -> list[Request]:
+    """Contexts and continuations as the harness splits them: encoded together, cut where the context ends."""
+    contexts: dict[str, list[int]] = {}
+    requests = []
+    for context, continuation in pairs:
+        # Spaces at the end of a context belong to the word that follows.
+        kept = context.rstrip()
+        if kept not in contexts:
+            contexts[kept] = encode(kept) if kept else [prefix_id]
+        before = contexts[kept]
+        whole = encode(context + continuation)
+        after = whole[len(before) :] if kept else [id for id in whole if id != prefix_id]
+        if not after:
+            # Both together are no more tokens than the context alone: the last one is what the continuation decides.
+            before, after = whole[:-1] or [prefix_id], whole[-1:]
+        requests.append(Request(before, after))
+    return requests
+
+
 class _Prefix:
     """What the prompts of a batch start with, read once; kept for the next batch if that goes on from it."""
 
@@ -342,7 +345,9 @@ def _sampling(settings: dict[str, Any]) -> SamplingParams:
     for key, value in settings.items():
         if key not in _GENERATION:
             allowed = ", ".join(_GENERATION)
-            raise UserError(f"generation setting {key!r} is not known; allowed: {allowed}{did_you_mean(key, _GENERATION)}")
+            raise UserError(
+                f"generation setting {key!r} is not known; allowed: {allowed}{did_you_mean(key, _GENERATION)}"
+            )
         name = _GENERATION[key]
         if name is not None and value is not None:
             values[name] = value
