@@ -93,8 +93,8 @@ def _show(results: dict[str, Any]) -> None:
     if agreement := results.get("agreement"):
         print(
             f"shared against plain: {results['token_ratio']:.1f} x fewer tokens, {results['time_ratio']:.1f} x faster; "
-            f"log-probabilities differ by {agreement['mean_difference']:.2g} on average, {agreement['largest_difference']:.2g} "
-            f"at most (allowed {agreement['tolerance']:g})"
+            f"log-probabilities differ by {agreement['mean_difference']:.2g} on average, "
+            f"{agreement['largest_difference']:.2g} at most (allowed {agreement['tolerance']:g})"
         )
         changed = agreement["changed"]
         within = agreement["margins_within_difference"]

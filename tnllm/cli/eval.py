@@ -9,7 +9,7 @@ import typer
 from tnllm.cli.evaluation_view import quiet_libraries, reporter, say, show_comparison, show_results, show_tasks
 from tnllm.errors import UserError
 
-EXAMPLES = """Example:  tnllm eval --tasks mmlu,ceval   |   tnllm eval --model runs/tiny --tasks arc_easy,piqa --data-dir data --out evals
+EXAMPLES = """Example:  tnllm eval --tasks mmlu,ceval   |   tnllm eval --model runs/tiny --tasks piqa --data-dir data
 
 tnllm eval ls   |   tnllm eval compare A.json B.json   |   tnllm eval ppl book.txt"""
 app = typer.Typer(rich_markup_mode="rich", epilog=EXAMPLES)

@@ -111,8 +111,8 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
             count = (results.get("n-samples", {}).get(name) or {}).get("effective") or values.get("sample_len", "")
             rows.append(
                 [
-                    label, str(results.get("versions", {}).get(name, "")), "" if shots is None else str(shots), f"{count:,}",
-                    metric, _figure(metric, value), _figure(metric, error),
+                    label, str(results.get("versions", {}).get(name, "")), "" if shots is None else str(shots),
+                    f"{count:,}", metric, _figure(metric, value), _figure(metric, error),
                 ]
             )  # fmt: skip
     about = results.get("tnllm") or {}

@@ -32,19 +32,23 @@ class Bundle:
 
 
 def count_tokens(requests: Sequence[Request]) -> dict[str, int]:
-    """Tokens computed one request at a time, with equal inputs computed once, and with shared prefixes."""
-    inputs = {(*request.context, *request.continuation[:-1]) for request in requests}
+    """Tokens computed one request at a time, with a question's equal inputs computed once, and with shared prefixes."""
+    inputs = {(id(request.context), *request.continuation[:-1]): request for request in requests}.values()
+    once = sum(len(request.context) + len(request.continuation) - 1 for request in inputs)
     tree = PrefixTree(requests)
     return {
-        "requests": len(requests), "one_by_one": tree.plain_tokens, "equal_inputs_once": sum(map(len, inputs)),
+        "requests": len(requests), "one_by_one": tree.plain_tokens, "equal_inputs_once": once,
         "shared": tree.num_tokens,
     }  # fmt: skip
 
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
     """Write a compressed file, whole or not at all."""
-    contexts: dict[tuple[int, ...], int] = {}
-    context_of = [contexts.setdefault(tuple(request.context), len(contexts)) for request in bundle.requests]
+    # Choices of a question come with one context object.
+    first = {id(request.context): request.context for request in bundle.requests}
+    numbers = {key: number for number, key in enumerate(first)}
+    contexts = list(first.values())
+    context_of = [numbers[id(request.context)] for request in bundle.requests]
     arrays = {
         "contexts": np.concatenate([np.array(ids, np.int32) for ids in contexts]),
         "context_lengths": np.array([len(ids) for ids in contexts], np.int32),

@@ -26,6 +26,7 @@ from torch import Tensor
 from tnllm import __version__
 from tnllm.errors import UserError, did_you_mean
 from tnllm.evaluation.cache import AnswerCache
+from tnllm.evaluation.encoding import LineEncoder
 from tnllm.evaluation.prefix_tree import MIN_SAVED_TOKENS, Request
 from tnllm.evaluation.scoring import Scorer
 from tnllm.generation.context import Context, read, weights_hash
@@ -79,6 +80,7 @@ class TransNormerLM(TemplateLM):
         self.scorer = Scorer(self.ready.model, self.share_prefix, batch_tokens, rows, note)
         self.weights_sha256 = weights_hash(self.ready.model)
         self._seed, self._report, self._note = seed, report, note
+        self._encode = LineEncoder(self.ready.tokenizer)
         self._chat = False
         self.longest = self.num_cached = self.num_requests = 0
         self.cache = AnswerCache(Path(cache_dir), self.identity()) if cache_dir is not None else None
@@ -130,9 +132,9 @@ class TransNormerLM(TemplateLM):
         """Token ids; the begin token first if the model wants one. Within a chat the end token's name is that token."""
         tokenizer = self.ready.tokenizer
         parts = string.split(tokenizer.piece(tokenizer.eos_id)) if self._chat else [string]
-        ids = tokenizer.encode(parts[0])
+        ids = self._encode(parts[0])
         for part in parts[1:]:
-            ids += [tokenizer.eos_id, *tokenizer.encode(part)]
+            ids += [tokenizer.eos_id, *self._encode(part)]
         begin = self.ready.add_bos if add_special_tokens is None else add_special_tokens
         return [self.ready.bos_id, *ids] if begin else ids
 

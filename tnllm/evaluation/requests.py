@@ -7,6 +7,7 @@ from typing import Any
 
 from tnllm.errors import UserError
 from tnllm.evaluation.bundle import Bundle
+from tnllm.evaluation.encoding import LineEncoder
 from tnllm.evaluation.harness import encode_pairs
 from tnllm.evaluation.prefix_tree import Request
 from tnllm.evaluation.tasks import Loaded
@@ -30,7 +31,7 @@ def build_bundle(loaded: Loaded, tokenizer: Tokenizer, limit: int | None, seed: 
                 answers.append(_answer(task, instance.doc))
             pairs.append(instance.args)
             questions.append(len(answers) - 1)
-    requests: list[Request] = encode_pairs(pairs, tokenizer.encode, tokenizer.bos_id)
+    requests: list[Request] = encode_pairs(pairs, LineEncoder(tokenizer), tokenizer.bos_id)
     about = {"tasks": list(loaded.tasks), "tokenizer_sha256": tokenizer.sha256, "limit": limit, "seed": seed}
     return Bundle(requests, questions, answers, about)
 

@@ -37,7 +37,7 @@ def read_rows(path: Path, csv_columns: Sequence[str] = ()) -> Iterator[tuple[str
         return
     labels = _text(labels_file).split()
     count = 0
-    for count, (place, row) in enumerate(rows, 1):  # noqa: B007 (used after the loop)
+    for count, (place, row) in enumerate(rows, 1):
         if count > len(labels):
             raise UserError(
                 f"{labels_file} has {len(labels)} labels, {path.name} more rows; they do not belong together"

@@ -49,7 +49,7 @@ class Settings:
 
 
 def evaluate(lm: TransNormerLM, loaded: Loaded, settings: Settings) -> dict[str, Any] | None:
-    """Run all tasks; results as the harness's own `simple_evaluate` gives them, with `tnllm` beside. None on ranks above 0."""
+    """Run all tasks: results as the harness's `simple_evaluate` gives them, and `tnllm`. None on ranks above 0."""
     started, clock = time.time(), time.perf_counter()
     random.seed(settings.seed)
     np.random.seed(settings.seed)

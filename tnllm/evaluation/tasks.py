@@ -12,18 +12,22 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.tasks
+import lm_eval.utils
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.evaluation.cards import PAPER_GROUP, PAPER_TASKS, Card, find_card, load_cards, subject_card
+
+# The harness compiles a task's template for every question, which takes longer than scoring it.
+lm_eval.utils.env.from_string = lru_cache(maxsize=1024)(lm_eval.utils.env.from_string)
 
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
 _NAMED = re.compile(r'^["\']?(?:task|group|tag)["\']?\s*:[ \t]*(.*(?:\n[ \t]*-[^\n]*)*)', re.MULTILINE)
