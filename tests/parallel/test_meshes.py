@@ -1,8 +1,8 @@
-"""Every mesh computes what one process computes: losses, gradients, weights, checkpoints. Four gloo processes, started once."""
+"""Every mesh computes what one process computes: losses, gradients, weights, checkpoints. Four gloo processes in all."""
 
 import pytest
-from tests.parallel.ranks import CASES, STEPS, model_config, run_all
 
+from tests.parallel.ranks import CASES, STEPS, model_config, run_all
 from tnllm.modeling.flops import count_parameters
 
 # fp32 sums over tokens, heads or ranks in another order: 6e-8 each, grown by ten updates at a high learning rate.
