@@ -5,6 +5,7 @@ import pytest
 from tnllm.data.corpus import Document, find_files, kind_of, read_file
 from tnllm.errors import RunError
 
+LATIN = "text/html; charset=latin-1"
 HTML = "<html><head><title>T</title></head><body><nav><a href=/>Home</a></nav><main><p>{}</p></main></body></html>"
 
 
@@ -12,7 +13,9 @@ def record(kind, body, uri, media):
     http = f"HTTP/1.1 200 OK\r\nContent-Type: {media}\r\n\r\n".encode() if kind == "response" else b""
     head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {uri}\r\nWARC-Date: 2024-05-18T01:58:10Z\r\n"
     mime = "application/http; msgtype=response" if kind == "response" else media
-    return f"{head}Content-Type: {mime}\r\nContent-Length: {len(http + body)}\r\n\r\n".encode() + http + body + b"\r\n\r\n"
+    return (
+        f"{head}Content-Type: {mime}\r\nContent-Length: {len(http + body)}\r\n\r\n".encode() + http + body + b"\r\n\r\n"
+    )
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def pages():
     return [
         record("response", HTML.format(long).encode(), "http://a.example/1", "text/html; charset=utf-8"),
         record("response", b"\x89PNG", "http://a.example/2.png", "image/png"),
-        record("response", HTML.format("café " + long).encode("latin-1"), "http://a.example/3", "text/html; charset=latin-1"),
+        record("response", HTML.format("café " + long).encode("latin-1"), "http://a.example/3", LATIN),
         record("conversion", "网页的正文。".encode(), "http://a.example/4", "text/plain"),
     ]
 

@@ -32,7 +32,6 @@ def read_archive(path: Path) -> Iterator[Document | BadDocument]:
                 length = record.content_length
                 if not record.record_type & wanted:
                     continue
-                where = f"{path}:{number}"
                 kind = record.http_content_type or record.headers.get("Content-Type") or "text/plain"
                 if kind.split(";")[0].strip().lower() not in _PAGES:
                     continue
