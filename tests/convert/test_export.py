@@ -94,9 +94,9 @@ def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
     convert(assets.demo_weights(), root / "hf", Options(to="hf", verify=False), lambda _: None, lambda *_: None)
     rows = [
-        {"text": "Once upon a", "choices": [" time", " zebra"], "label": 0},
-        {"text": "The king and the", "choices": [" queen", " queue"], "label": 0},
-        {"text": "He went to the", "choices": [" xylem", " house"], "label": 1},
+        {"text": "Once upon a", "choices": ["time", "zebra"], "label": 0},
+        {"text": "The king and the", "choices": ["queen", "queue"], "label": 0},
+        {"text": "He went to the", "choices": ["xylem", "house"], "label": 1},
     ]
     (root / "task").mkdir()
     data = root / "task/data.jsonl"
@@ -120,8 +120,6 @@ def test_greedy_text_is_that_of_tnllm_generate(exported):
     params = {"temperature": 0, "max_tokens": 24, "repetition_penalty": ready.sampling["repetition_penalty"]}
     ours = [generate_text(ready.model, ready.tokenizer, prompt, **params) for prompt in PROMPTS]
     assert answer["alone"] == ours
-    demo = load(None, device="cpu")
-    assert ours == [generate_text(demo.model, demo.tokenizer, prompt, **params) for prompt in PROMPTS]
 
 
 def test_padding_caching_and_beams_change_nothing(exported):
@@ -144,7 +142,7 @@ def test_lm_eval_scores_a_local_task_as_our_model_does(exported):
     logged = iter(answer["logged"])
     for row in rows:
         for choice, (score, _) in zip(row["choices"], next(logged), strict=True):
-            context, whole = ready.encode(row["text"]), ready.encode(row["text"] + choice)
+            context, whole = ready.encode(row["text"]), ready.encode(row["text"] + " " + choice)
             logits, _ = ready.model(torch.tensor([whole]))
             logs = logits[0].log_softmax(-1)
             ours = sum(float(logs[i - 1, whole[i]]) for i in range(len(context), len(whole)))
