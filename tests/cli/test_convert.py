@@ -77,7 +77,7 @@ def test_int8(tnllm, tmp_path, release):
     pytest.importorskip("torchao")
     code, out, _ = tnllm("convert", release, tmp_path / "x", "--to", "hf", "--quantize", "int8", "--json")
     answer = json.loads(out)
-    assert code == 0 and answer["limit"] == 0.1 and 0 < answer["share_of_largest_logit"] < 0.1
+    assert code == 0 and answer["limit"] == 0.25 and 0 < answer["share_of_largest_logit"] < 0.25
     config = json.loads((tmp_path / "x/config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "torchao"
     with pytest.raises(UserError, match="is quantized; load it with transformers"):

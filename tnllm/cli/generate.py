@@ -32,7 +32,7 @@ _SAMPLING, _INPUT, _OUTPUT, _STATE = "Sampling", "Input", "Output", "State"
 
 def command(
     model: str | None = typer.Option(
-        None, help="Run folder, step folder or weights folder. Default: the model that ships with tnllm."
+        None, help="Run, step, weights or Hugging Face folder (of tnllm convert). Default: the model that ships."
     ),
     prompt: str | None = typer.Option(
         None, "--prompt", "-p", help='Text to continue; "" starts from nothing, - reads stdin.', rich_help_panel=_INPUT

@@ -31,7 +31,7 @@ from tnllm.modeling.model import Block
 Read = Callable[[str], Tensor]
 NUM_PROMPTS, PROMPT_TOKENS = 2, 24
 # Largest difference allowed, as a share of the largest logit; docs/numerics.md gives the reasons.
-LIMITS = {"same": 1e-4, "rounded": 0.05, "int8": 0.1}
+LIMITS = {"same": 1e-4, "int8": 0.25}
 # Rows of the embedding multiplied at a time.
 _HEAD_ROWS = 16_384
 
