@@ -251,7 +251,9 @@ class TransNormerLM(TemplateLM):
 
     # Answers from the cache, the rest from the model.
 
-    def _answers(self, kind: str, arguments: list[Any], compute: Callable[[Any], Iterator[tuple[int, Any]]]) -> list[Any]:
+    def _answers(
+        self, kind: str, arguments: list[Any], compute: Callable[[Any], Iterator[tuple[int, Any]]]
+    ) -> list[Any]:
         keys = [AnswerCache.key(kind, each) for each in arguments]
         for index, each in enumerate(arguments):
             if kind == "generate_until" and each[1].get("do_sample"):
@@ -342,7 +344,9 @@ def _sampling(settings: dict[str, Any]) -> SamplingParams:
     for key, value in settings.items():
         if key not in _GENERATION:
             allowed = ", ".join(_GENERATION)
-            raise UserError(f"generation setting {key!r} is not known; allowed: {allowed}{did_you_mean(key, _GENERATION)}")
+            raise UserError(
+                f"generation setting {key!r} is not known; allowed: {allowed}{did_you_mean(key, _GENERATION)}"
+            )
         name = _GENERATION[key]
         if name is not None and value is not None:
             values[name] = value

@@ -106,7 +106,9 @@ class Scorer:
             logprobs[numbers] = pending.logprobs.double().cpu().numpy()
             likeliest[numbers] = pending.likeliest.cpu().numpy()
             if not np.isfinite(logprobs[numbers]).all():
-                raise RunError("the model gives non-finite log-probabilities; are the weights whole? try --dtype float32")
+                raise RunError(
+                    "the model gives non-finite log-probabilities; are the weights whole? try --dtype float32"
+                )
             touched, counts = np.unique(owner[numbers], return_counts=True)
             missing[touched] -= counts
             for index in touched[missing[touched] == 0].tolist():
@@ -224,9 +226,7 @@ class Scorer:
         return states[0] if len(states) == 1 else State.cat(states)
 
 
-def _take(
-    ready: list[tuple[int, int, Node]], budget: int, max_rows: int, held: int
-) -> list[tuple[int, int, Node]]:
+def _take(ready: list[tuple[int, int, Node]], budget: int, max_rows: int, held: int) -> list[tuple[int, int, Node]]:
     """The deepest pieces first, shallower ones to fill the pass as long as their states find room."""
     pack: list[tuple[int, int, Node]] = []
     deepest, tokens = ready[0][0], 0

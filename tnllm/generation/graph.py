@@ -7,7 +7,7 @@ The graph of a few rows holds one persistent kernel (`kernels/fused/decode.py`),
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,19 @@ def can_capture(model: LanguageModel, num_steps: int) -> bool:
 
 def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
     """The whole step as one kernel on `state`, or None where the batch is large or the model not of the released form."""
-    from tnllm.kernels.fused.decode import MAX_BATCH, DecodeStep, Layer
+    from tnllm.kernels.fused.decode import DecodeStep, Layer, max_batch
 
     config = model.config
     fits = (
-        state.batch <= MAX_BATCH
+        state.batch <= max_batch(config.model_dim, config.glu_dim)
         and (config.kind, config.gate, config.norm) == ("transnormer", "full", "srmsnorm")
         and config.position != "ape"
         and config.activation in ("silu", "none")
         and config.head_dim % 8 == 0
     )
-    layers = []
+    layers: list[Layer] = []
+    mixers: list[Any] = [block.token_mixer for block in model.blocks]
+    block: Any  # its parts are of the classes `fits` stands for
     for block, memory in zip(model.blocks, state.layers, strict=True) if fits else ():
         mixer, channel = block.token_mixer, block.channel_mixer
         linears = (mixer.qkvu_proj, mixer.out_proj, channel.l1, channel.l2, channel.l3)
@@ -53,14 +55,15 @@ def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
         if not all(type(linear) is nn.Linear and linear.weight.is_contiguous() for linear in linears):
             return None
         theta = None if mixer.lrpe is None else mixer.lrpe.theta.data
-        layers.append(Layer(*(linear.weight.data for linear in linears), memory, theta))
+        qkvu, out, up, gate, down = (linear.weight.data for linear in linears)
+        layers.append(Layer(qkvu, out, up, gate, down, memory, theta))
     if not layers or model.embed_tokens.weight.dtype == torch.float64:
         return None
     return DecodeStep(
         layers,
         model.embed_tokens.weight.data,
         model.head_weight.data,
-        torch.stack([block.token_mixer.log_decay for block in model.blocks]),
+        torch.stack([mixer.log_decay for mixer in mixers]),
         state.position,
         math.sqrt(config.model_dim) if config.scale_embedding else 1.0,
         config.norm_eps,

@@ -63,7 +63,8 @@ class GatedLinearAttention(nn.Module):
         """Whether all between the projections is the released form without LRPE, which has an operator of its own."""
         config = self.config
         released = (config.gate, config.activation, config.value_activation) == ("full", "silu", "none")
-        return released and self.lrpe is None and type(self.norm) is SRMSNorm and self.attend is attend
+        here = self.attend is attend and type(self.norm) is SRMSNorm
+        return released and self.lrpe is None and here
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, M] → q, k [B, T, H, D], v [B, T, H, E] and the gate [B, T, M]."""
@@ -84,9 +85,12 @@ class GatedLinearAttention(nn.Module):
         return q, k, v, gate
 
     def _output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
-        """[..., H, E] → [..., M]: norm over all heads, gate, projection."""
-        y = self.norm(attended.flatten(-2))
-        return self.out_proj(y if gate is None else y * gate)
+        """[..., H, E] → [..., M]: norm over all heads, gate, projection; norm_position may move the norm back."""
+        y, where = attended.flatten(-2), self.config.norm_position
+        y = self.norm(y) if where == "attention" else y
+        y = y if gate is None else y * gate
+        y = self.out_proj(self.norm(y) if where == "gate" else y)
+        return self.norm(y) if where == "output" else y
 
     def forward(
         self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None

@@ -45,6 +45,10 @@ class ModelConfig(BaseModel):
         description="Output gate: full linear u (v1, v2), sigmoid of a rank-gate_dim product (v3), none.",
     )
     gate_dim: int = Field(16, ge=1, description="Rank of the low-rank gate.")
+    norm_position: Literal["attention", "gate", "output"] = Field(
+        "attention",
+        description="The mixer's norm: on what attention gives, before the gate (v1, v2), after the gate, after out_proj.",
+    )
     activation: Literal["silu", "none", "1+elu", "relu"] = Field("silu", description="Applied to q and k.")
     value_activation: Literal["none", "silu"] = Field("none", description="Applied to v.")
     glu_activation: Literal["none", "silu"] = Field("none", description="none is SGLU (released); silu is SwiGLU.")
@@ -115,6 +119,7 @@ LINEAR_ONLY = (
     "decay_temperature",
     "gate",
     "gate_dim",
+    "norm_position",
     "activation",
     "value_activation",
 )

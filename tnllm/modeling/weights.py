@@ -3,8 +3,8 @@
     save_model(model, "weights", tokenizer=Path("tokenizer.model"))
     model = load_model("weights", device="cpu", dtype=torch.float32)
 
-`resolve_model` turns what a person names (a run folder, a weights folder, nothing) into such a folder. Nothing here is
-ever unpickled.
+A Hugging Face folder that `tnllm convert --to hf` wrote loads the same way. `resolve_model` turns what a person names (a
+run folder, a weights folder, nothing) into such a folder. Nothing here is ever unpickled.
 """
 
 import json
@@ -27,6 +27,7 @@ from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir
 from tnllm.modeling.config import LoraConfig, ModelConfig, make_config
+from tnllm.modeling.hf_names import HEAD, from_hf_config, from_official
 from tnllm.modeling.lora import add_lora, merge_lora
 from tnllm.modeling.model import LanguageModel, build_model
 
@@ -118,15 +119,21 @@ def _save_tensors(model: LanguageModel, folder: Path, dtype: torch.dtype, shard_
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
-    """Model config and stored dtype of a weights folder."""
+    """Model config and stored dtype of a weights folder, or of a Hugging Face folder `tnllm convert` wrote."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} has no {CONFIG}; give a weights folder or a run folder")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        model, dtype = values["model"], values["dtype"]
-    except (ValueError, KeyError, TypeError):
+        kind = values.get("model_type")
+        if kind == "tnllm" and "model" not in values and "auto_map" in values:
+            model, dtype = from_hf_config(values), values.get("dtype", values.get("torch_dtype"))
+        else:
+            model, dtype = values["model"], values["dtype"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a tnllm config; convert other formats with `tnllm convert`") from None
+    if "quantization_config" in values:
+        raise UserError(f"{folder} is quantized; load it with transformers, or convert the weights it was made from")
     if dtype not in DTYPES:
         raise UserError(f"{path}: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     return make_config(model), DTYPES[dtype]
@@ -194,11 +201,15 @@ def _load_checkpoint(wanted: dict[str, Tensor], folder: Path) -> None:
 
 def _load_files(wanted: dict[str, Tensor], folder: Path) -> None:
     missing = set(wanted)
-    for file in _tensor_files(folder):
+    for file in tensor_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    _copy(wanted, name, tensors.get_tensor(name), file)
+                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                    # Hugging Face folders put `model.` before our names, and may list a tied head.
+                    name = from_official(key)
+                    if name == HEAD and HEAD not in wanted:
+                        continue
+                    _copy(wanted, name, tensors.get_tensor(key), file)
                     missing.discard(name)
         except SafetensorError as error:
             raise RunError(f"{file} is damaged ({error}); copy or convert it again") from None
@@ -214,16 +225,21 @@ def _copy(wanted: dict[str, Tensor], name: str, value: Tensor, file: Path) -> No
     wanted[name].copy_(value)
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+def tensor_files(folder: Path, index: str = INDEX, single: str = SINGLE) -> list[Path]:
+    """The files that hold a folder's tensors: those its index names, or the single one. Raises UserError."""
+    if (folder / index).is_file():
+        try:
+            weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / index} is no index (JSON with a weight_map); copy it again") from None
         # A name with a path in it could point anywhere; shards live beside their index.
-        bad = [name for name in names if Path(name).name != name]
+        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
         if bad:
-            raise UserError(f"{folder / INDEX} names {bad[0]!r}; shards must lie in the same folder")
+            raise UserError(f"{folder / index} names {bad[0]!r}; shards must lie in the same folder")
         files = [folder / name for name in names]
     else:
-        files = [folder / SINGLE]
+        files = [folder / single]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing; the weights folder is incomplete")

@@ -80,7 +80,7 @@ class Layout:
         start, end = self.rows or (0, self.shape[0])
         rank, _ = self.tensor
         if self.dim != 0:
-            columns = ()
+            columns: Slices = ()
             if self.dim is not None:
                 width = self.shape[self.dim]
                 columns = (slice(rank * width, (rank + 1) * width),)

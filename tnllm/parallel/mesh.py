@@ -3,11 +3,11 @@
     mesh = open_mesh(replicate=1, shard=2, sequence=2, tensor=2, device_type="cuda", timeout_s=600)
     mesh.data_rank, mesh.data_size       # which rows of a batch this rank reads
     mesh.groups["tensor"]                # the process group along an axis
-    close_mesh()
+    close_mesh(mesh)
 
 Four axes, outermost first: copies of the model (replicate), ranks that share a copy's weights (shard), ranks that share
 a row (sequence), ranks that share a matrix (tensor). Neighbouring ranks differ in `tensor`, which talks the most, so it
-should stay within a machine. Weights are spread over shard and sequence together: ranks that share a row hold the same weights.
+should stay within a machine. Weights are spread over shard and sequence together.
 """
 
 import datetime
@@ -28,7 +28,8 @@ class Mesh:
     """Sizes of the axes, this rank's place on each, and its process groups.
 
     `groups`: "tensor" and "sequence" along those axes; "batch", the ranks that differ in the tokens they read
-    (replicate, shard and sequence); "replica", the ranks of one copy of the model; "control", all ranks, on CPU.
+    (replicate, shard and sequence); "replica", the ranks of one copy of the model; "control" and "files", all ranks,
+    on CPU.
     `fsdp` is the device mesh weights are spread (and replicated) over; None where one rank would be on it.
     """
 
@@ -124,7 +125,9 @@ def open_mesh(
         name: dist.new_group(ranks.flatten().tolist(), timeout=timeout, use_local_synchronization=fake is None)
         for name, ranks in members.items()
     }
+    # A checkpoint written in the background must not mix its messages with those of the steps, nor run out of time.
     groups["control"] = dist.new_group(backend=small or "gloo", timeout=timeout)
+    groups["files"] = dist.new_group(backend=small or "gloo", timeout=max(timeout, datetime.timedelta(hours=1)))
     fsdp = None
     if replicate * shard * sequence > 1:
         whole = init_device_mesh(
@@ -134,7 +137,8 @@ def open_mesh(
     return Mesh(sizes, rank, device, groups, fsdp)
 
 
-def close_mesh() -> None:
-    """Leave the groups."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def close_mesh(mesh: Mesh) -> None:
+    """Leave the groups, once all ranks are here: one that left early would break the others' last exchange."""
+    if dist.get_backend() != "fake":
+        dist.barrier(mesh.groups["files"])
+    dist.destroy_process_group()

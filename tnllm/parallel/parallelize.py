@@ -4,8 +4,7 @@
     sharded = parallelize(model, mesh, checkpointing="full", compiled=True, low_precision=True)
     sharded.materialize(device, seed=0)                 # the weights one process would have, this rank's part
     model.loss(tokens, labels).backward()
-    sharded.collect_gradients()
-    norm = sharded.gradient_norm()
+    norm = sharded.reduce()                             # gradients of sharded.parameters(), and their norm
 
 Order: tensor parallelism, sequence parallelism, activation checkpointing, compilation, FSDP2. Each sees what the one
 before left, so FSDP shards what tensor parallelism kept, and a compiled block holds no collective of FSDP.
@@ -94,13 +93,25 @@ class ShardedModel:
             local = source
             if isinstance(source, DTensor):
                 layout = layout.with_rows(self.mesh.weights)
-                local = nn.Parameter(source.detach().to_local())
+                local = nn.Parameter(source.to_local().detach())
             assert tuple(local.shape) == layout.local_shape, (name, local.shape, layout)
             counted = (layout.dim is not None or self.mesh.tensor[0] == 0) and (spread or self.mesh.weights[0] == 0)
             self.parts[name] = Part(layout, source, local, counted)
 
-    def collect_gradients(self) -> None:
-        """Once after the last backward pass of a step: give `parameters()` the gradients summed over all ranks."""
+    def reduce(self) -> Tensor:
+        """Once after the last backward pass of a step: give `parameters()` the gradients summed over all ranks.
+
+        Returns the norm of the whole gradient, fp32, the same on every rank.
+        """
+        self._collect()
+        gradients = [p.local.grad for p in self.parts.values() if p.counted and p.local.grad is not None]
+        total = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
+        if gradients:
+            total += torch.stack(torch._foreach_norm(gradients)).float().square().sum()
+        dist.all_reduce(total, group=self.mesh.groups["replica"])
+        return total.sqrt()
+
+    def _collect(self) -> None:
         groups = self.mesh.groups
         for part in self.parts.values():
             gradient = part.source.grad
@@ -113,15 +124,6 @@ class ShardedModel:
             if part.layout.partial_gradient:
                 assert part.local.grad is not None
                 dist.all_reduce(part.local.grad, group=groups["tensor"])
-
-    def gradient_norm(self) -> Tensor:
-        """The norm of the whole gradient, fp32, the same on every rank."""
-        gradients = [p.local.grad for p in self.parts.values() if p.counted and p.local.grad is not None]
-        total = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
-        if gradients:
-            total += torch.stack(torch._foreach_norm(gradients)).float().square().sum()
-        dist.all_reduce(total, group=self.mesh.groups["replica"])
-        return total.sqrt()
 
 
 def parallelize(

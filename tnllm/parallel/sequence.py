@@ -27,7 +27,6 @@ from torch import Tensor
 from tnllm.kernels.lightning_attention import lightning_attention
 from tnllm.parallel.collectives import group_named
 
-
 _local_backward = torch.ops.tnllm.lightning_attention_backward
 
 

@@ -1,6 +1,6 @@
 """Tensor parallelism: each rank holds some heads of every mixer and some channels of every GLU.
 
-    shard_heads(model, mesh)      # on the meta device, before weights exist
+    shard_heads(model, rank, size, group)      # on the meta device, before weights exist
 
 As the papers split them (arXiv 2307.14995 Eq. 11-15): the first product of a mixer by its output features, the last by
 its input features, so a mixer costs one sum over ranks in the forward pass (of its output) and one in the backward
@@ -72,7 +72,7 @@ def shard_heads(model: LanguageModel, rank: int, size: int, group: str) -> None:
             mixer.norm = HeadsNorm(model.config, getattr(mixer.norm, "weight", None), group)
             heads = model.config.num_heads // size
             mixer.keep_heads(slice(rank * heads, (rank + 1) * heads))
-    model.embed_tokens = VocabularyEmbedding(model.embed_tokens.weight, rank, group)
+    setattr(model, "embed_tokens", VocabularyEmbedding(model.get_parameter("embed_tokens.weight"), rank, group))  # noqa: B010
     model.cross_entropy = partial(vocabulary_cross_entropy, rank=rank, group=group)
 
 

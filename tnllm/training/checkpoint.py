@@ -27,8 +27,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir, write_text_atomic
+from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors, read_lora
+from tnllm.training.optim import Parameters
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 
@@ -105,8 +107,7 @@ class Saver:
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, aside / TOKENIZER)
             (aside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-            files = sorted(path for path in aside.rglob("*") if path.is_file())
-            sums = {str(path.relative_to(aside)): [path.stat().st_size, _sha256(path)] for path in files}
+            sums = file_sums(sorted(path for path in aside.rglob("*") if path.is_file()), aside)
             (aside / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
             replace_dir(aside, final)
         finally:
@@ -117,7 +118,7 @@ class Saver:
                 shutil.rmtree(old)
 
 
-def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's moments and step counts by name of the trained parameters, created where no update has been made yet."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -144,6 +145,11 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
         warnings.simplefilter("ignore", UserWarning)
         with plain_errors():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def file_sums(files: list[Path], folder: Path) -> dict[str, list[int | str]]:
+    """What a manifest says of `files`: size and SHA-256, by path relative to `folder`."""
+    return {str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)] for path in files}
 
 
 def _sha256(path: Path) -> str:
@@ -211,15 +217,7 @@ def _latest(run: Path) -> Path | None:
 
 def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Fill model, optimizer and random state in place; returns where the run was."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
-    ours = model.config.model_dump()
-    changed = [key for key in ours if config.get(key, ours[key]) != ours[key]]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"model.{key} is {ours[key]!r}, but {folder.name} was trained with {config[key]!r}; "
-            "a resumed run keeps its model (start a new one with another --out)"
-        )
+    check_same_model(folder, model.config)
     if read_lora(folder) != model.lora:
         raise UserError(
             f"lora is not as in {folder.name}; a resumed run keeps its adapter (start a new one with another --out)"
@@ -232,3 +230,16 @@ def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.O
         _load_tensors(moments, folder / "optimizer")
     torch.set_rng_state(moments["rng.cpu"])
     return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+def check_same_model(folder: Path, model: ModelConfig) -> None:
+    """Raise UserError where the checkpoint `folder` was trained with another model."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+    ours = model.model_dump()
+    changed = [key for key in ours if config.get(key, ours[key]) != ours[key]]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"model.{key} is {ours[key]!r}, but {folder.name} was trained with {config[key]!r}; "
+            "a resumed run keeps its model (start a new one with another --out)"
+        )

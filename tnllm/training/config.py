@@ -54,7 +54,9 @@ class TokenizerSection(BaseModel):
     model_config = _FROZEN
 
     path: str | None = Field(
-        None, description="SentencePiece .model file, or a folder with tokenizer.model. null: the packaged one."
+        None,
+        description="SentencePiece .model file, a folder with tokenizer.model, or a packaged one: tnllm-8k, tnllm-64k. "
+        "null: tnllm-8k. Token shards bring their own, before a packaged one.",
     )
 
 
@@ -228,6 +230,9 @@ class ParallelSection(BaseModel):
     )
     sequence: Count = Field(1, ge=1, description="Ranks that share one row along the sequence.")
     tensor: Count = Field(1, ge=1, description="Ranks that share each matrix and the heads.")
+    timeout_s: float = Field(
+        600, gt=0, description="Seconds a rank waits for the others before the run ends with an error."
+    )
 
 
 class RunConfig(BaseModel):
@@ -283,13 +288,22 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"lora trains on one device; the recipe's parallel section asks for {self.world_size} ranks"
             )
+        if train.init is not None and self.world_size > 1:
+            raise ValueError(
+                f"train.init starts runs on one device; the recipe's parallel section asks for {self.world_size} ranks"
+            )
         if self.data.format == "chat" and self.data.packing != "reset":
             raise ValueError(
                 "data.packing concat does not go with data.format chat: conversations must not run together"
             )
-        if self.model.num_heads % self.parallel.tensor:
+        for key in ("num_heads", "glu_dim", "vocab_size"):
+            size, value = self.parallel.tensor, getattr(self.model, key)
+            if value % size:
+                raise ValueError(f"parallel.tensor is {size}; it must divide model.{key} {value}")
+        if self.parallel.sequence > 1 and self.model.kind == "transformer":
             raise ValueError(
-                f"parallel.tensor is {self.parallel.tensor}; it must divide model.num_heads {self.model.num_heads}"
+                f"parallel.sequence is {self.parallel.sequence}, but softmax attention has no state to pass on; "
+                "set parallel.sequence=1 for model.kind transformer"
             )
         if self.data.seq_len % self.parallel.sequence:
             raise ValueError(

@@ -29,14 +29,15 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     """
     sources = config.data.path or DEFAULT_SOURCES
     first, folder = Path(sources[0].path), init_folder(config)
-    if config.tokenizer.path is not None:
+    if config.tokenizer.path is not None and config.tokenizer.path not in assets.TOKENIZERS:
         tokenizer = Tokenizer.load(config.tokenizer.path)
     elif folder is not None:
         tokenizer = Tokenizer.load(folder)
     elif is_shard_folder(first):
+        # Shards know what they were made with; a recipe's packaged tokenizer is for text.
         tokenizer = Tokenizer.load(first)
     else:
-        tokenizer = Tokenizer.load(assets.tokenizer_model())
+        tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
@@ -48,11 +49,16 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
 AnyLoader = Loader | InstructLoader
 
 
-def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> tuple[AnyLoader, AnyLoader | None]:
-    """The shuffled training loader, and the validation loader in order (None where nothing is held out)."""
+def open_loaders(
+    config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1
+) -> tuple[AnyLoader, AnyLoader | None]:
+    """The shuffled training loader, and the validation loader in order (None where nothing is held out).
+
+    `rank` of `world_size` says which rows of a step are this process's.
+    """
     data = config.data
     if data.format == "chat":
-        return _open_conversations(config, tokenizer)
+        return _open_conversations(config, tokenizer, rank, world_size)
     options = Options(field=data.field, val_fraction=data.val_fraction)
     train, held_out = [], []
     for source in data.path or DEFAULT_SOURCES:
@@ -63,13 +69,17 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> tuple[AnyLoader, An
         if stream.num_tokens > 1:
             held_out.append(Source(stream))
     rows = config.global_batch_rows
-    loader = Loader(train, data.seq_len, rows, seed=config.train.seed, packing=data.packing)
+    loader = Loader(train, data.seq_len, rows, config.train.seed, rank, world_size, packing=data.packing)
     if not held_out:
         return loader, None
-    return loader, Loader(held_out, data.seq_len, batch_size=1, packing=data.packing, shuffle=False)
+    return loader, Loader(
+        held_out, data.seq_len, world_size, rank=rank, world_size=world_size, packing=data.packing, shuffle=False
+    )
 
 
-def _open_conversations(config: RunConfig, tokenizer: Tokenizer) -> tuple[InstructLoader, InstructLoader | None]:
+def _open_conversations(
+    config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int
+) -> tuple[InstructLoader, InstructLoader | None]:
     data = config.data
     template = chat_template(config)
     check_template(template)
@@ -77,11 +87,13 @@ def _open_conversations(config: RunConfig, tokenizer: Tokenizer) -> tuple[Instru
     files = list(chain.from_iterable(find_instruction_files(source.path) for source in sources))
     packed = pack(read_conversations(files), tokenizer, template, data.seq_len)
     train, held_out = packed.split(data.val_fraction)
-    loader = InstructLoader(train, config.global_batch_rows, seed=config.train.seed)
+    loader = InstructLoader(train, config.global_batch_rows, config.train.seed, rank, world_size)
     print(
         f"{len(packed.ids)} conversations ({packed.cut} cut to data.seq_len, {packed.dropped} more without an answer): "
         f"{len(train.ids)} to learn from, {format_count(loader.num_labels)} answer tokens in {loader.num_rows} rows; "
         f"{len(held_out.ids)} for validation",
         file=sys.stderr,
     )
-    return loader, InstructLoader(held_out, batch_size=1, shuffle=False) if held_out.ids else None
+    if not held_out.ids:
+        return loader, None
+    return loader, InstructLoader(held_out, world_size, rank=rank, world_size=world_size, shuffle=False)

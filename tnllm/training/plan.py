@@ -47,13 +47,15 @@ def plan(config: RunConfig) -> str:
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
-def fit_memory(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> RunConfig:
+def fit_memory(
+    config: RunConfig, device: torch.device, say: Callable[[str], None], free: float | None = None
+) -> RunConfig:
     """The config, with a smaller train.micro_batch_size where the computed memory exceeds what is free on `device`.
 
     More passes make up for fewer rows, so an optimizer step learns from the same tokens; only the order of fp32 sums
-    changes. `say` is told. Raises UserError where not even one row fits.
+    changes. `say` is told. `free` is in bytes (None: asked of the device). Raises UserError where not even one row fits.
     """
-    free = (1 - RESERVE) * free_bytes(device)
+    free = (1 - RESERVE) * (free_bytes(device) if free is None else free)
     rows = config.train.micro_batch_size
     smaller = [size for size in range(rows, 0, -1) if rows % size == 0]
     for size in smaller:
