@@ -98,7 +98,12 @@ def test_files(tmp_path):
         ("a.jsonl", b'{"prompt": "a"\n', UserError, "a.jsonl:1: invalid JSON"),
         ("a.json", b'[{"prompt": "a"', UserError, "is no whole JSON array"),
         ("a.jsonl", b"\xff\xfe", UserError, "is not UTF-8 (byte 1)"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a", "response": "b"}')[:-9], RunError, "is cut short or damaged"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"prompt": "a", "response": "b"}', mtime=0)[:-9],
+            RunError,
+            "is cut short or damaged",
+        ),
         ("a.jsonl.gz", b"no gzip at all", RunError, "is cut short or damaged"),
     ],
 )

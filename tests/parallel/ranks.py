@@ -53,7 +53,7 @@ def model_config(choices: dict) -> ModelConfig:
 
 
 def batch(step: int, packed: bool, rank: int = 0, size: int = 1):
-    """Part `rank` of `size` of a step's four rows of 48, or all 192 tokens packed, where one document covers a whole slice."""
+    """Part `rank` of `size` of a step's four rows of 48; or all 192 tokens packed, one document covering a slice."""
     text = (torch.arange(193) + 7 * step) ** 2 % 61
     tokens, labels = text[:-1].view(4, 48), text[1:].view(4, 48).clone()
     cu_seqlens = torch.tensor([0, 7, 40, 40, 110, 111, 190, 192, 192], dtype=torch.int32)

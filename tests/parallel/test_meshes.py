@@ -1,4 +1,4 @@
-"""Every mesh computes what one process computes: losses, gradients, weights, checkpoints. Four gloo processes, started once."""
+"""Every mesh computes what one process computes: losses, gradients, weights, checkpoints. Four gloo processes in all."""
 
 import pytest
 

@@ -85,11 +85,16 @@ class Scorer:
         model gives non-finite logits.
         """
         vocab_size = self.model.config.vocab_size
+        checked: set[int] = set()
         for request in requests:
             assert request.context and request.continuation, "a prediction needs a token before it"
             for ids in (request.context, request.continuation):
-                if not 0 <= min(ids) <= max(ids) < vocab_size:
-                    raise UserError(f"a token id lies outside the model's vocabulary of {vocab_size}; wrong tokenizer?")
+                if id(ids) not in checked:
+                    checked.add(id(ids))
+                    if not 0 <= min(ids) <= max(ids) < vocab_size:
+                        raise UserError(
+                            f"a token id lies outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
+                        )
         if not requests:
             return
         tree = PrefixTree(requests, self.share, max_piece=self.batch_tokens)
@@ -217,7 +222,7 @@ class Scorer:
         """The state each piece starts from; pieces of one source stand together."""
         parts: list[tuple[State | None, list[int]]] = []
         for node in nodes:
-            source, row = sources[node] if node in sources else (None, 0)
+            source, row = sources.get(node, (None, 0))
             state = None if source is None else source.state
             if not parts or parts[-1][0] is not state:
                 parts.append((state, []))

@@ -66,7 +66,7 @@ class ShardedModel:
         Every rank draws the whole model's numbers, one module at a time, and keeps its part.
         """
         self.model.to_empty(device=device)
-        self._find_parts()
+        self.find_parts()
         generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
         with torch.device("meta"):
             whole = LanguageModel(self.model.config)
@@ -83,7 +83,8 @@ class ShardedModel:
                         part.local[mine].copy_(parameter[slices])
             module.to_empty(device=torch.device("meta"), recurse=False)
 
-    def _find_parts(self) -> None:
+    def find_parts(self) -> None:
+        """Fill `parts`; on the meta device too, where it says what a rank would hold."""
         with torch.device("meta"):
             whole = {name: tuple(p.shape) for name, p in LanguageModel(self.model.config).named_parameters()}
         self.parts = {}

@@ -28,16 +28,16 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     Raises UserError where it has more pieces than the model has rows.
     """
     sources = config.data.path or DEFAULT_SOURCES
-    first, folder = Path(sources[0].path), init_folder(config)
-    if config.tokenizer.path is not None and config.tokenizer.path not in assets.TOKENIZERS:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+    first, folder, given = Path(sources[0].path), init_folder(config), config.tokenizer.path
+    if given not in (None, *assets.TOKENIZERS):
+        tokenizer = Tokenizer.load(assets.tokenizer_model(given))
     elif folder is not None:
+        # Weights and shards know what they were made with; a recipe's packaged tokenizer is for text.
         tokenizer = Tokenizer.load(folder)
     elif is_shard_folder(first):
-        # Shards know what they were made with; a recipe's packaged tokenizer is for text.
         tokenizer = Tokenizer.load(first)
     else:
-        tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
+        tokenizer = Tokenizer.load(assets.tokenizer_model(given))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "

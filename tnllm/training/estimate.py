@@ -16,6 +16,7 @@ from typing import Any
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.flops import count_parameters, flops_per_token, state_bytes
+from tnllm.training.communication import root_parameters
 from tnllm.training.config import RunConfig
 
 # Share of a card left for what is not counted: the CUDA context, workspaces and the allocator's gaps.
@@ -67,10 +68,11 @@ class Memory:
 def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_precision: bool | None = None) -> Memory:
     """Memory of one rank for a forward and backward pass of `micro_batch_size` rows.
 
-    Weights, gradients and AdamW's two moments are fp32 (or bf16: train.weights) and divided over parallel.shard and
-    parallel.tensor. The low-precision copies autocast makes of the weights live through a pass; with sharding only two
-    blocks' and the embedding's are whole at a time. `checkpointing` and `low_precision` (bf16) default to the recipe's;
-    bf16 is what `train.dtype: auto` means on a GPU.
+    Weights, gradients and AdamW's two moments are fp32 (or bf16: train.weights) and divided over parallel.shard,
+    parallel.sequence and parallel.tensor. The low-precision copies autocast makes of the weights live through a pass.
+    Where weights are spread, what is whole at a time takes their place: two blocks and their gradients, one block's
+    gradients in fp32 on their way, embedding and head with their gradients in fp32. `checkpointing` and `low_precision`
+    (bf16) default to the recipe's; bf16 is what `train.dtype: auto` means on a GPU.
     """
     model, parallel, train = config.model, config.parallel, config.train
     checkpointing = checkpointing or train.activation_checkpointing
@@ -78,15 +80,17 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         low_precision = train.dtype != "fp32" and train.device != "cpu"
     item = 2 if low_precision else 4
     parameters = count_parameters(model)
-    local = -(-parameters // (parallel.shard * parallel.tensor))
+    holders = parallel.shard * parallel.sequence
+    local = -(-parameters // (holders * parallel.tensor))
     casts, kept = 0, 4
     if train.weights == "bf16":
         item = kept = 2
+    elif holders * parallel.replicate > 1:
+        root = root_parameters(model)
+        block = (parameters - root) // model.num_layers
+        casts = (min(2, model.num_layers) * 2 * item * block + 4 * block + 2 * 4 * root) // parallel.tensor
     elif low_precision:
-        embedding = model.vocab_size * model.model_dim
-        block = (parameters - embedding) // model.num_layers
-        whole = parameters if parallel.shard == 1 else min(parameters, embedding + 2 * block)
-        casts = item * whole // parallel.tensor
+        casts = item * parameters // parallel.tensor
     trained, frozen = local, 0
     if config.lora.rank:
         # The base is kept as it is computed with, and needs neither gradients nor moments.

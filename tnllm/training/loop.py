@@ -102,11 +102,13 @@ def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | 
         if trainer.compiled:
             view.say("compiling the model: the first step takes a little longer")
         meter = Meter(trainer, matmul_rate(device))
-        profile = None
-        if config.log.profile_steps and ranks.main:
-            profile = Profile(out / "profile", config.log.profile_steps, device, view.say)
         if ranks.size > 1 and config.eval.sample_prompts:
             view.say("eval.sample_prompts are left out: text is sampled by one rank alone; use tnllm generate")
+        profile = (
+            Profile(out / "profile", config.log.profile_steps, device, view.say)
+            if config.log.profile_steps and ranks.main
+            else None
+        )
         saved = state.step
         while state.step < config.total_steps and not signals.stop:
             if not train_step(trainer, state, meter, signals):

@@ -15,9 +15,10 @@ from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count
 from tnllm.modeling.flops import flops_per_token
 from tnllm.modeling.model import build_model
+from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import open_tokenizer
-from tnllm.training.estimate import RESERVE, estimate_memory, lora_parameters
+from tnllm.training.estimate import GPUS, RESERVE, estimate_memory, lora_parameters
 
 MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all of the machine's memory counts as free
 
@@ -44,7 +45,40 @@ def plan(config: RunConfig) -> str:
         "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
         "memory": f"{format_bytes(held)} for weights, gradients and optimizer, plus activations",
     }
+    if config.world_size > 1:
+        lines |= _plan_of_ranks(config)
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
+
+
+def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
+    """The same for a mesh: the model is really spread over it, as rank 0 of imaginary ranks and on the meta device."""
+    from tnllm.parallel.mesh import close_mesh
+    from tnllm.parallel.parallelize import parallelize
+    from tnllm.training.launch import config_mesh
+
+    axes, world = config.parallel, config.world_size
+    mesh = config_mesh(config, "cpu", fake=world)
+    try:
+        sharded = parallelize(build_model(config.model, "meta"), mesh, config.train.activation_checkpointing)
+        sharded.find_parts()
+        held = sum(part.numel() for part in sharded.parameters())
+    finally:
+        close_mesh(mesh)
+    memory = estimate_memory(config)
+    cards = {name: card.memory_gib for name, card in GPUS.items()}
+    fits = [name for name, size in cards.items() if memory.total <= (1 - RESERVE) * size * 2**30]
+    sent = communication(config)
+    by_axis = ", ".join(f"{axis} {format_bytes(amount)}" for axis, amount in sent.items() if amount)
+    return {
+        "mesh": f"replicate {axes.replicate} * shard {axes.shard} * sequence {axes.sequence} * tensor {axes.tensor} "
+        f"= {world} ranks",
+        "rank": f"{format_count(held)} parameters ({held:,}); {format_bytes(memory.total)}: weights "
+        f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer "
+        f"{format_bytes(memory.optimizer)}, whole at a time {format_bytes(memory.casts)}, activations "
+        f"{format_bytes(memory.activations)}, head {format_bytes(memory.head)}",
+        "fits": (", ".join(fits) or "no card that is known") + f" ({RESERVE:.0%} left free); computed, not measured",
+        "sends": f"{format_bytes(sum(sent.values()))} a step and rank ({by_axis or 'nothing'}); computed",
+    }
 
 
 def fit_memory(
