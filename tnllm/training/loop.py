@@ -38,7 +38,7 @@ from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
 from tnllm.training.plan import fit_memory, free_bytes
 from tnllm.training.profile import Profile
 from tnllm.training.schedule import learning_rate
-from tnllm.training.setup import chat_template, make_model, publish
+from tnllm.training.setup import chat_template, fill_parts, init_folder, make_model, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
 from tnllm.training.view import View
@@ -188,6 +188,9 @@ def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> T
     model = build_model(config.model, "meta")
     sharded = parallelize(model, mesh, config.train.activation_checkpointing, compiled, low)
     sharded.materialize(device, config.train.seed)
+    folder = init_folder(config)
+    if folder is not None:
+        fill_parts(sharded, folder)
     optimizer = make_optimizer(sharded, config.optimizer)
 
     def loss_sum(batch: Batch) -> Tensor:
