@@ -1,4 +1,4 @@
-"""`tnllm bench-attn` and `bench-norm` as typed."""
+"""`tnllm bench-attn`, `bench-norm` and `bench-train` as typed."""
 
 import json
 
@@ -54,3 +54,32 @@ def test_bench_norm(capfd):
     code, out, _ = run(capfd, "bench-norm", "--device", "cpu", "--widths", "32", "--rows", "8")
     assert code == 0 and "srmsnorm" in out and "layernorm" in out
     assert run(capfd, "bench-norm", "--widths", "wide")[0] == 2
+
+
+def test_bench_train_on_cpu(capfd, tmp_path):
+    file = tmp_path / "t.json"
+    args = ("--seqlens", "32,64", "--tokens-per-batch", "64", "--steps", "1", "--warmup", "0", "--json", str(file))
+    code, out, err = run(capfd, "bench-train", "--device", "cpu", *args)
+    assert code == 0
+    assert "no GPU in use: sizes for a CPU" in err and f"wrote {file}" in err
+    assert "tiny: transnormer over transformer, tokens/s: " in out
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["rows"], row["seq_len"]) for row in rows] == [(2, 32), (2, 32), (1, 64), (1, 64)]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--preset", "386m"], "did you mean '385m'?"),
+        (["--kinds", "transnormer,rnn"], "--kinds has 'rnn'; allowed: transnormer, transformer"),
+        (["--activation-checkpointing", "some"], "--activation-checkpointing has 'some'; allowed: none, full"),
+        (["--batch", "2", "--tokens-per-batch", "1k"], "both --batch and --tokens-per-batch are given"),
+        (["--same", "flops"], "--same is 'flops'; allowed: width, parameters"),
+        (["--json", "/no/such/folder/t.json"], "there is no folder /no/such/folder"),
+        (["--plot", "t.gif"], "its name must end in .png, .svg or .pdf"),
+    ],
+)
+def test_bench_train_bad_input(capfd, args, message):
+    code, out, err = run(capfd, "bench-train", *args)
+    assert code == 2 and out == ""
+    assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")

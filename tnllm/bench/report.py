@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def print_results(results: dict[str, Any]) -> None:
             f"{row['fwd_bwd_over_floor']:.3g}",
             "-" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}",
         )
+    console.print(table)
+
+
+def print_errors(environment: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Errors against float64 by length, slope and provider, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(", ".join(f"{key} {value}" for key, value in environment.items()), highlight=False)
+    table = Table(title="relative RMS error against float64", title_justify="left")
+    for column in ("length", "slope", "provider", "o", "dq", "dk", "dv", "state"):
+        table.add_column(column, justify="left" if column == "provider" else "right")
+    for row in rows:
+        errors = [f"{row[key]:.2e}" if key in row else "-" for key in ("o", "dq", "dk", "dv", "state")]
+        table.add_row(length_label(row["length"]), f"{row['slope']:g}", row["provider"], *errors)
     console.print(table)
 
 
@@ -112,7 +129,7 @@ def plot_attention(results: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), color="0.5", linestyle=":", label="memory floor")
         lengths = sorted({row["length"] for row in rows})
         axis.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel=label)
-        axis.set_xticks(lengths, [_length(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
+        axis.set_xticks(lengths, [length_label(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -127,7 +144,139 @@ def plot_attention(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _length(tokens: int) -> str:
+_TRAIN_COLUMNS = (
+    ("preset", 7),
+    ("kind", 11),
+    ("T", 7),
+    ("batch", 5),
+    ("tokens/s", 10),
+    ("MFU", 6),
+    ("ms/step (20-80 %)", 26),
+    ("peak GiB", 8),
+    ("first step s", 12),
+    ("loss", 14),
+)
+
+
+def print_training_head(results: dict[str, Any]) -> None:
+    """Device, gate and column names, on stdout, before the first row."""
+    environment = dict(results["environment"])
+    rate = environment.pop("matmul_tflop_per_s")
+    measured = "" if rate is None else f", bf16 matrix product {rate:.0f} TFLOP/s"
+    print(
+        f"{environment.pop('device')}{measured}; " + ", ".join(f"{key} {_plain(v)}" for key, v in environment.items())
+    )
+    for row in results["accuracy"]:
+        print(
+            f"check against fp32 on the CPU, {row['preset']} {row['kind']}"
+            f"{'' if row['activation_checkpointing'] == 'none' else ' with recomputation'}: loss {row['loss']:.1e} (limit "
+            f"{row['loss_limit']:g}), gradients {row['gradient']:.1e} (limit {row['gradient_limit']:g}): "
+            f"{'ok' if row['passed'] else 'WRONG'}"
+        )
+    print("  ".join(_pad(name, name, width) for name, width in _TRAIN_COLUMNS), flush=True)
+
+
+def print_training_row(row: dict[str, Any]) -> None:
+    """One line, as soon as it is measured."""
+    cells = [row["preset"], row["kind"], length_label(row["seq_len"]), str(row["rows"])]
+    if row["step_ms"] is None:
+        print("  ".join([*(_pad(n, c, w) for (n, w), c in zip(_TRAIN_COLUMNS, cells, strict=False)), row["status"]]))
+    else:
+        cells += [
+            f"{row['tokens_per_s']:,.0f}",
+            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            f"{row['step_ms']:.1f} ({row['low_ms']:.1f}-{row['high_ms']:.1f})",
+            "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}",
+            f"{row['compile_s']:.1f}",
+            f"{row['first_loss']:.2f} > {row['last_loss']:.2f}",
+        ]
+        more = [] if row["status"] == "ok" else [row["status"]]
+        more += [] if row["activation_checkpointing"] == "none" else ["recomputation"]
+        print("  ".join([*(_pad(n, c, w) for (n, w), c in zip(_TRAIN_COLUMNS, cells, strict=True)), *more]))
+    sys.stdout.flush()
+
+
+def _pad(name: str, text: str, width: int) -> str:
+    return text.ljust(width) if name in ("preset", "kind") else text.rjust(width)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def compare_training(rows: list[dict[str, Any]]) -> list[str]:
+    """Sentences: how much faster than the baseline at each length, and how flat over lengths."""
+    done = [row for row in rows if row["status"] == "ok"]
+    key = ("preset", "activation_checkpointing")
+    lines = []
+    for group in dict.fromkeys(tuple(row[name] for name in key) for row in done):
+        mine = [row for row in done if tuple(row[name] for name in key) == group]
+        ours, theirs = (
+            {row["seq_len"]: row for row in mine if row["kind"] == kind} for kind in ("transnormer", "transformer")
+        )
+        name = group[0] if group[1] == "none" else f"{group[0]} with recomputation"
+        ratios = [
+            f"{ours[length]['tokens_per_s'] / theirs[length]['tokens_per_s']:.2f} at {length_label(length)}"
+            for length in ours
+            if length in theirs
+        ]
+        if ratios:
+            lines.append(f"{name}: transnormer over transformer, tokens/s: {', '.join(ratios)}")
+        for kind, found in (("transnormer", ours), ("transformer", theirs)):
+            speeds = [row["tokens_per_s"] for row in found.values()]
+            if len(speeds) > 1:
+                lines.append(
+                    f"{name}: {kind}'s slowest length has {min(speeds) / max(speeds):.0%} of its fastest's speed"
+                )
+    return lines
+
+
+def plot_training(results: dict[str, Any], path: Path) -> None:
+    """Tokens/s, utilisation and memory against length, as PNG, SVG or PDF by the file's ending."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtra("plot", "matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in results["rows"] if row["status"] == "ok"]
+    panels = [("tokens_per_s", "training speed (tokens/s)")]
+    for key, label in (("mfu", "FLOP utilisation"), ("peak_gib", "peak memory (GiB)")):
+        if any(row[key] is not None for row in rows):
+            panels.append((key, label))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), layout="constrained", squeeze=False)
+    series = list(dict.fromkeys((row["preset"], row["kind"], row["activation_checkpointing"]) for row in rows))
+    lengths = sorted({row["seq_len"] for row in rows})
+    for axis, (key, label) in zip(axes[0], panels, strict=True):
+        for index, (preset, kind, mode) in enumerate(series):
+            points = [
+                (row["seq_len"], row[key])
+                for row in rows
+                if (row["preset"], row["kind"], row["activation_checkpointing"]) == (preset, kind, mode)
+            ]
+            name = f"{preset} {kind}" + ("" if mode == "none" else ", recomputation")
+            axis.plot(
+                *zip(*points, strict=True), label=name, color=COLOURS[index % 7], marker=MARKERS[index % 7], markersize=4.5,
+                linewidth=2.2 if kind == "transnormer" else 1.4,
+            )  # fmt: skip
+        axis.set(xscale="log", xlabel="sequence length (tokens)", ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.set_xticks(lengths, [length_label(n) for n in lengths], rotation=45 if len(lengths) > 8 else 0)
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(lambda value, _, key=key: f"{value:.0%}" if key == "mfu" else f"{value:,.0f}")
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    if rows:
+        axes[0][0].legend(frameon=False, fontsize=8.5)
+    environment = results["environment"]
+    figure.suptitle(f"{environment['device']}: whole training steps, {environment['dtype']}", fontsize=10)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def length_label(tokens: int) -> str:
+    """`64K`, `1M`: tokens in powers of two where they are."""
     if tokens % (1 << 20) == 0:
         return f"{tokens >> 20}M"
     return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)

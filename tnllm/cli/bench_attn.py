@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 
+from tnllm.cli.lengths import length, lengths
 from tnllm.errors import UserError
 
 EPILOG = "Example:  tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png"
@@ -27,6 +28,7 @@ def command(
     dtype: str | None = typer.Option(None, help="bf16, fp16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
     providers: str | None = typer.Option(None, help=f"Among {_GPU_PROVIDERS}; on CPU {_CPU_PROVIDERS}."),
     device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    accuracy: bool = typer.Option(False, "--accuracy", help="Only errors against float64, by decay and length."),
     seconds: float = typer.Option(0.5, min=0.01, help="Time spent on each measurement."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
@@ -35,10 +37,10 @@ def command(
     """Check attention against float64, then time it beside its peers: forward, backward, memory, by length."""
     if seqlen is not None and seqlens is not None:
         raise UserError("both --seqlen and --seqlens are given; use one of them")
-    lengths = [seqlen] if seqlen is not None else _lengths(seqlens) if seqlens is not None else None
+    chosen = [seqlen] if seqlen is not None else lengths(seqlens, "--seqlens") if seqlens is not None else None
     if shapes and (seqlen is not None or seqlens is not None or fixed_tokens is not None):
         raise UserError("--shape gives lengths itself; leave out --seqlen, --seqlens and --fixed-tokens")
-    tokens = _length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
+    tokens = length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
     import torch
 
     from tnllm.bench.attention import Shape, bench_attention
@@ -56,13 +58,26 @@ def command(
     name = dtype or default_dtype
     if name not in dtypes:
         raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
-    lengths = lengths or _lengths(default_lengths)
+    chosen = chosen or lengths(default_lengths, "--seqlens")
     heads, head_dim = heads or default_heads, head_dim or default_dim
     points = [Shape(*_shape(text)) for text in shapes] or [
-        Shape(max(1, tokens // length) if tokens else batch, heads, length, head_dim) for length in lengths
+        Shape(max(1, tokens // count) if tokens else batch, heads, count, head_dim) for count in chosen
     ]
     names = [part.strip() for part in (providers or (_GPU_PROVIDERS if on_gpu else _CPU_PROVIDERS)).split(",")]
-    results = bench_attention(points, dtypes[name], names, torch.device("cuda" if on_gpu else "cpu"), seconds, _note)
+    where = torch.device("cuda" if on_gpu else "cpu")
+    if accuracy:
+        from tnllm.bench.accuracy import SLOPES, decay_errors
+        from tnllm.bench.attention import choose
+        from tnllm.bench.report import print_errors
+        from tnllm.bench.timing import describe_device
+
+        rows = decay_errors(choose(names, where, dtypes[name], _note), chosen, SLOPES, dtypes[name], where, heads, head_dim)
+        print_errors(describe_device(where) | {"dtype": name}, rows)
+        if json_file is not None:
+            write_json({"environment": describe_device(where) | {"dtype": name}, "rows": rows}, json_file)
+            _note(f"wrote {json_file}")
+        return
+    results = bench_attention(points, dtypes[name], names, where, seconds, _note)
     print_results(results)
     for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_attention)):
         if file is not None:
@@ -74,29 +89,8 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _length(text: str, flag: str) -> int:
-    number, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in ("k", "m") else (text, "")
-    if not number.isdigit() or int(number) == 0:
-        raise UserError(f"{flag} has {text!r}; write tokens such as 1000, 64k (65536) or 1m (1048576)")
-    return int(number) * {"": 1, "k": 1 << 10, "m": 1 << 20}[unit]
-
-
 def _shape(text: str) -> list[int]:
     parts = text.lower().split("x")
     if len(parts) != 4:
         raise UserError(f"--shape is {text!r}; write BATCHxHEADSxLENGTHxDIM, such as 8x16x2048x128")
-    return [_length(part, "--shape") for part in parts]
-
-
-def _lengths(text: str) -> list[int]:
-    """`1k,4k` or `1k:64k` (every doubling)."""
-    if ":" not in text:
-        return [_length(part.strip(), "--seqlens") for part in text.split(",")]
-    low, high = (_length(part.strip(), "--seqlens") for part in text.split(":", 1))
-    if low > high:
-        raise UserError(f"--seqlens is {text!r}; the first length must not exceed the second")
-    lengths = []
-    while low <= high:
-        lengths.append(low)
-        low *= 2
-    return lengths
+    return [length(part, "--shape") for part in parts]

@@ -52,7 +52,7 @@ _PARTS = {
     "weights": "weights, fp32",
     "gradients": "gradients, fp32",
     "optimizer": "AdamW's two moments, fp32",
-    "casts": "bf16 copies of the weights",
+    "casts": "bf16 copies, or what is whole at a time",
     "activations": "activations",
     "head": "head and loss",
     "total": "total",

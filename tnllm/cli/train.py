@@ -1,45 +1,86 @@
 """`tnllm train`: pretrain or continue a model from a recipe."""
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-EPILOG = "Example:  tnllm train recipes/tiny.yaml --set train.max_steps=50 --out runs/short"
+if TYPE_CHECKING:
+    from tnllm.training.config import RunConfig
+
+EPILOG = (
+    "Example:  tnllm train recipes/tiny.yaml --set train.max_steps=50 --out runs/short   |   "
+    "tnllm train 385m --nproc 8   |   torchrun --nproc-per-node 8 -m tnllm train 385m"
+)
 
 
 def command(
     recipe: str = typer.Argument(..., help="A recipe file, or the name of a packaged one (`tnllm recipes list`)."),
     sets: list[str] = typer.Option([], "--set", help="Override a key: --set train.max_steps=50. Repeatable."),
     out: Path | None = typer.Option(None, help="Run folder. Default: runs/<recipe name>."),
+    init: str | None = typer.Option(
+        None, help="Start from these weights: a weights folder, a run folder, or `packaged`; sets train.init."
+    ),
     resume: str | None = typer.Option(None, help="auto, a run folder or a step folder."),
     device: str | None = typer.Option(None, help="auto, cpu or cuda; overrides train.device."),
-    nproc: int = typer.Option(1, help="Processes on this machine. This version trains on one device."),
+    nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one a GPU; on several machines use torchrun."),
+    max_restarts: int = typer.Option(0, min=0, help="With --nproc: start again after a lost rank, this many times."),
+    profile: bool = typer.Option(
+        False, "--profile", help="Profile three steps into the run's profile/; sets log.profile_steps."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan and stop; nothing is allocated."),
+    world_size: int | None = typer.Option(None, min=1, help="With --dry-run: plan for this many ranks."),
 ) -> None:
-    """Train a model from a recipe, on a CPU or one GPU."""
-    from tnllm.errors import RunError, UserError
+    """Train a model from a recipe, on a CPU, one GPU or many."""
+    from tnllm.errors import Terminated, UserError
+    from tnllm.parallel.mesh import launched
+    from tnllm.parallel.ranks import SharedError
     from tnllm.training.config import load_recipe
+    from tnllm.training.launch import fit_mesh, launch
 
-    if nproc != 1:
-        raise UserError(f"--nproc is {nproc}; this version trains on one device, so only 1 is allowed")
-    config = load_recipe(recipe, [*sets, *([f"train.device={device}"] if device else [])])
-    if config.world_size != 1:
-        raise UserError(
-            f"the recipe's parallel section asks for {config.world_size} ranks; this version trains on one device: "
-            "set replicate, shard, sequence and tensor to 1"
-        )
+    if world_size is not None and not dry_run:
+        raise UserError("--world-size is for --dry-run; to train on several ranks give --nproc, or start torchrun")
+    flags = {"train.device": device, "train.init": init, "log.profile_steps": 3 if profile else None}
+    sets = [*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     out = out or Path("runs") / Path(recipe).stem
-    if dry_run:
-        from tnllm.training.plan import plan
+    is_rank = launched() and not dry_run
+    try:
+        config = load_recipe(recipe, sets)
+        ranks = int(os.environ["WORLD_SIZE"]) if is_rank else world_size or (config.world_size if dry_run else nproc)
+        sets += [f"parallel.{axis}={size}" for axis, size in fit_mesh(config, ranks).items()]
+        config = load_recipe(recipe, sets)
+        if dry_run:
+            from tnllm.training.plan import plan
 
-        print(plan(config))
-        return
+            print(plan(config))
+        elif nproc > 1 and not is_rank:
+            given = [part for item in sets for part in ("--set", item)] + (["--resume", resume] if resume else [])
+            code = launch(["train", recipe, *given, "--out", str(out)], nproc, max_restarts)
+            if code:
+                raise typer.Exit(code)
+        else:
+            _train(config, out, resume, is_rank)
+    except (UserError, KeyboardInterrupt) as error:
+        # What every rank finds alike is said once.
+        alike = isinstance(error, SharedError | Terminated | KeyboardInterrupt) or type(error) is UserError
+        if is_rank and os.environ["RANK"] != "0" and alike:
+            raise typer.Exit(getattr(error, "exit_code", 130)) from None
+        raise
+
+
+def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) -> None:
     import torch
 
+    from tnllm.errors import RunError
+    from tnllm.training.launch import train_on_mesh
     from tnllm.training.loop import train
 
     try:
-        train(config, out, resume)
+        if is_rank and config.world_size > 1:
+            train_on_mesh(config, out, resume)
+        else:
+            train(config, out, resume)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "

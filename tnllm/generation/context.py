@@ -82,7 +82,7 @@ def read(
             if end == len(prompts[row]):
                 logits[row] = model.logits(hidden[index : index + 1])
     return [
-        _context(prompt, context, state, row)
+        after_reading(prompt, context, state, row)
         for prompt, context, state, row in zip(prompts, contexts, states, logits, strict=True)
     ]
 
@@ -116,7 +116,8 @@ def _hidden(model: LanguageModel, pieces: list[list[int]], state: State) -> tupl
     return hidden[0, (ends - 1).to(model.device)], state
 
 
-def _context(prompt: Sequence[int], before: Context | None, state: State, logits: Tensor | None) -> Context:
+def after_reading(prompt: Sequence[int], before: Context | None, state: State, logits: Tensor | None) -> Context:
+    """The context after `prompt`: `state` and `logits` [1, V] are those after its last token, `before` came first."""
     assert logits is not None
     if before is None:
         seen = torch.zeros_like(logits, dtype=torch.bool)

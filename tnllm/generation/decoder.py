@@ -12,10 +12,8 @@ A sample depends on its prompt, its options and its seed alone: not on what else
 prompt is read in, or on whether it started from a saved context.
 """
 
-import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,92 +21,19 @@ from torch import Tensor
 from tnllm.errors import RunError, UserError
 from tnllm.generation.context import CHUNK_TOKENS, Context, read
 from tnllm.generation.graph import CapturedStep, can_capture
-from tnllm.generation.sampler import MAX_SEED, Options, SamplingParams, choose, log_probabilities
-from tnllm.generation.text import TAIL_TOKENS, TextStream
+from tnllm.generation.rows import Drawn, Piece, Result, Row, draw, most_logprobs, non_finite, start_rows
+from tnllm.generation.sampler import Options, SamplingParams
+from tnllm.generation.text import TAIL_TOKENS
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.state import State
 from tnllm.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length", "eos"]
 # Rows decoded together. A step reads every weight once whatever the batch, so rows are nearly free until the
 # states (13 MB a row at 385M) or the arithmetic count.
 BATCH_SIZE = 16
 # Tokens between two looks at the results on a GPU. A look stalls the device for about a kernel launch; up to this
 # many steps minus one are wasted after a stop.
 SYNC_EVERY = 8
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token and its log-probability under the model, before any sampling option."""
-
-    id: int
-    text: str  # its bytes as UTF-8, U+FFFD where they are part of a character
-    logprob: float
-    top: tuple["TokenLogprob", ...] = ()  # the likeliest ones, likeliest first
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token."""
-
-    index: int  # of the prompt
-    sample: int  # 0 to n - 1
-    token: int
-    text: str  # what became certain with it: whole characters, nothing of a stop string, often ""
-    logprob: TokenLogprob | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished sample. `text` is the sum of its pieces' texts."""
-
-    index: int
-    sample: int
-    text: str
-    tokens: list[int]  # all generated ones, the end token and those of a stop string included
-    finish_reason: FinishReason
-    seed: int
-    prompt_tokens: int  # read for this request; a given context counts only in `context`
-    logprobs: list[TokenLogprob] | None
-    context: Context | None  # after the last token, if asked for
-
-
-@dataclass
-class _Row:
-    """A sample while it is decoded."""
-
-    index: int
-    sample: int
-    params: SamplingParams
-    seed: int
-    prompt_tokens: int
-    tail: tuple[int, ...]
-    stream: TextStream
-    texts: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    reason: FinishReason | None = None
-    reported: bool = False
-
-    @property
-    def left(self) -> int:
-        """Tokens it may still generate."""
-        return self.params.max_tokens - len(self.tokens)
-
-    def result(self, context: Context | None) -> Result:
-        assert self.reason is not None
-        return Result(
-            index=self.index,
-            sample=self.sample,
-            text="".join(self.texts),
-            tokens=self.tokens,
-            finish_reason=self.reason,
-            seed=self.seed,
-            prompt_tokens=self.prompt_tokens,
-            logprobs=self.logprobs if self.params.logprobs is not None else None,
-            context=context,
-        )
 
 
 def generate_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> str:
@@ -173,24 +98,12 @@ def generate(
             contexts = read(model, ids[start:end], befores[start:end], chunk_tokens)
             rows, origins = [], []
             for index, context in zip(range(start, end), contexts, strict=True):
-                rows += _rows(tokenizer, index, params[index], len(ids[index]), context)
+                rows += start_rows(tokenizer, index, params[index], len(ids[index]), context.tail)
                 origins += [context] * params[index].n
             yield from _Batch(model, tokenizer, rows, origins, ends).run(keep_contexts, sync_every)
             start = end
 
     return batches()
-
-
-def _rows(tokenizer: Tokenizer, index: int, params: SamplingParams, prompt_tokens: int, context: Context) -> list[_Row]:
-    # 32 random bits are easy to read and type again.
-    first = secrets.randbits(32) if params.seed is None else params.seed
-    return [
-        _Row(
-            index, sample, params, (first + sample) & MAX_SEED, prompt_tokens, context.tail,
-            TextStream(tokenizer, context.tail, params.stop),
-        )
-        for sample in range(params.n)
-    ]  # fmt: skip
 
 
 class _Batch:
@@ -200,7 +113,7 @@ class _Batch:
         self,
         model: LanguageModel,
         tokenizer: Tokenizer,
-        rows: list[_Row],
+        rows: list[Row],
         contexts: list[Context],
         ends: frozenset[int],
     ) -> None:
@@ -210,8 +123,8 @@ class _Batch:
         self.seen = torch.cat([context.seen for context in contexts])
         self.options = self._options()
         self.counts = torch.zeros_like(self.seen, dtype=torch.int32) if self.options.counts else None
-        wanted = [row.params.logprobs for row in rows if row.params.logprobs is not None]
-        self.num_top = max(wanted, default=None)
+        self.num_top = most_logprobs(rows)
+        self.reported: set[tuple[int, int]] = set()
         self.step: CapturedStep | None = None
 
     def _options(self) -> Options:
@@ -224,49 +137,36 @@ class _Batch:
                 row.reason = "length"
         while True:
             for place, row in enumerate(self.rows):
-                if row.reason and not row.reported:
-                    row.reported = True
+                if row.reason and (row.index, row.sample) not in self.reported:
+                    self.reported.add((row.index, row.sample))
                     yield row.result(self._context(place) if keep_contexts else None)
             alive = [place for place, row in enumerate(self.rows) if not row.reason]
             if not alive:
                 return
             self._compact(alive)
             left = [row.left for row in self.rows if not row.reason]
-            drawn = self._draw(1 if keep_contexts else min(*left, sync_every))
+            drawn, last = self._draw(1 if keep_contexts else min(*left, sync_every))
             for place, row in enumerate(self.rows):
                 if not row.reason:
-                    yield from self._take(row, place, drawn)
+                    yield from row.take_all(drawn, place, self.ends, self.tokenizer)
             # A kept context holds every token; otherwise the last one need not be read.
             if keep_contexts or not all(row.reason for row in self.rows):
-                self._read(drawn.last)
+                self._read(last)
 
     @torch.no_grad()
-    def _draw(self, num_tokens: int) -> "_Drawn":
-        """The next `num_tokens` tokens of every row; the last one is not read yet."""
+    def _draw(self, num_tokens: int) -> tuple[Drawn, Tensor]:
+        """The next `num_tokens` tokens of every row, and the last ones [B] on the device, which are not read yet."""
         columns: list[list[Tensor]] = []
-        tokens: Tensor | None = None
         for _ in range(num_tokens):
-            if tokens is not None:
-                self._read(tokens)
-            # A NaN or an infinity anywhere in the row reaches its maximum; only -inf would not, and is harmless.
-            finite = self.logits.amax(dim=-1).isfinite()
-            # Ids beyond the tokenizer's have no text: vocabularies are padded to round sizes.
-            self.logits[:, self.tokenizer.vocab_size :] = -torch.inf
-            tokens = choose(self.logits, self.options, self.state.position, self.seen, self.counts)
-            column = [tokens, finite]
-            if self.num_top is not None:
-                column += log_probabilities(self.logits, tokens, self.num_top)
-            columns.append(column)
-        assert tokens is not None
-        stacked = [torch.stack(parts, dim=1).cpu() for parts in zip(*columns, strict=True)]
-        if not stacked[1].all():
-            place = int((~stacked[1].all(dim=1)).nonzero()[0, 0])
-            at = int(self.state.position[place])
-            raise RunError(
-                f"the model gave non-finite logits near token {at}; its weights are damaged or its training diverged"
-            )
-        logprobs = [part.tolist() for part in stacked[2:]] or None
-        return _Drawn(tokens, stacked[0].tolist(), logprobs)
+            if columns:
+                self._read(columns[-1][0])
+            position, vocab_size = self.state.position, self.tokenizer.vocab_size
+            columns.append(draw(self.logits, self.options, position, self.seen, self.counts, vocab_size, self.num_top))
+        drawn = Drawn.of(columns)
+        for place, finite in enumerate(drawn.finite):
+            if not all(finite):
+                raise RunError(non_finite(int(self.state.position[place])))
+        return drawn, columns[-1][0]
 
     @torch.no_grad()
     def _read(self, tokens: Tensor) -> None:
@@ -275,36 +175,6 @@ class _Batch:
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
         self.logits = self.step(tokens) if self.step else self.model.step(tokens, self.state)
-
-    def _take(self, row: _Row, place: int, drawn: "_Drawn") -> Iterator[Piece]:
-        """Append the drawn tokens to a row, up to its end if it is among them."""
-        for column, token in enumerate(drawn.tokens[place]):
-            row.tokens.append(token)
-            text = ""
-            if token in self.ends and not row.params.ignore_eos:
-                row.reason = "eos"
-            else:
-                text = row.stream.push(token)
-                if row.stream.stopped:
-                    row.reason = "stop"
-                elif len(row.tokens) == row.params.max_tokens:
-                    row.reason = "length"
-            if row.reason:
-                text += row.stream.close()
-            row.texts.append(text)
-            logprob = None
-            if row.params.logprobs is not None and drawn.logprobs is not None:
-                logprob = self._logprob(token, row.params.logprobs, *(part[place][column] for part in drawn.logprobs))
-                row.logprobs.append(logprob)
-            yield Piece(row.index, row.sample, token, text, logprob)
-            if row.reason:
-                return
-
-    def _logprob(self, token: int, num_top: int, chosen: float, top: list[float], ids: list[int]) -> TokenLogprob:
-        def entry(id: int, logprob: float, likeliest: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-            return TokenLogprob(id, self.tokenizer.token_bytes[id].decode("utf-8", "replace"), logprob, likeliest)
-
-        return entry(token, chosen, tuple(entry(*pair) for pair in zip(ids[:num_top], top, strict=False)))
 
     def _context(self, place: int) -> Context:
         row = self.rows[place]
@@ -327,12 +197,3 @@ class _Batch:
             self.options = self._options()
         if self.step is None and can_capture(self.model, max(row.left for row in self.rows if not row.reason)):
             self.step = CapturedStep(self.model, self.state)
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """Tokens of a few steps on the host: [B][steps]; `last` [B] is still on the device."""
-
-    last: Tensor
-    tokens: list[list[int]]
-    logprobs: list[list[Any]] | None

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tnllm.errors import UserError
-from tnllm.generation.decoder import Result, TokenLogprob
 from tnllm.generation.loading import Ready
+from tnllm.generation.rows import Result, TokenLogprob
 from tnllm.generation.sampler import SamplingParams
 
 

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnllm.kernels.gated_attention import gated_attention
 from tnllm.kernels.lightning_attention import lightning_attention, lightning_attention_step
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.decay import log_decay
-from tnllm.modeling.layers import LRPE, activate, make_norm
+from tnllm.modeling.layers import LRPE, SRMSNorm, activate, make_norm
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Attention over text that starts here and whose end state nobody asks for: training."""
+    return lightning_attention(q, k, v, log_decay, None, cu_seqlens, need_state=False)[0]
 
 
 class GatedLinearAttention(nn.Module):
@@ -35,14 +41,30 @@ class GatedLinearAttention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=False)
         self.norm = make_norm(config, width)
         self.lrpe = LRPE(config) if config.uses_lrpe(layer) else None
+        # Training without a state goes through here; a rank that holds a slice of the text puts its own in this place.
+        self.attend = attend
+        self._heads = slice(None)
         self.register_buffer("log_decay", log_decay(config, layer), persistent=False)
+
+    def keep_heads(self, heads: slice) -> None:
+        """Hold the decays of these heads only; whoever calls this gives the projections their part."""
+        self._heads = heads
+        self.log_decay = log_decay(self.config, self.layer)[heads].to(self.log_decay.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GatedLinearAttention":
         super()._apply(fn, recurse)
         # Casting a model must never round the decays, and a move off the meta device must give them their values.
         if not self.log_decay.is_meta:
-            self.log_decay = log_decay(self.config, self.layer).to(self.log_decay.device)
+            self.log_decay = log_decay(self.config, self.layer)[self._heads].to(self.log_decay.device)
         return self
+
+    @property
+    def _one_operator(self) -> bool:
+        """Whether all between the projections is the released form without LRPE, which has an operator of its own."""
+        config = self.config
+        released = (config.gate, config.activation, config.value_activation) == ("full", "silu", "none")
+        here = self.attend is attend and type(self.norm) is SRMSNorm
+        return released and self.lrpe is None and here
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, M] → q, k [B, T, H, D], v [B, T, H, E] and the gate [B, T, M]."""
@@ -63,9 +85,12 @@ class GatedLinearAttention(nn.Module):
         return q, k, v, gate
 
     def _output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
-        """[..., H, E] → [..., M]: norm over all heads, gate, projection."""
-        y = self.norm(attended.flatten(-2))
-        return self.out_proj(y if gate is None else y * gate)
+        """[..., H, E] → [..., M]: norm over all heads, gate, projection; norm_position may move the norm back."""
+        y, where = attended.flatten(-2), self.config.norm_position
+        y = self.norm(y) if where == "attention" else y
+        y = y if gate is None else y * gate
+        y = self.out_proj(self.norm(y) if where == "gate" else y)
+        return self.norm(y) if where == "output" else y
 
     def forward(
         self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
@@ -74,9 +99,12 @@ class GatedLinearAttention(nn.Module):
 
         Without a state the text starts here and nobody asks how it ends: training, where None comes back.
         """
+        if state is None and self._one_operator:
+            projected = self.qkvu_proj(x)
+            return self.out_proj(gated_attention(projected, self.log_decay, self.config.norm_eps, cu_seqlens)), None
         q, k, v, gate = self._project(x, positions)
         if state is None:
-            attended, _ = lightning_attention(q, k, v, self.log_decay, None, cu_seqlens, need_state=False)
+            attended = self.attend(q, k, v, self.log_decay, cu_seqlens)
         else:
             attended, state = lightning_attention(q, k, v, self.log_decay, state, cu_seqlens)
         return self._output(attended, gate), state

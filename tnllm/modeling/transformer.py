@@ -26,7 +26,7 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M], positions [B, T] → y [B, T, M], cache. Without a state this is plain causal attention."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
-        q, k = (_rotate(part, positions, self.config.rope_base) for part in (q, k))
+        q, k = (rotate(part, positions, self.config.rope_base) for part in (q, k))
         if state is None:
             return self.out_proj(_causal(q, k, v, cu_seqlens).flatten(-2)), None
         if cu_seqlens is None:
@@ -45,7 +45,7 @@ class SoftmaxAttention(nn.Module):
     def step(self, x: Tensor, positions: Tensor, state: Tensor) -> Tensor:
         """One token per row; the cache must have room for it and is updated in place."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
-        q, k = (_rotate(part[:, None], positions[:, None], self.config.rope_base) for part in (q, k))
+        q, k = (rotate(part[:, None], positions[:, None], self.config.rope_base) for part in (q, k))
         rows = torch.arange(len(x), device=x.device)
         state[0, rows, positions] = k[:, 0].to(state.dtype)
         state[1, rows, positions] = v.to(state.dtype)
@@ -67,7 +67,7 @@ def grow(cache: Tensor, needed: int) -> Tensor:
     return F.pad(cache, (0, 0, 0, 0, 0, room))
 
 
-def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     """Rotary positions on [B, T, H, d] (pairs are channel i and i + d/2), angles in fp32."""
     half = x.shape[-1] // 2
     index = torch.arange(half, device=x.device, dtype=torch.float32)

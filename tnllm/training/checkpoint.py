@@ -27,8 +27,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir, write_text_atomic
+from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.model import LanguageModel
-from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors
+from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors, read_lora
+from tnllm.training.optim import Parameters
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 
@@ -66,7 +68,7 @@ class Saver:
         tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         moments = {name: value.cpu().clone() for name, value in optimizer_tensors(model, optimizer).items()}
         moments["rng.cpu"] = torch.get_rng_state()
-        config = config_json(model.config, model.head_weight.dtype)
+        config = config_json(model.config, model.head_weight.dtype, model.lora)
         snapshot = TrainState(**asdict(state))
 
         def write() -> None:
@@ -105,8 +107,7 @@ class Saver:
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, aside / TOKENIZER)
             (aside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-            files = sorted(path for path in aside.rglob("*") if path.is_file())
-            sums = {str(path.relative_to(aside)): [path.stat().st_size, _sha256(path)] for path in files}
+            sums = file_sums(sorted(path for path in aside.rglob("*") if path.is_file()), aside)
             (aside / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
             replace_dir(aside, final)
         finally:
@@ -117,10 +118,12 @@ class Saver:
                 shutil.rmtree(old)
 
 
-def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts by parameter name, created where no update has been made yet."""
+def optimizer_tensors(model: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and step counts by name of the trained parameters, created where no update has been made yet."""
     tensors = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -142,6 +145,11 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
         warnings.simplefilter("ignore", UserWarning)
         with plain_errors():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def file_sums(files: list[Path], folder: Path) -> dict[str, list[int | str]]:
+    """What a manifest says of `files`: size and SHA-256, by path relative to `folder`."""
+    return {str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)] for path in files}
 
 
 def _sha256(path: Path) -> str:
@@ -177,7 +185,7 @@ def find_checkpoint(run: Path, resume: str, warn: Callable[[str], None]) -> Path
     """The checkpoint to resume from, verified.
 
     `resume` "auto": the newest whole one of `run`, older ones taking the place of damaged ones (`warn` says so), None
-    where there is none. Otherwise a step folder or a run folder; damaged or missing raises an error.
+    where there is none at all. Otherwise a step folder or a run folder; damaged or missing raises an error.
     """
     if resume != "auto":
         named = Path(resume)
@@ -186,13 +194,17 @@ def find_checkpoint(run: Path, resume: str, warn: Callable[[str], None]) -> Path
             raise UserError(f"--resume {resume}: no checkpoint there; give a run folder, a step folder or auto")
         verify_checkpoint(folder)
         return folder
-    for folder in reversed(list_checkpoints(run)):
+    there = list_checkpoints(run)
+    for folder in reversed(there):
         try:
             verify_checkpoint(folder)
         except RunError as error:
             warn(f"checkpoint {folder.name} cannot be used: {error}; trying the one before")
             continue
         return folder
+    if there:
+        # To start anew would quietly throw the run away.
+        raise RunError(f"no checkpoint in {run / 'checkpoints'} can be used; move that folder away to start anew")
     return None
 
 
@@ -205,14 +217,10 @@ def _latest(run: Path) -> Path | None:
 
 def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Fill model, optimizer and random state in place; returns where the run was."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
-    ours = model.config.model_dump()
-    changed = [key for key in ours if config.get(key, ours[key]) != ours[key]]
-    if changed:
-        key = changed[0]
+    check_same_model(folder, model.config)
+    if read_lora(folder) != model.lora:
         raise UserError(
-            f"model.{key} is {ours[key]!r}, but {folder.name} was trained with {config[key]!r}; "
-            "a resumed run keeps its model (start a new one with another --out)"
+            f"lora is not as in {folder.name}; a resumed run keeps its adapter (start a new one with another --out)"
         )
     with torch.no_grad():
         tensors = dict(model.state_dict())
@@ -222,3 +230,16 @@ def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.O
         _load_tensors(moments, folder / "optimizer")
     torch.set_rng_state(moments["rng.cpu"])
     return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+def check_same_model(folder: Path, model: ModelConfig) -> None:
+    """Raise UserError where the checkpoint `folder` was trained with another model."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+    ours = model.model_dump()
+    changed = [key for key in ours if config.get(key, ours[key]) != ours[key]]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"model.{key} is {ours[key]!r}, but {folder.name} was trained with {config[key]!r}; "
+            "a resumed run keeps its model (start a new one with another --out)"
+        )

@@ -16,6 +16,7 @@ from typing import Any
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.flops import count_parameters, flops_per_token, state_bytes
+from tnllm.training.communication import root_parameters
 from tnllm.training.config import RunConfig
 
 # Share of a card left for what is not counted: the CUDA context, workspaces and the allocator's gaps.
@@ -67,10 +68,11 @@ class Memory:
 def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_precision: bool | None = None) -> Memory:
     """Memory of one rank for a forward and backward pass of `micro_batch_size` rows.
 
-    Weights, gradients and AdamW's two moments are fp32 and divided over parallel.shard and parallel.tensor. The
-    low-precision copies autocast makes of the weights live through a pass; with sharding only two blocks' and the
-    embedding's are whole at a time. `checkpointing` and `low_precision` (bf16) default to the recipe's; bf16 is
-    what `train.dtype: auto` means on a GPU.
+    Weights, gradients and AdamW's two moments are fp32 (or bf16: train.weights) and divided over parallel.shard,
+    parallel.sequence and parallel.tensor. The low-precision copies autocast makes of the weights live through a pass.
+    Where weights are spread, what is whole at a time takes their place: two blocks and their gradients, one block's
+    gradients in fp32 on their way, embedding and head with their gradients in fp32. `checkpointing` and `low_precision`
+    (bf16) default to the recipe's; bf16 is what `train.dtype: auto` means on a GPU.
     """
     model, parallel, train = config.model, config.parallel, config.train
     checkpointing = checkpointing or train.activation_checkpointing
@@ -78,22 +80,48 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         low_precision = train.dtype != "fp32" and train.device != "cpu"
     item = 2 if low_precision else 4
     parameters = count_parameters(model)
-    local = -(-parameters // (parallel.shard * parallel.tensor))
-    casts = 0
-    if low_precision:
-        embedding = model.vocab_size * model.model_dim
-        block = (parameters - embedding) // model.num_layers
-        whole = parameters if parallel.shard == 1 else min(parameters, embedding + 2 * block)
-        casts = item * whole // parallel.tensor
+    holders = parallel.shard * parallel.sequence
+    local = -(-parameters // (holders * parallel.tensor))
+    casts, kept = 0, 4
+    if train.weights == "bf16":
+        item = kept = 2
+    elif holders * parallel.replicate > 1:
+        root = root_parameters(model)
+        block = (parameters - root) // model.num_layers
+        casts = (min(2, model.num_layers) * 2 * item * block + 4 * block + 2 * 4 * root) // parallel.tensor
+    elif low_precision:
+        casts = item * parameters // parallel.tensor
+    trained, frozen = local, 0
+    if config.lora.rank:
+        # The base is kept as it is computed with, and needs neither gradients nor moments.
+        trained, frozen, casts = lora_parameters(config), item * local, 0
     tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
     return Memory(
-        weights=4 * local,
-        gradients=4 * local,
-        optimizer=8 * local,
+        weights=frozen + kept * trained,
+        gradients=kept * trained,
+        optimizer=2 * kept * trained,
         casts=casts,
         activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor),
         head=head_bytes(model, tokens, item, parallel.tensor),
     )
+
+
+def lora_parameters(config: RunConfig) -> int:
+    """Parameters of the recipe's adapter: rank * (in + out) of every projection it hangs on."""
+    model = config.model
+    width, glu = model.model_dim, model.glu_dim
+    fused = (
+        ("qkvu_proj", 4 * width) if model.kind == "transnormer" and model.gate == "full" else ("qkv_proj", 3 * width)
+    )
+    shapes = {
+        fused[0]: width + fused[1],
+        "out_proj": 2 * width,
+        "l1": width + glu,
+        "l2": width + glu,
+        "l3": width + glu,
+    }
+    names: tuple[str, ...] = config.lora.targets or tuple(shapes)
+    return config.lora.rank * model.num_layers * sum(shapes.get(name, 0) for name in names)
 
 
 def activation_bytes(

@@ -7,11 +7,12 @@ A run folder holds config.resolved.yaml, env.json, metrics.jsonl, train.log, che
 """
 
 import json
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,29 @@ import torch
 from torch import Tensor
 
 from tnllm import __version__
-from tnllm.data.loader import Batch, Loader
+from tnllm.data.loader import Batch
 from tnllm.errors import RunError, UserError
 from tnllm.files import format_count, format_duration, write_text_atomic
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import LanguageModel, build_model
-from tnllm.modeling.weights import TOKENIZER, save_model
+from tnllm.modeling.weights import TOKENIZER, load_model
+from tnllm.parallel.mesh import Mesh
+from tnllm.parallel.ranks import ManyRanks, OneRank
 from tnllm.tokenizer import Tokenizer
-from tnllm.training.checkpoint import Saver, TrainState, find_checkpoint, list_checkpoints, load_checkpoint
+from tnllm.training.checkpoint import Saver, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, step_name
 from tnllm.training.config import RunConfig
-from tnllm.training.corpus import open_loaders, open_tokenizer
+from tnllm.training.corpus import AnyLoader, open_loaders, open_tokenizer
+from tnllm.training.estimate import lora_parameters
 from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
-from tnllm.training.optim import clip_and_step, make_optimizer
-from tnllm.training.plan import fit_memory
+from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
+from tnllm.training.plan import fit_memory, free_bytes
+from tnllm.training.profile import Profile
 from tnllm.training.schedule import learning_rate
+from tnllm.training.setup import chat_template, make_model, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
 from tnllm.training.view import View
+from tnllm.training.watch import LossWatch, Spike
 
 # Under the policy `skip`, this many refused updates in a row end the run: it will not recover by itself.
 _MAX_SKIPS_IN_A_ROW = 20
@@ -43,58 +50,79 @@ _MAX_SKIPS_IN_A_ROW = 20
 
 @dataclass
 class Trainer:
-    """What the steps of a run share. Nothing here knows how many ranks there are."""
+    """What the steps of a run share. Nothing here knows how many ranks there are.
+
+    `parameters` are what the optimizer updates: the model's, or this rank's parts of them.
+    """
 
     config: RunConfig
     model: LanguageModel
+    parameters: Parameters
     optimizer: torch.optim.AdamW
-    loader: Loader
+    loader: AnyLoader
     device: torch.device
     loss_sum: Callable[[Batch], Tensor]
     compiled: bool = False
+    ranks: OneRank = field(default_factory=OneRank)
+    gradient_norm: Callable[[], Tensor] | None = None
 
 
-def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
+def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | None = None) -> None:
     """Train `config` into the run folder `out`.
 
     `resume`: None starts anew and refuses a folder that holds a run; "auto" goes on from the newest whole
-    checkpoint of `out`, or starts; a folder names the checkpoint. Raises UserError for input that does not fit,
-    RunError for failures while running, Terminated (exit 143) and KeyboardInterrupt after a signal, each once
-    everything is saved.
+    checkpoint of `out`, or starts; a folder names the checkpoint. `mesh`: this process is one of its ranks, which
+    all call this alike. Raises UserError for input that does not fit, RunError for failures while running, Terminated
+    (exit 143) and KeyboardInterrupt after a signal, each once everything is saved.
     """
-    device = pick_device(config.train.device)
-    tokenizer = open_tokenizer(config)
-    loader, validation = open_loaders(config, tokenizer)
-    _open_folder(out, config, resume)
-    with View(out / "train.log", config.total_steps) as view, StopSignals() as signals:
-        config = fit_memory(config, device, view.say)
-        trainer = make_trainer(config, loader, device)
+    device = pick_device(config.train.device) if mesh is None else mesh.device
+    ranks = OneRank() if mesh is None else ManyRanks(mesh)
+    tokenizer = ranks.first(lambda: open_tokenizer(config))
+    loader, validation = ranks.first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
+    ranks.share(lambda: _open_folder(out, config, resume))
+    view = View(out / "train.log", config.total_steps, quiet=not ranks.main)
+    with view, StopSignals(shared=ranks.size > 1) as signals:
+        config = fit_memory(config, device, view.say, ranks.smallest(free_bytes(device) / _sharing(device)))
+        trainer = make_trainer(config, loader, device, mesh)
         state = TrainState()
-        checkpoint = find_checkpoint(out, resume, view.say) if resume else None
+        checkpoint = ranks.share(lambda: _usable_checkpoint(out, resume, tokenizer, view))
         if checkpoint is not None:
-            keep_tokenizer(checkpoint, tokenizer)
-            state = load_checkpoint(checkpoint, trainer.model, trainer.optimizer)
+            state = load(checkpoint, trainer)
             view.say(f"resumed from {checkpoint} after step {state.step}")
-        write_environment(out, config, device)
-        saver = Saver(out, config.checkpoint.keep, config.checkpoint.async_save, tokenizer.path)
-        metrics = MetricsLog(out / "metrics.jsonl", state.step, config.log.tensorboard)
+        saver = make_saver(config, out, tokenizer, trainer)
+        if ranks.main:
+            write_environment(out, config, device)
+        metrics = MetricsLog(out / "metrics.jsonl" if ranks.main else None, state.step, config.log.tensorboard)
         view.say(_opening(config, loader, device))
         if config.data.path is None:
-            view.say("data: the sample corpus that ships; name your own with --set data.path=FOLDER_OR_FILE")
-        if device.type == "cpu" and checkpoint is None:
+            sample = "corpus that ships" if config.data.format == "text" else "conversations that ship"
+            view.say(f"data: the sample {sample}; name your own with --set data.path=FOLDER_OR_FILE")
+        if device.type == "cpu" and checkpoint is None and ranks.size == 1:
             view.say(_forecast(trainer))
         if trainer.compiled:
-            view.say("compiling the model: the first step takes a minute or so")
+            view.say("compiling the model: the first step takes a little longer")
         meter = Meter(trainer, matmul_rate(device))
+        if ranks.size > 1 and config.eval.sample_prompts:
+            view.say("eval.sample_prompts are left out: text is sampled by one rank alone; use tnllm generate")
+        profile = (
+            Profile(out / "profile", config.log.profile_steps, device, view.say)
+            if config.log.profile_steps and ranks.main
+            else None
+        )
         saved = state.step
         while state.step < config.total_steps and not signals.stop:
             if not train_step(trainer, state, meter, signals):
                 break
+            if profile is not None:
+                profile.step()
             last = state.step == config.total_steps
             if last or state.step == 1 or state.step % config.log.every_steps == 0 or signals.stop:
                 row = meter.row(state, out)
                 metrics.write(row)
                 view.row(row)
+                for row, line in meter.take_spikes():
+                    metrics.write(row)
+                    view.say(line)
             view.advance(state.step)
             if validation is not None and due(config.eval.every_steps, state.step, last) and not signals.stop:
                 row = validation_row(trainer, state, validation)
@@ -104,19 +132,27 @@ def train(config: RunConfig, out: Path, resume: str | None = None) -> None:
                     view.say(line)
                 meter.restart()
             if due(config.checkpoint.every_steps, state.step, last):
-                saver.save(state, trainer.model, trainer.optimizer)
+                saver.save(state, trainer.parameters, trainer.optimizer)
                 saved = state.step
                 meter.restart()
         if signals.stop and saved < state.step:
-            saver.save(state, trainer.model, trainer.optimizer)
+            saver.save(state, trainer.parameters, trainer.optimizer)
             saved = state.step
+        if profile is not None:
+            profile.close()
         saver.wait()
         metrics.close()
         if signals.stop:
             view.say(f"stopped after step {state.step}, saved at step {saved}; go on with --resume auto")
             signals.leave()
-        save_model(trainer.model, out / "weights", tokenizer=tokenizer.path, dtype=compute_dtype(config, device))
-        view.say(f"weights in {out / 'weights'}; try: tnllm generate --model {out} --prompt '...'")
+        if ranks.main:
+            model = trainer.model
+            if ranks.size > 1:
+                # The last checkpoint holds whole tensors; no rank does.
+                model = load_model(out / "checkpoints" / step_name(state.step), "cpu")
+            publish(model, out, config, tokenizer, compute_dtype(config, device))
+        how = "--chat" if config.data.format == "chat" else "--prompt '...'"
+        view.say(f"weights in {out / 'weights'}; try: tnllm generate --model {out} {how}")
 
 
 def due(every: int, step: int, last: bool) -> bool:
@@ -124,21 +160,45 @@ def due(every: int, step: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def make_trainer(config: RunConfig, loader: Loader, device: torch.device) -> Trainer:
-    """Model, optimizer and loss of a run, on `device`; weights are fp32, products in the recipe's dtype."""
-    model = build_model(config.model, device, torch.float32, seed=config.train.seed)
-    model.set_activation_checkpointing(config.train.activation_checkpointing)
-    optimizer = make_optimizer(model, config.optimizer)
-    compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
-    loss = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
+def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mesh: Mesh | None = None) -> Trainer:
+    """Model, optimizer and loss of a run, on `device`; weights are fp32 unless asked, products in the recipe's dtype."""
+    if mesh is not None:
+        return _make_sharded_trainer(config, loader, mesh)
     low = compute_dtype(config, device) == torch.bfloat16
+    model = make_model(config, device, low)
+    compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
+    optimizer = make_optimizer(model, config.optimizer, compiled)
+    if compiled:
+        model.compile_blocks()
 
     def loss_sum(batch: Batch) -> Tensor:
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            return loss(batch.tokens, batch.labels, batch.cu_seqlens)
+            return model.loss(batch.tokens, batch.labels, batch.cu_seqlens)
 
-    return Trainer(config, model, optimizer, loader, device, loss_sum, compiled)
+    return Trainer(config, model, model, optimizer, loader, device, loss_sum, compiled)
+
+
+def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> Trainer:
+    from tnllm.parallel.parallelize import parallelize
+    from tnllm.parallel.sequence import cut
+
+    device, low = mesh.device, compute_dtype(config, mesh.device) == torch.bfloat16
+    compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
+    model = build_model(config.model, "meta")
+    sharded = parallelize(model, mesh, config.train.activation_checkpointing, compiled, low)
+    sharded.materialize(device, config.train.seed)
+    optimizer = make_optimizer(sharded, config.optimizer)
+
+    def loss_sum(batch: Batch) -> Tensor:
+        batch = batch.to(device)
+        piece = cut(batch.tokens, batch.labels, batch.cu_seqlens, mesh.place["sequence"], mesh.sizes["sequence"])
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            return model.loss(*piece)
+
+    return Trainer(
+        config, model, sharded, optimizer, loader, device, loss_sum, compiled, ManyRanks(mesh), sharded.reduce
+    )
 
 
 def train_step(trainer: Trainer, state: TrainState, meter: "Meter", signals: StopSignals) -> bool:
@@ -150,9 +210,12 @@ def train_step(trainer: Trainer, state: TrainState, meter: "Meter", signals: Sto
     rows, micro = config.global_batch_rows, config.train.micro_batch_size
     # All micro-batches first: the loss is divided by the true number of counted labels, whatever their lengths.
     started = time.perf_counter()
-    batches = [trainer.loader.batch(state.samples + first, micro) for first in range(0, rows, micro)]
-    labels = sum(batch.num_labels for batch in batches)
+    batches = [trainer.loader.batch(first, micro) for first in trainer.loader.rank_samples(state.samples)[::micro]]
     waited = time.perf_counter() - started
+    labels = trainer.ranks.start_step(sum(batch.num_labels for batch in batches), signals)
+    if labels is None:
+        return False
+    meter.waited_for_ranks(time.perf_counter() - started - waited)
     loss = torch.zeros((), device=trainer.device)
     for number, batch in enumerate(batches):
         if number and signals.stop:
@@ -162,7 +225,9 @@ def train_step(trainer: Trainer, state: TrainState, meter: "Meter", signals: Sto
         part.backward()
         loss += part.detach()
     rate = learning_rate(config.schedule, config.optimizer.learning_rate, state.step)
-    norm = clip_and_step(trainer.model, trainer.optimizer, rate, config.optimizer.grad_clip, loss)
+    loss = trainer.ranks.sum_loss(loss)
+    norm = trainer.gradient_norm() if trainer.gradient_norm else None
+    norm = clip_and_step(trainer.parameters, trainer.optimizer, rate, config.optimizer.grad_clip, loss, norm)
     meter.add(loss, norm, rate, waited, state)
     state.step += 1
     state.samples += rows
@@ -174,16 +239,23 @@ class Meter:
     """Keeps what steps produced on the device until a row is wanted, so that steps need not wait for the host."""
 
     def __init__(self, trainer: Trainer, peak: float | None) -> None:
-        self.config, self.peak, self.device = trainer.config, peak, trainer.device
+        self.config, self.device, self.ranks = trainer.config, trainer.device, trainer.ranks
+        self.peak = peak * trainer.ranks.size if peak else None
         self.flops = flops_per_token(trainer.config.model, trainer.config.data.seq_len)
         self._pending: list[tuple[Tensor, Tensor, int, int]] = []
         self._in_a_row = 0
         self._rate = 0.0
+        self._watch = LossWatch()
+        self._spikes: list[tuple[Spike, int]] = []
         self.restart()
 
     def restart(self) -> None:
         """Start timing again, after work that is no training step."""
-        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._started, self._steps, self._waited, self._for_ranks = time.perf_counter(), 0, 0.0, 0.0
+
+    def waited_for_ranks(self, seconds: float) -> None:
+        """Note how long this rank waited for the slowest one before a step."""
+        self._for_ranks += seconds
 
     def add(self, loss: Tensor, norm: Tensor, rate: float, waited: float, state: TrainState) -> None:
         """Note the step that `state` is about to count."""
@@ -211,44 +283,85 @@ class Meter:
             "mfu": rate * self.flops / self.peak if self.peak else None,
             "mem_gib": memory_gib(self.device),
             "data_wait_s": self._waited,
+            **_straggler(self.ranks, self._for_ranks),
             "skipped": state.skipped,
             "time": time.time(),
         }
         self.restart()
         return row
 
+    def take_spikes(self) -> list[tuple[dict[str, Any], str]]:
+        """Spikes of the loss since the last call: a row of metrics.jsonl and a line for each."""
+        found, self._spikes = self._spikes, []
+        rows = self.config.global_batch_rows
+        return [
+            (
+                {
+                    "step": spike.step,
+                    "tokens": (samples + rows) * self.config.data.seq_len,
+                    "spike_loss": spike.loss,
+                    "usual_loss": spike.usual,
+                    "first_sample": samples,
+                    "last_sample": samples + rows - 1,
+                    "time": time.time(),
+                },
+                f"loss spike at step {spike.step}: {spike.loss:.4f}, usually {spike.usual:.4f} "
+                f"(global samples {samples} to {samples + rows - 1})",
+            )
+            for spike, samples in found
+        ]
+
     def _check(self, loss: float, norm: float, step: int, samples: int, state: TrainState, out: Path) -> None:
         if abs(loss) < float("inf") and abs(norm) < float("inf"):
             self._in_a_row = 0
+            spike = self._watch.check(step, loss)
+            if spike is not None:
+                self._spikes.append((spike, samples))
             return
         last = samples + self.config.global_batch_rows - 1
         report = {"step": step, "samples": [samples, last], "loss": str(loss), "grad_norm": str(norm)}
-        with open(out / "nonfinite.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+        if self.ranks.main:
+            with open(out / "nonfinite.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(report) + "\n")
         what = f"step {step}: loss {loss}, gradient norm {norm} (global samples {samples} to {last})"
         state.skipped += 1
         self._in_a_row += 1
         if self.config.train.nonfinite == "stop":
-            raise RunError(f"{what}; the update was refused. Lower optimizer.learning_rate or set train.nonfinite=skip")
+            advice = "the update was refused. Lower optimizer.learning_rate or set train.nonfinite=skip"
+            raise self.ranks.shared(RunError(f"{what}; {advice}"))
         if self._in_a_row >= _MAX_SKIPS_IN_A_ROW:
-            raise RunError(f"{what}; {self._in_a_row} updates in a row were refused, so the run stops")
+            raise self.ranks.shared(
+                RunError(f"{what}; {self._in_a_row} updates in a row were refused, so the run stops")
+            )
 
 
-def validation_row(trainer: Trainer, state: TrainState, loader: Loader) -> dict[str, Any]:
+def _straggler(ranks: OneRank, waited: float) -> dict[str, float]:
+    """Which rank the others waited for before steps, and how long at most; nothing for one rank."""
+    if ranks.size == 1:
+        return {}
+    waits = ranks.spread(waited)
+    return {"rank_wait_s": max(waits), "straggler": waits.index(min(waits))}
+
+
+def validation_row(trainer: Trainer, state: TrainState, loader: AnyLoader) -> dict[str, Any]:
     """Validate and return the row for metrics.jsonl."""
     rows = trainer.config.train.micro_batch_size
-    loss, bpb = validate(trainer.loss_sum, loader, rows, trainer.config.eval.tokens)
+    loss, bpb = validate(trainer.loss_sum, loader, rows, trainer.config.eval.tokens, trainer.ranks)
     return {"step": state.step, "tokens": state.tokens, "val_loss": loss, "val_bpb": bpb, "time": time.time()}
 
 
 def sample_lines(trainer: Trainer, tokenizer: Tokenizer, step: int) -> list[str]:
     """Each prompt of the recipe, continued by the current weights; the random state of the run is untouched."""
     lines = []
-    for prompt in trainer.config.eval.sample_prompts:
+    for prompt in trainer.config.eval.sample_prompts if trainer.ranks.size == 1 else ():
         from tnllm.generation.decoder import generate_text
 
         count = trainer.config.eval.sample_tokens
-        text = generate_text(trainer.model, tokenizer, prompt, max_tokens=count, seed=trainer.config.train.seed)
+        asked = prompt
+        if trainer.config.data.format == "chat":
+            asked = chat_template(trainer.config).replace("{prompt}", prompt)
+            prompt = f"{prompt} -> "
+        text = generate_text(trainer.model, tokenizer, asked, max_tokens=count, seed=trainer.config.train.seed)
         lines.append(f"sample at step {step}: {prompt}{text}")
     return lines
 
@@ -265,10 +378,47 @@ def pick_device(name: str) -> torch.device:
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 on a GPU, fp32 on CPU."""
+    """`auto`: bf16 on a GPU, fp32 on CPU; bf16 wherever the weights are."""
+    if config.train.weights == "bf16":
+        return torch.bfloat16
     if config.train.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+
+
+def load(checkpoint: Path, trainer: Trainer) -> TrainState:
+    """Fill model and optimizer from a checkpoint of any mesh."""
+    if trainer.ranks.size == 1:
+        return load_checkpoint(checkpoint, trainer.model, trainer.optimizer)
+    from tnllm.parallel.parallelize import ShardedModel
+    from tnllm.training.sharded import load_sharded
+
+    assert isinstance(trainer.parameters, ShardedModel)
+    return load_sharded(checkpoint, trainer.parameters, trainer.optimizer)
+
+
+def make_saver(config: RunConfig, out: Path, tokenizer: Tokenizer, trainer: Trainer) -> Any:
+    """What writes checkpoints of this run."""
+    keep, background = config.checkpoint.keep, config.checkpoint.async_save
+    if trainer.ranks.size == 1:
+        return Saver(out, keep, background, tokenizer.path)
+    from tnllm.parallel.parallelize import ShardedModel
+    from tnllm.training.sharded import ShardedSaver
+
+    assert isinstance(trainer.parameters, ShardedModel)
+    return ShardedSaver(out, keep, background, tokenizer.path, trainer.parameters)
+
+
+def _usable_checkpoint(out: Path, resume: str | None, tokenizer: Tokenizer, view: View) -> Path | None:
+    checkpoint = find_checkpoint(out, resume, view.say) if resume else None
+    if checkpoint is not None:
+        keep_tokenizer(checkpoint, tokenizer)
+    return checkpoint
+
+
+def _sharing(device: torch.device) -> int:
+    """Processes that share the memory of `device`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
 
 
 def keep_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
@@ -318,11 +468,14 @@ def _forecast(trainer: Trainer) -> str:
     return f"this CPU does about {format_count(rate)} tokens/s: about {format_duration(total / rate)} for the whole run"
 
 
-def _opening(config: RunConfig, loader: Loader, device: torch.device) -> str:
+def _opening(config: RunConfig, loader: AnyLoader, device: torch.device) -> str:
     tokens = config.total_steps * config.global_batch_rows * config.data.seq_len
     passes = config.total_steps * config.global_batch_rows / loader.num_rows
+    size = f"{format_count(count_parameters(config.model))} parameters"
+    if config.lora.rank:
+        size += f", frozen, with an adapter of {format_count(lora_parameters(config))}"
     return (
-        f"{config.model.kind} {format_count(count_parameters(config.model))} parameters on {device}; "
+        f"{config.model.kind} {size} on {device}; "
         f"{config.total_steps} steps of {format_count(config.train.global_batch_tokens)} tokens = "
         f"{format_count(tokens)} tokens, {passes:.2f} passes over the data"
     )

@@ -2,7 +2,7 @@
 
 Training rows: step, tokens, loss (nats per counted label), grad_norm, lr, tokens_per_s, mfu (null where the device's
 peak is unknown), mem_gib, data_wait_s, skipped, time (Unix seconds). Validation rows: step, tokens, val_loss, val_bpb,
-time.
+time. Spikes of the loss: step, tokens, spike_loss, usual_loss, first_sample, last_sample, time.
 """
 
 import json
@@ -18,14 +18,17 @@ from tnllm.files import write_text_atomic
 
 
 class MetricsLog:
-    """Appends rows to a file, each flushed as it is written; TensorBoard events beside it if asked."""
+    """Appends rows to a file (None: nowhere), each flushed as it is written; TensorBoard events beside it if asked."""
 
-    def __init__(self, path: Path, resume_step: int, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path | None, resume_step: int, tensorboard: bool = False) -> None:
         """Keep the rows up to `resume_step` of an earlier part of the run: no step appears twice.
 
         Raises MissingExtra where TensorBoard is asked for and not installed.
         """
         self._events: Any = None
+        self._file: Any = None
+        if path is None:
+            return
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -39,6 +42,8 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -48,6 +53,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Make the rows durable."""
+        if self._file is None:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -4,10 +4,22 @@ optimizer = make_optimizer(model, config.optimizer)
 norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0)
 """
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from tnllm.training.config import OptimizerSection
+from tnllm.training.rounding import Bf16AdamW
+
+
+class Parameters(Protocol):
+    """Named parameters: a module's, or a rank's parts of a model on a mesh."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -18,15 +30,21 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith("lrpe.theta")
 
 
-def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW over two groups of `model`'s parameters."""
+def make_optimizer(model: Parameters, config: OptimizerSection, compiled: bool = False) -> torch.optim.AdamW:
+    """AdamW over two groups of `model`'s trained parameters: torch's fused one, or for bf16 weights the rounding one.
+
+    `compiled` is for the latter, which is written in plain torch.
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if any(p.dtype == torch.bfloat16 for _, p in named):
+        return Bf16AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, compiled=compiled)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
@@ -35,15 +53,22 @@ def make_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.Ad
 
 
 def clip_and_step(
-    model: nn.Module, optimizer: torch.optim.AdamW, learning_rate: float, max_norm: float, loss: Tensor
+    model: Parameters,
+    optimizer: torch.optim.AdamW,
+    learning_rate: float,
+    max_norm: float,
+    loss: Tensor,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """Clip the gradients to a total norm of `max_norm` (0: no clipping) and update; returns the norm before clipping.
 
-    Where the norm or `loss` is not finite, nothing is updated: neither weights nor moments nor the step count. The
-    decision is taken on the device, so no step waits for the host.
+    `norm` is the gradients' norm where `model` holds only a part of them; None: that of the gradients here. Where the
+    norm or `loss` is not finite, nothing is updated: neither weights nor moments nor the step count. The decision is
+    taken on the device, so no step waits for the host.
     """
     parameters = list(model.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if norm is None:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     finite = torch.isfinite(norm) & torch.isfinite(loss)
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)

@@ -15,9 +15,10 @@ from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count
 from tnllm.modeling.flops import flops_per_token
 from tnllm.modeling.model import build_model
+from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import open_tokenizer
-from tnllm.training.estimate import RESERVE, estimate_memory
+from tnllm.training.estimate import GPUS, RESERVE, estimate_memory, lora_parameters
 
 MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all of the machine's memory counts as free
 
@@ -31,25 +32,64 @@ def plan(config: RunConfig) -> str:
     rows, length = config.train.micro_batch_size, config.data.seq_len
     shape = [1, rows * length] if config.data.packing == "reset" else [rows, length]
     sources = ", ".join(source.path for source in config.data.path) if config.data.path else "the packaged sample"
+    if config.data.format == "chat":
+        sources += ", the answers of its conversations"
+    adapter = f", with an adapter of {format_count(lora_parameters(config))}" if config.lora.rank else ""
+    memory = estimate_memory(config)
+    held = memory.weights + memory.gradients + memory.optimizer
     lines = {
-        "model": f"{config.model.kind}, {format_count(parameters)} parameters ({parameters:,})",
+        "model": f"{config.model.kind}, {format_count(parameters)} parameters ({parameters:,}){adapter}",
         "data": f"{sources}; tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)",
         "step": f"{format_count(config.train.global_batch_tokens)} tokens = {config.accumulation_steps} micro-batches "
         f"of {shape}",
         "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
-        # fp32 weights, gradients and two moments.
-        "memory": f"{format_bytes(16 * parameters)} for weights, gradients and optimizer, plus activations",
+        "memory": f"{format_bytes(held)} for weights, gradients and optimizer, plus activations",
     }
+    if config.world_size > 1:
+        lines |= _plan_of_ranks(config)
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
-def fit_memory(config: RunConfig, device: torch.device, say: Callable[[str], None]) -> RunConfig:
+def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
+    """The same for a mesh: the model is really spread over it, as rank 0 of imaginary ranks and on the meta device."""
+    from tnllm.parallel.mesh import close_mesh
+    from tnllm.parallel.parallelize import parallelize
+    from tnllm.training.launch import config_mesh
+
+    axes, world = config.parallel, config.world_size
+    mesh = config_mesh(config, "cpu", fake=world)
+    try:
+        sharded = parallelize(build_model(config.model, "meta"), mesh, config.train.activation_checkpointing)
+        sharded.find_parts()
+        held = sum(part.numel() for part in sharded.parameters())
+    finally:
+        close_mesh(mesh)
+    memory = estimate_memory(config)
+    cards = {name: card.memory_gib for name, card in GPUS.items()}
+    fits = [name for name, size in cards.items() if memory.total <= (1 - RESERVE) * size * 2**30]
+    sent = communication(config)
+    by_axis = ", ".join(f"{axis} {format_bytes(amount)}" for axis, amount in sent.items() if amount)
+    return {
+        "mesh": f"replicate {axes.replicate} * shard {axes.shard} * sequence {axes.sequence} * tensor {axes.tensor} "
+        f"= {world} ranks",
+        "rank": f"{format_count(held)} parameters ({held:,}); {format_bytes(memory.total)}: weights "
+        f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer "
+        f"{format_bytes(memory.optimizer)}, whole at a time {format_bytes(memory.casts)}, activations "
+        f"{format_bytes(memory.activations)}, head {format_bytes(memory.head)}",
+        "fits": (", ".join(fits) or "no card that is known") + f" ({RESERVE:.0%} left free); computed, not measured",
+        "sends": f"{format_bytes(sum(sent.values()))} a step and rank ({by_axis or 'nothing'}); computed",
+    }
+
+
+def fit_memory(
+    config: RunConfig, device: torch.device, say: Callable[[str], None], free: float | None = None
+) -> RunConfig:
     """The config, with a smaller train.micro_batch_size where the computed memory exceeds what is free on `device`.
 
     More passes make up for fewer rows, so an optimizer step learns from the same tokens; only the order of fp32 sums
-    changes. `say` is told. Raises UserError where not even one row fits.
+    changes. `say` is told. `free` is in bytes (None: asked of the device). Raises UserError where not even one row fits.
     """
-    free = (1 - RESERVE) * free_bytes(device)
+    free = (1 - RESERVE) * (free_bytes(device) if free is None else free)
     rows = config.train.micro_batch_size
     smaller = [size for size in range(rows, 0, -1) if rows % size == 0]
     for size in smaller:

@@ -11,10 +11,15 @@ _STOPPING = b"\nstopping when the current pass is through and all is saved; Ctrl
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM only sets `stop`; a second SIGINT stops at once."""
+    """While active, the first SIGINT or SIGTERM only sets `stop`; a second SIGINT stops at once.
 
-    def __init__(self) -> None:
+    With `shared`, for a run of several ranks, it only sets `seen`: `stop` is set once all ranks have agreed.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
         self.stop: int | None = None
+        self.seen: int | None = None
+        self._shared = shared
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -29,9 +34,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None and number == signal.SIGINT:
+        if self.seen is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop = number
+        self.seen = number
+        if not self._shared:
+            self.stop = number
         # Straight to the descriptor: a handler may interrupt a print, which would not bear another one inside it.
         os.write(2, _STOPPING)
 

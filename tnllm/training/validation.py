@@ -6,25 +6,34 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tnllm.data.instruct_loader import InstructLoader
 from tnllm.data.loader import Batch, Loader
+from tnllm.parallel.ranks import OneRank
 
 
 def validate(
-    loss_sum: Callable[[Batch], Tensor], loader: Loader, rows_per_batch: int, max_tokens: int | None
+    loss_sum: Callable[[Batch], Tensor],
+    loader: Loader | InstructLoader,
+    rows_per_batch: int,
+    max_tokens: int | None,
+    ranks: OneRank | None = None,
 ) -> tuple[float, float]:
     """Mean loss in nats per counted token, and bits per byte of the text those tokens stand for.
 
     `loader` reads in order, not shuffled; about `max_tokens` tokens are read, in whole batches (None: all). Every batch
-    has the same shape, so a compiled loss is compiled once: rows past the end hold ignored labels alone.
+    has the same shape, so a compiled loss is compiled once: rows past the end hold ignored labels alone. Of several
+    `ranks` each takes its turn at the rows; all get the same result.
     """
+    ranks = ranks or OneRank()
     rows = loader.num_rows
     if max_tokens is not None:
         rows = min(rows, max(1, max_tokens // loader.seq_len))
     loss, labels, num_bytes = 0.0, 0, 0
     with torch.no_grad():
-        for first in range(0, rows, rows_per_batch):
-            batch = loader.batch(first, rows_per_batch)
+        for first in range(0, rows, rows_per_batch * ranks.data_size):
+            batch = loader.batch(first + ranks.data_rank * rows_per_batch, rows_per_batch)
             loss += float(loss_sum(batch))
             labels += batch.num_labels
             num_bytes += batch.num_bytes
+    loss, labels, num_bytes = ranks.sum_counts(loss, labels, num_bytes)
     return loss / max(labels, 1), loss / math.log(2) / max(num_bytes, 1)

@@ -1,5 +1,6 @@
 """What a person sees of a run, on stderr and in train.log: one line per logged step, and a live bar on a terminal."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,17 +13,20 @@ from tnllm.files import format_count, format_duration
 
 
 class View:
-    """Reports a run of `total_steps`. Use as a context manager, so that the terminal is always restored."""
+    """Reports a run of `total_steps`. Use as a context manager, so that the terminal is always restored.
 
-    def __init__(self, log_file: Path, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self._log = open(log_file, "a", encoding="utf-8")
+    `quiet` reports nothing: of several ranks one speaks.
+    """
+
+    def __init__(self, log_file: Path, total_steps: int, quiet: bool = False) -> None:
+        self.total_steps, self._quiet = total_steps, quiet
+        self._log = open(os.devnull if quiet else log_file, "a", encoding="utf-8")
         self._console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._task: Any = None
 
     def __enter__(self) -> "View":
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 TextColumn("[bold]step"),
                 BarColumn(bar_width=None),
@@ -43,6 +47,8 @@ class View:
 
     def say(self, text: str) -> None:
         """One line, to stderr and train.log."""
+        if self._quiet:
+            return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._log.write(f"{stamp} {text}\n")
         self._log.flush()

@@ -305,12 +305,13 @@ def triton_backward(
     log_decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and, where there was an initial state, its gradient."""
+    """dq, dk, dv (written to `into` where given) and, where there was an initial state, its gradient."""
     do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
     forward, backward = _walks(q, log_decay, cu_seqlens)
     initial, dfinal = _optional(initial_state), _optional(dfinal)
-    dq, dk, dv = _like(q), _like(k), _like(v)
+    dq, dk, dv = into or (_like(q), _like(k), _like(v))
     dinitial = None if initial is None else backward.new_final(dfinal, q, tuple(initial.shape))
     _attend(forward, do, v, k, dq, initial, None, transposed=True)
     if q.shape[-1] == v.shape[-1]:

@@ -1,0 +1,99 @@
+"""The decoding benchmark: its gate, its rows, its counts of bytes."""
+
+import json
+
+import pytest
+import torch
+
+from tests.generation.small_models import small_model
+from tnllm.bench import decode
+from tnllm.bench.decode_baseline import FixedStep, cache_of
+from tnllm.cli.main import main
+from tnllm.modeling.config import get_preset
+from tnllm.modeling.model import LanguageModel, build_model
+
+
+def run(capfd, *args):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench-decode", "--device", "cpu", *args])
+    return stop.value.code, *capfd.readouterr()
+
+
+SMALL = ("--preset", "tiny", "--positions", "64:128", "--batches", "1,2", "--contexts", "32", "--seconds", "0.01")
+
+
+def test_rows_and_files(capfd, tmp_path):
+    files = [tmp_path / name for name in ("d.json", "d.csv", "d.svg")]
+    code, out, err = run(capfd, *SMALL, "--json", str(files[0]), "--csv", str(files[1]), "--plot", str(files[2]))
+    assert code == 0
+    assert "no GPU in use" in err and "slowest position" in out and "of the limit" in out
+    found = json.loads(files[0].read_text())
+    rows = {(row["provider"], row["sweep"], row["batch"], row["position"]): row for row in found["rows"]}
+    assert set(rows) == {
+        ("tnllm", "position", 1, 64), ("tnllm", "position", 1, 128), ("tnllm", "batch", 1, 1024),
+        ("tnllm", "batch", 2, 1024), ("transformer", "batch", 1, 32), ("transformer", "batch", 2, 32),
+    }  # fmt: skip
+    config = get_preset("tiny")
+    state = config.num_heads * config.head_dim**2 * 4 * (config.num_layers + 1)  # layer 0 holds twice as much
+    assert rows["tnllm", "batch", 2, 1024]["state_gib"] * 2**30 == 2 * state
+    cache = 2 * config.num_layers * config.model_dim * 32 * 4
+    assert rows["transformer", "batch", 2, 32]["state_gib"] * 2**30 == 2 * cache
+    for row in rows.values():
+        bytes_moved = row["weight_gib"] + row["state_gib"] * (2 if row["provider"] == "tnllm" else 1)
+        rate = found["environment"]["copy_tb_per_s"] * 1e12 / 2**30
+        assert row["bandwidth_share"] == pytest.approx(bytes_moved / rate / (row["step_ms"] / 1e3))
+        assert row["low_ms"] <= row["step_ms"] <= row["high_ms"]
+    assert len(files[1].read_text().splitlines()) == 1 + len(rows)
+    assert files[2].read_text().lstrip().startswith("<?xml")
+
+
+def test_a_wrong_step_is_not_timed(capfd, monkeypatch):
+    right = LanguageModel.step
+
+    def wrong(self, tokens, state):
+        state.layers[1] *= 0.99  # a decay that is slightly off
+        return right(self, tokens, state)
+
+    monkeypatch.setattr(LanguageModel, "step", wrong)
+    code, out, err = run(capfd, *SMALL)
+    assert code == 1 and out == ""
+    assert "the decoding step of tiny transnormer is wrong, so nothing is timed" in err.splitlines()[-1]
+
+
+@torch.no_grad()
+def test_the_baseline_step_is_the_models():
+    model = build_model(get_preset("tiny", kind="transformer"), seed=0)
+    tokens = torch.randint(3, 8000, (3, 20))
+    state = model.hidden(tokens[:, :-1])[1]
+    logits = FixedStep(model, cache_of(state), compiled=False)(tokens[:, -1])
+    # Order of sums in fp32.
+    torch.testing.assert_close(logits, model(tokens)[0][:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_what_does_not_fit_is_skipped_and_said(capfd, monkeypatch):
+    monkeypatch.setattr(decode, "_room_bytes", lambda device: 600_000)
+    code, out, _ = run(capfd, *SMALL)
+    assert code == 0 and out.count("skipped: ") == 1
+    assert "skipped: tnllm, batch 2, position 1K (needs about" in out
+
+
+def test_untied_embeddings_are_looked_up_not_read():
+    model = small_model()
+    table = model.embed_tokens.weight
+    assert decode._weight_bytes(model, 3) == sum(p.nbytes for p in model.parameters()) - table.nbytes + 3 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--preset", "385"], "model.preset is '385'; allowed:"),
+        (["--positions", "9x"], "--positions has '9x'; write tokens such as 1000"),
+        (["--batches", "8:2"], "--batches is '8:2'; the first length must not exceed the second"),
+        (["--contexts", "nine"], "--contexts has 'nine'"),
+        (["--dtype", "fp16"], "--dtype is 'fp16'; allowed: bf16, fp32"),
+    ],
+)
+def test_bad_input(capfd, args, message):
+    code, out, err = run(capfd, *args)
+    assert code == 2 and out == ""
+    assert message in err.splitlines()[-1]

@@ -1,0 +1,63 @@
+"""Gated attention as one operator: the Triton launches against the parts in float64; the op itself on a GPU."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from tnllm.kernels import gated_attention as op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# fp32: three tf32 products (1e-6) and sums over a row. 16 bits: the result and three intermediates are rounded once each;
+# Triton's interpreter truncates to bf16, twice a rounding.
+LIMIT = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if DEVICE == "cuda" else 1.6e-2}
+
+
+def inputs(B, T, H, D, dtype, lengths=None):
+    qkvu = torch.randn(B, T, 4 * H * D).to(DEVICE, dtype)
+    log_decay = -torch.tensor([0.0, 0.84, 0.05, 0.0039])[:H].to(DEVICE)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE) if lengths else None
+    return qkvu, torch.randn(B, T, H * D).to(DEVICE, dtype), log_decay, cu_seqlens
+
+
+def exact(qkvu, dy, log_decay, cu_seqlens):
+    qkvu = qkvu.cpu().double().requires_grad_()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.cpu()
+    y = op.gated_attention_reference(qkvu, log_decay.cpu(), 1e-6, cu_seqlens)
+    return y.detach(), torch.autograd.grad(y, qkvu, dy.cpu().double())[0]
+
+
+def error(found, expected):
+    return float((found.detach().cpu().double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "lengths"), [(2, 35, 3, 32, None), (1, 70, 1, 96, None), (1, 67, 2, 32, [33, 0, 34])]
+)
+def test_triton(B, T, H, D, lengths, dtype):
+    qkvu, dy, log_decay, cu_seqlens = inputs(B, T, H, D, dtype, lengths)
+    y, qk, o = op.launch_forward(qkvu, log_decay, 1e-6, cu_seqlens)
+    dqkvu = op.launch_backward(dy, qkvu, qk, o, log_decay, 1e-6, cu_seqlens)
+    expected = exact(qkvu, dy, log_decay, cu_seqlens)
+    assert error(y, expected[0]) < LIMIT[dtype]
+    for part, true in zip(dqkvu.chunk(4, dim=-1), expected[1].chunk(4, dim=-1), strict=True):
+        assert error(part, true) < LIMIT[dtype]
+
+
+def test_on_cpu_it_is_its_parts():
+    qkvu, _, log_decay, _ = inputs(2, 9, 2, 16, torch.float32)
+    expected = op.gated_attention_reference(qkvu.cpu(), log_decay.cpu())
+    assert torch.equal(op.gated_attention(qkvu.cpu(), log_decay.cpu()), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("B", "T", "H", "D", "lengths"), [(2, 1000, 4, 128, None), (1, 3001, 4, 64, [1500, 0, 1501])])
+def test_op_on_gpu(B, T, H, D, lengths):
+    qkvu, dy, log_decay, cu_seqlens = inputs(B, T, H, D, torch.bfloat16, lengths)
+    qkvu.requires_grad_()
+    y = op.gated_attention(qkvu, log_decay, 1e-6, cu_seqlens)
+    expected = exact(qkvu.detach(), dy, log_decay, cu_seqlens)
+    assert error(y, expected[0]) < LIMIT[torch.bfloat16]
+    assert error(torch.autograd.grad(y, qkvu, dy)[0], expected[1]) < LIMIT[torch.bfloat16]
+    opcheck(op._forward, (qkvu, log_decay, 1e-6, cu_seqlens))

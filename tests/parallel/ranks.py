@@ -1,0 +1,198 @@
+"""What four processes do for test_meshes.py: every mesh trains as one process does, and reads what another wrote.
+
+found = run_all(folder)      # by rank, then by case
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import torch
+from torch import multiprocessing
+
+from tnllm.modeling.config import ModelConfig, get_preset
+from tnllm.modeling.model import build_model
+from tnllm.modeling.weights import load_model
+from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
+from tnllm.parallel.parallelize import ShardedModel, parallelize
+from tnllm.parallel.ranks import ManyRanks
+from tnllm.parallel.sequence import cut
+from tnllm.training.checkpoint import Saver, TrainState, load_checkpoint
+from tnllm.training.config import OptimizerSection
+from tnllm.training.optim import clip_and_step, make_optimizer
+from tnllm.training.sharded import ShardedSaver, load_sharded
+
+STEPS = 10
+SIZE = {"vocab_size": 64, "model_dim": 32, "num_heads": 4, "num_layers": 2, "glu_dim": 48, "pad_token_id": None}
+V3 = {"gate": "low-rank", "gate_dim": 4, "value_activation": "silu", "norm": "rmsnorm"}
+UNTIED = {"norm": "layernorm", "tie_embeddings": False, "position": "lrpe-d"}
+# name → ranks, (replicate, shard, sequence, tensor), model, packed, activation checkpointing
+CASES = {
+    "fsdp 2": (2, (1, 2, 1, 1), {}, False, "none"),
+    "tp 2": (2, (1, 1, 1, 2), {}, True, "none"),
+    "sp 2": (2, (1, 1, 2, 1), {}, True, "none"),
+    "replicate 2": (2, (2, 1, 1, 1), {}, False, "none"),
+    "tp 2, low-rank gate": (2, (1, 1, 1, 2), V3, True, "none"),
+    "tp 2, untied, layernorm": (2, (1, 1, 1, 2), UNTIED, False, "full"),
+    "tp 2, softmax": (2, (1, 1, 1, 2), {"kind": "transformer"}, True, "none"),
+    "sp 2, lrpe in every layer": (2, (1, 1, 2, 1), {"position": "lrpe-d"}, False, "none"),
+    "sp 4": (4, (1, 1, 4, 1), {}, True, "none"),
+    "sp 4, rows": (4, (1, 1, 4, 1), {}, False, "full"),
+    "tp 2 x sp 2": (4, (1, 1, 2, 2), {}, True, "none"),
+    "fsdp 2 x sp 2": (4, (1, 2, 2, 1), {}, False, "full"),
+    "fsdp 2 x tp 2": (4, (1, 2, 1, 2), V3, False, "none"),
+    "replicate 2 x fsdp 2": (4, (2, 2, 1, 1), {}, False, "none"),
+}
+# Each group of processes meets at an address of its own.
+HAND_OVER = [f"hand over {number}" for number in range(4)]
+
+
+def model_config(choices: dict) -> ModelConfig:
+    return get_preset("tiny", **{**SIZE, **choices})
+
+
+def batch(step: int, packed: bool, rank: int = 0, size: int = 1):
+    """Part `rank` of `size` of a step's four rows of 48; or all 192 tokens packed, one document covering a slice."""
+    text = (torch.arange(193) + 7 * step) ** 2 % 61
+    tokens, labels = text[:-1].view(4, 48), text[1:].view(4, 48).clone()
+    cu_seqlens = torch.tensor([0, 7, 40, 40, 110, 111, 190, 192, 192], dtype=torch.int32)
+    if packed:
+        assert size == 1, "documents span any cut between data ranks here"
+        tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
+        labels[0, cu_seqlens[1:-2].long() - 1] = -100
+        return tokens, labels, cu_seqlens
+    rows = slice(rank * 4 // size, (rank + 1) * 4 // size)
+    return tokens[rows], labels[rows], None
+
+
+def counted(step: int, packed: bool) -> int:
+    return int((batch(step, packed)[1] != -100).sum())
+
+
+class Alone:
+    """One process: the reference."""
+
+    def __init__(self, config: ModelConfig, packed: bool) -> None:
+        self.model, self.packed = build_model(config, seed=0), packed
+        self.optimizer = make_optimizer(self.model, OptimizerSection())
+
+    def step(self, step: int) -> tuple[float, float]:
+        loss = self.model.loss(*batch(step, self.packed)) / counted(step, self.packed)
+        loss.backward()
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        norm = clip_and_step(self.model, self.optimizer, 1e-2, 1.0, loss.detach())
+        return loss.item(), norm.item()
+
+
+class Together:
+    """The same on a mesh."""
+
+    def __init__(self, config: ModelConfig, packed: bool, mesh: Mesh, checkpointing: str = "none") -> None:
+        self.mesh, self.packed, self.ranks = mesh, packed, ManyRanks(mesh)
+        self.sharded = parallelize(build_model(config, "meta"), mesh, checkpointing)
+        self.sharded.materialize(torch.device("cpu"), seed=0)
+        self.optimizer = make_optimizer(self.sharded, OptimizerSection())
+
+    def step(self, step: int) -> tuple[float, float]:
+        mine = batch(step, self.packed, self.mesh.data_rank, self.mesh.data_size)
+        piece = cut(*mine, self.mesh.place["sequence"], self.mesh.sizes["sequence"])
+        loss = self.sharded.model.loss(*piece) / counted(step, self.packed)
+        loss.backward()
+        total = self.ranks.sum_loss(loss.detach())
+        norm = self.sharded.reduce()
+        self.gradients = {name: p.grad.clone() for name, p in self.sharded.named_parameters()}
+        clip_and_step(self.sharded, self.optimizer, 1e-2, 1.0, total, norm)
+        return total.item(), norm.item()
+
+
+def difference(parts: dict, sharded: ShardedModel, whole: dict) -> float:
+    """The largest relative difference of any parameter's part from the same part of the whole."""
+    worst = 0.0
+    for name, part in sharded.parts.items():
+        for mine, slices in part.layout.pieces():
+            # Against the whole tensor's size: a part may hold next to nothing.
+            scale = whole[name].norm() * (parts[name][mine].numel() / whole[name].numel()) ** 0.5
+            worst = max(worst, float((parts[name][mine] - whole[name][slices]).norm() / scale))
+    return worst
+
+
+def compare(name: str) -> dict:
+    """Ten steps of both."""
+    _, axes, choices, packed, checkpointing = CASES[name]
+    config = model_config(choices)
+    mesh = open_mesh(*axes, "cpu", timeout_s=60)
+    alone, together = Alone(config, packed), Together(config, packed, mesh, checkpointing)
+    rows = []
+    for step in range(STEPS):
+        rows.append((*alone.step(step), *together.step(step)))
+        if step == 0:
+            first = difference(together.gradients, together.sharded, alone.gradients)
+    weights = {name: p.detach() for name, p in together.sharded.named_parameters()}
+    last = difference(weights, together.sharded, {name: p.detach() for name, p in alone.model.named_parameters()})
+    kept = sum(p.numel() for p in together.sharded.parameters())
+    close_mesh(mesh)
+    return {"rows": rows, "gradient": first, "weights": last, "kept": kept}
+
+
+def hand_over(folder: Path, ports: list[int]) -> dict:
+    """Three steps on tensor x sequence, three on shard x sequence, three on replicate x shard, one alone; and one."""
+    config, losses = model_config({}), []
+    reference = Alone(config, False)
+    expected = [reference.step(step)[0] for step in range(STEPS)]
+    state, rank = TrainState(), int(os.environ["RANK"])
+    for count, axes in ((3, (1, 1, 2, 2)), (3, (1, 2, 2, 1)), (3, (2, 2, 1, 1))):
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        mesh = open_mesh(*axes, "cpu", timeout_s=60)
+        run = Together(config, False, mesh)
+        if state.step:
+            state = load_sharded(folder / f"checkpoints/step-{state.step:08d}", run.sharded, run.optimizer)
+        for _ in range(count):
+            losses.append(run.step(state.step)[0])
+            state.step, state.samples = state.step + 1, state.samples + 4
+        saver = ShardedSaver(folder, keep=2, background=True, tokenizer=None, sharded=run.sharded)
+        saver.save(state, run.sharded, run.optimizer)
+        saver.wait()
+        whole = dict(load_model(folder).state_dict())
+        parts = {name: p.detach() for name, p in run.sharded.named_parameters()}
+        same = difference(parts, run.sharded, whole)
+        close_mesh(mesh)
+    if rank == 0:
+        alone = Alone(config, False)
+        state = load_checkpoint(folder / "checkpoints/step-00000009", alone.model, alone.optimizer)
+        losses.append(alone.step(state.step)[0])
+        back = Saver(folder / "back", keep=1, background=False, tokenizer=None)
+        back.save(TrainState(10, 40), alone.model, alone.optimizer)
+    os.environ["MASTER_PORT"] = str(ports.pop())
+    mesh = open_mesh(1, 1, 4, 1, "cpu", timeout_s=120)
+    run = Together(config, False, mesh)
+    torch.distributed.barrier()
+    state = load_sharded(folder / "back/checkpoints/step-00000010", run.sharded, run.optimizer)
+    losses.append(run.step(9)[0])
+    close_mesh(mesh)
+    files = sorted(str(path.relative_to(folder)) for path in (folder / "checkpoints").glob("*/*/*"))
+    return {"losses": losses, "expected": expected, "same": same, "files": files, "state": state.samples}
+
+
+def rank_main(rank: int, ports: dict[str, int], folder: Path) -> None:
+    """One of four processes: a member of one of two worlds of two ranks side by side, then of one world of four."""
+    torch.set_num_threads(1)
+    pairs, fours = ([name for name, case in CASES.items() if case[0] == size] for size in (2, 4))
+    found = {}
+    for name in [*pairs[rank // 2 :: 2], *fours]:
+        size = CASES[name][0]
+        os.environ |= {"WORLD_SIZE": str(size), "RANK": str(rank % size), "MASTER_PORT": str(ports[name])}
+        found[name] = compare(name)
+    found["hand over"] = hand_over(folder, [ports[name] for name in HAND_OVER])
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+def run_all(folder: Path) -> list[dict]:
+    """Start the four processes; what each found, by rank."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    sockets = {name: socket.create_server(("127.0.0.1", 0)) for name in [*CASES, *HAND_OVER]}
+    ports = {name: server.getsockname()[1] for name, server in sockets.items()}
+    for server in sockets.values():
+        server.close()
+    multiprocessing.spawn(rank_main, (ports, folder), nprocs=4)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]

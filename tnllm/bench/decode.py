@@ -1,0 +1,252 @@
+"""Decoding: latency of a token by position, tokens per second by batch, memory, beside a Transformer with its cache.
+
+    results = bench_decode("385m", [1024, 1 << 20], [1, 64], [1024, 16384], torch.bfloat16, torch.device("cuda"))
+
+Weights are random: what a step costs does not depend on their values. Nothing is timed before the step's logits were found
+to be those of the full forward pass. A timing is that of a chain of steps, each fed the likeliest token of the one before
+it, as in greedy decoding; on a GPU every step is one CUDA graph and the host stays ahead.
+
+The limit of a step is the bytes it must move over the copy bandwidth measured in the same run: every weight once
+(of an embedding that is not the head only the rows looked up), and per row its state read and written, or its key-value
+cache read.
+"""
+
+import copy
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnllm.bench.decode_baseline import FixedStep, cache_of, filled_cache
+from tnllm.bench.timing import copy_bandwidth, describe_device, measure
+from tnllm.errors import RunError
+from tnllm.generation.graph import CapturedStep, can_capture
+from tnllm.modeling.config import get_preset
+from tnllm.modeling.model import LanguageModel, build_model
+
+Step = Callable[[Tensor], Tensor]
+# Tokens of the correctness gate; the second half of them is read one by one.
+_GATE_TOKENS = 48
+# The step may be wrong by this much more than the full forward pass is in the same dtype, both against the wider one
+# (relative RMS errors): they round at different places, so neither is always the smaller one. The constant is fp32's.
+_GATE_RATIO, _GATE_SLACK = 1.25, 1e-4
+# Steps between two readings of the clock.
+_CHAIN = {"cuda": 32, "cpu": 4}
+_FAR = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One measurement to take."""
+
+    provider: str  # tnllm or transformer
+    sweep: str  # position or batch
+    batch: int
+    position: int  # tokens before the step; the baseline's cache holds as many with the new one
+
+
+def bench_decode(
+    preset: str,
+    positions: list[int],
+    batches: list[int],
+    contexts: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_s: float = 0.5,
+    compiled: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure one preset: batch 1 at every position, every batch, and the baseline at every context and batch.
+
+    compiled: compile the baseline (GPU only). Returns environment, accuracy, rows, and what was skipped with its reason.
+    Raises RunError if a step's logits are not those of the full forward pass.
+    """
+    bandwidth = copy_bandwidth(device)
+    accuracy, rows, skipped = [], [], []
+    compiled = compiled and device.type == "cuda"
+    for kind in ("transnormer", "transformer"):
+        if kind == "transformer" and not contexts:
+            continue
+        config = get_preset(preset, kind=kind)
+        model = build_model(config, device, dtype, seed=0).eval().requires_grad_(False)
+        note(f"{preset} {kind}: checking the step against the full forward pass")
+        accuracy.append(_gate(model, compiled))
+        found = accuracy[-1]
+        if not found["passed"]:
+            raise RunError(
+                f"the decoding step of {preset} {kind} is wrong, so nothing is timed: "
+                f"relative error {found['step_error']:.2g}, allowed {found['limit']:.2g}"
+            )
+        for point in _points(kind, positions, batches, contexts):
+            needed, room = _needed_bytes(model, point), _room_bytes(device)
+            row = {"preset": preset, **point.__dict__}
+            if needed > room:
+                reason = f"needs about {needed / 2**30:.1f} GiB, {room / 2**30:.1f} GiB may be used"
+                note(f"{_name(point)}: skipped, {reason}")
+                skipped.append({**row, "reason": reason})
+                continue
+            note(_name(point))
+            try:
+                rows.append(row | _time(model, point, bandwidth, budget_s, compiled))
+            except torch.OutOfMemoryError:
+                skipped.append({**row, "reason": "out of memory"})
+                note(f"{_name(point)}: skipped, out of memory")
+        del model
+        _free(device)
+    environment = {
+        **describe_device(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_tb_per_s": bandwidth / 1e12,
+        "baseline": "compiled, one CUDA graph" if compiled else "eager",
+    }
+    return {"environment": environment, "accuracy": accuracy, "rows": rows, "skipped": skipped}
+
+
+def _points(kind: str, positions: list[int], batches: list[int], contexts: list[int]) -> Iterator[_Point]:
+    if kind == "transnormer":
+        yield from (_Point("tnllm", "position", 1, position) for position in positions)
+        yield from (_Point("tnllm", "batch", batch, 1024) for batch in batches)
+        return
+    for context in contexts:
+        yield from (_Point("transformer", "batch", batch, context) for batch in sorted({1, *batches}))
+
+
+def _name(point: _Point) -> str:
+    return f"{point.provider}, batch {point.batch}, position {point.position}"
+
+
+@torch.no_grad()
+def _gate(model: LanguageModel, compiled: bool) -> dict[str, Any]:
+    """Relative RMS errors of the logits, of the full forward pass and of the timed step, against a wider dtype."""
+    # Two rows, so that a row which leaks into another is seen.
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, model.config.vocab_size, (2, _GATE_TOKENS), generator=generator).to(model.device)
+    wide = copy.deepcopy(model).to(torch.float64 if model.device.type == "cpu" else torch.float32)
+    worst = {"forward": 0.0, "step": 0.0}
+    half = _GATE_TOKENS // 2
+    linear = model.config.kind == "transnormer"
+    for start in (0, _FAR) if linear else (0,):
+        states = []
+        for net in (wide, model):
+            state = net.init_state(2)
+            state.position += start
+            states.append(net.hidden(tokens[:, :half], state)[1])
+        exact = wide(tokens[:, half:], states[0])[0]
+        forward = model(tokens[:, half:], states[1])[0]
+        if linear:
+            state = states[1].clone()
+            step = _own_step(model, state, _GATE_TOKENS)
+            stepped = torch.stack([step(column).clone() for column in tokens[:, half:].unbind(1)], dim=1)
+        else:
+            # The baseline's step knows one position alone: the last one.
+            state = model.hidden(tokens[:, :-1])[1]
+            stepped = FixedStep(model, cache_of(state), compiled)(tokens[:, -1])[:, None]
+            exact, forward = exact[:, -1:], forward[:, -1:]
+        for name, logits in (("forward", forward), ("step", stepped)):
+            error = float((logits.double() - exact.double()).norm() / exact.double().norm())
+            # A NaN must not pass as the smaller one.
+            worst[name] = error if not error <= worst[name] else worst[name]
+    limit = _GATE_RATIO * worst["forward"] + _GATE_SLACK
+    return {
+        "provider": "tnllm" if linear else "transformer",
+        "forward_error": worst["forward"],
+        "step_error": worst["step"],
+        "limit": limit,
+        "passed": worst["step"] <= limit,
+    }
+
+
+def _own_step(model: LanguageModel, state: Any, num_steps: int) -> Step:
+    """What `generate` runs: a captured step where there is a GPU."""
+    if can_capture(model, num_steps):
+        return CapturedStep(model, state)
+    return lambda tokens: model.step(tokens, state)
+
+
+@torch.no_grad()
+def _time(model: LanguageModel, point: _Point, bandwidth: float, budget_s: float, compiled: bool) -> dict[str, Any]:
+    device = model.device
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, model.config.vocab_size, (point.batch,), generator=generator).to(device)
+    _free(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    state = None
+    started = time.perf_counter()
+    if point.provider == "tnllm":
+        # The state of a text that was read, carried to where it would be after `position` tokens.
+        prompt = torch.randint(3, model.config.vocab_size, (1, 64), generator=generator).to(device)
+        state = model.hidden(prompt)[1].select([0] * point.batch)
+        step = _own_step(model, state, 1 << 30)
+        held, moved = state.nbytes, 2 * state.nbytes
+    else:
+        cache = filled_cache(model, point.batch, point.position)
+        step = FixedStep(model, cache, compiled)
+        held = moved = cache.nbytes
+    length = _CHAIN[device.type]
+
+    def chain() -> Tensor:
+        if state is not None:
+            state.position.fill_(point.position)
+        last = tokens
+        for _ in range(length):
+            last = step(last).argmax(dim=-1)
+        return last
+
+    chain()
+    peak = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    prepared_s = time.perf_counter() - started
+    timing = measure(chain, device, budget_s)
+    median, low, high = (1e-3 * ms / length for ms in (timing.median_ms, timing.low_ms, timing.high_ms))
+    weights = _weight_bytes(model, point.batch)
+    return {
+        "step_ms": 1e3 * median,
+        "low_ms": 1e3 * low,
+        "high_ms": 1e3 * high,
+        "tokens_per_s": point.batch / median,
+        "weight_gib": weights / 2**30,
+        "state_gib": held / 2**30,
+        "bandwidth_share": (weights + moved) / bandwidth / median,
+        "peak_gib": None if peak is None else peak / 2**30,
+        "prepare_s": prepared_s,
+    }
+
+
+def _weight_bytes(model: LanguageModel, batch: int) -> int:
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    if model.config.tie_embeddings:
+        return total
+    table = model.embed_tokens.weight
+    return total - table.nbytes + batch * table[0].nbytes
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _needed_bytes(model: LanguageModel, point: _Point) -> int:
+    """Bytes a measurement needs beyond the weights, about."""
+    config = model.config
+    logits = 3 * 4 * point.batch * config.vocab_size
+    if point.provider == "tnllm":
+        # Capturing warms up on a copy of the state.
+        return logits + 2 * point.batch * model.init_state(1, "meta").nbytes
+    row = 2 * config.num_layers * config.model_dim * point.position * model.head_weight.element_size()
+    return logits + point.batch * row
+
+
+def _room_bytes(device: torch.device) -> int:
+    """Free memory on a GPU; a quarter of a CPU's, which others use too."""
+    if device.type == "cuda":
+        return int(0.95 * torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

@@ -1,0 +1,343 @@
+"""The speed and memory of whole training steps, TransNormerLLM beside the softmax Transformer, by length.
+
+    cases = [Case("385m", kind, seq_len=8192, rows=4) for kind in ("transnormer", "transformer")]
+    results = bench_training(cases, torch.device("cuda"), on_row=print)
+
+What is timed is the trainer's own step on random tokens: gather the batch, copy it to the device, forward and backward
+in the trainer's precision, clip, fused AdamW. Each kind is first checked on a small model against plain fp32 on the
+CPU. Compilation and warm-up are timed apart.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tnllm.bench.timing import describe_device
+from tnllm.data.loader import Batch
+from tnllm.modeling.config import ModelConfig, get_preset
+from tnllm.modeling.flops import count_parameters, flops_per_token
+from tnllm.modeling.model import build_model
+from tnllm.training.checkpoint import TrainState
+from tnllm.training.config import DataSection, RunConfig, ScheduleSection, TrainSection
+from tnllm.training.loop import Meter, Trainer, compute_dtype, make_trainer, train_step
+from tnllm.training.metrics import matmul_rate
+from tnllm.training.signals import StopSignals
+
+# Largest relative error of loss and gradients (RMS over all parameters) that is still timed, in the step's precision:
+# bf16 keeps 8 bits, and two blocks' products put some of their roundings on top of each other.
+LIMITS = {torch.bfloat16: (2e-3, 6e-2), torch.float32: (1e-5, 1e-3)}
+_GATE_LAYERS, _GATE_VOCAB, _GATE_LENGTH = 2, 2048, 192
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: `rows` rows of `seq_len` tokens in a step of the preset's model.
+
+    `same` says what the Transformer shares with the preset: its "width" (it is then about 6 % smaller, having no output
+    gate), or its number of "parameters" (a wider channel mixer makes up for the gate).
+    """
+
+    preset: str
+    kind: str
+    seq_len: int
+    rows: int
+    activation_checkpointing: str = "none"
+    packing: str = "concat"
+    same: str = "width"
+    weights: str = "fp32"
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model of this row. Raises UserError for an unknown preset."""
+        own = get_preset(self.preset)
+        if self.kind == own.kind:
+            return own
+        other = get_preset(self.preset, kind=self.kind)
+        if self.same == "parameters":
+            missing = count_parameters(own) - count_parameters(other)
+            # Whole multiples of 64, which matrix products like.
+            wider = 64 * round(missing / (64 * 3 * own.num_layers * own.model_dim))
+            other = get_preset(self.preset, kind=self.kind, glu_dim=own.glu_dim + wider)
+        return other
+
+
+def run_config(case: Case, device: torch.device, compiled: bool, dtype: str = "auto", model: Any = None) -> RunConfig:
+    """The run whose step is timed: constant learning rate, clipping, one pass a step."""
+    return RunConfig(
+        model=model or case.model,
+        data=DataSection(seq_len=case.seq_len, packing=case.packing),
+        schedule=ScheduleSection(kind="constant", warmup_steps=0, horizon_steps=1_000_000),
+        train=TrainSection(
+            max_steps=1_000_000,
+            global_batch_tokens=case.rows * case.seq_len,
+            micro_batch_size=case.rows,
+            dtype=dtype,
+            weights=case.weights,
+            compile="on" if compiled else "off",
+            activation_checkpointing=case.activation_checkpointing,
+            device=device.type,
+        ),
+    )
+
+
+class RandomLoader:
+    """Random tokens in the form of the trainer's loader; with packing "reset" every row is a document."""
+
+    def __init__(self, config: RunConfig, seed: int = 0) -> None:
+        self.config = config
+        rows, length = config.train.micro_batch_size, config.data.seq_len
+        generator = torch.Generator().manual_seed(seed)
+        # Four batches in turn: the loss of a single one, seen again and again, would soon be no usual one.
+        ids = torch.randint(1, config.model.vocab_size, (4, rows, length + 1), generator=generator)
+        self._batches = [self._batch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
+        self._turn = 0
+
+    def _batch(self, tokens: Tensor, labels: Tensor) -> Batch:
+        cu_seqlens = None
+        if self.config.data.packing == "reset":
+            rows, length = tokens.shape
+            cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
+            tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
+        return Batch(tokens, labels, cu_seqlens, 0, labels.numel())
+
+    def rank_samples(self, first_sample: int) -> range:
+        """The samples of a step; this is the only rank."""
+        return range(first_sample, first_sample + self.config.train.micro_batch_size)
+
+    def batch(self, first_sample: int, num_rows: int) -> Batch:
+        """The next batch."""
+        self._turn += 1
+        return self._batches[self._turn % len(self._batches)]
+
+
+class _Losses(Meter):
+    """Keeps the losses on the device; nothing waits for the host."""
+
+    losses: list[Tensor]
+
+    def add(self, loss: Tensor, norm: Tensor, rate: float, waited: float, state: TrainState) -> None:
+        self.losses.append(loss)
+
+
+class Step:
+    """The trainer's step of `config`, ready to be called again and again."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.trainer = trainer(config, device)
+        self._state, self._signals = TrainState(), StopSignals()
+        self._meter = _Losses(self.trainer, None)
+        self._meter.losses = []
+
+    def __call__(self) -> None:
+        train_step(self.trainer, self._state, self._meter, self._signals)
+
+    @property
+    def losses(self) -> list[float]:
+        """Of every step so far; waits for the device."""
+        return torch.stack(self._meter.losses).tolist()
+
+
+def trainer(config: RunConfig, device: torch.device) -> Trainer:
+    """The trainer's own model, optimizer and loss over random tokens."""
+    return make_trainer(config, RandomLoader(config), device)  # type: ignore[arg-type]
+
+
+def fastest_softmax(device: torch.device) -> AbstractContextManager[Any]:
+    """The baseline at its best: on a GPU cuDNN's attention where it can, flash attention else."""
+    if device.type != "cuda":
+        return nullcontext()
+    # The last two serve fp32, which the first two do not.
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def bench_training(
+    cases: list[Case],
+    device: torch.device,
+    dtype: str = "auto",
+    compiled: bool = True,
+    steps: int = 10,
+    warmup: int = 3,
+    note: Callable[[str], None] = lambda text: None,
+    on_start: Callable[[dict[str, Any]], None] = lambda results: None,
+    on_row: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, results: None,
+) -> dict[str, Any]:
+    """Gate, then time each case. Returns {"environment", "accuracy": [...], "rows": [...]}, all plain values.
+
+    `on_start` is given the results once the gate is passed, `on_row` each row as it comes and the results so far. A
+    row: the case; status "ok" or "out of memory"; parameters, tokens, step_ms (median, with low and high: the 20th and
+    80th percentile), tokens_per_s, mfu (share of the matrix product rate measured at the start; null on CPU), peak_gib
+    (allocated by torch in a steady step; null on CPU), compile_s (what the first step took beyond a steady one), and
+    the first and last loss. A kind that fails the gate is not timed. Raises UserError for a bad preset.
+    """
+    peak = matmul_rate(device)
+    config = run_config(cases[0], device, compiled, dtype)
+    environment = {
+        **describe_device(device),
+        "dtype": str(compute_dtype(config, device)).removeprefix("torch."),
+        "compiled": compiled,
+        "matmul_tflop_per_s": None if peak is None else peak / 1e12,
+        "steps": steps,
+        "warmup": warmup,
+    }
+    if device.type == "cuda":
+        environment["gpu_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+    results: dict[str, Any] = {"environment": environment, "accuracy": [], "rows": []}
+    passed = set()
+    for preset, kind, mode in dict.fromkeys(_form(case) for case in cases):
+        first = next(case for case in cases if _form(case) == (preset, kind, mode))
+        note(f"checking {preset} {kind} on a small model")
+        found = {"preset": preset, "kind": kind, "activation_checkpointing": mode}
+        found |= gate(first, device, compiled, dtype)
+        results["accuracy"].append(found)
+        if found["passed"]:
+            passed.add(_form(first))
+        else:
+            note(
+                f"not timed: {preset} {kind} is wrong (relative error of the loss {found['loss']:.2g}, of the gradients "
+                f"{found['gradient']:.2g}; limits {found['loss_limit']:g}, {found['gradient_limit']:g})"
+            )
+    on_start(results)
+    for case in cases:
+        if _form(case) in passed:
+            note(f"timing {case.preset} {case.kind}, {case.rows} x {case.seq_len} tokens")
+            row = time_case(case, device, dtype, compiled, steps, warmup, peak)
+            results["rows"].append(row)
+            on_row(row, results)
+    return results
+
+
+def _form(case: Case) -> tuple[str, str, str]:
+    """What is checked once."""
+    return case.preset, case.kind, case.activation_checkpointing
+
+
+def gate(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[str, Any]:
+    """Relative errors of the step's loss and gradients against the model's plain fp32 form on the CPU.
+
+    The model is the case's, cut to a few layers and a small vocabulary; the step is the one that will be timed:
+    compiled, in the same precision, with the same recomputation and packing.
+    """
+    full = case.model
+    changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
+    small = full.model_copy(update={**changes, "pad_token_id": 0})
+    part = replace(case, seq_len=_GATE_LENGTH, rows=2)
+    _forget(device)
+    exact = build_model(small, "cpu", torch.float32, seed=1)
+    config = run_config(part, device, compiled, dtype, small)
+    step = trainer(config, device)
+    step.model.load_state_dict(exact.state_dict())
+    exact.load_state_dict(step.model.state_dict())  # what rounding left, where weights are bf16
+    batch = RandomLoader(config, seed=1).batch(0, part.rows)
+    expected = exact.loss(batch.tokens, batch.labels, batch.cu_seqlens)
+    expected.backward()
+    with fastest_softmax(device):
+        got = step.loss_sum(batch)
+        got.backward()
+    wrong = size = 0.0
+    for ours, theirs in zip(step.model.parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        wrong += float((ours.grad.cpu().double() - theirs.grad.double()).square().sum())
+        size += float(theirs.grad.double().square().sum())
+    loss_limit, gradient_limit = LIMITS[compute_dtype(config, device)]
+    value, target = got.item(), expected.item()
+    loss, gradient = abs(value - target) / target, math.sqrt(wrong / size)
+    return {
+        "loss": loss,
+        "gradient": gradient,
+        "loss_limit": loss_limit,
+        "gradient_limit": gradient_limit,
+        # Written so that NaN fails.
+        "passed": loss <= loss_limit and gradient <= gradient_limit,
+    }
+
+
+def time_case(
+    case: Case, device: torch.device, dtype: str, compiled: bool, steps: int, warmup: int, peak: float | None
+) -> dict[str, Any]:
+    """One row of results; see `bench_training`."""
+    _forget(device)
+    config = run_config(case, device, compiled, dtype)
+    tokens = case.rows * case.seq_len
+    row: dict[str, Any] = {**asdict(case), "parameters": count_parameters(config.model), "tokens": tokens}
+    empty = ("step_ms", "low_ms", "high_ms", "tokens_per_s", "mfu", "peak_gib", "compile_s", "first_loss", "last_loss")
+    row |= {"status": "out of memory", **dict.fromkeys(empty)}
+    try:
+        measured = _measure(config, device, steps, warmup)
+    except torch.OutOfMemoryError:
+        return row
+    rate = tokens / (measured["step_ms"] / 1e3)
+    work = flops_per_token(config.model, case.seq_len)
+    finite = all(math.isfinite(measured[key]) for key in ("first_loss", "last_loss"))
+    return row | {
+        "status": "ok" if finite else "loss not finite",
+        **measured,
+        "tokens_per_s": rate,
+        "mfu": None if peak is None else rate * work / peak,
+    }
+
+
+def _measure(config: RunConfig, device: torch.device, steps: int, warmup: int) -> dict[str, Any]:
+    with fastest_softmax(device):
+        started = time.perf_counter()
+        step = Step(config, device)
+        step()
+        _wait(device)
+        first_s = time.perf_counter() - started
+        for _ in range(warmup):
+            step()
+        _wait(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times = sorted(_step_times(step, device, steps))
+    median, low, high = (times[min(steps - 1, int(steps * share))] for share in (0.5, 0.2, 0.8))
+    losses = step.losses
+    return {
+        "step_ms": median,
+        "low_ms": low,
+        "high_ms": high,
+        "compile_s": max(0.0, first_s - median / 1e3),
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+def _step_times(step: Callable[[], None], device: torch.device, steps: int) -> list[float]:
+    """Milliseconds of each step, the host running ahead of the device as it does in training."""
+    if device.type != "cuda":
+        times = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - started))
+        return times
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) for before, after in pairwise(marks)]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _forget(device: torch.device) -> None:
+    """Free the case before, and its compiled code: a second length must not be compiled as one of varying shape."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

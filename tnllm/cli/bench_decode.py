@@ -1,0 +1,74 @@
+"""`tnllm bench-decode`: what a token costs by position and by batch, beside a Transformer with its key-value cache."""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from tnllm.cli.lengths import lengths
+from tnllm.errors import UserError
+
+EPILOG = "Example:  tnllm bench-decode --preset 385m --json decode.json --plot decode.png"
+
+# Preset, positions, batches, contexts of the baseline, dtype, seconds for a measurement.
+_GPU = ("385m", "1k:1m", "1,4,16,64,256,1024", "1k,16k", "bf16", 0.5)
+_CPU = ("demo", "1k,16k,256k,1m", "1,4,16", "1k,16k", "fp32", 0.2)
+
+
+def command(
+    preset: str | None = typer.Option(None, help="Size, random weights. Default 385m on a GPU, demo on CPU."),
+    positions: str | None = typer.Option(
+        None, help="Tokens before the step, at batch 1: 1k,64k or 1k:1m for every doubling."
+    ),
+    batches: str | None = typer.Option(None, help="Rows decoded together: 1,16,256 or 1:1k for every doubling."),
+    contexts: str | None = typer.Option(
+        None, help="Tokens in the Transformer's cache, several with commas; none leaves it out. Default 1k,16k."
+    ),
+    dtype: str | None = typer.Option(None, help="bf16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
+    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
+    compile_: bool = typer.Option(True, "--compile/--no-compile", help="Compile the Transformer's step (GPU only)."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
+    csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
+    plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
+) -> None:
+    """Check the decoding step against the full forward pass, then time it by position and by batch."""
+    import torch
+
+    from tnllm.bench.decode import bench_decode
+    from tnllm.bench.decode_report import plot_decode, print_decode
+    from tnllm.bench.report import write_csv, write_json
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"--device is {device!r}; allowed: auto, cuda, cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    defaults = _GPU if on_gpu else _CPU
+    if not on_gpu:
+        _note("no GPU in use: small defaults that take under a minute; steps are plain torch, the baseline eager")
+    name = dtype or defaults[4]
+    if name not in dtypes:
+        raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
+    cached = contexts or defaults[3]
+    results = bench_decode(
+        preset or defaults[0],
+        lengths(positions or defaults[1], "--positions"),
+        lengths(batches or defaults[2], "--batches"),
+        [] if cached == "none" else lengths(cached, "--contexts"),
+        dtypes[name],
+        torch.device("cuda" if on_gpu else "cpu"),
+        seconds or defaults[5],
+        compile_,
+        _note,
+    )
+    print_decode(results)
+    for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_decode)):
+        if file is not None:
+            write(results, file)
+            _note(f"wrote {file}")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,129 @@
+"""`tnllm bench-train`: whole training steps, TransNormerLLM beside the softmax Transformer, by length."""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from tnllm.cli.lengths import length, lengths
+from tnllm.errors import UserError
+
+EPILOG = "Example:  tnllm bench-train --preset 385m --seqlens 1k:64k --json training.json --plot training.png"
+
+# Preset, lengths, tokens in a step, timed steps.
+_GPU = ("385m", "1k:64k", "32k", 10)
+_CPU = ("tiny", "256:1k", "2k", 3)
+_KINDS = ("transnormer", "transformer")
+
+
+def command(
+    preset: str | None = typer.Option(None, help="Sizes: 385m, or 385m,1b,7b. Default 385m on a GPU, tiny on CPU."),
+    seqlens: str | None = typer.Option(None, help="Lengths: 2k,8k, or 1k:128k for every doubling."),
+    tokens_per_batch: str | None = typer.Option(
+        None, help="Tokens in a step, at least one row. Default 32k on a GPU, 2k on CPU."
+    ),
+    batch: int | None = typer.Option(None, min=1, help="Rows in a step at every length, instead of the above."),
+    kinds: str = typer.Option(",".join(_KINDS), help="transnormer, transformer or both."),
+    same: str = typer.Option(
+        "width", help="What the Transformer shares: width (it has then 6 % fewer parameters), or parameters."
+    ),
+    packing: str = typer.Option("concat", help="concat: plain rows. reset: every row a document, packed."),
+    activation_checkpointing: str = typer.Option("none", help="none, full or none,full."),
+    compile: bool | None = typer.Option(None, help="torch.compile. Default: on a GPU."),
+    dtype: str = typer.Option("auto", help="auto (bf16 on a GPU, fp32 on CPU), bf16 or fp32; the compute type."),
+    weights: str = typer.Option("fp32", help="fp32; or bf16: weights and moments kept in 8 bytes instead of 16."),
+    steps: int | None = typer.Option(None, min=1, help="Steps timed. Default 10 on a GPU, 3 on CPU."),
+    warmup: int | None = typer.Option(None, min=0, help="Steps before, after the first. Default 3 on a GPU, 1 on CPU."),
+    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
+    csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
+    plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
+) -> None:
+    """Check the training step, then time it: tokens/s, FLOP utilisation and memory by size, length and batch."""
+    for flag, value, allowed in (
+        ("--device", device, ("auto", "cuda", "cpu")),
+        ("--dtype", dtype, ("auto", "bf16", "fp32")),
+        ("--weights", weights, ("fp32", "bf16")),
+        ("--packing", packing, ("concat", "reset")),
+        ("--same", same, ("width", "parameters")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{flag} is {value!r}; allowed: {', '.join(allowed)}")
+    if batch is not None and tokens_per_batch is not None:
+        raise UserError("both --batch and --tokens-per-batch are given; use one of them")
+    chosen = _words(kinds, "--kinds", _KINDS)
+    modes = _words(activation_checkpointing, "--activation-checkpointing", ("none", "full"))
+    tokens = length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
+    chosen_lengths = lengths(seqlens, "--seqlens") if seqlens else None
+    for file in (json_file, csv_file, plot):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"there is no folder {file.parent} to write {file.name} into; make it first")
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot is {plot}; its name must end in .png, .svg or .pdf")
+    import torch
+
+    from tnllm.bench.report import (
+        compare_training,
+        plot_training,
+        print_training_head,
+        print_training_row,
+        write_csv,
+        write_json,
+    )
+    from tnllm.bench.train import Case, bench_training
+    from tnllm.errors import RunError
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    default_preset, default_lengths, default_tokens, default_steps = _GPU if on_gpu else _CPU
+    if not on_gpu:
+        _note("no GPU in use: sizes for a CPU, which say nothing about a GPU; expect up to a minute")
+    chosen_lengths = chosen_lengths or lengths(default_lengths, "--seqlens")
+    tokens = tokens or length(default_tokens, "--tokens-per-batch")
+    cases = [
+        Case(name.strip(), kind, count, batch or max(1, tokens // count), mode, packing, same, weights)
+        for name in (preset or default_preset).split(",")
+        for mode in modes
+        for count in chosen_lengths
+        for kind in chosen
+    ]
+    for case in cases:
+        _ = case.model  # an unknown preset is told before anything is measured
+
+    def on_row(row: dict, results: dict) -> None:
+        print_training_row(row)
+        if json_file is not None:
+            write_json(results, json_file)
+
+    results = bench_training(
+        cases,
+        torch.device("cuda" if on_gpu else "cpu"),
+        dtype,
+        on_gpu if compile is None else compile,
+        steps or default_steps,
+        (3 if on_gpu else 1) if warmup is None else warmup,
+        _note,
+        print_training_head,
+        on_row,
+    )
+    for line in compare_training(results["rows"]):
+        print(line)
+    for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_training)):
+        if file is not None:
+            write(results, file)
+            _note(f"wrote {file}")
+    if not all(row["passed"] for row in results["accuracy"]):
+        raise RunError("a kind failed its check and was not timed; see above")
+
+
+def _words(text: str, flag: str, allowed: tuple[str, ...]) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in allowed:
+            raise UserError(f"{flag} has {word!r}; allowed: {', '.join(allowed)}")
+    return words
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

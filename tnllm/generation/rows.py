@@ -1,0 +1,201 @@
+"""Samples while they are decoded: a draw for every row, then for each row its text and whether it has ended.
+
+columns = [draw(logits, options, positions, seen, counts, tokenizer.vocab_size, num_top), ...]   # one per step
+drawn = Drawn.of(columns)                                # the only wait for the device
+for piece in row.take_all(drawn, place, ends, tokenizer):
+    ...                                                  # up to the row's end, if it is among them
+
+Both `decoder.generate` and the serving engine are loops around these, so they say the same.
+"""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tnllm.generation.context import Context
+from tnllm.generation.sampler import MAX_SEED, Options, SamplingParams, choose, log_probabilities
+from tnllm.generation.text import TextStream
+from tnllm.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "eos"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log-probability under the model, before any sampling option."""
+
+    id: int
+    text: str  # its bytes as UTF-8, U+FFFD where they are part of a character
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()  # the likeliest ones, likeliest first
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token."""
+
+    index: int  # of the prompt
+    sample: int  # 0 to n - 1
+    token: int
+    text: str  # what became certain with it: whole characters, nothing of a stop string, often ""
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished sample. `text` is the sum of its pieces' texts."""
+
+    index: int
+    sample: int
+    text: str
+    tokens: list[int]  # all generated ones, the end token and those of a stop string included
+    finish_reason: FinishReason
+    seed: int
+    prompt_tokens: int  # read for this request; a given context counts only in `context`
+    logprobs: list[TokenLogprob] | None
+    context: Context | None  # after the last token, if asked for
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens of a few steps on the host, by row and step."""
+
+    tokens: list[list[int]]
+    finite: list[list[bool]]  # whether the logits were
+    logprobs: list[list[Any]] | None  # of the chosen, of the likeliest, and their ids
+
+    @staticmethod
+    def of(columns: Sequence[Sequence[Tensor]]) -> "Drawn":
+        """Fetch what `draw` gave at each step."""
+        stacked = [torch.stack(parts, dim=1).cpu() for parts in zip(*columns, strict=True)]
+        return Drawn(stacked[0].tolist(), stacked[1].tolist(), [part.tolist() for part in stacked[2:]] or None)
+
+
+def draw(
+    logits: Tensor,
+    options: Options,
+    positions: Tensor,
+    seen: Tensor,
+    counts: Tensor | None,
+    vocab_size: int,
+    num_top: int | None,
+) -> list[Tensor]:
+    """The next token of each row, with nothing read back: tokens [B], whether the logits were finite [B], logprobs.
+
+    logits [B, V] fp32; ids from `vocab_size`, the tokenizer's, up are masked in place: vocabularies are padded to
+    round sizes. num_top: how many likeliest tokens to report, None for no log-probabilities.
+    """
+    # A NaN or an infinity anywhere in the row reaches its maximum; only -inf would not, and is harmless.
+    finite = logits.amax(dim=-1).isfinite()
+    logits[:, vocab_size:] = -torch.inf
+    tokens = choose(logits, options, positions, seen, counts)
+    column = [tokens, finite]
+    if num_top is not None:
+        column += log_probabilities(logits, tokens, num_top)
+    return column
+
+
+@dataclass
+class Row:
+    """A sample while it is decoded."""
+
+    index: int
+    sample: int
+    params: SamplingParams
+    seed: int
+    prompt_tokens: int
+    tail: tuple[int, ...]
+    stream: TextStream
+    texts: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+    @property
+    def left(self) -> int:
+        """Tokens it may still generate."""
+        return self.params.max_tokens - len(self.tokens)
+
+    def take_all(self, drawn: Drawn, place: int, ends: frozenset[int], tokenizer: Tokenizer) -> Iterator[Piece]:
+        """Append the tokens drawn for the row at `place`, up to its end if it is among them."""
+        for column, token in enumerate(drawn.tokens[place]):
+            logprob = None
+            if self.params.logprobs is not None and drawn.logprobs is not None:
+                chosen, top, ids = (part[place][column] for part in drawn.logprobs)
+                logprob = token_logprob(tokenizer, token, chosen, top, ids[: self.params.logprobs])
+            yield self._take(token, logprob, ends)
+            if self.reason:
+                return
+
+    def _take(self, token: int, logprob: TokenLogprob | None, ends: frozenset[int]) -> Piece:
+        self.tokens.append(token)
+        text = ""
+        if token in ends and not self.params.ignore_eos:
+            self.reason = "eos"
+        else:
+            text = self.stream.push(token)
+            if self.stream.stopped:
+                self.reason = "stop"
+            elif len(self.tokens) == self.params.max_tokens:
+                self.reason = "length"
+        if self.reason:
+            text += self.stream.close()
+        self.texts.append(text)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        return Piece(self.index, self.sample, token, text, logprob)
+
+    def result(self, context: Context | None = None) -> Result:
+        """The sample, which must have ended."""
+        assert self.reason is not None
+        return Result(
+            index=self.index,
+            sample=self.sample,
+            text="".join(self.texts),
+            tokens=self.tokens,
+            finish_reason=self.reason,
+            seed=self.seed,
+            prompt_tokens=self.prompt_tokens,
+            logprobs=self.logprobs if self.params.logprobs is not None else None,
+            context=context,
+        )
+
+
+def token_logprob(
+    tokenizer: Tokenizer, id: int, logprob: float, top: Sequence[float], top_ids: Sequence[int]
+) -> TokenLogprob:
+    """A TokenLogprob from plain numbers; `top` may be longer than `top_ids`."""
+
+    def entry(id: int, logprob: float, likeliest: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(id, tokenizer.token_bytes[id].decode("utf-8", "replace"), logprob, likeliest)
+
+    return entry(id, logprob, tuple(entry(*pair) for pair in zip(top_ids, top, strict=False)))
+
+
+def start_rows(
+    tokenizer: Tokenizer, index: int, params: SamplingParams, prompt_tokens: int, tail: tuple[int, ...]
+) -> list[Row]:
+    """The `params.n` samples of a prompt whose last ids are `tail`; sample i has seed + i."""
+    # 32 random bits are easy to read and type again.
+    first = secrets.randbits(32) if params.seed is None else params.seed
+    return [
+        Row(
+            index, sample, params, (first + sample) & MAX_SEED, prompt_tokens, tail,
+            TextStream(tokenizer, tail, params.stop),
+        )
+        for sample in range(params.n)
+    ]  # fmt: skip
+
+
+def most_logprobs(rows: Sequence[Row]) -> int | None:
+    """How many likeliest tokens some row wants; None if no row wants log-probabilities."""
+    return max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None)
+
+
+def non_finite(position: int) -> str:
+    """What to say when logits are NaN or infinite."""
+    return f"the model gave non-finite logits near token {position}; its weights are damaged or its training diverged"

@@ -1,0 +1,115 @@
+"""Gated linear attention between its two projections, as one operator: what a training step runs in most layers.
+
+    y = gated_attention(qkvu, log_decay, eps=1e-6)      # [B, T, 4M] → [B, T, M]
+
+The same as its parts, which `gated_attention_reference` spells out: SiLU of q and k, Lightning Attention, SRMSNorm over
+all heads, gate. As one operator the backward pass writes the gradients of q, k, v and u where the projection's gradient
+wants them, so that nothing is joined afterwards: one pass over memory for each part.
+
+Source: TransNormerLLM (arXiv 2307.14995) Eq. 3-4 and 8; the order is the released code's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnllm.kernels.lightning_attention import lightning_attention
+from tnllm.kernels.srms_norm import srms_norm
+
+
+def gated_attention_reference(
+    qkvu: Tensor, log_decay: Tensor, eps: float = 1e-6, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The parts, one after another; arguments as in `gated_attention`."""
+    q, k, v, u = qkvu.chunk(4, dim=-1)
+    q, k, v = (x.unflatten(-1, (log_decay.shape[0], -1)) for x in (F.silu(q), F.silu(k), v))
+    o, _ = lightning_attention(q, k, v, log_decay, None, cu_seqlens, need_state=False)
+    return srms_norm(o.flatten(-2), eps) * u
+
+
+def gated_attention(qkvu: Tensor, log_decay: Tensor, eps: float = 1e-6, cu_seqlens: Tensor | None = None) -> Tensor:
+    """SRMSNorm(attention(silu(q), silu(k), v)) * u from the fused projection.
+
+    qkvu [B, T, 4M]: q, k, v and u side by side, each of H heads; bf16, fp16 or fp32 (on CPU also float64).
+    log_decay [H] fp32 and cu_seqlens as in `lightning_attention`; the text starts here and no state comes back.
+    Returns y [B, T, M]. Differentiable (once) in qkvu.
+    """
+    if not qkvu.is_cuda:
+        return gated_attention_reference(qkvu, log_decay, eps, cu_seqlens)
+    return _forward(qkvu, log_decay, eps, cu_seqlens)[0]
+
+
+def _heads(x: Tensor, log_decay: Tensor) -> Tensor:
+    return x.unflatten(-1, (log_decay.shape[0], -1))
+
+
+def launch_forward(
+    qkvu: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and what the backward pass reads: silu(q) beside silu(k) [B, T, 2M], and attention's output [B, T, M]."""
+    from tnllm.kernels.fused.gate import norm_gate, silu
+    from tnllm.kernels.lightning_attention.launch import triton_forward
+
+    qkvu = qkvu.contiguous()
+    width = qkvu.shape[-1] // 4
+    qk = silu(qkvu[..., : 2 * width])
+    q, k, v = (_heads(x, log_decay) for x in (*qk.chunk(2, dim=-1), qkvu[..., 2 * width : 3 * width]))
+    o = triton_forward(q, k, v, log_decay, None, cu_seqlens, need_state=False)[0].flatten(-2)
+    return norm_gate(o, qkvu[..., 3 * width :], eps), qk, o
+
+
+def launch_backward(
+    dy: Tensor, qkvu: Tensor, qk: Tensor, o: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The gradient of qkvu."""
+    from tnllm.kernels.fused.gate import norm_gate_backward, silu_backward_
+    from tnllm.kernels.lightning_attention.launch import triton_backward
+
+    dqkvu = torch.empty(qkvu.shape, dtype=qkvu.dtype, device=qkvu.device)
+    qkvu, width = qkvu.contiguous(), qkvu.shape[-1] // 4
+    do = norm_gate_backward(dy.contiguous(), o, qkvu[..., 3 * width :], dqkvu[..., 3 * width :], eps)
+    q, k, v = (_heads(x, log_decay) for x in (*qk.chunk(2, dim=-1), qkvu[..., 2 * width : 3 * width]))
+    dq, dk, dv, _ = (_heads(x, log_decay) for x in dqkvu.chunk(4, dim=-1))
+    triton_backward(_heads(do, log_decay), None, q, k, v, log_decay, None, cu_seqlens, into=(dq, dk, dv))
+    silu_backward_(dqkvu[..., : 2 * width], qkvu[..., : 2 * width])
+    return dqkvu
+
+
+@torch.library.custom_op("tnllm::gated_attention", mutates_args=(), device_types="cuda")
+def _forward(qkvu: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_forward(qkvu, log_decay, eps, cu_seqlens)
+
+
+@_forward.register_fake
+def _(qkvu: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    shape, width = qkvu.shape[:-1], qkvu.shape[-1] // 4
+    return qkvu.new_empty(*shape, width), qkvu.new_empty(*shape, 2 * width), qkvu.new_empty(*shape, width)
+
+
+@torch.library.custom_op("tnllm::gated_attention_backward", mutates_args=(), device_types="cuda")
+def _backward(
+    dy: Tensor, qkvu: Tensor, qk: Tensor, o: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None
+) -> Tensor:
+    return launch_backward(dy, qkvu, qk, o, log_decay, eps, cu_seqlens)
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, qkvu: Tensor, qk: Tensor, o: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None
+) -> Tensor:
+    return qkvu.new_empty(qkvu.shape)
+
+
+def _save(ctx, inputs: tuple, output: tuple) -> None:
+    qkvu, log_decay, ctx.eps, cu_seqlens = inputs
+    _, qk, o = output
+    ctx.mark_non_differentiable(qk, o)
+    ctx.save_for_backward(qkvu, qk, o, log_decay, cu_seqlens)
+
+
+def _autograd(ctx, dy: Tensor, _dqk: Tensor, _do: Tensor) -> tuple[Tensor | None, ...]:
+    qkvu, qk, o, log_decay, cu_seqlens = ctx.saved_tensors
+    return _backward(dy, qkvu, qk, o, log_decay, ctx.eps, cu_seqlens), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_save)

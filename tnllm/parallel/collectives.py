@@ -1,0 +1,80 @@
+"""Collectives inside a model: each is differentiable and opaque to torch.compile.
+
+    y = sum_backward(x, group)     # y = x; its gradient is summed over the group
+    y = sum_forward(x, group)      # summed over the group; its gradient passes as it is
+    y = sum_both(x, group)         # summed, and so is its gradient
+
+`group` is the name of a process group (`group.group_name`), a plain string, so that operators can carry it. The first
+two are the conjugate pair around a product whose inner dim is split over ranks (Megatron-LM, arXiv 1909.08053, f and g).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # groups by name, as torch's own operators do
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """The process group of that name."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("tnllm::all_reduce", mutates_args=())
+def _all_reduce(x: Tensor, group: str) -> Tensor:
+    total = x.contiguous().clone()
+    dist.all_reduce(total, group=group_named(group))
+    return total
+
+
+@_all_reduce.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+class _SumBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grads[0], ctx.group), None
+
+
+class _SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _SumBoth(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grads[0], ctx.group), None
+
+
+def sum_backward(x: Tensor, group: str) -> Tensor:
+    """x itself, for ranks that each use it for a part of the work: the parts' gradients add up."""
+    return _SumBackward.apply(x, group)
+
+
+def sum_forward(x: Tensor, group: str) -> Tensor:
+    """The sum of every rank's x; each rank's x then gets the whole gradient."""
+    return _SumForward.apply(x, group)
+
+
+def sum_both(x: Tensor, group: str) -> Tensor:
+    """The sum of every rank's x, where each rank goes on to use the sum for a part of the work."""
+    return _SumBoth.apply(x, group)

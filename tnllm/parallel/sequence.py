@@ -1,0 +1,228 @@
+"""Sequence parallelism: each rank of a group holds an equal, consecutive slice of the tokens (LASP, arXiv 2404.02882).
+
+    tokens, labels, cu_seqlens, start = cut(batch_tokens, batch_labels, batch_cu_seqlens, rank, size)
+    o = sequence_attention(q, k, v, log_decay, cu_seqlens, rank=rank, size=size, group=name)
+
+Attention alone looks across slices, and all it needs of the ranks before is one state [H, D, E] a row: the bytes
+exchanged do not depend on the length. With L tokens in a slice, S_r the state that rank r's own tokens leave, R_r the
+gradient of the state that enters rank r:
+
+    forward    in_r  = sum_{p < r} decay^(L (r - 1 - p)) S_p           o_t += decay^(t + 1) q_t in_r
+    backward   out_r = sum_{p > r} decay^(L (p - 1 - r)) R_p           dk_t += decay^(L - 1 - t) v_t out_r^T, dv alike
+
+S_r and R_r come first, each by one matrix product; then they travel (one all-gather, as in LASP-2, arXiv 2502.07563,
+instead of a chain of sends) while the rank attends to its own slice, which is most of the work. Because attention is
+linear in the state, what came in is added afterwards.
+
+Packed documents: the list of borders is known to every rank, so each sees by itself which states reach it: those of
+the document its first token goes on with, back to where that document starts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tnllm.kernels.lightning_attention import lightning_attention
+from tnllm.parallel.collectives import group_named
+
+_local_backward = torch.ops.tnllm.lightning_attention_backward
+
+
+def cut(
+    tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None, rank: int, size: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Rank `rank`'s slice of a batch: tokens and labels [B, T / size], its cu_seqlens, and each row's position so far.
+
+    Labels are next tokens already, so a slice's last label needs no neighbour. Borders are counted from the slice's first
+    token and not clipped: a document that began in an earlier slice begins below zero, so a token's distance from
+    its document's start is right as it is and `start` is None. Without cu_seqlens `start` [B] int64 says it.
+    """
+    length = tokens.shape[1] // size
+    assert length * size == tokens.shape[1], (tokens.shape, size)
+    first = rank * length
+    here = slice(first, first + length)
+    if cu_seqlens is None:
+        start = torch.full((tokens.shape[0],), first, dtype=torch.int64, device=tokens.device)
+        return tokens[:, here], labels[:, here], None, start
+    return tokens[:, here], labels[:, here], cu_seqlens - first, None
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How far states reach across slices, from the borders alone; without cu_seqlens everything reaches."""
+
+    head: Tensor  # [L, H] decay^(t + 1) of the tokens that go on with an earlier slice's document, else 0
+    tail: Tensor  # [L, H] decay^(L - 1 - t) of the tokens of the document that the slice ends in, else 0
+    weight: Tensor  # [W, W, H]: what of the state that rank p leaves is in the one that enters rank r, at [r, p]
+
+
+def _reach(log_decay: Tensor, length: int, rank: int, size: int, borders: Tensor | None, dtype: torch.dtype) -> _Reach:
+    """`borders` [N + 1] count from this slice's first token, as `cut` gives them."""
+    device = log_decay.device
+    g = log_decay.to(dtype)
+    place = torch.arange(length, device=device)
+    head = (g * (place + 1)[:, None]).exp()
+    tail = (g * (length - 1 - place)[:, None]).exp()
+    ranks = torch.arange(size, device=device)
+    gap = ranks[:, None] - 1 - ranks
+    weight = (g * (length * gap.clamp(min=0))[..., None]).exp() * (gap >= 0)[..., None]
+    if borders is not None:
+        borders = borders.long() + rank * length
+        starts, ends = borders[:-1], borders[1:].contiguous()
+        # Of each slice's first and last token, the document it belongs to (empty ones own no token).
+        first_doc = torch.searchsorted(ends, ranks * length, right=True)
+        last_doc = torch.searchsorted(ends, (ranks + 1) * length - 1, right=True)
+        here = rank * length + place
+        head = head * ((here < ends[first_doc[rank]]) & (starts[first_doc[rank]] < rank * length))[:, None]
+        tail = tail * (here >= starts[last_doc[rank]])[:, None]
+        # Rank p's tokens are of the document at the start of slice r if that document began before p's slice ended.
+        reaches = starts[first_doc][:, None] < (ranks + 1)[None] * length
+        weight = weight * reaches[..., None]
+    return _Reach(head, tail, weight)
+
+
+def sequence_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    rank: int,
+    size: int,
+    group: str,
+) -> Tensor:
+    """Causal linear attention over the slices of all ranks; returns the outputs of this rank's.
+
+    q, k [B, L, H, D] and v [B, L, H, E] of one dtype: this rank's slice. log_decay [H] fp32. cu_seqlens [N + 1]
+    int32 as `cut` gives them (then B = 1), or None.
+    Returns o [B, L, H, E] in v's dtype. Differentiable (once) in q, k, v.
+    """
+    return _forward(q, k, v, log_decay, cu_seqlens, rank, size, group)[0]
+
+
+def _clip(borders: Tensor | None, x: Tensor) -> Tensor | None:
+    """cu_seqlens of the slice alone: documents outside it are empty."""
+    return None if borders is None else borders.clamp(0, x.shape[1]).to(torch.int32)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _outer(a: Tensor, b: Tensor, decay: Tensor) -> Tensor:
+    """Sum over tokens of decay_t a_t b_t^T: [B, L, H, D], [B, L, H, E], [L, H] → [B, H, D, E], fp32 or wider."""
+    a = (a * decay.to(_wide(a))[..., None]).to(a.dtype)
+    left, right = a.permute(0, 2, 3, 1).flatten(0, 1), b.transpose(1, 2).flatten(0, 1)
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        product = torch.bmm(left, right, out_dtype=torch.float32)
+    else:
+        product = torch.bmm(left, right).to(_wide(a))
+    return product.unflatten(0, (b.shape[0], b.shape[2]))
+
+
+def _apply(x: Tensor, state: Tensor, decay: Tensor) -> Tensor:
+    """decay_t x_t state: [B, L, H, D], [B, H, D, E], [L, H] → [B, L, H, E] in x's dtype."""
+    scaled = (x * decay.to(_wide(x))[..., None]).to(x.dtype)
+    return (scaled.transpose(1, 2) @ state.to(x.dtype)).transpose(1, 2)
+
+
+def _gather(state: Tensor, size: int, group: str) -> tuple[Tensor, dist.Work | None]:
+    """Start to collect every rank's state: [W, B, H, D, E]."""
+    everyone = state.new_empty(size, *state.shape)
+    work = dist.all_gather(list(everyone.unbind(0)), state.contiguous(), group_named(group), async_op=True)
+    return everyone, work
+
+
+@torch.library.custom_op("tnllm::sequence_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    cu_seqlens: Tensor | None,
+    rank: int,
+    size: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the state that entered."""
+    with torch.autocast(q.device.type, enabled=False):
+        reach = _reach(log_decay, q.shape[1], rank, size, cu_seqlens, _wide(q))
+        everyone, work = _gather(_outer(k, v, reach.tail), size, group)
+        o, _ = lightning_attention(q, k, v, log_decay, None, _clip(cu_seqlens, q), need_state=False)
+        if work is not None:
+            work.wait()
+        state = torch.einsum("ph,pbhde->bhde", reach.weight[rank], everyone)
+        return o + _apply(q, state, reach.head), state
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    cu_seqlens: Tensor | None,
+    rank: int,
+    size: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    state = q.new_empty(q.shape[0], *q.shape[2:], v.shape[-1], dtype=_wide(q))
+    return v.new_empty(v.shape), state
+
+
+@torch.library.custom_op("tnllm::sequence_attention_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    rank: int,
+    size: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        reach = _reach(log_decay, q.shape[1], rank, size, cu_seqlens, _wide(q))
+        everyone, work = _gather(_outer(q, do, reach.head), size, group)
+        dq, dk, dv, _ = _local_backward(do, None, q, k, v, log_decay, None, _clip(cu_seqlens, q))
+        dq = dq + _apply(do, state.mT, reach.head)
+        if work is not None:
+            work.wait()
+        grad = torch.einsum("ph,pbhde->bhde", reach.weight[:, rank], everyone)
+        return dq, dk + _apply(v, grad.mT, reach.tail), dv + _apply(k, grad, reach.tail)
+
+
+@_backward.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    rank: int,
+    size: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs: tuple, output: tuple) -> None:
+    q, k, v, log_decay, cu_seqlens, ctx.rank, ctx.size, ctx.group = inputs
+    ctx.save_for_backward(q, k, v, log_decay, output[1], cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, do: Tensor, _dstate: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
+    grads = _backward(do, q, k, v, log_decay, state, cu_seqlens, ctx.rank, ctx.size, ctx.group)
+    return (*grads, None, None, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_save)

@@ -1,0 +1,86 @@
+"""Tensor parallelism: each rank holds some heads of every mixer and some channels of every GLU.
+
+    shard_heads(model, rank, size, group)      # on the meta device, before weights exist
+
+As the papers split them (arXiv 2307.14995 Eq. 11-15): the first product of a mixer by its output features, the last by
+its input features, so a mixer costs one sum over ranks in the forward pass (of its output) and one in the backward
+pass (of its input's gradient). Two things the papers leave open: the norm over all heads at once needs the sum of squares
+across ranks (one number a token, forward and backward), and embedding and head are split by vocabulary.
+
+The modules stay what they are; hooks bring the sums in. Which dim of which parameter is split: `layout.TENSOR_PLAN`.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnllm.errors import UserError
+from tnllm.modeling.attention import GatedLinearAttention
+from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.model import LanguageModel
+from tnllm.parallel.collectives import sum_backward, sum_both, sum_forward
+from tnllm.parallel.layout import Layout
+from tnllm.parallel.vocabulary import VocabularyEmbedding, vocabulary_cross_entropy
+
+
+class HeadsNorm(nn.Module):
+    """The norm over the channels of all heads, of which this rank holds `width / ranks`: same values as the whole one."""
+
+    def __init__(self, config: ModelConfig, weight: nn.Parameter | None, group: str) -> None:
+        super().__init__()
+        self.kind, self.width, self.eps, self.group = config.norm, config.model_dim, config.norm_eps, group
+        if weight is not None:
+            self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width / ranks] → the same shape and dtype; statistics in fp32 or wider."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.kind == "layernorm":
+            wide = wide - sum_both(wide.sum(-1, keepdim=True), self.group) / self.width
+        mean_square = sum_both(wide.square().sum(-1, keepdim=True), self.group) / self.width
+        y = (wide * (mean_square + self.eps).rsqrt()).to(x.dtype)
+        return y if self.kind == "srmsnorm" else y * self.weight.to(x.dtype)
+
+
+def check_tensor(config: ModelConfig, size: int) -> None:
+    """Raise UserError where heads, GLU width or vocabulary do not divide over `size` tensor ranks."""
+    for key in ("num_heads", "glu_dim", "vocab_size"):
+        value = getattr(config, key)
+        if value % size:
+            hint = f"; raise it to {value + size - value % size}" if key == "vocab_size" else ""
+            raise UserError(f"parallel.tensor is {size}; it must divide model.{key} {value}{hint}")
+
+
+def shard_heads(model: LanguageModel, rank: int, size: int, group: str) -> None:
+    """Keep this rank's part of every parameter (shapes only: the model is on the meta device) and bring the sums in."""
+    check_tensor(model.config, size)
+    for name, parameter in list(model.named_parameters()):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        shape = Layout.of(name, tuple(parameter.shape), (rank, size)).shape
+        local = nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
+        setattr(owner, name.rpartition(".")[2], local)
+    enter = partial(_enter, group=group)
+    leave = partial(_leave, group=group)
+    for block in model.blocks:
+        for mixer in (block.token_mixer, block.channel_mixer):
+            mixer.register_forward_pre_hook(enter)
+            mixer.register_forward_hook(leave)
+        if isinstance(block.token_mixer, GatedLinearAttention):
+            mixer = block.token_mixer
+            mixer.norm = HeadsNorm(model.config, getattr(mixer.norm, "weight", None), group)
+            heads = model.config.num_heads // size
+            mixer.keep_heads(slice(rank * heads, (rank + 1) * heads))
+    setattr(model, "embed_tokens", VocabularyEmbedding(model.get_parameter("embed_tokens.weight"), rank, group))  # noqa: B010
+    model.cross_entropy = partial(vocabulary_cross_entropy, rank=rank, group=group)
+
+
+def _enter(module: nn.Module, inputs: tuple[Any, ...], group: str) -> tuple[Any, ...]:
+    return sum_backward(inputs[0], group), *inputs[1:]
+
+
+def _leave(module: nn.Module, inputs: tuple[Any, ...], output: Any, group: str) -> Any:
+    if isinstance(output, tuple):
+        return sum_forward(output[0], group), *output[1:]
+    return sum_forward(output, group)

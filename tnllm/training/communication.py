@@ -1,0 +1,56 @@
+"""What ranks send each other in an optimizer step, by arithmetic.
+
+    communication(config)      # {"weights": ..., "replicate": ..., "sequence": ..., "tensor": ...} bytes one rank sends
+
+With n ranks, a ring sends (n - 1) / n of a tensor from each rank to gather or to scatter it, and twice that to sum it. For
+one pass over N tokens of a rank, with P parameters of the blocks and V M of embedding and head on a tensor rank:
+
+    weights    blocks are gathered twice (forward, backward) in the compute type, embedding and head once in fp32; all
+               gradients are summed and scattered in fp32. Does not depend on N.
+    replicate  each rank's part of the gradients is summed in fp32.
+    tensor     four sums of N M numbers a block (two forward, two backward; full recomputation repeats the mixer's,
+               not the last one), one number a token for the norm over heads each way; in fp32 N M numbers for the
+               embedding and for the head.
+    sequence   one state [H, D, E] fp32 a row and layer to each other rank, forward and backward (and once more with
+               full recomputation). Does not depend on N.
+"""
+
+from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.flops import count_parameters
+from tnllm.training.config import RunConfig
+
+
+def communication(config: RunConfig, low_precision: bool | None = None) -> dict[str, float]:
+    """Bytes that one rank sends in an optimizer step, by axis of the mesh ("weights" is shard and sequence together)."""
+    model, parallel, train = config.model, config.parallel, config.train
+    if low_precision is None:
+        low_precision = train.dtype != "fp32" and train.device != "cpu"
+    item = 2 if low_precision else 4
+    again = 1 if train.activation_checkpointing == "full" else 0
+    root = root_parameters(model) / parallel.tensor
+    blocks = count_parameters(model) / parallel.tensor - root
+    holders = parallel.shard * parallel.sequence
+    gather = (holders - 1) / holders
+    weights = gather * (2 * item * blocks + 4 * root + 4 * (blocks + root))
+    copies = parallel.replicate
+    replicate = 2 * (copies - 1) / copies * 4 * (blocks + root) / holders
+    tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
+    ring = 2 * (parallel.tensor - 1) / parallel.tensor
+    per_block = (4 + again) * item * model.model_dim
+    if model.kind == "transnormer":
+        per_block += (2 + again) * 4 * (2 if model.norm == "layernorm" else 1)
+    ends = 2 * 4 * model.model_dim + 3 * 4
+    rows = train.micro_batch_size if config.data.packing == "concat" else 1
+    states = sum(4 * model.model_dim * model.key_dim(layer) for layer in range(model.num_layers)) / parallel.tensor
+    passes = config.accumulation_steps
+    return {
+        "weights": passes * weights,
+        "replicate": passes * replicate,
+        "sequence": passes * (parallel.sequence - 1) * (2 + again) * rows * states,
+        "tensor": passes * ring * tokens * (model.num_layers * per_block + ends),
+    }
+
+
+def root_parameters(model: ModelConfig) -> int:
+    """Parameters outside of the blocks: embedding, head, learned positions, the last norm."""
+    return count_parameters(model.model_copy(update={"num_layers": 0}))
