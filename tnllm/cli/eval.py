@@ -98,7 +98,7 @@ def run(
     say("loading")
     quiet_libraries(names, online)
 
-    from tnllm.evaluation.harness import TransNormerLM
+    from tnllm.evaluation.harness import TransNormerLM, trained_length
     from tnllm.evaluation.run import Settings, check_folder, evaluate, write_results
     from tnllm.evaluation.tasks import choose, load_tasks
 
@@ -119,6 +119,9 @@ def run(
         results = evaluate(lm, loaded, settings)
     if results is None:
         return
+    trained = trained_length(lm.ready.folder)
+    if trained is not None and lm.longest > trained:
+        say(f"the longest prompt has {lm.longest:,} tokens, the model was trained on {trained:,}; nothing was cut off")
     if as_json:
         from lm_eval.utils import handle_non_serializable
 

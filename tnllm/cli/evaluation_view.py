@@ -61,9 +61,10 @@ def reporter() -> Iterator[Report]:
         begun = start.setdefault(kind, now)
         if now - last >= _LINE_EVERY_S:
             last = now
-            rate = done / max(now - begun, 1e-9)
-            left = format_duration((total - done) / rate) if now > begun else "?"
-            say(f"{kind}: {format_count(done)} of {format_count(total)}, {format_count(rate)}/s, {left} left")
+            # The first line comes before there is a speed.
+            rate = done / (now - begun) if now > begun else 0.0
+            speed = f", {format_count(rate)}/s, {format_duration((total - done) / rate)} left" if rate else ""
+            say(f"{kind}: {format_count(done)} of {format_count(total)}{speed}")
 
     yield line
 

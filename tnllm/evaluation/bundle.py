@@ -60,7 +60,7 @@ def save_bundle(path: Path, bundle: Bundle) -> None:
         "about": np.array(json.dumps(bundle.about)),
     }
     data = io.BytesIO()
-    np.savez(data, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez(data, allow_pickle=False, **arrays)
     write_bytes_atomic(path, lzma.compress(data.getvalue(), preset=6))
 
 

@@ -66,7 +66,7 @@ class Card(BaseModel):
             for pattern in self.files.get(found or "", []):
                 looked.append(pattern.format(subject=subject))
                 for path in self._paths(data_dir, looked[-1]):
-                    rows = _rows(path, tuple(self.csv_columns))
+                    rows = _rows(path, tuple(self.csv_columns), _stamp(path))
                     if "{subject}" not in pattern and subject is not None:
                         rows = [(place, row) for place, row in rows if row.get("subject") == subject]
                     if rows and is_kind(self.rows, rows[0][1]):
@@ -83,7 +83,7 @@ class Card(BaseModel):
         for split in (scored, self.instead.get(scored)):
             for pattern in self.files.get(split or "", []):
                 for path in self._paths(data_dir, pattern.format(subject="*")):
-                    if (rows := _rows(path, tuple(self.csv_columns))) and is_kind(self.rows, rows[0][1]):
+                    if (rows := _rows(path, tuple(self.csv_columns), _stamp(path))) and is_kind(self.rows, rows[0][1]):
                         return path
         return None
 
@@ -91,10 +91,9 @@ class Card(BaseModel):
         return list(dict.fromkeys([self.name, *self.also_in, "data"]))
 
     def _paths(self, data_dir: Path, pattern: str) -> list[Path]:
-        for base in (data_dir, *(data_dir / name for name in self._folders())):
-            if found := sorted(base.glob(pattern)):
-                return found[:1]
-        return []
+        """One file of each folder that has some; which one is this task's shows in its rows."""
+        bases = (data_dir, *(data_dir / name for name in self._folders()))
+        return [found[0] for base in bases if (found := sorted(base.glob(pattern)))]
 
     def _sample(self, split: str, subject: str | None) -> list[dict[str, Any]]:
         if self.sample is None:
@@ -112,8 +111,13 @@ class Card(BaseModel):
         return list(dict.fromkeys(row["subject"] for _, row in read_rows(self.sample_file)))
 
 
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes when the file or its labels do."""
+    return tuple(file.stat().st_mtime_ns for file in sorted(path.parent.glob(f"{path.stem}*")))
+
+
 @lru_cache(maxsize=4)
-def _rows(path: Path, csv_columns: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
+def _rows(path: Path, csv_columns: tuple[str, ...], stamp: tuple[int, ...]) -> list[tuple[str, dict[str, Any]]]:
     # One file may hold every subject, so the last ones read are kept.
     return list(read_rows(path, csv_columns))
 

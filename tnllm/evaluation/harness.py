@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -312,6 +313,17 @@ def encode_pairs(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[
             before, after = whole[:-1] or [prefix_id], whole[-1:]
         requests.append(Request(before, after))
     return requests
+
+
+def trained_length(folder: Path) -> int | None:
+    """Tokens of the sequences a model was trained on, where the run's config lies beside its weights; else None."""
+    for place in (folder, *folder.parents[:2]):
+        path = place / "config.resolved.yaml"
+        if path.is_file():
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            length = (values.get("data") or {}).get("seq_len")
+            return length if isinstance(length, int) else None
+    return None
 
 
 class _Prefix:

@@ -38,7 +38,7 @@ def perplexity(
     sizes = np.array([len(data) for data in ready.tokenizer.token_bytes])
     num_bytes = [sizes[text] for text in ids if text]
     total = -float(sum(part.sum() for part in logprobs))
-    found = {
+    found: dict[str, Any] = {
         "documents": len(logprobs),
         "tokens": sum(map(len, logprobs)),
         "words": sum(len(re.split(r"\s+", text)) for text in texts),
@@ -57,7 +57,7 @@ def _score(
     ready: Ready, texts: Sequence[list[int]], batch_tokens: int | None, report: Report
 ) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
     scorer = Scorer(ready.model, batch_tokens=batch_tokens)
-    found = {
+    found: dict[int, Any] = {
         score.index: score.logprobs for score in scorer.score([Request([ready.bos_id], text) for text in texts], report)
     }
     return [found[index] for index in range(len(texts))]

@@ -1,0 +1,83 @@
+"""`tnllm eval` and `bench-eval` as a person meets them."""
+
+import json
+
+import pytest
+
+from tests.generation.small_models import small_model
+from tnllm import assets
+from tnllm.modeling.weights import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small"
+    save_model(small_model(vocab_size=8192, num_layers=1), path, assets.tokenizer_model())
+    return path
+
+
+def test_answers_at_once_offline_and_is_labelled_a_sample(tnllm, folder, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, stderr = tnllm("eval", "--tasks", "mmlu,ceval", "--model", folder, "--limit", 1, "--out", out)
+    assert code == 0
+    assert "mmlu (sample)" in stdout and "ceval-valid (sample)" in stdout
+    assert "ceval is ceval-valid in lm-evaluation-harness" in stderr
+    assert "a sample that ships with tnllm, not a score" in stderr
+    code, stdout, stderr = tnllm("eval", "compare", out, out, "--paper", "385m")
+    assert code == 0 and "+0.00" in stdout and "A is a packaged sample" in stderr
+    code, stdout, _ = tnllm("eval", "compare", out, "--paper", "385m", "--json")
+    rows = json.loads(stdout)["rows"]
+    assert {row["paper"] for row in rows if row["task"] == "mmlu"} == {25.90}
+
+
+def test_a_list_of_tasks(tnllm):
+    code, stdout, stderr = tnllm("eval", "ls")
+    assert code == 0 and "ceval-valid" in stdout and "CC BY-NC-SA 4.0" in stdout and "tnl-paper" in stderr
+    code, stdout, _ = tnllm("eval", "ls", "lambada_op*")
+    assert code == 0 and "lambada_openai" in stdout.split()
+
+
+def test_perplexity_of_a_file(tnllm, folder, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time.\n" * 30)
+    code, stdout, _ = tnllm("eval", "ppl", tmp_path / "text.txt", "--model", folder, "--window", 32, "--json")
+    found = json.loads(stdout)
+    assert code == 0 and found["documents"] == 1 and found["bytes"] == 540 and found["windows"]["window"] == 32
+    code, stdout, _ = tnllm("eval", "ppl", tmp_path / "text.txt", "--model", folder)
+    assert code == 0 and "bits per byte" in stdout and "0 to 63" in stdout
+
+
+def test_requests_and_their_benchmark(tnllm, folder, tmp_path):
+    file = tmp_path / "requests.xz"
+    code, stdout, _ = tnllm("eval", "requests", file, "--tasks", "mmlu", "--limit", 1, "-n", 5)
+    assert code == 0 and "5 questions, 20 requests" in stdout and "x fewer" in stdout
+    code, stdout, _ = tnllm("bench-eval", file, "--model", folder, "--json", tmp_path / "bench.json")
+    assert code == 0 and "0 of 5 answers differ" in stdout
+    assert json.loads((tmp_path / "bench.json").read_text())["token_ratio"] > 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no tasks; give --tasks mmlu,ceval"),
+        (["--tasks", "mmul"], "did you mean 'mmlu'?"),
+        (["--tasks", "mmlu", "--limit", "0"], "--limit is 0; give a number of questions from 1"),
+        (["--tasks", "boolq"], "none ship with tnllm; give --data-dir"),
+        (["--tasks", "mmlu", "--data-dir", "/nowhere"], "--data-dir /nowhere is no folder"),
+        (["--tasks", "mmlu", "--batch-size", "many"], "--batch-size is 'many'; allowed: auto"),
+        (["--tasks", "mmlu", "--log-samples"], "say where with --out DIR"),
+        (["--tasks", "mmlu", "--gen-kwargs", "temperature"], "write name=value with commas"),
+        (["--tasks", "tnl-paper", "-n", "3"], "tnl-paper fixes its number of examples"),
+        (["compare", "/nowhere", "/nowhere"], "/nowhere is no file; give a results_*.json"),
+        (["ls", "zzzzzz"], "no task matches 'zzzzzz'"),
+    ],
+)
+def test_bad_input_is_one_line(tnllm, arguments, message):
+    code, stdout, stderr = tnllm("eval", *arguments)
+    assert code == 2 and not stdout
+    assert message in stderr.splitlines()[-1] and stderr.splitlines()[-1].startswith("tnllm: ")
+
+
+def test_a_model_without_a_tokenizer_is_told(tnllm, tmp_path):
+    save_model(small_model(vocab_size=8192, num_layers=1), tmp_path / "bare")
+    code, _, stderr = tnllm("eval", "--tasks", "piqa", "--model", tmp_path / "bare")
+    assert code == 2 and "no tokenizer at" in stderr

@@ -1,0 +1,193 @@
+"""The model behind the harness: answers, caches, chats, generation, whole evaluations."""
+
+import json
+from types import SimpleNamespace
+
+import lm_eval.api.registry
+import pytest
+import torch
+
+from tnllm.errors import RunError, UserError
+from tnllm.evaluation.bench import bench_sharing
+from tnllm.evaluation.bundle import load_bundle, save_bundle
+from tnllm.evaluation.cache import AnswerCache
+from tnllm.evaluation.harness import TransNormerLM, trained_length
+from tnllm.evaluation.perplexity import perplexity
+from tnllm.evaluation.requests import build_bundle
+from tnllm.evaluation.run import Settings, evaluate, write_results
+from tnllm.evaluation.tasks import choose, definition_files, load_tasks, search
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=each) for each in arguments]
+
+
+PAIRS = requests(
+    ("The capital of France is", " Paris"), ("The capital of France is", " Rome"), ("", "Once"), ("Once upon a ", "time"),
+    ("答案：", " A"), ("a b", "c"), ("\n", "x"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    return TransNormerLM(folder, device="cpu")
+
+
+def test_registered_under_its_name():
+    assert lm_eval.api.registry.get_model("tnllm") is TransNormerLM
+
+
+def test_loglikelihoods_are_the_models(lm):
+    model, tokenizer = lm.ready.model, lm.ready.tokenizer
+    for instance, (logprob, greedy) in zip(PAIRS, lm.loglikelihood(PAIRS), strict=True):
+        context, continuation = instance.args
+        before = tokenizer.encode(context.rstrip()) or [tokenizer.bos_id]
+        whole = tokenizer.encode(context + continuation)
+        after = whole[len(before) :] if context.rstrip() else whole
+        ids = torch.tensor([before + after])
+        logits = model(ids[:, :-1])[0][0, len(before) - 1 :]
+        chosen = logits.log_softmax(-1).gather(-1, ids[0, len(before) :, None])
+        assert logprob == pytest.approx(float(chosen.sum()), abs=1e-3)
+        assert greedy == (logits.argmax(-1).tolist() == after)
+
+
+def test_rolling_reads_the_whole_text(lm):
+    text = "Once upon a time there was a fox. " * 40
+    [rolling, empty] = lm.loglikelihood_rolling(requests((text,), ("",)))
+    [(whole, _)] = lm.loglikelihood(requests(("", text)))
+    assert rolling == pytest.approx(whole, abs=1e-3) and empty == 0.0
+    found = perplexity(lm.ready, [text], window=50)
+    assert found["bits_per_byte"] == pytest.approx(-rolling / 0.6931471805599453 / len(text), abs=1e-6)
+    assert sum(row["tokens"] for row in found["by_position"]) == found["tokens"]
+    assert found["windows"]["pieces"] == -(-found["tokens"] // 50)
+    with pytest.raises(UserError, match="no text to score"):
+        perplexity(lm.ready, [""])
+
+
+def test_generation_shares_prefixes_and_stops(folder, lm):
+    header = "The quick brown fox jumps over the lazy dog. " * 4
+    asked = requests(*((header + tail, {"until": ["\n"], "max_gen_toks": 6}) for tail in ("one", "two", "three")))
+    plain = TransNormerLM(folder, device="cpu", share_prefix=False)
+    assert lm.generate_until(asked) == plain.generate_until(asked)
+    assert all("\n" not in text for text in lm.generate_until(asked))
+    with pytest.raises(UserError, match="generation setting 'num_beams' is not known"):
+        lm.generate_until(requests(("x", {"num_beams": 4})))
+    drawn = lm.generate_until(requests(*[("x", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8})] * 2))
+    assert drawn[0] != drawn[1]
+
+
+def test_chats_use_the_models_turns(folder):
+    lm = TransNormerLM(folder, device="cpu")
+    history = [
+        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Who?"},
+    ]  # fmt: skip
+    text = lm.apply_chat_template(history)
+    assert text == "Be kind.\n\nHuman:\nHi\nAssistant:\nHello</s>Human:\nWho?\nAssistant:\n"
+    assert lm.tok_encode(text).count(lm.ready.tokenizer.eos_id) == 1
+    open_end = lm.apply_chat_template([*history, {"role": "assistant", "content": "I am"}], add_generation_prompt=False)
+    assert open_end.endswith("Assistant:\nI am")
+
+
+def test_answers_are_kept_for_these_weights_and_settings_alone(folder, tmp_path):
+    first = TransNormerLM(folder, device="cpu", cache_dir=tmp_path)
+    answers = first.loglikelihood(PAIRS)
+    notes = []
+    again = TransNormerLM(folder, device="cpu", cache_dir=tmp_path, note=notes.append)
+    again.scorer.score = None  # nothing is left to compute
+    assert again.loglikelihood(PAIRS) == answers and again.num_cached == len(PAIRS)
+    assert notes == [f"loglikelihood: {len(PAIRS)} of {len(PAIRS)} answers are in the cache, 0 are left"]
+    for other in ({"share_prefix": False}, {"dtype": "bfloat16"}):
+        assert TransNormerLM(folder, device="cpu", cache_dir=tmp_path, **other).cache.path != first.cache.path
+    with torch.no_grad():
+        changed = TransNormerLM(folder, device="cpu")
+    changed.weights_sha256 = "0" * 64
+    assert AnswerCache(tmp_path, changed.identity()).path != first.cache.path
+
+
+def test_a_killed_run_keeps_what_it_had(folder, tmp_path):
+    lm = TransNormerLM(folder, device="cpu", cache_dir=tmp_path, batch_tokens=8, batch_size=1)
+    score, count = lm.scorer.score, 0
+
+    def killed(*rest):
+        nonlocal count
+        for each in score(*rest):
+            count += 1
+            if count == 3:
+                raise KeyboardInterrupt
+            yield each
+
+    lm.scorer.score = killed
+    with pytest.raises(KeyboardInterrupt):
+        lm.loglikelihood(PAIRS)
+    again = TransNormerLM(folder, device="cpu", cache_dir=tmp_path)
+    again.loglikelihood(PAIRS)
+    assert again.num_cached == 2
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="give another --cache-dir"):
+        AnswerCache(tmp_path / "file", {})
+
+
+def test_whole_evaluation_in_the_harness_format(lm, tmp_path):
+    notes = []
+    loaded = load_tasks(choose(["mmlu", "ceval", "winogrande", "piqa"], 2, notes.append), None, False, notes.append)
+    assert loaded.sampled == ["mmlu", "ceval-valid", "winogrande", "piqa"]
+    assert "ceval is ceval-valid in lm-evaluation-harness" in notes
+    results = evaluate(lm, loaded, Settings(limit=2))
+    assert results["results"]["mmlu"]["sample_len"] == 10 and results["n-shot"]["mmlu_philosophy"] == 2
+    assert 0 <= results["results"]["ceval-valid"]["acc,none"] <= 1
+    assert results["tnllm"]["tokens_computed"] < 0.5 * results["tnllm"]["tokens_one_by_one"]
+    path = write_results(tmp_path, results, log_samples=True)
+    written = json.loads(path.read_text())
+    keys = {
+        "results",
+        "groups",
+        "group_subtasks",
+        "configs",
+        "versions",
+        "n-shot",
+        "higher_is_better",
+        "n-samples",
+        "config",
+    }
+    assert keys | {"task_hashes", "model_name_sanitized", "lm_eval_version", "date"} <= set(written)
+    assert written["config"]["model_sha"] == lm.weights_sha256
+    rows = [json.loads(line) for line in next(tmp_path.rglob("samples_piqa_*.jsonl")).read_text().splitlines()]
+    assert len(rows) == 2 and {"doc", "arguments", "resps", "acc", "prompt_hash"} <= set(rows[0])
+
+
+def test_request_files_give_the_same_scores(lm, tmp_path):
+    loaded = load_tasks(choose(["mmlu", "winogrande"], None, print), None, False, print)
+    bundle = build_bundle(loaded, lm.ready.tokenizer, 2, 1234)
+    save_bundle(tmp_path / "requests.xz", bundle)
+    again = load_bundle(tmp_path / "requests.xz")
+    assert again.requests == bundle.requests and again.answers == bundle.answers and min(bundle.answers) >= 0
+    results = bench_sharing(lm.ready.model, again)
+    assert results["agreement"]["changed"] == [] and results["token_ratio"] > 2
+    harness = evaluate(lm, load_tasks(choose(["mmlu"], None, print), None, False, print), Settings(limit=2))
+    mmlu = bench_sharing(lm.ready.model, again, questions=10, plain=False)
+    assert mmlu["ways"][0]["accuracy"] == pytest.approx(harness["results"]["mmlu"]["acc,none"])
+    (tmp_path / "bad.xz").write_bytes(b"no")
+    with pytest.raises(UserError, match="no file of requests"):
+        load_bundle(tmp_path / "bad.xz")
+
+
+def test_names_of_the_harness_are_found_without_its_scan():
+    known = definition_files()
+    assert {"mmlu", "arc_easy", "ai2_arc", "gsm8k", "mmlu_stem_tasks", "lambada"} <= set(known)
+    assert "arc_challenge" in search("arc_chal")
+    assert [choice.name for choice in choose(["sst2"], None, print)] == ["sst2"]
+    paper = {choice.name: choice.num_fewshot for choice in choose(["tnl-paper"], None, print)}
+    assert len(paper) == 11 and paper["mmlu"] == 5 and paper["boolq"] == 0
+    with pytest.raises(UserError, match="did you mean 'mmlu'"):
+        choose(["mmul"], None, print)
+
+
+def test_the_trained_length_is_read_from_the_run(tmp_path):
+    (tmp_path / "weights").mkdir()
+    assert trained_length(tmp_path / "weights") is None
+    (tmp_path / "config.resolved.yaml").write_text("data:\n  seq_len: 512\n")
+    assert trained_length(tmp_path / "weights") == 512
