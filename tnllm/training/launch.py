@@ -37,6 +37,8 @@ def launch(args: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
 
     # Its log repeats as an error what the rank itself has said in one line.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # Otherwise ranks that start again find the addresses of the dead in the store of the first attempt.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     options = ["--standalone", "--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts)]
     options += ["--shutdown-timeout", str(_SHUTDOWN_S)] if _knows_shutdown_timeout() else []
@@ -93,20 +95,20 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = "auto"
-    mesh = config_mesh(config, pick_device(config.train.device).type)
+    rank = os.environ["RANK"]
     try:
+        mesh = config_mesh(config, pick_device(config.train.device).type)
         train(config, out, resume, mesh)
+        # A rank that fails leaves at once: closing would wait for the others.
+        close_mesh(mesh)
     except RuntimeError as error:
         if not _is_lost_rank(error):
             raise
         late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         what = f"silent for {config.parallel.timeout_s:g} s (parallel.timeout_s)" if late else "lost"
         raise RunError(
-            f"rank {mesh.rank}: another rank was {what}; its own message, if it left one, says why; "
-            "go on with --resume auto"
+            f"rank {rank}: another rank was {what}; its own message, if it left one, says why; go on with --resume auto"
         ) from error
-    # A rank that fails leaves at once: closing would wait for the others.
-    close_mesh(mesh)
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:
