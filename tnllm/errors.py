@@ -30,6 +30,12 @@ class MissingExtra(UserError):
         super().__init__(f"this needs {package}, which is not installed; run: pip install 'tnllm[{extra}]'")
 
 
+class CheckFailed(UserError):
+    """The result was made and does not compute what its source computes; it was thrown away."""
+
+    exit_code = 4
+
+
 class Terminated(UserError):
     """A SIGTERM arrived and everything was saved."""
 

@@ -1,4 +1,5 @@
-"""Text to token ids and back: SentencePiece models with byte fallback, trained here or released by others.
+"""Text to token ids and back: SentencePiece models with byte fallback, trained here or released by others, and the tiktoken
+vocabulary of TransNormerLLM3.
 
 tokenizer = Tokenizer.load("run/weights")        # a .model file or a folder holding tokenizer.model
 ids = tokenizer.encode("Once upon a time", eos=True)
@@ -18,10 +19,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from tnllm.errors import UserError
+from tnllm.tiktoken_model import SUFFIX, TiktokenModel
 
 FILE_NAME = "tokenizer.model"
 # SentencePiece writes a space as this character, so the character itself must go through its bytes.
@@ -32,17 +35,13 @@ _MIN_VOCAB_SIZE = 320
 
 
 class Tokenizer:
-    """A SentencePiece model. Make one with `Tokenizer.load(path)`."""
+    """A SentencePiece or tiktoken model. Make one with `Tokenizer.load(path)`."""
 
     def __init__(self, model: bytes, path: Path) -> None:
         """`model` holds the bytes of a model file; `path` names it in messages. Raises UserError."""
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
-        try:
-            # The library takes no bytes at all for a model that is yet to come.
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
-        except (RuntimeError, ValueError):
-            raise UserError(f"{path} is not a SentencePiece model; 'tnllm tokenizer train' writes one") from None
+        self._processor = TiktokenModel(model, path) if path.suffix == SUFFIX else _sentencepiece(model, path)
         self.vocab_size: int = self._processor.vocab_size()
         self.unk_id: int = self._processor.unk_id()
         self.bos_id: int = self._processor.bos_id()
@@ -50,17 +49,28 @@ class Tokenizer:
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.unk_id
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{path} has no begin (<s>) or end (</s>) token; train one with both")
+        self._adds_space = False
+        self._space_ids: list[int] | None = None
+        if isinstance(self._processor, TiktokenModel):
+            return
         # Some models (Llama's) put a space before every text; decoding takes it away again.
-        self._adds_space: bool = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
+        self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(_SPACE)
         byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = byte_ids if all(map(self._processor.is_byte, byte_ids)) else None
 
+    @property
+    def backend(self) -> Any:
+        """The library's model behind it: a SentencePieceProcessor, or a TiktokenModel."""
+        return self._processor
+
     @staticmethod
     def load(path: str | Path) -> "Tokenizer":
-        """Load a model file or a folder's `tokenizer.model`. Raises UserError if missing or no model."""
+        """Load a model file, or a folder's: `tokenizer.model`, else its one `*.tiktoken`. Raises UserError."""
         file = Path(path)
         if file.is_dir():
-            file = file / FILE_NAME
+            found = sorted(file.glob(f"*{SUFFIX}"))
+            use_found = len(found) == 1 and not (file / FILE_NAME).is_file()
+            file = found[0] if use_found else file / FILE_NAME
         if not file.is_file():
             raise UserError(f"no tokenizer at {file}; give a {FILE_NAME} or a folder that holds one")
         return Tokenizer(file.read_bytes(), file)
@@ -109,6 +119,8 @@ class Tokenizer:
         return tuple(self._bytes_of(id) for id in range(self.vocab_size))
 
     def _bytes_of(self, id: int) -> bytes:
+        if isinstance(self._processor, TiktokenModel):
+            return self._processor.token_bytes(id)
         piece = self._processor.id_to_piece(id)
         if self._processor.is_control(id):
             return b""
@@ -117,6 +129,14 @@ class Tokenizer:
         if self._processor.is_unknown(id):
             return " \u2047 ".encode()
         return piece.replace(_SPACE, " ").encode()
+
+
+def _sentencepiece(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        # The library takes no bytes at all for a model that is yet to come.
+        return sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
+    except (RuntimeError, ValueError):
+        raise UserError(f"{path} is not a SentencePiece model; 'tnllm tokenizer train' writes one") from None
 
 
 class StreamDecoder:

@@ -2,6 +2,7 @@
 
 import torch
 
+from tnllm.generation.loading import CHAT_TEMPLATE, Ready
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model
 
@@ -21,3 +22,9 @@ def small_model(dtype=torch.float32, vocab_size=352, **more):
         # Logits of about N(0, 3^2): a few tokens carry most of the probability, as in a trained model.
         model.lm_head.weight.mul_(4)
     return model.eval().requires_grad_(False)
+
+
+def make_ready(model, tokenizer):
+    """What `load` gives for a folder with this model and tokenizer and no settings of its own."""
+    folder, ends = tokenizer.path.parent, (tokenizer.eos_id,)
+    return Ready(folder, model, tokenizer, {}, ends, tokenizer.bos_id, False, CHAT_TEMPLATE)

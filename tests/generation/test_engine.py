@@ -7,12 +7,11 @@ import time
 import pytest
 import torch
 
-from tests.generation.small_models import small_model
+from tests.generation.small_models import make_ready, small_model
 from tnllm.errors import RunError, UserError
 from tnllm.generation import slots
 from tnllm.generation.decoder import generate
 from tnllm.generation.engine import Busy, Engine, Failed, PromptRead
-from tnllm.generation.loading import CHAT_TEMPLATE, Ready
 from tnllm.generation.rows import Piece, Result
 from tnllm.generation.sampler import SamplingParams
 
@@ -20,12 +19,6 @@ from tnllm.generation.sampler import SamplingParams
 @pytest.fixture(scope="module")
 def ready(model, tokenizer):
     return make_ready(model, tokenizer)
-
-
-def make_ready(model, tokenizer):
-    return Ready(
-        tokenizer.path.parent, model, tokenizer, {}, (tokenizer.eos_id,), tokenizer.bos_id, False, CHAT_TEMPLATE
-    )
 
 
 def alone(ready, ids, params):

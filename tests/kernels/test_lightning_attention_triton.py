@@ -165,8 +165,9 @@ def test_offsets_beyond_32_bits():
     g = torch.full((H,), -1.0, device="cuda")  # forgets fast: the end alone checks the whole
     o, final = lightning_attention(q, k, v, g)
     o_end, final_end = lightning_attention(*(x[:, -1000:] for x in (q, k, v)), g)
-    torch.testing.assert_close(o[:, -900:], o_end[:, -900:])
-    torch.testing.assert_close(final, final_end)
+    # Chunks begin elsewhere, so the same sums are rounded in another order.
+    for a, b in ((o[:, -900:], o_end[:, -900:]), (final, final_end)):
+        assert float((a - b).float().norm() / b.float().norm()) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu
@@ -184,7 +185,8 @@ def test_compiled_module_trains_and_steps():
             torch._dynamo.mark_dynamic(x, 1)
         ours = torch.autograd.grad(compiled(q, k, v), (q, k, v))
         for a, b in zip(ours, torch.autograd.grad(loss(q, k, v), (q, k, v)), strict=True):
-            torch.testing.assert_close(a, b)
+            # The compiler's SiLU and its gradient differ from torch's in the last bits.
+            assert float((a - b).norm() / b.norm()) < 1e-5
     state = torch.zeros(2, 4, 64, 64, device="cuda")
     steps = [lightning_attention_step(q[:, t], k[:, t], v[:, t], g, state) for t in range(5)]
     whole, final = lightning_attention(q[:, :5], k[:, :5], v[:, :5], g)

@@ -104,6 +104,15 @@ def test_damage_is_named_and_the_one_before_used(tmp_path, saved, how, name):
         find_checkpoint(tmp_path, str(tmp_path), print)
 
 
+def test_where_all_are_damaged_the_run_stops_and_says_so(tmp_path, saved):
+    for file in tmp_path.rglob("state.json"):
+        file.unlink()
+    warnings: list[str] = []
+    with pytest.raises(RunError, match=r"no checkpoint in .* can be used; move that folder away to start anew"):
+        find_checkpoint(tmp_path, "auto", warnings.append)
+    assert len(warnings) == 2
+
+
 @pytest.mark.parametrize("how", ["truncated", "missing"])
 def test_generating_from_a_damaged_step_is_one_line(tmp_path, saved, how):
     DAMAGES[how][0](next((tmp_path / "checkpoints/step-00000002/model").glob("*.safetensors")))

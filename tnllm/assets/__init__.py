@@ -1,8 +1,10 @@
 """Paths of the files that ship in the package: a sample corpus, its tokenizer and their licences.
 
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
+sample_instructions()   # .../sample/instructions.jsonl: questions and answers to fine-tune on
 demo_weights()      # .../demo: a small model's weights folder
-tokenizer_model()   # .../tokenizer.model: 8,192 pieces, trained by this project's code
+named("dirty-sample")   # .../dirty/pages: text with known dirt, for the cleaning pipeline
+tokenizer_model()   # .../tokenizer.model: 8,192 pieces; tokenizer_model("tnllm-64k"): 64,000
 """
 
 from importlib.resources import files
@@ -19,11 +21,36 @@ def sample_corpus() -> Path:
     return folder() / "sample" / "sample.jsonl.xz"
 
 
-def tokenizer_model() -> Path:
-    """The SentencePiece model of the demo and of the small recipes."""
-    return folder() / "tokenizer.model"
+def sample_instructions() -> Path:
+    """Short questions and answers, English and Chinese, written for this project (JSON Lines, messages)."""
+    return folder() / "sample" / "instructions.jsonl"
+
+
+# Name → file: 8,192 pieces for the demo and the small recipes, 64,000 for 385M parameters and more.
+TOKENIZERS = {"tnllm-8k": "tokenizer.model", "tnllm-64k": "tokenizer-64k.model"}
+
+
+def tokenizer_model(name: str | Path | None = None) -> Path:
+    """The SentencePiece model that `name` means: one that ships (None: tnllm-8k), else `name` as a path."""
+    packaged = TOKENIZERS.get(str(name or "tnllm-8k"))
+    return Path(str(name)) if packaged is None else folder() / packaged
 
 
 def demo_weights() -> Path:
     """The weights folder of the demo model, trained by `recipes/demo.yaml`."""
     return folder() / "demo"
+
+
+def named(name: str) -> Path:
+    """The path a recipe means: `dirty-sample`, `dirty-held-out` and `dirty-evaluation` ship; others are paths.
+
+    The dirty sample is text as the web brings it (JSON Lines; text, id, source, noise), with clean text of the same
+    sources to measure losses on and an invented evaluation set.
+    """
+    dirty = folder() / "dirty"
+    packaged = {
+        "dirty-sample": dirty / "pages",
+        "dirty-held-out": dirty / "held-out.jsonl.xz",
+        "dirty-evaluation": dirty / "evaluation.jsonl",
+    }
+    return packaged.get(name, Path(name))

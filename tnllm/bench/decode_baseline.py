@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.model import Block, LanguageModel
 from tnllm.modeling.state import State
 from tnllm.modeling.transformer import rotate
 
@@ -31,6 +31,19 @@ def cache_of(state: State) -> Tensor:
     return F.pad(layers, (0, 0, 0, 1))
 
 
+def _layer(block: Block, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One block for one token a row: x [B, M], keys and values [B, H, context, d], whose last slot is written."""
+    mixer = block.token_mixer
+    config = mixer.config
+    q, k, v = mixer.qkv_proj(block.token_norm(x)).unflatten(-1, (3, -1, config.head_dim)).unbind(-3)
+    q, k = (rotate(part[:, None], positions, config.rope_base)[:, 0] for part in (q, k))
+    keys[:, :, -1] = k
+    values[:, :, -1] = v
+    attended = F.scaled_dot_product_attention(q[:, :, None], keys, values)
+    x = x + mixer.out_proj(attended.flatten(1))
+    return x + block.channel_mixer(block.channel_norm(x))
+
+
 class FixedStep:
     """The step that writes the last slot of `cache` [L, 2, B, H, context, d] and attends to all of it."""
 
@@ -39,12 +52,12 @@ class FixedStep:
         self._model, self._cache = model, cache
         self._tokens = torch.zeros(cache.shape[2], dtype=torch.int64, device=cache.device)
         self._positions = torch.full((cache.shape[2], 1), cache.shape[4] - 1, device=cache.device)
-        self._run = self._hidden
+        self._layer = _layer
         if compiled:
-            # Every batch and context is a function of its own.
+            # Every batch and context is a function of its own; the layers share one.
             torch._dynamo.reset()
-            self._run = torch.compile(
-                self._hidden, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
+            self._layer = torch.compile(
+                _layer, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
             )
         self._graph: torch.cuda.CUDAGraph | None = None
         if cache.is_cuda:
@@ -59,22 +72,14 @@ class FixedStep:
                 self._logits = self._step()
             self._graph = graph
 
-    def _hidden(self, tokens: Tensor, cache: Tensor) -> Tensor:
-        model = self._model
-        x = model.embed_tokens(tokens)
-        for block, (keys, values) in zip(model.blocks, cache.unbind(0), strict=True):
-            mixer = block.token_mixer
-            q, k, v = mixer.qkv_proj(block.token_norm(x)).unflatten(-1, (3, -1, model.config.head_dim)).unbind(-3)
-            q, k = (rotate(part[:, None], self._positions, model.config.rope_base)[:, 0] for part in (q, k))
-            keys[:, :, -1] = k
-            values[:, :, -1] = v
-            attended = F.scaled_dot_product_attention(q[:, :, None], keys, values)
-            x = x + mixer.out_proj(attended.flatten(1))
-            x = x + block.channel_mixer(block.channel_norm(x))
-        return model.final_norm(x)
+    def _hidden(self) -> Tensor:
+        x = self._model.embed_tokens(self._tokens)
+        for block, (keys, values) in zip(self._model.blocks, self._cache.unbind(0), strict=True):
+            x = self._layer(block, x, self._positions, keys, values)
+        return self._model.final_norm(x)
 
     def _step(self) -> Tensor:
-        return self._model.logits(self._run(self._tokens, self._cache))
+        return self._model.logits(self._hidden())
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -20,7 +20,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation. `heads_first`: wants [B, H, T, D]; `devices`: where it runs; `module`: what it needs."""
+    """One implementation.
+
+    `heads_first`: wants [B, H, T, D]; `devices`: where it runs; `module`: what it needs; `state`: its final state.
+    """
 
     name: str
     attend: Attend
@@ -29,6 +32,7 @@ class Provider:
     devices: tuple[str, ...] = ("cuda",)
     module: str | None = None
     quadratic_memory: bool = False
+    state: Attend | None = None
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run here, or None."""
@@ -43,6 +47,10 @@ class Provider:
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     return lightning_attention(q, k, v, log_decay)[0]
+
+
+def _our_state(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    return lightning_attention(q, k, v, log_decay)[1]
 
 
 def _plain_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -73,6 +81,12 @@ def _fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     return chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0)[0]
 
 
+def _fla_state(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0, output_final_state=True)[1]
+
+
 def _official(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     from lightning_attn.ops import lightning_attn_func
 
@@ -92,9 +106,9 @@ def _sdpa(backend: SDPBackend | None) -> Attend:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("tnllm", _ours, devices=("cuda", "cpu")),
+        Provider("tnllm", _ours, devices=("cuda", "cpu"), state=_our_state),
         Provider("torch", _plain_torch, heads_first=True, devices=("cuda", "cpu"), quadratic_memory=True),
-        Provider("fla", _fla, module="fla"),
+        Provider("fla", _fla, module="fla", state=_fla_state),
         Provider("lightning-attn", _official, heads_first=True, module="lightning_attn"),
         Provider("sdpa-flash", _sdpa(SDPBackend.FLASH_ATTENTION), softmax=True, heads_first=True),
         Provider("sdpa-cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), softmax=True, heads_first=True),

@@ -58,6 +58,22 @@ def print_results(results: dict[str, Any]) -> None:
     console.print(table)
 
 
+def print_errors(environment: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Errors against float64 by length, slope and provider, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(", ".join(f"{key} {value}" for key, value in environment.items()), highlight=False)
+    table = Table(title="relative RMS error against float64", title_justify="left")
+    for column in ("length", "slope", "provider", "o", "dq", "dk", "dv", "state"):
+        table.add_column(column, justify="left" if column == "provider" else "right")
+    for row in rows:
+        errors = [f"{row[key]:.2e}" if key in row else "-" for key in ("o", "dq", "dk", "dv", "state")]
+        table.add_row(length_label(row["length"]), f"{row['slope']:g}", row["provider"], *errors)
+    console.print(table)
+
+
 def _shape(row: dict[str, Any]) -> str:
     return f"{row['batch']} x {row['heads']} x {row['length']} x {row['head_dim']}"
 

@@ -109,6 +109,10 @@ class RandomLoader:
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
         return Batch(tokens, labels, cu_seqlens, 0, labels.numel())
 
+    def rank_samples(self, first_sample: int) -> range:
+        """The samples of a step; this is the only rank."""
+        return range(first_sample, first_sample + self.config.train.micro_batch_size)
+
     def batch(self, first_sample: int, num_rows: int) -> Batch:
         """The next batch."""
         self._turn += 1

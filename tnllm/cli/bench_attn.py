@@ -28,6 +28,7 @@ def command(
     dtype: str | None = typer.Option(None, help="bf16, fp16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
     providers: str | None = typer.Option(None, help=f"Among {_GPU_PROVIDERS}; on CPU {_CPU_PROVIDERS}."),
     device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    accuracy: bool = typer.Option(False, "--accuracy", help="Only errors against float64, by decay and length."),
     seconds: float = typer.Option(0.5, min=0.01, help="Time spent on each measurement."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
@@ -63,7 +64,20 @@ def command(
         Shape(max(1, tokens // count) if tokens else batch, heads, count, head_dim) for count in chosen
     ]
     names = [part.strip() for part in (providers or (_GPU_PROVIDERS if on_gpu else _CPU_PROVIDERS)).split(",")]
-    results = bench_attention(points, dtypes[name], names, torch.device("cuda" if on_gpu else "cpu"), seconds, _note)
+    where = torch.device("cuda" if on_gpu else "cpu")
+    if accuracy:
+        from tnllm.bench.accuracy import SLOPES, decay_errors
+        from tnllm.bench.attention import choose
+        from tnllm.bench.report import print_errors
+        from tnllm.bench.timing import describe_device
+
+        rows = decay_errors(choose(names, where, dtypes[name], _note), chosen, SLOPES, dtypes[name], where, heads, head_dim)
+        print_errors(describe_device(where) | {"dtype": name}, rows)
+        if json_file is not None:
+            write_json({"environment": describe_device(where) | {"dtype": name}, "rows": rows}, json_file)
+            _note(f"wrote {json_file}")
+        return
+    results = bench_attention(points, dtypes[name], names, where, seconds, _note)
     print_results(results)
     for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_attention)):
         if file is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from tnllm.cli import data_clean
 from tnllm.errors import UserError
 
 app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True, rich_markup_mode="rich")
@@ -32,7 +33,9 @@ class SplitOn(StrEnum):
 def tokenize(
     inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
     out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to go on after a stop."),
-    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or its folder. [default: the shipped one]"),
+    tokenizer: Path | None = typer.Option(
+        None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
+    ),
     field: str = typer.Option("text", help="Field or column that holds the text."),
     split_on: SplitOn = typer.Option(SplitOn.none, help="Cut text files into documents; none: one a file."),
     val_fraction: float = typer.Option(0.01, help="Share of the documents held out for validation."),
@@ -57,7 +60,7 @@ def tokenize(
         manifest = tokenize_corpus(
             find_files(inputs),
             out,
-            Tokenizer.load(tokenizer or assets.tokenizer_model()),
+            Tokenizer.load(assets.tokenizer_model(tokenizer)),
             options,
             on_error=on_error.value,
             workers=workers,
@@ -81,13 +84,19 @@ def tokenize(
 
 @app.command(epilog="Example:  tnllm data inspect tokens --verify   |   tnllm data inspect web.jsonl.zst --json")
 def inspect(
-    path: Path = typer.Argument(..., help="A folder of token shards, a corpus file, or a folder of them."),
+    path: Path = typer.Argument(..., help="A folder of token shards, of a cleaning run, or corpus files."),
     field: str = typer.Option("text", help="Field or column that holds the text of a corpus."),
     samples: int = typer.Option(2, min=0, help="Show the start of this many documents."),
     verify: bool = typer.Option(False, "--verify", help="Compare every shard with its hash."),
+    reason: str | None = typer.Option(None, help="Of a cleaning run: show documents rejected for this step or reason."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Count what a folder of token shards or a corpus holds, and show some of it."""
+    """Count what token shards, a cleaning run or a corpus holds, and show some of it."""
+    if (path / "recipe.json").is_file():
+        data_clean.show_run(path, reason, samples, as_json)
+        return
+    if reason is not None:
+        raise UserError(f"--reason is for the folder of a cleaning run, and {path} is none")
     from tnllm.data.corpus import find_files
     from tnllm.data.inspect import inspect_corpus, inspect_shards
     from tnllm.data.progress import progress_on_stderr
@@ -104,6 +113,12 @@ def inspect(
         print(json.dumps(found, ensure_ascii=False))
     else:
         _show(found)
+
+
+app.command("clean", epilog=data_clean.CLEAN_EPILOG)(data_clean.clean)
+app.command("dedup", epilog=data_clean.DEDUP_EPILOG)(data_clean.dedup)
+app.command("self-clean", epilog=data_clean.SELF_CLEAN_EPILOG)(data_clean.self_clean)
+app.command("score", epilog=data_clean.SCORE_EPILOG)(data_clean.score)
 
 
 def _show(found: dict[str, Any], indent: str = "") -> None:

@@ -19,9 +19,10 @@ EPILOG = "Example:  tnllm doctor --json"
 # Import names the package cannot do without, and those of each extra.
 REQUIRED = ("torch", "typer", "rich", "safetensors", "sentencepiece", "lm_eval", "numpy", "pydantic", "yaml")
 EXTRAS = {
-    "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard"),
+    "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard", "rensa", "resiliparse"),
     "plot": ("matplotlib",),
     "track": ("tensorboard",),
+    "serve": ("fastapi", "uvicorn"),
     "hf": ("transformers",),
     "bench": ("fla",),
 }

@@ -34,6 +34,7 @@ def command(
     model: str | None = typer.Option(
         None, help="Run folder, step folder or weights folder. Default: the model that ships with tnllm."
     ),
+    adapter: Path | None = typer.Option(None, help="A LoRA adapter's folder (PEFT's format) to merge into the model."),
     prompt: str | None = typer.Option(
         None, "--prompt", "-p", help='Text to continue; "" starts from nothing, - reads stdin.', rich_help_panel=_INPUT
     ),
@@ -135,7 +136,7 @@ def command(
     text = (prompt or "") if data is None or source == "--input" else _decode(data, file or "")
     if model is None:
         say("no --model given: using the demo model that ships with tnllm")
-    ready = load(model, device, dtype)
+    ready = load(model, device, dtype, adapter)
     weights = weights_hash(ready.model) if state_in or state_out else ""
     context = load_context(state_in, ready.model, weights) if state_in else None
     meter = Meter()

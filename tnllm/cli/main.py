@@ -1,7 +1,7 @@
 """The `tnllm` command: registers one file per command and turns errors into one line and an exit code.
 
-Exit codes: 0 ok, 1 run-time failure, 2 bad input or config, 3 missing extra, 130 Ctrl-C,
-143 after a SIGTERM that saved.
+Exit codes: 0 ok, 1 run-time failure, 2 bad input or config, 3 missing extra, 4 a result that failed its own check,
+130 Ctrl-C, 143 after a SIGTERM that saved.
 """
 
 import importlib
@@ -32,6 +32,7 @@ COMMANDS = (
     "bench-norm",
     "bench-train",
     "bench-decode",
+    "bench-stream",
     "bench-eval",
     "bench-serve",
     "bench-scale",

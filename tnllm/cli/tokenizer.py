@@ -62,7 +62,9 @@ def train(
 
 @app.command(epilog="Example:  tnllm tokenizer inspect my-tokenizer --text 'Hello world' --file sample.txt")
 def inspect(
-    model: Path | None = typer.Argument(None, help="tokenizer.model or its folder. [default: the shipped one]"),
+    model: Path | None = typer.Argument(
+        None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
+    ),
     text: str | None = typer.Option(None, help="Show the tokens of this text."),
     file: Path | None = typer.Option(None, help="Count bytes per token over this text file or corpus."),
     field: str = typer.Option("text", help="Field or column of --file that holds the text."),
@@ -74,7 +76,7 @@ def inspect(
     from tnllm.data.inspect import compression
     from tnllm.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(model or assets.tokenizer_model())
+    tokenizer = Tokenizer.load(assets.tokenizer_model(model))
     found: dict[str, object] = {
         "path": str(tokenizer.path),
         "sha256": tokenizer.sha256,

@@ -19,10 +19,16 @@ def command(
     recipe: str = typer.Argument(..., help="A recipe file, or the name of a packaged one (`tnllm recipes list`)."),
     sets: list[str] = typer.Option([], "--set", help="Override a key: --set train.max_steps=50. Repeatable."),
     out: Path | None = typer.Option(None, help="Run folder. Default: runs/<recipe name>."),
+    init: str | None = typer.Option(
+        None, help="Start from these weights: a weights folder, a run folder, or `packaged`; sets train.init."
+    ),
     resume: str | None = typer.Option(None, help="auto, a run folder or a step folder."),
     device: str | None = typer.Option(None, help="auto, cpu or cuda; overrides train.device."),
     nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one a GPU; on several machines use torchrun."),
     max_restarts: int = typer.Option(0, min=0, help="With --nproc: start again after a lost rank, this many times."),
+    profile: bool = typer.Option(
+        False, "--profile", help="Profile three steps into the run's profile/; sets log.profile_steps."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan and stop; nothing is allocated."),
     world_size: int | None = typer.Option(None, min=1, help="With --dry-run: plan for this many ranks."),
 ) -> None:
@@ -35,7 +41,8 @@ def command(
 
     if world_size is not None and not dry_run:
         raise UserError("--world-size is for --dry-run; to train on several ranks give --nproc, or start torchrun")
-    sets = [*sets, *([f"train.device={device}"] if device else [])]
+    flags = {"train.device": device, "train.init": init, "log.profile_steps": 3 if profile else None}
+    sets = [*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     out = out or Path("runs") / Path(recipe).stem
     is_rank = launched() and not dry_run
     try:
@@ -48,8 +55,8 @@ def command(
 
             print(plan(config))
         elif nproc > 1 and not is_rank:
-            flags = [part for item in sets for part in ("--set", item)] + (["--resume", resume] if resume else [])
-            code = launch(["train", recipe, *flags, "--out", str(out)], nproc, max_restarts)
+            given = [part for item in sets for part in ("--set", item)] + (["--resume", resume] if resume else [])
+            code = launch(["train", recipe, *given, "--out", str(out)], nproc, max_restarts)
             if code:
                 raise typer.Exit(code)
         else:

@@ -4,15 +4,18 @@ for document in read_documents(find_files(["books/", "web.jsonl.zst"]), field="t
     document.text, document.where          # "web.jsonl.zst:17"
 
 A text file is one document, unless `split_on` is "blank-line" (a document per block of lines) or "line"; a
-JSON Lines record or a parquet row is one document, its text in `field`. A text file of more than 8 Mi
-characters is cut at line ends into documents of about that size, so memory stays bounded. Text must be UTF-8;
-a byte order mark is dropped, and nothing else is changed.
+JSON Lines record, a parquet row or a page of a WARC or WET archive is one document, its text in `field`. A text
+file of more than 8 Mi characters is cut at line ends into documents of about that size, so memory stays bounded.
+Text must be UTF-8; a byte order mark is dropped, and nothing else is changed (pages of a WARC are HTML, whose main
+text is taken).
 """
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +28,9 @@ from tnllm.errors import MissingExtra, RunError, UserError
 TEXT = (".txt", ".text", ".md")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
+ARCHIVES = (".warc", ".wet")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
-ALLOWED = ".txt .text .md .jsonl .ndjson .json (one object a line) .parquet, also with .gz .xz .bz2 .zst"
+ALLOWED = ".txt .text .md .jsonl .ndjson .json (one object a line) .parquet .warc .wet, also with .gz .xz .bz2 .zst"
 
 SplitOn = Literal["none", "blank-line", "line"]
 _MAX_TEXT_CHARS = 8 << 20
@@ -63,7 +67,21 @@ class BadDocument:
         return f"{self.where}: {self.reason}"
 
 
-def kind_of(path: Path) -> Literal["text", "jsonl", "parquet"] | None:
+@dataclass(frozen=True)
+class Span:
+    """Bytes `start` to `end` of an unpacked text or JSON Lines file, both at line ends; `first_line` from 1."""
+
+    start: int
+    end: int
+    first_line: int = 1
+
+
+# A line's number from 1, its bytes (None: longer than allowed), and the bytes of the file read so far.
+Line = tuple[int, bytes | None, int]
+Kind = Literal["text", "jsonl", "parquet", "archive"]
+
+
+def kind_of(path: Path) -> Kind | None:
     """The format that a file's name announces, or None."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
@@ -72,6 +90,8 @@ def kind_of(path: Path) -> Literal["text", "jsonl", "parquet"] | None:
         return "text"
     if last in JSON_LINES:
         return "jsonl"
+    if last in ARCHIVES and (not compressed or suffixes[-1] == ".gz"):
+        return "archive"
     return "parquet" if last in PARQUET and not compressed else None
 
 
@@ -118,13 +138,10 @@ def read_documents(
     and reading goes on; without `on_bad` it raises UserError naming file and line. A file that ends too early
     or cannot be unpacked raises RunError.
     """
-    readers = {"text": _read_text, "jsonl": _read_json_lines, "parquet": _read_parquet}
     total = sum(file.stat().st_size for file in files)
     before = count = 0
     for file in files:
-        kind = kind_of(file)
-        assert kind is not None, file
-        for found in readers[kind](file, field, split_on):
+        for found in read_file(file, field, split_on):
             if isinstance(found, Document):
                 count += 1
                 report(Status(before + found.position, total, count))
@@ -136,11 +153,37 @@ def read_documents(
         before += file.stat().st_size
 
 
-def _read_json_lines(path: Path, name: str, split_on: SplitOn) -> Iterator[Document | BadDocument]:
-    for number, line, position in _lines(path):
+def read_file(
+    path: Path,
+    field: str = "text",
+    split_on: SplitOn = "none",
+    span: Span | None = None,
+    max_line_bytes: int | None = None,
+) -> Iterator[Document | BadDocument]:
+    """Every document of one file, or of a `span` of it, and what is none. Raises RunError where the file is damaged.
+
+    A line of more than `max_line_bytes` is passed over without ever being held, as a BadDocument.
+    """
+    kind = kind_of(path)
+    assert kind is not None, path
+    if kind == "parquet":
+        return _read_parquet(path, field)
+    if kind == "archive":
+        from tnllm.data.warc import read_archive
+
+        return read_archive(path)
+    lines = lines_of(path, span, max_line_bytes)
+    return _read_text(path, split_on, lines) if kind == "text" else _read_json_lines(path, field, lines)
+
+
+def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[Document | BadDocument]:
+    for number, line, position in lines:
+        where = f"{path}:{number}"
+        if line is None:
+            yield BadDocument(where, "a line beyond the length allowed")
+            continue
         if not line.strip():
             continue
-        where = f"{path}:{number}"
         try:
             record = json.loads(line.decode("utf-8").strip())
         except UnicodeDecodeError as error:
@@ -181,10 +224,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _read_text(path: Path, name: str, split_on: SplitOn) -> Iterator[Document | BadDocument]:
+def _read_text(path: Path, split_on: SplitOn, lines: Iterator[Line]) -> Iterator[Document | BadDocument]:
     parts: list[str] = []
     first, size, position = 1, 0, 0
-    for number, line, position in _lines(path):
+    for number, line, position in lines:
+        if line is None:
+            yield BadDocument(f"{path}:{number}", "a line beyond the length allowed")
+            continue
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -207,7 +253,7 @@ def _text_document(parts: list[str], path: Path, line: int, position: int, split
     return Document(text if split_on == "none" else text.rstrip("\r\n"), path, line, position)
 
 
-def _read_parquet(path: Path, name: str, split_on: SplitOn) -> Iterator[Document | BadDocument]:
+def _read_parquet(path: Path, name: str) -> Iterator[Document | BadDocument]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -230,13 +276,26 @@ def _read_parquet(path: Path, name: str, split_on: SplitOn) -> Iterator[Document
         raise RunError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """Line number from 1, the line with its end, and the bytes read so far of the file as stored."""
-    number = 0
+def lines_of(path: Path, span: Span | None = None, max_bytes: int | None = None) -> Iterator[Line]:
+    """Line number, the line with its end (None: it is too long), and the bytes read so far of the file as stored.
+
+    Raises RunError for a file that is cut short or damaged.
+    """
+    span = span or Span(0, sys.maxsize)
+    max_bytes = max_bytes or sys.maxsize
+    number = span.first_line - 1
     with open(path, "rb") as raw:
         try:
-            for number, line in enumerate(_unpacked(raw, path), 1):
-                yield number, line.removeprefix(_BOM) if number == 1 else line, raw.tell()
+            raw.seek(span.start)
+            source = _unpacked(raw, path)
+            while raw.tell() < span.end and (line := source.readline(max_bytes)):
+                number += 1
+                too_long = len(line) >= max_bytes and not line.endswith(b"\n")
+                while too_long and line and not line.endswith(b"\n"):
+                    line = source.readline(1 << 20)
+                if number == 1:
+                    line = line.removeprefix(_BOM)
+                yield number, None if too_long else line, raw.tell()
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             # Damage has no error number; a disk that fails has one and is another matter.
             if isinstance(error, OSError) and error.errno is not None:
@@ -244,38 +303,46 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
             raise RunError(f"{path} is cut short or damaged after line {number}: {error}") from None
 
 
-def _unpacked(raw: IO[bytes], path: Path) -> Iterable[bytes]:
+def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if suffix == ".xz":
         return lzma.LZMAFile(raw)
     if suffix == ".bz2":
         return bz2.BZ2File(raw)
-    return _zstd_lines(raw) if suffix == ".zst" else raw
+    return io.BufferedReader(_Zstd(raw), 1 << 18) if suffix == ".zst" else raw
 
 
-def _zstd_lines(raw: IO[bytes]) -> Iterator[bytes]:
-    # The library's own reader takes a file that is cut short for a whole one, so frames are counted here.
-    try:
-        import zstandard
-    except ImportError:
-        raise MissingExtra("data", "zstandard") from None
-    decoder = None
-    rest = b""
-    while chunk := raw.read(1 << 18):
-        while chunk:
-            decoder = decoder or zstandard.ZstdDecompressor().decompressobj()
+class _Zstd(io.RawIOBase):
+    """Unpacked bytes of zstd frames. The library's own reader takes a file that is cut short for a whole one."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise MissingExtra("data", "zstandard") from None
+        self._zstandard, self._raw = zstandard, raw
+        self._decoder: Any = None
+        self._packed = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._raw.read(1 << 16)
+            if not self._packed:
+                if self._decoder is not None:
+                    raise EOFError("the last frame has no end")
+                return 0
+            self._decoder = self._decoder or self._zstandard.ZstdDecompressor().decompressobj()
             try:
-                data = decoder.decompress(chunk)
-            except zstandard.ZstdError as error:
+                self._ready = self._decoder.decompress(self._packed)
+            except self._zstandard.ZstdError as error:
                 raise EOFError(str(error)) from None
-            chunk = decoder.unused_data if decoder.eof else b""
-            decoder = None if decoder.eof else decoder
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                yield line + b"\n"
-    if decoder is not None:
-        raise EOFError("the last frame has no end")
-    if rest:
-        yield rest
+            self._packed = self._decoder.unused_data if self._decoder.eof else b""
+            self._decoder = None if self._decoder.eof else self._decoder
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count

@@ -130,7 +130,7 @@ def _tokenize(
             if manifest.complete:
                 return manifest
             total_bytes = sum(file["bytes"] for file in manifest.inputs)
-            workers = workers or max(1, min(_num_cores(), total_bytes // _BYTES_PER_WORKER))
+            workers = workers or max(1, min(num_cores(), total_bytes // _BYTES_PER_WORKER))
             groups = read_groups(files, manifest, options, on_error)
             with closing(encode_groups(groups, tokenizer, options, workers)) as encoded:
                 manifest = _write(out, manifest, encoded, shard_tokens, total_bytes, report)
@@ -153,7 +153,8 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from tnllm import __version__
 from tnllm.errors import UserError, did_you_mean
 from tnllm.evaluation.cache import AnswerCache
+from tnllm.evaluation.encoding import LineEncoder
 from tnllm.evaluation.prefix_tree import MIN_SAVED_TOKENS, Request
 from tnllm.evaluation.scoring import Scorer
 from tnllm.generation.context import Context, read, weights_hash
@@ -79,6 +80,7 @@ class TransNormerLM(TemplateLM):
         self.scorer = Scorer(self.ready.model, self.share_prefix, batch_tokens, rows, note)
         self.weights_sha256 = weights_hash(self.ready.model)
         self._seed, self._report, self._note = seed, report, note
+        self._encode = LineEncoder(self.ready.tokenizer)
         self._chat = False
         self.longest = self.num_cached = self.num_requests = 0
         self.cache = AnswerCache(Path(cache_dir), self.identity()) if cache_dir is not None else None
@@ -130,9 +132,9 @@ class TransNormerLM(TemplateLM):
         """Token ids; the begin token first if the model wants one. Within a chat the end token's name is that token."""
         tokenizer = self.ready.tokenizer
         parts = string.split(tokenizer.piece(tokenizer.eos_id)) if self._chat else [string]
-        ids = tokenizer.encode(parts[0])
+        ids = self._encode(parts[0])
         for part in parts[1:]:
-            ids += [tokenizer.eos_id, *tokenizer.encode(part)]
+            ids += [tokenizer.eos_id, *self._encode(part)]
         begin = self.ready.add_bos if add_special_tokens is None else add_special_tokens
         return [self.ready.bos_id, *ids] if begin else ids
 
@@ -185,25 +187,7 @@ class TransNormerLM(TemplateLM):
             yield score.index, (float(score.logprobs.sum()), score.greedy)
 
     def _score_pairs(self, arguments: list[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        yield from self._score("loglikelihood", self.encode_pairs(arguments))
-
-    def encode_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[Request]:
-        """Contexts and continuations as the harness splits them: encoded together, cut where the context ends."""
-        contexts: dict[str, list[int]] = {}
-        requests = []
-        for context, continuation in pairs:
-            # Spaces at the end of a context belong to the word that follows.
-            kept = context.rstrip()
-            if kept not in contexts:
-                contexts[kept] = self.tok_encode(kept) if kept else []
-            before = contexts[kept]
-            whole = self.tok_encode(context + continuation, add_special_tokens=None if kept else False)
-            before, after = (before, whole[len(before) :]) if kept else ([self.prefix_token_id], whole)
-            if not after:
-                # Both together are one token more or less: the last one is what the continuation decides.
-                before, after = whole[:-1] or [self.prefix_token_id], whole[-1:]
-            requests.append(Request(before, after))
-        return requests
+        yield from self._score("loglikelihood", encode_pairs(arguments, self.tok_encode, self.prefix_token_id))
 
     def _score_texts(self, arguments: list[tuple[str]]) -> Iterator[tuple[int, float]]:
         ids = [self.tok_encode(text, add_special_tokens=False) for (text,) in arguments]
@@ -251,7 +235,9 @@ class TransNormerLM(TemplateLM):
 
     # Answers from the cache, the rest from the model.
 
-    def _answers(self, kind: str, arguments: list[Any], compute: Callable[[Any], Iterator[tuple[int, Any]]]) -> list[Any]:
+    def _answers(
+        self, kind: str, arguments: list[Any], compute: Callable[[Any], Iterator[tuple[int, Any]]]
+    ) -> list[Any]:
         keys = [AnswerCache.key(kind, each) for each in arguments]
         for index, each in enumerate(arguments):
             if kind == "generate_until" and each[1].get("do_sample"):
@@ -309,6 +295,25 @@ class TransNormerLM(TemplateLM):
             dist.barrier()
 
 
+def encode_pairs(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], prefix_id: int) -> list[Request]:
+    """Contexts and continuations as the harness splits them: encoded together, cut where the context ends."""
+    contexts: dict[str, list[int]] = {}
+    requests = []
+    for context, continuation in pairs:
+        # Spaces at the end of a context belong to the word that follows.
+        kept = context.rstrip()
+        if kept not in contexts:
+            contexts[kept] = encode(kept) if kept else [prefix_id]
+        before = contexts[kept]
+        whole = encode(context + continuation)
+        after = whole[len(before) :] if kept else [id for id in whole if id != prefix_id]
+        if not after:
+            # Both together are no more tokens than the context alone: the last one is what the continuation decides.
+            before, after = whole[:-1] or [prefix_id], whole[-1:]
+        requests.append(Request(before, after))
+    return requests
+
+
 class _Prefix:
     """What the prompts of a batch start with, read once; kept for the next batch if that goes on from it."""
 
@@ -342,7 +347,9 @@ def _sampling(settings: dict[str, Any]) -> SamplingParams:
     for key, value in settings.items():
         if key not in _GENERATION:
             allowed = ", ".join(_GENERATION)
-            raise UserError(f"generation setting {key!r} is not known; allowed: {allowed}{did_you_mean(key, _GENERATION)}")
+            raise UserError(
+                f"generation setting {key!r} is not known; allowed: {allowed}{did_you_mean(key, _GENERATION)}"
+            )
         name = _GENERATION[key]
         if name is not None and value is not None:
             values[name] = value

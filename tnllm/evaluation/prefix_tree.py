@@ -63,7 +63,7 @@ class PrefixTree:
         min_saved: int = MIN_SAVED_TOKENS,
     ) -> None:
         """`max_piece` cuts longer pieces into chains. Pieces whose sharing saves under `min_saved` tokens are undone."""
-        inputs = [np.array([*request.context, *request.continuation[:-1]], np.int32) for request in requests]
+        inputs = _inputs(requests)
         self.plain_tokens = sum(len(ids) for ids in inputs)
         root = Node(np.empty(0, np.int32), 0, 0, None)
         if share:
@@ -102,17 +102,38 @@ class PrefixTree:
                 node.targets.append((position, request.continuation[index], base + index))
 
 
+def _inputs(requests: Sequence[Request]) -> list[Ids]:
+    """What each request has the model read. Choices of a question come with one context object, converted once."""
+    known: dict[int, Ids] = {}
+    inputs = []
+    for request in requests:
+        context = known.get(id(request.context))
+        if context is None:
+            context = known[id(request.context)] = np.array(request.context, np.int32)
+        if len(request.continuation) > 1:
+            context = np.concatenate([context, np.array(request.continuation[:-1], np.int32)])
+        inputs.append(context)
+    return inputs
+
+
 def _grow(root: Node, inputs: list[Ids]) -> list[Node]:
     """Build the tree in the sequences' lexicographic order; returns the node each one ends in."""
     # Big-endian bytes sort as the ids do, and compare at memcmp's speed.
-    keys = [ids.astype(">i4").tobytes() for ids in inputs]
+    known: dict[int, bytes] = {}
+    keys = []
+    for ids in inputs:
+        if id(ids) not in known:
+            known[id(ids)] = ids.astype(">i4").tobytes()
+        keys.append(known[id(ids)])
     order = sorted(range(len(inputs)), key=keys.__getitem__)
     ends = [root] * len(inputs)
     path = [root]
     previous = -1
     for number in order:
         ids = inputs[number]
-        shared = _common(inputs[previous], ids) if previous >= 0 else 0
+        shared = 0
+        if previous >= 0:
+            shared = len(ids) if keys[previous] == keys[number] else _common(inputs[previous], ids)
         below = None
         while path[-1].end > shared:
             below = path.pop()

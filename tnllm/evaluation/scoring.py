@@ -85,11 +85,16 @@ class Scorer:
         model gives non-finite logits.
         """
         vocab_size = self.model.config.vocab_size
+        checked: set[int] = set()
         for request in requests:
             assert request.context and request.continuation, "a prediction needs a token before it"
             for ids in (request.context, request.continuation):
-                if not 0 <= min(ids) <= max(ids) < vocab_size:
-                    raise UserError(f"a token id lies outside the model's vocabulary of {vocab_size}; wrong tokenizer?")
+                if id(ids) not in checked:
+                    checked.add(id(ids))
+                    if not 0 <= min(ids) <= max(ids) < vocab_size:
+                        raise UserError(
+                            f"a token id lies outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
+                        )
         if not requests:
             return
         tree = PrefixTree(requests, self.share, max_piece=self.batch_tokens)
@@ -106,7 +111,9 @@ class Scorer:
             logprobs[numbers] = pending.logprobs.double().cpu().numpy()
             likeliest[numbers] = pending.likeliest.cpu().numpy()
             if not np.isfinite(logprobs[numbers]).all():
-                raise RunError("the model gives non-finite log-probabilities; are the weights whole? try --dtype float32")
+                raise RunError(
+                    "the model gives non-finite log-probabilities; are the weights whole? try --dtype float32"
+                )
             touched, counts = np.unique(owner[numbers], return_counts=True)
             missing[touched] -= counts
             for index in touched[missing[touched] == 0].tolist():
@@ -215,7 +222,7 @@ class Scorer:
         """The state each piece starts from; pieces of one source stand together."""
         parts: list[tuple[State | None, list[int]]] = []
         for node in nodes:
-            source, row = sources[node] if node in sources else (None, 0)
+            source, row = sources.get(node, (None, 0))
             state = None if source is None else source.state
             if not parts or parts[-1][0] is not state:
                 parts.append((state, []))
@@ -224,9 +231,7 @@ class Scorer:
         return states[0] if len(states) == 1 else State.cat(states)
 
 
-def _take(
-    ready: list[tuple[int, int, Node]], budget: int, max_rows: int, held: int
-) -> list[tuple[int, int, Node]]:
+def _take(ready: list[tuple[int, int, Node]], budget: int, max_rows: int, held: int) -> list[tuple[int, int, Node]]:
     """The deepest pieces first, shallower ones to fill the pass as long as their states find room."""
     pack: list[tuple[int, int, Node]] = []
     deepest, tokens = ready[0][0], 0

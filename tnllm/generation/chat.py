@@ -6,7 +6,7 @@ for event in talk.ask("Who are you?"):
 talk.reset()
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tnllm.errors import UserError
@@ -17,17 +17,55 @@ from tnllm.generation.rows import Piece, Result
 from tnllm.generation.sampler import SamplingParams
 
 
+def split_template(template: str) -> tuple[str, str]:
+    """What comes before and after the prompt. Raises UserError."""
+    opening, placeholder, closing = template.partition("{prompt}")
+    if not placeholder or "{prompt}" in closing:
+        raise UserError(f"the chat template is {template!r}; it must hold {{prompt}} once")
+    return opening, closing
+
+
+def opening_stop(template: str) -> tuple[str, ...]:
+    """The stop string that ends an answer in which the model begins to speak for the other side, if there is one."""
+    opening = split_template(template)[0].strip()
+    return ("\n" + opening,) if opening else ()
+
+
+def message_ids(ready: Ready, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of a whole talk, (role, text) each, up to where the answer begins: what Conversation reads.
+
+    An optional "system" (or "developer") text comes first and goes before the first turn on a line of its own; then
+    "user" and "assistant" take turns, and "user" has the last word. Raises UserError otherwise.
+    """
+    opening, closing = split_template(ready.chat_template)
+    before = ""
+    if messages and messages[0][0] in ("system", "developer"):
+        before = messages[0][1] + "\n"
+        messages = messages[1:]
+    for place, (role, _) in enumerate(messages):
+        if role != ("user", "assistant")[place % 2]:
+            raise UserError(
+                f"message {place} after the system text is of role {role!r}; user and assistant take turns, user first"
+            )
+    if len(messages) % 2 == 0:
+        raise UserError("the last message must be of role 'user'")
+    ids: list[int] = []
+    for role, text in messages:
+        if role == "assistant":
+            ids += [*ready.tokenizer.encode(text), ready.tokenizer.eos_id]
+        else:
+            ids += ready.encode(before + opening + text + closing, start=not ids)
+            before = ""
+    return ids
+
+
 class Conversation:
     """Turns after one another. `start`: a context to talk about, such as a document."""
 
     def __init__(self, ready: Ready, params: SamplingParams, template: str, start: Context | None = None) -> None:
         """`template` holds {prompt} once. Its opening words end an answer, in case the model speaks for both."""
-        opening, placeholder, closing = template.partition("{prompt}")
-        if not placeholder or "{prompt}" in closing:
-            raise UserError(f"the chat template is {template!r}; it must hold {{prompt}} once")
-        self._ready, self._template, self._start = ready, (opening, closing), start
-        stop = (*params.stop, "\n" + opening.strip()) if opening.strip() else params.stop
-        self._params = replace(params, stop=stop, n=1)
+        self._ready, self._template, self._start = ready, split_template(template), start
+        self._params = replace(params, stop=(*params.stop, *opening_stop(template)), n=1)
         self.reset()
 
     def reset(self) -> None:

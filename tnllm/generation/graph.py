@@ -2,13 +2,21 @@
 
 step = CapturedStep(model, state)
 logits = step(tokens)          # as model.step(tokens, state); logits are overwritten by the next call
+
+The graph of a few rows holds one persistent kernel (`kernels/fused/decode.py`), that of many the model's own kernels.
 """
 
+import math
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.state import State
+
+if TYPE_CHECKING:
+    from tnllm.kernels.fused.decode import DecodeStep
 
 # Capturing costs about as much as four plain steps (385M on an H100: 88 ms; 24 ms a plain step, 1.3 ms a replay).
 MIN_STEPS = 8
@@ -25,6 +33,44 @@ def can_capture(model: LanguageModel, num_steps: int) -> bool:
     return model.device.type == "cuda" and fixed and num_steps >= MIN_STEPS
 
 
+def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
+    """The whole step as one kernel on `state`, or None where the batch is large or the model not of the released form."""
+    from tnllm.kernels.fused.decode import DecodeStep, Layer, max_batch
+
+    config = model.config
+    fits = (
+        state.batch <= max_batch(config.model_dim, config.glu_dim)
+        and (config.kind, config.gate, config.norm) == ("transnormer", "full", "srmsnorm")
+        and config.position != "ape"
+        and config.activation in ("silu", "none")
+        and config.head_dim % 8 == 0
+    )
+    layers: list[Layer] = []
+    mixers: list[Any] = [block.token_mixer for block in model.blocks]
+    block: Any  # its parts are of the classes `fits` stands for
+    for block, memory in zip(model.blocks, state.layers, strict=True) if fits else ():
+        mixer, channel = block.token_mixer, block.channel_mixer
+        linears = (mixer.qkvu_proj, mixer.out_proj, channel.l1, channel.l2, channel.l3)
+        # A wrapped projection (an adapter, say) computes something else.
+        if not all(type(linear) is nn.Linear and linear.weight.is_contiguous() for linear in linears):
+            return None
+        theta = None if mixer.lrpe is None else mixer.lrpe.theta.data
+        qkvu, out, up, gate, down = (linear.weight.data for linear in linears)
+        layers.append(Layer(qkvu, out, up, gate, down, memory, theta))
+    if not layers or model.embed_tokens.weight.dtype == torch.float64:
+        return None
+    return DecodeStep(
+        layers,
+        model.embed_tokens.weight.data,
+        model.head_weight.data,
+        torch.stack([mixer.log_decay for mixer in mixers]),
+        state.position,
+        math.sqrt(config.model_dim) if config.scale_embedding else 1.0,
+        config.norm_eps,
+        (config.activation == "silu", config.value_activation == "silu", config.glu_activation == "silu"),
+    )
+
+
 class CapturedStep:
     """`model.step` for the tensors of one `state`, which it updates in place."""
 
@@ -34,14 +80,19 @@ class CapturedStep:
         # Kernels are compiled and workspaces allocated on a copy, on a stream of its own: neither may happen
         # during capture.
         copy, stream = state.clone(), torch.cuda.Stream()
+        self._persistent, rehearsal = persistent_step(model, state), persistent_step(model, copy)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                model.step(self._tokens, copy)
+                rehearsal() if rehearsal else model.step(self._tokens, copy)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits = model.step(self._tokens, state)
+            if self._persistent:
+                self._persistent()
+                self._tokens, self._logits = self._persistent.tokens, self._persistent.logits
+            else:
+                self._logits = model.step(self._tokens, state)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [B] int64 → logits [B, V] fp32, valid until the next call."""

@@ -14,6 +14,7 @@ import torch
 
 from tnllm.errors import UserError
 from tnllm.generation.sampler import SamplingParams
+from tnllm.modeling.lora import merge_adapter
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import GENERATION, load_model, resolve_model
 from tnllm.tokenizer import Tokenizer
@@ -46,8 +47,10 @@ class Ready:
         return [self.bos_id, *ids] if start and (self.add_bos or not ids) else ids
 
 
-def load(model: Path | str | None = None, device: str = "auto", dtype: str = "auto") -> Ready:
-    """Load a weights folder or run folder.
+def load(
+    model: Path | str | None = None, device: str = "auto", dtype: str = "auto", adapter: Path | str | None = None
+) -> Ready:
+    """Load a weights folder or run folder; `adapter`, a folder in PEFT's format, is merged into it.
 
     device: auto (the GPU where there is one), cpu, cuda or cuda:N. dtype: auto (float32 on CPU, the stored one on
     a GPU), float32 or bfloat16. Raises UserError for anything else and for folders that hold no model.
@@ -61,6 +64,8 @@ def load(model: Path | str | None = None, device: str = "auto", dtype: str = "au
     settings = _read_settings(folder / GENERATION)
     tokenizer = Tokenizer.load(folder)
     loaded = load_model(folder, where, wanted)
+    if adapter is not None:
+        merge_adapter(loaded, adapter)
     sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
     if settings.get("max_new_tokens") is not None:
         sampling["max_tokens"] = settings["max_new_tokens"]

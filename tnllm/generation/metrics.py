@@ -5,6 +5,7 @@ print(metrics.text())
 """
 
 import math
+import time
 from bisect import bisect_left
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class Metrics:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
+        self.started = time.time()  # seconds since 1970
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.refused = self.cancelled = self.failed = 0
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "eos": 0})

@@ -76,9 +76,7 @@ def launch_backward(
 
 
 @torch.library.custom_op("tnllm::gated_attention", mutates_args=(), device_types="cuda")
-def _forward(
-    qkvu: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(qkvu: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return launch_forward(qkvu, log_decay, eps, cu_seqlens)
 
 

@@ -49,6 +49,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).to(_wide_dtype(a))
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in one pass over `total` where it is as wide as the accumulator."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += _product(a, b)
+
+
 @torch.library.custom_op("tnllm::linear_cross_entropy", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, wanted: bool
@@ -80,7 +88,7 @@ def _chunks(
         loss += losses.sum()
         if wanted:
             torch.mm(dlogits, low, out=dx[start : start + rows])
-            dweight += _product(dlogits.t(), part)
+            _add_product(dweight, dlogits.t(), part)
     return loss, dx, dweight.to(weight.dtype)
 
 

@@ -85,9 +85,12 @@ class GatedLinearAttention(nn.Module):
         return q, k, v, gate
 
     def _output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
-        """[..., H, E] → [..., M]: norm over all heads, gate, projection."""
-        y = self.norm(attended.flatten(-2))
-        return self.out_proj(y if gate is None else y * gate)
+        """[..., H, E] → [..., M]: norm over all heads, gate, projection; norm_position may move the norm back."""
+        y, where = attended.flatten(-2), self.config.norm_position
+        y = self.norm(y) if where == "attention" else y
+        y = y if gate is None else y * gate
+        y = self.out_proj(self.norm(y) if where == "gate" else y)
+        return self.norm(y) if where == "output" else y
 
     def forward(
         self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None

@@ -45,6 +45,10 @@ class ModelConfig(BaseModel):
         description="Output gate: full linear u (v1, v2), sigmoid of a rank-gate_dim product (v3), none.",
     )
     gate_dim: int = Field(16, ge=1, description="Rank of the low-rank gate.")
+    norm_position: Literal["attention", "gate", "output"] = Field(
+        "attention",
+        description="The mixer's norm: on what attention gives, before the gate (v1, v2), after the gate, after out_proj.",
+    )
     activation: Literal["silu", "none", "1+elu", "relu"] = Field("silu", description="Applied to q and k.")
     value_activation: Literal["none", "silu"] = Field("none", description="Applied to v.")
     glu_activation: Literal["none", "silu"] = Field("none", description="none is SGLU (released); silu is SwiGLU.")
@@ -96,6 +100,18 @@ class ModelConfig(BaseModel):
         return self.head_dim * (2 if self.uses_lrpe(layer) else 1)
 
 
+class LoraConfig(BaseModel):
+    """A low-rank adapter beside frozen weights (arXiv 2106.09685)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rank: int = Field(0, ge=0, description="Rank of the adapter; 0: no adapter, all weights are trained.")
+    alpha: float = Field(16.0, gt=0, description="The adapter's output is scaled by alpha / rank.")
+    targets: tuple[Literal["qkvu_proj", "qkv_proj", "out_proj", "l1", "l2", "l3"], ...] | None = Field(
+        None, description="Projections of a block that get one, such as [qkvu_proj, out_proj]. null: all of them."
+    )
+
+
 # Choices that mean nothing to the softmax baseline.
 LINEAR_ONLY = (
     "position",
@@ -103,6 +119,7 @@ LINEAR_ONLY = (
     "decay_temperature",
     "gate",
     "gate_dim",
+    "norm_position",
     "activation",
     "value_activation",
 )

@@ -10,6 +10,7 @@ Paper: arXiv 2307.14995 Eq. 9 (block), arXiv 2405.17381 Fig. 3.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tnllm.errors import UserError
 from tnllm.kernels.linear_cross_entropy import linear_cross_entropy
 from tnllm.modeling.attention import GatedLinearAttention
-from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.layers import GLU, LRPE, make_norm
 from tnllm.modeling.packing import packed_index
 from tnllm.modeling.state import State
@@ -52,6 +53,10 @@ class Block(nn.Module):
         return x + self.channel_mixer(self.channel_norm(x))
 
 
+def _without_state(block: Block, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return block(x, positions, None, cu_seqlens)[0]
+
+
 class LanguageModel(nn.Module):
     """Embedding, blocks, final norm, head. Every choice is in `config`."""
 
@@ -66,6 +71,8 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.checkpointing = "none"
+        self._block: Callable[[Block, Tensor, Tensor, Tensor | None], Tensor] = _without_state
+        self.lora: LoraConfig | None = None  # set where adapters hang on the projections (tnllm.modeling.lora)
         # The head with its loss; ranks that share the vocabulary put their own in its place.
         self.cross_entropy = linear_cross_entropy
 
@@ -107,6 +114,14 @@ class LanguageModel(nn.Module):
             raise UserError(f"activation checkpointing is {mode!r}; allowed: none, full")
         self.checkpointing = mode
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile build what `loss` runs, a block at a time.
+
+        Layers of one form share one compilation: seconds, where the whole model takes a minute and gains nothing that can
+        be measured. (`torch.compile(model.loss, fullgraph=True)` works too.)
+        """
+        self._block = torch.compile(_without_state, fullgraph=True)
+
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state before any token, for `batch` rows."""
         where = torch.device(device) if device is not None else self.device
@@ -144,10 +159,13 @@ class LanguageModel(nn.Module):
         x = self._embed(tokens, positions)
         new_layers: list[Tensor | None] = []
         for block, layer in zip(self.blocks, layers, strict=True):
-            if self.checkpointing == "full" and torch.is_grad_enabled():
-                x, new = checkpoint(block, x, positions, layer, cu_seqlens, use_reentrant=False)
-            else:
+            new: Tensor | None = None
+            if layer is not None:
                 x, new = block(x, positions, layer, cu_seqlens)
+            elif self.checkpointing == "full" and torch.is_grad_enabled():
+                x = checkpoint(self._block, block, x, positions, cu_seqlens, use_reentrant=False)
+            else:
+                x = self._block(block, x, positions, cu_seqlens)
             new_layers.append(new)
         return self.final_norm(x), new_layers
 

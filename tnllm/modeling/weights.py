@@ -3,8 +3,8 @@
     save_model(model, "weights", tokenizer=Path("tokenizer.model"))
     model = load_model("weights", device="cpu", dtype=torch.float32)
 
-`resolve_model` turns what a person names (a run folder, a weights folder, nothing) into such a folder. Nothing here is
-ever unpickled.
+A Hugging Face folder that `tnllm convert --to hf` wrote loads the same way. `resolve_model` turns what a person names (a
+run folder, a weights folder, nothing) into such a folder. Nothing here is ever unpickled.
 """
 
 import json
@@ -26,7 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir
-from tnllm.modeling.config import ModelConfig, make_config
+from tnllm.modeling.config import LoraConfig, ModelConfig, make_config
+from tnllm.modeling.hf_names import HEAD, from_hf_config, from_official
+from tnllm.modeling.lora import add_lora, merge_lora
 from tnllm.modeling.model import LanguageModel, build_model
 
 CONFIG, GENERATION, INDEX, SINGLE = (
@@ -49,14 +51,16 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 }
 
 
-def config_json(config: ModelConfig, dtype: torch.dtype) -> str:
-    """The text of a weights folder's config.json."""
-    values = {
+def config_json(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None = None) -> str:
+    """The text of a weights folder's config.json; `lora` where the tensors hold an adapter beside the weights."""
+    values: dict[str, Any] = {
         "model_type": "tnllm",
         "tnllm_version": __version__,
         "dtype": str(dtype).removeprefix("torch."),
         "model": config.model_dump(),
     }
+    if lora is not None:
+        values["lora"] = lora.model_dump()
     return json.dumps(values, indent=2) + "\n"
 
 
@@ -115,18 +119,30 @@ def _save_tensors(model: LanguageModel, folder: Path, dtype: torch.dtype, shard_
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
-    """Model config and stored dtype of a weights folder."""
+    """Model config and stored dtype of a weights folder, or of a Hugging Face folder `tnllm convert` wrote."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} has no {CONFIG}; give a weights folder or a run folder")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        model, dtype = values["model"], values["dtype"]
-    except (ValueError, KeyError, TypeError):
+        kind = values.get("model_type")
+        if kind == "tnllm" and "model" not in values and "auto_map" in values:
+            model, dtype = from_hf_config(values), values.get("dtype", values.get("torch_dtype"))
+        else:
+            model, dtype = values["model"], values["dtype"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a tnllm config; convert other formats with `tnllm convert`") from None
+    if "quantization_config" in values:
+        raise UserError(f"{folder} is quantized; load it with transformers, or convert the weights it was made from")
     if dtype not in DTYPES:
         raise UserError(f"{path}: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     return make_config(model), DTYPES[dtype]
+
+
+def read_lora(folder: Path) -> LoraConfig | None:
+    """The adapter a training checkpoint holds beside its weights, if any."""
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("lora")
+    return None if values is None else LoraConfig(**values)
 
 
 def load_model(
@@ -136,16 +152,23 @@ def load_model(
 ) -> LanguageModel:
     """Load a weights folder or run folder (None: the model that ships in the package), ready for inference.
 
-    `dtype` None keeps the stored one. Raises UserError for a folder that is no model, RunError for damaged files.
+    `dtype` None keeps the stored one. An adapter in a training checkpoint is merged. Raises UserError for a folder that
+    is no model, RunError for damaged files.
     """
     folder = resolve_model(folder)
     config, stored = read_config(folder)
-    model = build_model(config, "meta", dtype or stored).to_empty(device=device)
+    model = build_model(config, "meta", dtype or stored)
+    lora = read_lora(folder)
+    if lora is not None:
+        add_lora(model, lora)
+    model = model.to_empty(device=device)
     wanted = model.state_dict()
     if (folder / CHECKPOINT).is_dir():
         _load_checkpoint(wanted, folder / CHECKPOINT)
     else:
         _load_files(wanted, folder)
+    if lora is not None:
+        merge_lora(model)
     return model.eval().requires_grad_(False)
 
 
@@ -178,11 +201,15 @@ def _load_checkpoint(wanted: dict[str, Tensor], folder: Path) -> None:
 
 def _load_files(wanted: dict[str, Tensor], folder: Path) -> None:
     missing = set(wanted)
-    for file in _tensor_files(folder):
+    for file in tensor_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    _copy(wanted, name, tensors.get_tensor(name), file)
+                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                    # Hugging Face folders put `model.` before our names, and may list a tied head.
+                    name = from_official(key)
+                    if name == HEAD and HEAD not in wanted:
+                        continue
+                    _copy(wanted, name, tensors.get_tensor(key), file)
                     missing.discard(name)
         except SafetensorError as error:
             raise RunError(f"{file} is damaged ({error}); copy or convert it again") from None
@@ -198,16 +225,21 @@ def _copy(wanted: dict[str, Tensor], name: str, value: Tensor, file: Path) -> No
     wanted[name].copy_(value)
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+def tensor_files(folder: Path, index: str = INDEX, single: str = SINGLE) -> list[Path]:
+    """The files that hold a folder's tensors: those its index names, or the single one. Raises UserError."""
+    if (folder / index).is_file():
+        try:
+            weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / index} is no index (JSON with a weight_map); copy it again") from None
         # A name with a path in it could point anywhere; shards live beside their index.
-        bad = [name for name in names if Path(name).name != name]
+        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
         if bad:
-            raise UserError(f"{folder / INDEX} names {bad[0]!r}; shards must lie in the same folder")
+            raise UserError(f"{folder / index} names {bad[0]!r}; shards must lie in the same folder")
         files = [folder / name for name in names]
     else:
-        files = [folder / SINGLE]
+        files = [folder / single]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing; the weights folder is incomplete")

@@ -54,7 +54,7 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
 
 
 def _check_tokenizer(config: RunConfig) -> Tokenizer:
-    tokenizer = Tokenizer.load(config.tokenizer.path or assets.tokenizer_model())
+    tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer.path {tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "

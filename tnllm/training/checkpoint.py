@@ -29,7 +29,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir, write_text_atomic
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.model import LanguageModel
-from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors
+from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors, read_lora
 from tnllm.training.optim import Parameters
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
@@ -68,7 +68,7 @@ class Saver:
         tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         moments = {name: value.cpu().clone() for name, value in optimizer_tensors(model, optimizer).items()}
         moments["rng.cpu"] = torch.get_rng_state()
-        config = config_json(model.config, model.head_weight.dtype)
+        config = config_json(model.config, model.head_weight.dtype, model.lora)
         snapshot = TrainState(**asdict(state))
 
         def write() -> None:
@@ -119,9 +119,11 @@ class Saver:
 
 
 def optimizer_tensors(model: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts by parameter name, created where no update has been made yet."""
+    """AdamW's moments and step counts by name of the trained parameters, created where no update has been made yet."""
     tensors = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -183,7 +185,7 @@ def find_checkpoint(run: Path, resume: str, warn: Callable[[str], None]) -> Path
     """The checkpoint to resume from, verified.
 
     `resume` "auto": the newest whole one of `run`, older ones taking the place of damaged ones (`warn` says so), None
-    where there is none. Otherwise a step folder or a run folder; damaged or missing raises an error.
+    where there is none at all. Otherwise a step folder or a run folder; damaged or missing raises an error.
     """
     if resume != "auto":
         named = Path(resume)
@@ -192,13 +194,17 @@ def find_checkpoint(run: Path, resume: str, warn: Callable[[str], None]) -> Path
             raise UserError(f"--resume {resume}: no checkpoint there; give a run folder, a step folder or auto")
         verify_checkpoint(folder)
         return folder
-    for folder in reversed(list_checkpoints(run)):
+    there = list_checkpoints(run)
+    for folder in reversed(there):
         try:
             verify_checkpoint(folder)
         except RunError as error:
             warn(f"checkpoint {folder.name} cannot be used: {error}; trying the one before")
             continue
         return folder
+    if there:
+        # To start anew would quietly throw the run away.
+        raise RunError(f"no checkpoint in {run / 'checkpoints'} can be used; move that folder away to start anew")
     return None
 
 
@@ -212,6 +218,10 @@ def _latest(run: Path) -> Path | None:
 def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Fill model, optimizer and random state in place; returns where the run was."""
     check_same_model(folder, model.config)
+    if read_lora(folder) != model.lora:
+        raise UserError(
+            f"lora is not as in {folder.name}; a resumed run keeps its adapter (start a new one with another --out)"
+        )
     with torch.no_grad():
         tensors = dict(model.state_dict())
         moments = optimizer_tensors(model, optimizer)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.files import parse_count
-from tnllm.modeling.config import PRESETS, ModelConfig, get_preset
+from tnllm.modeling.config import PRESETS, LoraConfig, ModelConfig, get_preset
 from tnllm.training.recipes import find_recipe, parse_yaml, read_text
 
 
@@ -43,6 +43,7 @@ def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+PACKAGED = "packaged"  # train.init: the model that ships
 Count = Annotated[int, BeforeValidator(_count)]
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -53,7 +54,9 @@ class TokenizerSection(BaseModel):
     model_config = _FROZEN
 
     path: str | None = Field(
-        None, description="SentencePiece .model file, or a folder with tokenizer.model. null: the packaged one."
+        None,
+        description="SentencePiece .model file, a folder with tokenizer.model, or a packaged one: tnllm-8k, tnllm-64k. "
+        "null: tnllm-8k. Token shards bring their own, before a packaged one.",
     )
 
 
@@ -76,6 +79,16 @@ class DataSection(BaseModel):
         description="Token shards, a text file or a folder of them (txt, jsonl, parquet; .zst, .gz, .xz); or a list "
         "of them; or a list of {path, weight}. null: the sample corpus that ships in the package.",
     )
+    format: Literal["text", "chat"] = Field(
+        "text",
+        description="text: documents, all of which is learned. chat: instruction files (alpaca, messages, prompt and "
+        "response), of which the answers are learned.",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="How a prompt is written, with {prompt} once; the answer and the end token follow. null: as the "
+        "weights of train.init say, else the released models' Human: and Assistant: lines.",
+    )
     field: str = Field("text", description="The field of a JSONL or parquet record that holds the text.")
     seq_len: Count = Field(2048, ge=1, description="Tokens in a row.")
     packing: Literal["reset", "concat"] = Field(
@@ -84,7 +97,7 @@ class DataSection(BaseModel):
         "and the state runs on over document borders.",
     )
     val_fraction: float = Field(
-        0.01, ge=0, lt=1, description="Share of the documents kept for validation when text is tokenized."
+        0.01, ge=0, lt=1, description="Share of documents or conversations kept for validation, when it is tokenized."
     )
 
 
@@ -133,6 +146,11 @@ class TrainSection(BaseModel):
     model_config = _FROZEN
 
     seed: Count = Field(0, description="Seeds the weights, the order of data and sampled text.")
+    init: str | None = Field(
+        None,
+        description="Start from these weights: a weights folder, a run folder, or `packaged`, the model that ships. The "
+        "model section comes from there. null: new weights.",
+    )
     max_steps: Count | None = Field(None, ge=1, description="Stop after this many steps, counted from the run's start.")
     max_tokens: Count | None = Field(
         None, ge=1, description="Stop after this many tokens; the smaller of the two wins."
@@ -186,6 +204,9 @@ class LogSection(BaseModel):
 
     every_steps: Count = Field(10, ge=1, description="Steps between rows of metrics.jsonl and lines of the log.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
+    profile_steps: Count = Field(
+        0, ge=0, description="Steps to profile, after the first three, into the run's profile/; 0: none."
+    )
 
 
 class CheckpointSection(BaseModel):
@@ -229,6 +250,7 @@ class RunConfig(BaseModel):
     log: LogSection = LogSection()
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
+    lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -260,6 +282,20 @@ class RunConfig(BaseModel):
         if train.weights == "bf16" and (train.dtype == "fp32" or self.world_size > 1):
             reason = "train.dtype fp32" if train.dtype == "fp32" else f"{self.world_size} ranks"
             raise ValueError(f"train.weights is bf16, which does not go with {reason}; set train.weights=fp32")
+        if self.lora.rank and train.weights == "bf16":
+            raise ValueError("train.weights bf16 and lora do not go together: frozen weights are in bf16 anyway")
+        if self.lora.rank and self.world_size > 1:
+            raise ValueError(
+                f"lora trains on one device; the recipe's parallel section asks for {self.world_size} ranks"
+            )
+        if train.init is not None and self.world_size > 1:
+            raise ValueError(
+                f"train.init starts runs on one device; the recipe's parallel section asks for {self.world_size} ranks"
+            )
+        if self.data.format == "chat" and self.data.packing != "reset":
+            raise ValueError(
+                "data.packing concat does not go with data.format chat: conversations must not run together"
+            )
         for key in ("num_heads", "glu_dim", "vocab_size"):
             size, value = self.parallel.tensor, getattr(self.model, key)
             if value % size:
@@ -348,7 +384,8 @@ def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
     own_train = dict(values.get("train", {}))
     changes, change_origins = _read_sets(sets)
     values, origins = _merge(values, changes), {**origins, **change_origins}
-    values["model"] = _resolve_model(values.get("model", {}), origins)
+    init = (values.get("train") or {}).get("init")
+    values["model"] = _resolve_model(values.get("model", {}), origins, init)
     try:
         # The recipe's own length, not the one --set gives: max_steps must not bend the learning rate.
         train = TrainSection.model_validate(values.get("train", {}))
@@ -439,14 +476,35 @@ def _unknown(key: str, origins: dict[str, str], allowed: Any) -> UserError:
     return UserError(f"{key}: no such key{hint}{_at(key, origins)}")
 
 
-def _resolve_model(keys: dict[str, Any], origins: dict[str, str]) -> ModelConfig:
+def _resolve_model(keys: dict[str, Any], origins: dict[str, str], init: Any) -> ModelConfig:
     overrides = dict(keys)
+    start = None if init is None else _initial_model(str(init), origins)
+    if start is not None and not overrides:
+        return start
     preset = overrides.pop("preset", "385m")
     try:
-        return get_preset(str(preset), **overrides)
+        model = get_preset(str(preset), **overrides)
     except UserError as error:
         key = str(error).split()[0].rstrip(":")
         raise UserError(f"{error}{_at(key, origins)}") from None
+    if start is not None and model != start:
+        ours, theirs = model.model_dump(), start.model_dump()
+        key = next(key for key in ours if ours[key] != theirs[key])
+        raise UserError(
+            f"model.{key} is {ours[key]!r}, but the weights of train.init {init} have {theirs[key]!r}; remove the model "
+            f"section, which comes from the weights{_at('train.init', origins)}"
+        )
+    return model
+
+
+def _initial_model(init: str, origins: dict[str, str]) -> ModelConfig:
+    """The config of the weights a run starts from."""
+    from tnllm.modeling.weights import read_config, resolve_model
+
+    try:
+        return read_config(resolve_model(None if init == PACKAGED else init))[0]
+    except UserError as error:
+        raise UserError(f"train.init: {error}{_at('train.init', origins)}") from None
 
 
 def _at(key: str, origins: dict[str, str]) -> str:

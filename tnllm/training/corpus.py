@@ -1,33 +1,43 @@
-"""A recipe's data as loaders: text is tokenized once into a cache, token shards are read as they are."""
+"""A recipe's data as loaders: text is tokenized once into a cache, token shards are read as they are, conversations are
+tokenized and packed in memory."""
 
+import sys
+from itertools import chain
 from pathlib import Path
 
 from tnllm import assets
 from tnllm.data.encode import Options
+from tnllm.data.instruct import check_template, find_instruction_files, read_conversations
+from tnllm.data.instruct_loader import InstructLoader, pack
 from tnllm.data.loader import Loader, Source
 from tnllm.data.progress import progress_on_stderr
 from tnllm.data.shards import TokenStream, is_shard_folder
 from tnllm.data.tokenize import SAMPLE, prepare
 from tnllm.errors import UserError
+from tnllm.files import format_count
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import DataSource, RunConfig
+from tnllm.training.setup import chat_template, init_folder
 
 DEFAULT_SOURCES = (DataSource(path=SAMPLE, weight=None),)
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer:
-    """The recipe's tokenizer; where it names none, that of its first shard folder, or the packaged one.
+    """The recipe's tokenizer; where it names none, that of train.init, of its first shard folder, or the packaged one.
 
     Raises UserError where it has more pieces than the model has rows.
     """
     sources = config.data.path or DEFAULT_SOURCES
-    first = Path(sources[0].path)
-    if config.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+    first, folder, given = Path(sources[0].path), init_folder(config), config.tokenizer.path
+    if given not in (None, *assets.TOKENIZERS):
+        tokenizer = Tokenizer.load(assets.tokenizer_model(given))
+    elif folder is not None:
+        # Weights and shards know what they were made with; a recipe's packaged tokenizer is for text.
+        tokenizer = Tokenizer.load(folder)
     elif is_shard_folder(first):
         tokenizer = Tokenizer.load(first)
     else:
-        tokenizer = Tokenizer.load(assets.tokenizer_model())
+        tokenizer = Tokenizer.load(assets.tokenizer_model(given))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
@@ -36,14 +46,19 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
+AnyLoader = Loader | InstructLoader
+
+
 def open_loaders(
     config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1
-) -> tuple[Loader, Loader | None]:
+) -> tuple[AnyLoader, AnyLoader | None]:
     """The shuffled training loader, and the validation loader in order (None where nothing is held out).
 
     `rank` of `world_size` says which rows of a step are this process's.
     """
     data = config.data
+    if data.format == "chat":
+        return _open_conversations(config, tokenizer, rank, world_size)
     options = Options(field=data.field, val_fraction=data.val_fraction)
     train, held_out = [], []
     for source in data.path or DEFAULT_SOURCES:
@@ -60,3 +75,25 @@ def open_loaders(
     return loader, Loader(
         held_out, data.seq_len, world_size, rank=rank, world_size=world_size, packing=data.packing, shuffle=False
     )
+
+
+def _open_conversations(
+    config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int
+) -> tuple[InstructLoader, InstructLoader | None]:
+    data = config.data
+    template = chat_template(config)
+    check_template(template)
+    sources = data.path or (DataSource(path=str(assets.sample_instructions()), weight=None),)
+    files = list(chain.from_iterable(find_instruction_files(source.path) for source in sources))
+    packed = pack(read_conversations(files), tokenizer, template, data.seq_len)
+    train, held_out = packed.split(data.val_fraction)
+    loader = InstructLoader(train, config.global_batch_rows, config.train.seed, rank, world_size)
+    print(
+        f"{len(packed.ids)} conversations ({packed.cut} cut to data.seq_len, {packed.dropped} more without an answer): "
+        f"{len(train.ids)} to learn from, {format_count(loader.num_labels)} answer tokens in {loader.num_rows} rows; "
+        f"{len(held_out.ids)} for validation",
+        file=sys.stderr,
+    )
+    if not held_out.ids:
+        return loader, None
+    return loader, InstructLoader(held_out, world_size, rank=rank, world_size=world_size, shuffle=False)

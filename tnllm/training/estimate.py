@@ -91,15 +91,37 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         casts = (min(2, model.num_layers) * 2 * item * block + 4 * block + 2 * 4 * root) // parallel.tensor
     elif low_precision:
         casts = item * parameters // parallel.tensor
+    trained, frozen = local, 0
+    if config.lora.rank:
+        # The base is kept as it is computed with, and needs neither gradients nor moments.
+        trained, frozen, casts = lora_parameters(config), item * local, 0
     tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
     return Memory(
-        weights=kept * local,
-        gradients=kept * local,
-        optimizer=2 * kept * local,
+        weights=frozen + kept * trained,
+        gradients=kept * trained,
+        optimizer=2 * kept * trained,
         casts=casts,
         activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor),
         head=head_bytes(model, tokens, item, parallel.tensor),
     )
+
+
+def lora_parameters(config: RunConfig) -> int:
+    """Parameters of the recipe's adapter: rank * (in + out) of every projection it hangs on."""
+    model = config.model
+    width, glu = model.model_dim, model.glu_dim
+    fused = (
+        ("qkvu_proj", 4 * width) if model.kind == "transnormer" and model.gate == "full" else ("qkv_proj", 3 * width)
+    )
+    shapes = {
+        fused[0]: width + fused[1],
+        "out_proj": 2 * width,
+        "l1": width + glu,
+        "l2": width + glu,
+        "l3": width + glu,
+    }
+    names: tuple[str, ...] = config.lora.targets or tuple(shapes)
+    return config.lora.rank * model.num_layers * sum(shapes.get(name, 0) for name in names)
 
 
 def activation_bytes(

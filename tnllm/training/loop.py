@@ -20,25 +20,29 @@ import torch
 from torch import Tensor
 
 from tnllm import __version__
-from tnllm.data.loader import Batch, Loader
+from tnllm.data.loader import Batch
 from tnllm.errors import RunError, UserError
 from tnllm.files import format_count, format_duration, write_text_atomic
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import LanguageModel, build_model
-from tnllm.modeling.weights import TOKENIZER, load_model, save_model
+from tnllm.modeling.weights import TOKENIZER, load_model
 from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.ranks import ManyRanks, OneRank
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.checkpoint import Saver, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, step_name
 from tnllm.training.config import RunConfig
-from tnllm.training.corpus import open_loaders, open_tokenizer
+from tnllm.training.corpus import AnyLoader, open_loaders, open_tokenizer
+from tnllm.training.estimate import lora_parameters
 from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
 from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
 from tnllm.training.plan import fit_memory, free_bytes
+from tnllm.training.profile import Profile
 from tnllm.training.schedule import learning_rate
+from tnllm.training.setup import chat_template, make_model, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
 from tnllm.training.view import View
+from tnllm.training.watch import LossWatch, Spike
 
 # Under the policy `skip`, this many refused updates in a row end the run: it will not recover by itself.
 _MAX_SKIPS_IN_A_ROW = 20
@@ -55,7 +59,7 @@ class Trainer:
     model: LanguageModel
     parameters: Parameters
     optimizer: torch.optim.AdamW
-    loader: Loader
+    loader: AnyLoader
     device: torch.device
     loss_sum: Callable[[Batch], Tensor]
     compiled: bool = False
@@ -91,23 +95,34 @@ def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | 
         metrics = MetricsLog(out / "metrics.jsonl" if ranks.main else None, state.step, config.log.tensorboard)
         view.say(_opening(config, loader, device))
         if config.data.path is None:
-            view.say("data: the sample corpus that ships; name your own with --set data.path=FOLDER_OR_FILE")
+            sample = "corpus that ships" if config.data.format == "text" else "conversations that ship"
+            view.say(f"data: the sample {sample}; name your own with --set data.path=FOLDER_OR_FILE")
         if device.type == "cpu" and checkpoint is None and ranks.size == 1:
             view.say(_forecast(trainer))
         if trainer.compiled:
-            view.say("compiling the model: the first step takes a minute or so")
+            view.say("compiling the model: the first step takes a little longer")
         meter = Meter(trainer, matmul_rate(device))
         if ranks.size > 1 and config.eval.sample_prompts:
             view.say("eval.sample_prompts are left out: text is sampled by one rank alone; use tnllm generate")
+        profile = (
+            Profile(out / "profile", config.log.profile_steps, device, view.say)
+            if config.log.profile_steps and ranks.main
+            else None
+        )
         saved = state.step
         while state.step < config.total_steps and not signals.stop:
             if not train_step(trainer, state, meter, signals):
                 break
+            if profile is not None:
+                profile.step()
             last = state.step == config.total_steps
             if last or state.step == 1 or state.step % config.log.every_steps == 0 or signals.stop:
                 row = meter.row(state, out)
                 metrics.write(row)
                 view.row(row)
+                for row, line in meter.take_spikes():
+                    metrics.write(row)
+                    view.say(line)
             view.advance(state.step)
             if validation is not None and due(config.eval.every_steps, state.step, last) and not signals.stop:
                 row = validation_row(trainer, state, validation)
@@ -123,18 +138,21 @@ def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | 
         if signals.stop and saved < state.step:
             saver.save(state, trainer.parameters, trainer.optimizer)
             saved = state.step
+        if profile is not None:
+            profile.close()
         saver.wait()
         metrics.close()
         if signals.stop:
             view.say(f"stopped after step {state.step}, saved at step {saved}; go on with --resume auto")
             signals.leave()
         if ranks.main:
-            publish_model = trainer.model
+            model = trainer.model
             if ranks.size > 1:
                 # The last checkpoint holds whole tensors; no rank does.
-                publish_model = load_model(out / "checkpoints" / step_name(state.step), "cpu")
-            save_model(publish_model, out / "weights", tokenizer=tokenizer.path, dtype=compute_dtype(config, device))
-        view.say(f"weights in {out / 'weights'}; try: tnllm generate --model {out} --prompt '...'")
+                model = load_model(out / "checkpoints" / step_name(state.step), "cpu")
+            publish(model, out, config, tokenizer, compute_dtype(config, device))
+        how = "--chat" if config.data.format == "chat" else "--prompt '...'"
+        view.say(f"weights in {out / 'weights'}; try: tnllm generate --model {out} {how}")
 
 
 def due(every: int, step: int, last: bool) -> bool:
@@ -142,27 +160,26 @@ def due(every: int, step: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
-def make_trainer(config: RunConfig, loader: Loader, device: torch.device, mesh: Mesh | None = None) -> Trainer:
+def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mesh: Mesh | None = None) -> Trainer:
     """Model, optimizer and loss of a run, on `device`; weights are fp32 unless asked, products in the recipe's dtype."""
     if mesh is not None:
         return _make_sharded_trainer(config, loader, mesh)
-    kept = torch.bfloat16 if config.train.weights == "bf16" else torch.float32
-    model = build_model(config.model, device, kept, seed=config.train.seed)
-    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    low = compute_dtype(config, device) == torch.bfloat16
+    model = make_model(config, device, low)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
     optimizer = make_optimizer(model, config.optimizer, compiled)
-    loss = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
-    low = compute_dtype(config, device) == torch.bfloat16
+    if compiled:
+        model.compile_blocks()
 
     def loss_sum(batch: Batch) -> Tensor:
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            return loss(batch.tokens, batch.labels, batch.cu_seqlens)
+            return model.loss(batch.tokens, batch.labels, batch.cu_seqlens)
 
     return Trainer(config, model, model, optimizer, loader, device, loss_sum, compiled)
 
 
-def _make_sharded_trainer(config: RunConfig, loader: Loader, mesh: Mesh) -> Trainer:
+def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> Trainer:
     from tnllm.parallel.parallelize import parallelize
     from tnllm.parallel.sequence import cut
 
@@ -228,6 +245,8 @@ class Meter:
         self._pending: list[tuple[Tensor, Tensor, int, int]] = []
         self._in_a_row = 0
         self._rate = 0.0
+        self._watch = LossWatch()
+        self._spikes: list[tuple[Spike, int]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -271,9 +290,33 @@ class Meter:
         self.restart()
         return row
 
+    def take_spikes(self) -> list[tuple[dict[str, Any], str]]:
+        """Spikes of the loss since the last call: a row of metrics.jsonl and a line for each."""
+        found, self._spikes = self._spikes, []
+        rows = self.config.global_batch_rows
+        return [
+            (
+                {
+                    "step": spike.step,
+                    "tokens": (samples + rows) * self.config.data.seq_len,
+                    "spike_loss": spike.loss,
+                    "usual_loss": spike.usual,
+                    "first_sample": samples,
+                    "last_sample": samples + rows - 1,
+                    "time": time.time(),
+                },
+                f"loss spike at step {spike.step}: {spike.loss:.4f}, usually {spike.usual:.4f} "
+                f"(global samples {samples} to {samples + rows - 1})",
+            )
+            for spike, samples in found
+        ]
+
     def _check(self, loss: float, norm: float, step: int, samples: int, state: TrainState, out: Path) -> None:
         if abs(loss) < float("inf") and abs(norm) < float("inf"):
             self._in_a_row = 0
+            spike = self._watch.check(step, loss)
+            if spike is not None:
+                self._spikes.append((spike, samples))
             return
         last = samples + self.config.global_batch_rows - 1
         report = {"step": step, "samples": [samples, last], "loss": str(loss), "grad_norm": str(norm)}
@@ -300,7 +343,7 @@ def _straggler(ranks: OneRank, waited: float) -> dict[str, float]:
     return {"rank_wait_s": max(waits), "straggler": waits.index(min(waits))}
 
 
-def validation_row(trainer: Trainer, state: TrainState, loader: Loader) -> dict[str, Any]:
+def validation_row(trainer: Trainer, state: TrainState, loader: AnyLoader) -> dict[str, Any]:
     """Validate and return the row for metrics.jsonl."""
     rows = trainer.config.train.micro_batch_size
     loss, bpb = validate(trainer.loss_sum, loader, rows, trainer.config.eval.tokens, trainer.ranks)
@@ -314,7 +357,11 @@ def sample_lines(trainer: Trainer, tokenizer: Tokenizer, step: int) -> list[str]
         from tnllm.generation.decoder import generate_text
 
         count = trainer.config.eval.sample_tokens
-        text = generate_text(trainer.model, tokenizer, prompt, max_tokens=count, seed=trainer.config.train.seed)
+        asked = prompt
+        if trainer.config.data.format == "chat":
+            asked = chat_template(trainer.config).replace("{prompt}", prompt)
+            prompt = f"{prompt} -> "
+        text = generate_text(trainer.model, tokenizer, asked, max_tokens=count, seed=trainer.config.train.seed)
         lines.append(f"sample at step {step}: {prompt}{text}")
     return lines
 
@@ -421,11 +468,14 @@ def _forecast(trainer: Trainer) -> str:
     return f"this CPU does about {format_count(rate)} tokens/s: about {format_duration(total / rate)} for the whole run"
 
 
-def _opening(config: RunConfig, loader: Loader, device: torch.device) -> str:
+def _opening(config: RunConfig, loader: AnyLoader, device: torch.device) -> str:
     tokens = config.total_steps * config.global_batch_rows * config.data.seq_len
     passes = config.total_steps * config.global_batch_rows / loader.num_rows
+    size = f"{format_count(count_parameters(config.model))} parameters"
+    if config.lora.rank:
+        size += f", frozen, with an adapter of {format_count(lora_parameters(config))}"
     return (
-        f"{config.model.kind} {format_count(count_parameters(config.model))} parameters on {device}; "
+        f"{config.model.kind} {size} on {device}; "
         f"{config.total_steps} steps of {format_count(config.train.global_batch_tokens)} tokens = "
         f"{format_count(tokens)} tokens, {passes:.2f} passes over the data"
     )

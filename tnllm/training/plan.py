@@ -18,7 +18,7 @@ from tnllm.modeling.model import build_model
 from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import open_tokenizer
-from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
+from tnllm.training.estimate import GPUS, RESERVE, estimate_memory, lora_parameters
 
 MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all of the machine's memory counts as free
 
@@ -32,14 +32,18 @@ def plan(config: RunConfig) -> str:
     rows, length = config.train.micro_batch_size, config.data.seq_len
     shape = [1, rows * length] if config.data.packing == "reset" else [rows, length]
     sources = ", ".join(source.path for source in config.data.path) if config.data.path else "the packaged sample"
-    kept = 2 if config.train.weights == "bf16" else 4  # bytes of a weight, its gradient, and each of two moments
+    if config.data.format == "chat":
+        sources += ", the answers of its conversations"
+    adapter = f", with an adapter of {format_count(lora_parameters(config))}" if config.lora.rank else ""
+    memory = estimate_memory(config)
+    held = memory.weights + memory.gradients + memory.optimizer
     lines = {
-        "model": f"{config.model.kind}, {format_count(parameters)} parameters ({parameters:,})",
+        "model": f"{config.model.kind}, {format_count(parameters)} parameters ({parameters:,}){adapter}",
         "data": f"{sources}; tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)",
         "step": f"{format_count(config.train.global_batch_tokens)} tokens = {config.accumulation_steps} micro-batches "
         f"of {shape}",
         "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
-        "memory": f"{format_bytes(4 * kept * parameters)} for weights, gradients and optimizer, plus activations",
+        "memory": f"{format_bytes(held)} for weights, gradients and optimizer, plus activations",
     }
     if config.world_size > 1:
         lines |= _plan_of_ranks(config)

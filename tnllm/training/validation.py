@@ -6,13 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tnllm.data.instruct_loader import InstructLoader
 from tnllm.data.loader import Batch, Loader
 from tnllm.parallel.ranks import OneRank
 
 
 def validate(
     loss_sum: Callable[[Batch], Tensor],
-    loader: Loader,
+    loader: Loader | InstructLoader,
     rows_per_batch: int,
     max_tokens: int | None,
     ranks: OneRank | None = None,

@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Logits read at a time.
-_BLOCK = 4096
+# Logits read at a time, and warps: with few rows on their way at once the second pass finds more of them in L2. On an H200,
+# 4,194 rows of 64,000: 0.55 ms; blocks of 4096 in 8 warps took 0.65.
+_BLOCK = 16384
+_NUM_WARPS = 32
 
 
 @triton.jit
@@ -53,6 +55,14 @@ def launch_softmax(
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     dlogits = torch.empty(logits.shape if wanted else 0, dtype=dtype, device=logits.device)
     _softmax_kernel[(logits.shape[0],)](
-        logits, target, losses, dlogits, logits.shape[1], ignore_index, WANTED=wanted, BLOCK=_BLOCK, num_warps=8
+        logits,
+        target,
+        losses,
+        dlogits,
+        logits.shape[1],
+        ignore_index,
+        WANTED=wanted,
+        BLOCK=_BLOCK,
+        num_warps=_NUM_WARPS,
     )
     return losses, dlogits

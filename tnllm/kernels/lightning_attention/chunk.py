@@ -1,4 +1,4 @@
-"""Lightning Attention in plain torch, chunk by chunk: the form that runs on CPU.
+"""Lightning Attention in plain torch, chunk by chunk: the form that runs on CPU, and elsewhere without Triton.
 
     o, final_state = chunk_forward(q, k, v, log_decay, initial_state, cu_seqlens)
     dq, dk, dv, dinitial = chunk_backward(do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens)
@@ -80,7 +80,7 @@ def _lay_out(q: Tensor, cu_seqlens: Tensor | None) -> _Chunks:
         num_waves = -(-T // size)
         rows = torch.full((num_waves, B), size)
         rows[-1] = T - (num_waves - 1) * size
-        return _Chunks(size, T, [B] * num_waves, rows.view(-1), None, None)
+        return _Chunks(size, T, [B] * num_waves, rows.view(-1).to(q.device), None, None)
     ends = cu_seqlens.to("cpu", torch.int64)
     lengths = ends.diff()
     if ends[0] != 0 or ends[-1] != T or bool((lengths < 0).any()):
@@ -96,7 +96,8 @@ def _lay_out(q: Tensor, cu_seqlens: Tensor | None) -> _Chunks:
         waves.append(count)
         counts.append(present.sum(1))
         index.append(torch.where(present, starts[:count, None] + position, T))
-    return _Chunks(size, T, waves, torch.cat(counts), torch.cat(index), order)
+    rows, flat, order = (x.to(q.device) for x in (torch.cat(counts), torch.cat(index), order))
+    return _Chunks(size, T, waves, rows, flat, order)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class _Decays:
 
 def _decays(log_decay: Tensor, chunks: _Chunks, dtype: torch.dtype) -> _Decays:
     g = log_decay.to(dtype)
-    r = torch.arange(chunks.size)
+    r = torch.arange(chunks.size, device=g.device)
     gap = r[:, None] - r[None, :]
     mask = torch.where(gap >= 0, (g[:, None, None] * gap.clamp(min=0)).exp(), 0.0)
     rows = chunks.rows[:, None, None]
@@ -206,6 +207,8 @@ def chunk_backward(
 def chunk_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token: q, k [B, H, D], v [B, H, E] -> o [B, H, E]; the state [B, H, D, E] is updated in place."""
     dtype = state.dtype
-    state.mul_(log_decay.to(dtype).exp()[:, None, None])
-    state.addcmul_(k.to(dtype)[..., None], v.to(dtype)[..., None, :])
+    # S + ((decay - 1) S + k v^T), not decay S + k v^T: the slowest decays are 1 - 4e-8, which float32 rounds to
+    # 1 - 6e-8, and a stream of a million steps would forget half as fast again as it should.
+    change = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
+    state.add_(change.addcmul_(state, log_decay.to(dtype).expm1()[:, None, None]))
     return (q.to(dtype)[..., None, :] @ state).squeeze(-2).to(v.dtype)

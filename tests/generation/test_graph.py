@@ -1,0 +1,77 @@
+"""The persistent decoding step against the model's own, under Triton's interpreter with one program (GPU: all of them)."""
+
+import pytest
+import torch
+
+from tnllm.generation.graph import persistent_step
+from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.model import build_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model_of(**changes):
+    sizes = {"vocab_size": 101, "num_layers": 2, "model_dim": 96, "num_heads": 3, "glu_dim": 72}
+    model = build_model(ModelConfig(**(sizes | changes)), DEVICE, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # large enough for every part to matter
+    return model
+
+
+@torch.no_grad()
+def gaps(model, batch, steps=2):
+    """Largest difference of logits and of states over a few steps, after some text; and both positions."""
+    vocab = model.config.vocab_size
+    _, state = model(torch.randint(0, vocab, (batch, 9), device=DEVICE))
+    mine = state.clone()
+    step = persistent_step(model, mine)
+    worst = 0.0
+    for _ in range(steps):
+        tokens = torch.randint(0, vocab, (batch,), device=DEVICE)
+        logits = model.step(tokens, state)
+        step.tokens.copy_(tokens)
+        step()
+        worst = max(worst, float((step.logits - logits).abs().max() / logits.std()))
+    assert torch.equal(state.position, mine.position)
+    pairs = zip(state.layers, mine.layers, strict=True)
+    return worst, max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+
+# fp32 sums of up to a few thousand terms in another order.
+LIMIT = 2e-5
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("batch", "changes"),
+    [
+        (1, {}),
+        (3, {"scale_embedding": False, "glu_activation": "silu", "value_activation": "silu"}),
+        (1, {"position": "lrpe-d", "activation": "none", "model_dim": 64, "num_heads": 1, "tie_embeddings": False}),
+    ],
+)
+def test_one_kernel_equals_the_model(batch, changes):
+    logits, states = gaps(model_of(**changes), batch)
+    assert logits < LIMIT and states < LIMIT
+
+
+def test_other_models_and_large_batches_have_none():
+    for changes in ({"gate": "none"}, {"norm": "rmsnorm"}, {"position": "ape"}, {"activation": "relu"}):
+        model = model_of(**changes)
+        assert persistent_step(model, model.init_state(1)) is None
+    model = model_of()
+    assert persistent_step(model, model.init_state(9)) is None
+    model.layers[1].channel_mixer.l1 = torch.nn.Sequential(model.layers[1].channel_mixer.l1)
+    assert persistent_step(model, model.init_state(1)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_on_gpu(batch, dtype):
+    model = model_of(vocab_size=5003, num_layers=6, model_dim=1024, num_heads=8, glu_dim=2816).to(dtype)
+    # bf16: the model rounds every activation to 8 bits, the kernel none.
+    limit = 2e-4 if dtype == torch.float32 else 0.2
+    logits, states = gaps(model, batch, steps=20)
+    assert logits < limit and states < limit

@@ -1,0 +1,236 @@
+"""Faults, counted: kills at random moments, damaged checkpoints, a full disk, a read-only one. Not a test: a tool.
+
+    python -m tests.training.faults --kills 50 --json faults.json      # a few minutes on a CPU
+
+A very small model is trained on a made-up corpus, once undisturbed; every disturbed run must end with the same metrics and
+weights, bit for bit. The disks are tmpfs mounts, which need root or user namespaces; where there is neither, it says so.
+Exits 1 if any case went another way than it should.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+model: {preset: tiny, vocab_size: 320, model_dim: 32, num_heads: 2, num_layers: 2, glu_dim: 48}
+tokenizer: {path: FOLDER/tokenizer.model}
+data: {path: FOLDER/corpus.txt, seq_len: 32, val_fraction: 0}
+schedule: {warmup_steps: 10}
+train: {max_steps: STEPS, global_batch_tokens: 512, micro_batch_size: 8, device: cpu, seed: 7}
+eval: {every_steps: 0}
+log: {every_steps: 1}
+checkpoint: {every_steps: 2, keep: 2}
+"""
+
+
+def make_recipe(folder: Path, steps: int) -> Path:
+    """A recipe with a corpus and a tokenizer of its own, all in `folder`."""
+    from tnllm.tokenizer import train_tokenizer
+
+    draw = random.Random(0)
+    sentence = "the quick brown fox jumps over a lazy dog while seven wizards box near old quiet jetty"
+    words = sentence.split(" ")
+    lines = [" ".join(draw.choice(words) for _ in range(30)) for _ in range(400)]
+    (folder / "corpus.txt").write_text("\n".join(lines))
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(lines, vocab_size=320))
+    path = folder / f"faults-{steps}.yaml"
+    path.write_text(RECIPE.replace("FOLDER", str(folder)).replace("STEPS", str(steps)))
+    return path
+
+
+def command(recipe: Path, out: Path) -> list[str]:
+    """As a person types it."""
+    return [sys.executable, "-m", "tnllm", "train", str(recipe), "--out", str(out), "--resume", "auto"]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """One thread, and a token cache of its own."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home)}
+
+
+def finish(recipe: Path, out: Path, home: Path) -> tuple[int, str]:
+    """Run to the end; exit code and stderr."""
+    done = subprocess.run(command(recipe, out), env=environment(home), capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def outcome(out: Path) -> tuple[list[tuple[int, float, float]], str]:
+    """What must be equal: step, loss and gradient norm of every step, and the weights' SHA-256."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    digest = hashlib.sha256((out / "weights/model.safetensors").read_bytes()).hexdigest()
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows], digest
+
+
+def kill_once(recipe: Path, out: Path, home: Path, draw: random.Random) -> str:
+    """Start or resume, SIGKILL at a random moment; what the run was doing then."""
+    process = subprocess.Popen(command(recipe, out), env=environment(home), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    stepping = draw.random() < 0.85
+    if stepping:
+        for line in process.stderr:
+            if line.startswith("step"):
+                break
+        # What is printed from here on must not fill the pipe, or the run would stand still.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        time.sleep(draw.uniform(0, 0.6))
+    else:
+        time.sleep(draw.uniform(0.2, 3.0))
+    process.send_signal(signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        return "already finished"
+    if list((out / "checkpoints").glob("*.tmp-*")):
+        return "writing a checkpoint"
+    if not stepping:
+        return "starting"
+    latest = (out / "latest").read_text().strip() if (out / "latest").exists() else ""
+    newest = max((path.name for path in (out / "checkpoints").glob("step-*")), default="")
+    return "training" if latest == newest else "between a checkpoint and its name in `latest`"
+
+
+def kills(folder: Path, count: int, seed: int, say: Any) -> dict[str, Any]:
+    """Ten runs share the kills; each is then finished and compared with the undisturbed one."""
+    recipe = make_recipe(folder, steps=240)
+    code, shown = finish(recipe, folder / "straight", folder)
+    assert code == 0, shown
+    expected = outcome(folder / "straight")
+    draw = random.Random(seed)
+    moments: Counter[str] = Counter()
+    equal = runs = 0
+    while sum(moments.values()) < count:
+        out = folder / f"killed-{runs}"
+        for _ in range(min(5, count - sum(moments.values()))):
+            moments[kill_once(recipe, out, folder, draw)] += 1
+        code, shown = finish(recipe, out, folder)
+        same = code == 0 and outcome(out) == expected and not list((out / "checkpoints").glob("*.tmp-*"))
+        equal += same
+        runs += 1
+        say(f"{sum(moments.values())} kills, {equal} of {runs} runs ended bit for bit like the undisturbed one")
+        if not same:
+            say(shown[-2000:])
+    return {"kills": sum(moments.values()), "moments": dict(moments), "runs": runs, "bit-equal ends": equal}
+
+
+def damages(folder: Path, say: Any) -> list[dict[str, Any]]:
+    """Every file of the newest checkpoint cut short, with one bit turned, or gone."""
+    from tnllm.training.checkpoint import list_checkpoints
+
+    recipe = make_recipe(folder, steps=12)
+    code, shown = finish(recipe, folder / "whole", folder)
+    assert code == 0, shown
+    expected = outcome(folder / "whole")
+    newest = list_checkpoints(folder / "whole")[-1]
+    files = sorted(str(path.relative_to(folder / "whole")) for path in newest.rglob("*") if path.is_file())
+    cases = [(file, how) for file in [*files, "latest"] for how in ("truncated", "bit-flipped", "missing")]
+    results = []
+    for file, how in cases:
+        out = folder / "damaged"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(folder / "whole", out)
+        spoil(out / file, how)
+        code, shown = finish(recipe, out, folder)
+        # `latest` is for other commands; a run looks at the folders themselves.
+        named = file == "latest" or f"checkpoint {newest.name} cannot be used" in shown
+        good = code == 0 and named and outcome(out) == expected
+        line = next((line for line in shown.splitlines() if "cannot be used" in line), "went on from it unharmed")
+        results.append({"file": file, "damage": how, "good": good, "said": line.replace(f"{out}/", "")})
+        say(f"{'ok' if good else 'BAD'}: {file} {how}: {results[-1]['said']}")
+    return results
+
+
+def spoil(file: Path, how: str) -> None:
+    """Damage one file."""
+    data = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        middle = len(data) // 2
+        file.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+
+
+def disks(folder: Path, say: Any) -> list[dict[str, Any]]:
+    """A disk that fills up, and one that becomes read-only; both mended, the run goes on to the same end."""
+    recipe = make_recipe(folder, steps=12)
+    code, shown = finish(recipe, folder / "whole", folder)
+    assert code == 0, shown
+    expected = outcome(folder / "whole")
+    disk = folder / "disk"
+    disk.mkdir(exist_ok=True)
+    if os.geteuid() != 0:
+        say("a full and a read-only disk: not tried, mounting needs root (unshare --user --map-root-user --mount)")
+        return []
+    results = []
+    for name in ("full disk", "read-only disk"):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=True)
+        try:
+            out = disk / "run"
+            # The first half in peace, so that there is a checkpoint to go on from.
+            done = subprocess.run(
+                [*command(recipe, out), "--set", "train.max_steps=6"], env=environment(folder), capture_output=True
+            )
+            assert done.returncode == 0, done.stderr
+            if name == "full disk":
+                fill(disk, leave=200_000)
+            else:
+                subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            code, shown = finish(recipe, out, folder)
+            last = shown.strip().splitlines()[-1].replace(f"{disk}/", "")
+            clear = code == 1 and last.startswith("tnllm: ") and "Traceback" not in shown
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            (disk / "filler").unlink(missing_ok=True)
+            again, shown = finish(recipe, out, folder)
+            good = clear and again == 0 and outcome(out) == expected
+            results.append({"case": name, "exit": code, "said": last, "good": good})
+            say(f"{'ok' if good else 'BAD'}: {name}: exit {code}: {last}")
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+    return results
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Leave so many bytes free."""
+    free = shutil.disk_usage(disk).free
+    (disk / "filler").write_bytes(b"\0" * max(0, free - leave))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    started = time.time()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts = {"disks": disks(folder, say), "damages": damages(folder, say)}
+        killed = kills(folder, args.kills, args.seed, say) if args.kills else {"runs": 0, "bit-equal ends": 0}
+    good = all(case["good"] for part in parts.values() for case in part) and killed["runs"] == killed["bit-equal ends"]
+    say(
+        f"{json.dumps(killed)}; {sum(c['good'] for c in parts['damages'])} of {len(parts['damages'])} damages passed over"
+    )
+    say(f"{'all as it should be' if good else 'NOT as it should be'}, in {time.time() - started:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps({"kills": killed, **parts}, indent=2) + "\n")
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Fine-tuning: from given weights, on answers, with and without an adapter; resumed exactly; published."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tnllm.errors import UserError
+from tnllm.modeling import load_model
+from tnllm.modeling.lora import merge_adapter
+from tnllm.training.config import load_recipe
+from tnllm.training.corpus import open_loaders, open_tokenizer
+from tnllm.training.estimate import estimate_memory, lora_parameters
+from tnllm.training.loop import train
+from tnllm.training.setup import make_model
+
+CHAT = """
+tokenizer: {path: TOKENIZER}
+data: {format: chat, path: DATA, seq_len: 64, val_fraction: 0.1, chat_template: "Q: {prompt} A: "}
+optimizer: {learning_rate: 1e-2}
+schedule: {warmup_steps: 2, horizon_steps: 12}
+train: {init: BASE, max_steps: 12, global_batch_tokens: 256, micro_batch_size: 2, device: cpu}
+eval: {every_steps: 6, sample_prompts: the quick, sample_tokens: 4}
+log: {every_steps: 1}
+checkpoint: {every_steps: 4, async_save: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(corpus, tmp_path_factory):
+    """A small model, trained a little on text."""
+    folder = tmp_path_factory.mktemp("base")
+    from tests.training.conftest import RECIPE
+
+    text = RECIPE.replace("CORPUS", str(corpus[0])).replace("TOKENIZER", str(corpus[1]))
+    (folder / "base.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        train(load_recipe(str(folder / "base.yaml"), ["eval.every_steps=0"]), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def chat(base, corpus, tmp_path):
+    """A recipe for twenty conversations over the corpus' words."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards"]
+    with open(tmp_path / "talk.jsonl", "w") as file:
+        for i in range(20):
+            record = {"instruction": f"{words[i % 11]} {words[i // 2]}", "output": " ".join(words[i % 7 : i % 7 + 3])}
+            file.write(json.dumps(record) + "\n")
+    path = tmp_path / "chat.yaml"
+    names = {"TOKENIZER": corpus[1], "DATA": tmp_path / "talk.jsonl", "BASE": base}
+    text = CHAT
+    for name, value in names.items():
+        text = text.replace(name, str(value))
+    path.write_text(text)
+    return str(path)
+
+
+def rows(run, key="loss"):
+    return [row[key] for line in (run / "metrics.jsonl").read_text().splitlines() if key in (row := json.loads(line))]
+
+
+@pytest.mark.parametrize("sets", [[], ["lora.rank=8"]], ids=["all", "adapter"])
+def test_a_run_learns_resumes_exactly_and_is_published(chat, base, tmp_path, sets, capfd):
+    train(load_recipe(chat, sets), tmp_path / "whole")
+    shown = capfd.readouterr().err
+    assert "20 conversations (0 cut to data.seq_len, 0 more without an answer): 18 to learn from" in shown
+    assert "sample at step 12: the quick -> " in shown and "generate --model" in shown and "--chat" in shown
+    losses = rows(tmp_path / "whole")
+    assert losses[-1] < losses[0] - 0.2 and len(rows(tmp_path / "whole", "val_loss")) == 2
+    train(load_recipe(chat, [*sets, "train.max_steps=5"]), tmp_path / "parts")
+    train(load_recipe(chat, sets), tmp_path / "parts", resume="auto")
+    assert rows(tmp_path / "parts") == losses
+    published, step = load_model(tmp_path / "whole"), load_model(tmp_path / "whole/checkpoints/step-00000012")
+    for name, value in published.state_dict().items():
+        assert torch.equal(value, step.state_dict()[name]), name
+    settings = json.loads((tmp_path / "whole/weights/generation_config.json").read_text())
+    assert settings["chat_template"] == "Q: {prompt} A: "
+    assert (tmp_path / "whole/adapter").is_dir() == bool(sets)
+    start = load_model(base)
+    assert not all(torch.equal(a, b) for a, b in zip(start.parameters(), published.parameters(), strict=True))
+    if sets:
+        merge_adapter(start, tmp_path / "whole/adapter")
+        for name, value in published.state_dict().items():
+            torch.testing.assert_close(value, start.state_dict()[name], rtol=1e-6, atol=1e-7)
+        assert torch.equal(start.embed_tokens.weight, published.embed_tokens.weight)
+
+
+def test_the_first_loss_is_the_given_weights(chat, base):
+    config = load_recipe(chat)
+    loader, _ = open_loaders(config, open_tokenizer(config))
+    batch = loader.batch(0, 4)
+    mine = make_model(config, torch.device("cpu"), low=False)
+    assert config.model == load_model(base).config
+    assert all(parameter.requires_grad for parameter in mine.parameters())
+    given = load_model(base).loss(batch.tokens, batch.labels, batch.cu_seqlens)
+    assert float(mine.loss(batch.tokens, batch.labels, batch.cu_seqlens).detach()) == float(given)
+
+
+def test_text_can_be_continued_from_weights_too(recipe, base, tmp_path):
+    config = load_recipe(str(recipe), [f"train.init={base}", "train.max_steps=1", "eval.every_steps=0"])
+    train(config, tmp_path / "run")
+    assert rows(tmp_path / "run")[0] == pytest.approx(rows(base)[-1], rel=0.2)
+
+
+def test_a_resumed_run_keeps_its_adapter(chat, tmp_path):
+    train(load_recipe(chat, ["lora.rank=4", "train.max_steps=1"]), tmp_path / "run")
+    for sets in (["lora.rank=2"], []):
+        with pytest.raises(UserError, match="lora is not as in step-00000001; a resumed run keeps its adapter"):
+            train(load_recipe(chat, sets), tmp_path / "run", resume="auto")
+
+
+def test_the_tokenizer_and_template_come_with_the_weights(chat, base, tmp_path):
+    shutil.copytree(base / "weights", tmp_path / "weights")
+    settings = json.loads((tmp_path / "weights/generation_config.json").read_text())
+    (tmp_path / "weights/generation_config.json").write_text(json.dumps({**settings, "chat_template": "<{prompt}>"}))
+    sets = [f"train.init={tmp_path / 'weights'}", "tokenizer.path=null", "data.chat_template=null"]
+    config = load_recipe(chat, sets)
+    tokenizer = open_tokenizer(config)
+    assert tokenizer.path == tmp_path / "weights/tokenizer.model"
+    loader, _ = open_loaders(config, tokenizer)
+    assert tokenizer.decode(loader.packed.ids[0].tolist()).lstrip().startswith("<")
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (
+            ["train.init=/no/such"],
+            "train.init: model '/no/such' is no folder; give a run folder or a weights folder (--set)",
+        ),
+        (["model.num_layers=3"], "but the weights of train.init"),
+        (["lora.rank=4", "train.weights=bf16"], "do not go together"),
+        (["lora.rank=4", "parallel.replicate=2"], "lora trains on one device"),
+        (["data.packing=concat"], "data.packing concat does not go with data.format chat"),
+        (["lora.targets=[qkv]"], "lora.targets.0 is 'qkv': input should be 'qkvu_proj'"),
+        (["data.path=/no/such.jsonl"], "no such file or folder: /no/such.jsonl"),
+        (["data.chat_template=Hello"], "it must hold {prompt} once"),
+    ],
+)
+def test_bad_input_is_one_line(chat, tmp_path, sets, message):
+    with pytest.raises(UserError) as error:
+        train(load_recipe(chat, sets), tmp_path / "run")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_saves_memory(chat):
+    config, small = load_recipe(chat), load_recipe(chat, ["lora.rank=4"])
+    model = make_model(small, torch.device("cpu"), low=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert lora_parameters(small) == trained
+    wide, narrow = (estimate_memory(c, low_precision=True) for c in (config, small))
+    assert narrow.optimizer == 8 * trained < wide.optimizer
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    assert narrow.weights - 4 * trained == pytest.approx(frozen, rel=0.01)

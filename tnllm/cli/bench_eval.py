@@ -1,0 +1,108 @@
+"""`tnllm bench-eval`: scoring with shared prefixes against one request at a time."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tnllm.cli.evaluation_view import reporter
+from tnllm.errors import UserError
+
+EPILOG = """Example:  tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data
+
+tnllm bench-eval mmlu.npz.xz --preset 385m --json mmlu-385m.json"""
+
+
+def command(
+    file: Path = typer.Argument(..., help="Requests that `tnllm eval requests` wrote."),
+    model: str | None = typer.Option(None, help="Run folder, step folder or weights folder. Default: the demo model."),
+    preset: str | None = typer.Option(
+        None, help="A preset with random weights instead, such as 385m: times are the same."
+    ),
+    questions: int | None = typer.Option(None, min=1, help="Only the first N questions."),
+    plain: bool = typer.Option(True, help="Also the plain way, and compare."),
+    batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    dtype: str = typer.Option("auto", help="auto (float32 on CPU, bfloat16 on a GPU), float32 or bfloat16."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
+) -> None:
+    """Score the same questions both ways in one run: answers compared, tokens and time counted."""
+    if model is not None and preset is not None:
+        raise UserError("--model and --preset were given; give one of them")
+    import torch
+
+    from tnllm.bench.report import write_json
+    from tnllm.bench.timing import describe_device
+    from tnllm.evaluation.bench import bench_sharing
+    from tnllm.evaluation.bundle import load_bundle
+    from tnllm.generation.loading import DTYPES, load, pick_device
+
+    where = pick_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    bundle = load_bundle(file)
+    if preset is not None:
+        from tnllm.modeling.config import get_preset
+        from tnllm.modeling.model import build_model
+
+        wanted = DTYPES.get(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
+        network = build_model(get_preset(preset), where, wanted, seed=0).eval().requires_grad_(False)
+        name = f"{preset}, random weights"
+    else:
+        ready = load(model, device, dtype)
+        network, name = ready.model, str(model or "demo model")
+    with reporter() as report:
+        results = bench_sharing(
+            network,
+            bundle,
+            questions,
+            plain,
+            batch_tokens,
+            lambda text: print(text, file=sys.stderr, flush=True),
+            report,
+        )
+    results = {
+        "environment": {**describe_device(where), "dtype": str(network.head_weight.dtype).removeprefix("torch.")},
+        "model": name, "file": str(file), "about": {k: v for k, v in bundle.about.items() if k != "tasks"}, **results,
+    }  # fmt: skip
+    _show(results)
+    if json_file is not None:
+        write_json(results, json_file)
+
+
+def _show(results: dict[str, Any]) -> None:
+    from tnllm.cli.tables import print_table
+
+    environment, counts = results["environment"], results["counts"]
+    print(f"{results['model']}, {', '.join(f'{key} {value}' for key, value in environment.items())}")
+    print(
+        f"{results['questions']:,} questions, {counts['requests']:,} requests; tokens one by one {counts['one_by_one']:,}, "
+        f"equal inputs once {counts['equal_inputs_once']:,}, shared {counts['shared']:,}"
+    )
+    rows = [
+        [
+            row["way"], f"{row['tokens']:,}", f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}",
+            f"{row['requests_per_s']:,.1f}", "-" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}",
+            f"{100 * row['accuracy']:.2f}",
+        ]
+        for row in results["ways"]
+    ]  # fmt: skip
+    columns = ["way", "tokens computed", "seconds", "tokens/s", "requests/s", "GiB", "accuracy %"]
+    print_table("", columns, rows, right=columns[1:])
+    if agreement := results.get("agreement"):
+        print(
+            f"shared against plain: {results['token_ratio']:.1f} x fewer tokens, {results['time_ratio']:.1f} x faster; "
+            f"log-probabilities differ by {agreement['mean_difference']:.2g} on average, "
+            f"{agreement['largest_difference']:.2g} at most (allowed {agreement['tolerance']:g})"
+        )
+        changed = agreement["changed"]
+        within = agreement["margins_within_difference"]
+        print(
+            f"{len(changed)} of {results['questions']:,} answers differ; {within} have a margin within twice that largest "
+            "difference"
+        )
+        for row in changed[:20]:
+            print(f"  question {row['question']}: the two likeliest choices are {row['margin']:.2g} apart")
+        if len(changed) > 20:
+            print(f"  and {len(changed) - 20} more (all with --json)")

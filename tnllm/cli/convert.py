@@ -1,0 +1,206 @@
+"""`tnllm convert`: released checkpoints, training checkpoints, adapters and Hugging Face folders into one another."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from tnllm.errors import UserError
+from tnllm.files import format_bytes, format_duration, parse_count
+
+if TYPE_CHECKING:
+    from tnllm.convert.run import Options, Report
+    from tnllm.convert.source import Source
+
+EPILOG = """Examples:
+
+tnllm convert TransNormerLLM-385M 385m --to tnllm
+
+tnllm convert runs/tiny tiny-hf --to hf
+
+tnllm convert my-adapter merged --to hf --base 385m
+
+tnllm convert 385m 385m-official --to official --dtype bfloat16
+
+tnllm convert TransNormerLLM2-7B-300B x --to tnllm --dry-run
+"""
+FORMATS = ("tnllm", "hf", "official")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def command(
+    src: Path = typer.Argument(
+        help="Released checkpoint, run folder, step folder, weights folder, Hugging Face folder or LoRA adapter."
+    ),
+    dst: Path = typer.Argument(help="The new folder."),
+    to: str = typer.Option(
+        ..., "--to", help="tnllm (weights folder), hf (for transformers) or official (the released layout)."
+    ),
+    dtype: str = typer.Option("auto", help="Of the weights: auto (as they are), float32, bfloat16 or float16."),
+    shard_size: str = typer.Option("5GB", help="Largest weight file, such as 500MB or 5GB (powers of 1000)."),
+    quantize: str | None = typer.Option(None, help="int8: weight-only, for --to hf; needs torchao."),
+    base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
+    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to put in. Default: the source's."),
+    set_: list[str] = typer.Option(
+        [], "--set", help="What is not known of v3: KEY=VALUE, see docs/convert.md. Repeatable."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Show the key map, what is missing or unexpected, and stop."),
+    verify: bool = typer.Option(True, help="Check checksums, and compare logits before and after."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace DST if it exists."),
+    json_: bool = typer.Option(False, "--json", help="Print the result as one JSON object."),
+) -> None:
+    """Convert a model from one folder layout to another, and check the result before saying done."""
+    if to not in FORMATS:
+        raise UserError(f"--to is {to!r}; allowed: {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if quantize not in (None, "int8"):
+        raise UserError(f"--quantize is {quantize!r}; allowed: int8")
+    shard_bytes = parse_count(
+        shard_size.upper().removesuffix("B") if shard_size.upper().endswith("B") else shard_size, "--shard-size"
+    )
+    if shard_bytes < 10**6:
+        raise UserError(f"--shard-size is {shard_size!r}; give at least 1MB")
+    if not src.is_dir():
+        raise UserError(f"{src} is no folder; give a folder with config.json and weights (download a release first)")
+
+    from tnllm.convert.run import Options, convert
+    from tnllm.modeling.weights import DTYPES as TYPES
+
+    options = Options(
+        to=to,
+        dtype=None if dtype == "auto" else TYPES[dtype],
+        shard_bytes=shard_bytes,
+        quantize=quantize,
+        base=base,
+        tokenizer=tokenizer,
+        settings=tuple(set_),
+        verify=verify,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        _dry_run(src, options, json_)
+        return
+    start = time.monotonic()
+    with _Bar() as bar:
+        report = convert(src, dst, options, bar.say, bar.update)
+    elapsed = time.monotonic() - start
+    for note in report.notes:
+        bar.say(f"note      {note}")
+    if json_:
+        print(json.dumps(_as_json(report, dst, elapsed)))
+        return
+    checked = "" if verify else ", nothing verified (--no-verify)"
+    size = format_bytes(report.num_bytes)
+    print(f"{dst}: {len(report.files)} files, {size} of weights, {format_duration(elapsed)}{checked}")
+    if to != "official" and not quantize:
+        bar.say(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
+
+
+def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:
+    return {
+        "folder": str(dst),
+        "source": report.source.kind,
+        "version": report.source.version,
+        "parameters": report.source.num_parameters,
+        "files": report.files,
+        "weight_bytes": report.num_bytes,
+        "largest_difference": report.difference,
+        "share_of_largest_logit": report.share,
+        "limit": report.limit,
+        "notes": report.notes,
+        "time_s": round(elapsed, 2),
+    }
+
+
+def _dry_run(src: Path, options: "Options", as_json: bool) -> None:
+    """Every key and what becomes of it; ends like the conversion would, with an error where the keys do not fit."""
+    from tnllm.convert.official import V3_NOTE, Layout
+    from tnllm.convert.plan import make_plan
+    from tnllm.convert.run import key_map, open_input, shard_names
+
+    source = open_input(src, options)
+    plan = make_plan(
+        source, options.to, options.dtype, options.quantize, Layout().with_settings(list(options.settings))
+    )
+    rows = key_map(source, plan)
+    if as_json:
+        found = {
+            "source": source.kind, "version": source.version, "keys": rows, "missing": source.missing(),
+            "unexpected": source.unexpected(), "wrong_shape": source.misshapen(),
+            "files": shard_names(plan, options.shard_bytes), "weight_bytes": plan.num_bytes,
+        }  # fmt: skip
+        print(json.dumps(found))
+    else:
+        _print_map(source, rows)
+        size = format_bytes(plan.num_bytes)
+        print(
+            f"would write {len(plan.outputs)} tensors, {size}, in {len(shard_names(plan, options.shard_bytes))} files"
+        )
+    if source.kind == "official" and source.version == "v3":
+        print(f"note      {V3_NOTE}", file=sys.stderr)
+    source.check()
+
+
+def _print_map(source: "Source", rows: list[dict]) -> None:
+    width = max(len(row["source"]) for row in rows)
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        status = "  MISSING" if row["status"] != "ok" else ""
+        print(f"{row['source']:{width}}  {shape:>13}  {row['dtype'] or '-':>8}  -> {', '.join(row['result'])}{status}")
+    for key in source.unexpected():
+        print(f"{key:{width}}  UNEXPECTED")
+    for line in source.misshapen():
+        print(f"WRONG SHAPE  {line}")
+    if source.head_key:
+        print(f"{source.head_key:{width}}  the embedding again (tied)")
+
+
+class _Bar:
+    """Progress on stderr: a bar on a terminal, else a line for each stage."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._stage = ""
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "_Bar":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """A line for people."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` in a stage."""
+        new = stage != self._stage
+        self._stage = stage
+        if self._bar is None:
+            if new:
+                print(f"{stage} ...", file=sys.stderr, flush=True)
+            return
+        if new and self._task is not None:
+            self._bar.remove_task(self._task)
+        if new or self._task is None:
+            self._task = self._bar.add_task(stage, total=total)
+        self._bar.update(self._task, completed=done, total=total)

@@ -1,0 +1,310 @@
+"""`tnllm data clean`, `dedup`, `score`, and what `inspect` shows of their results."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tnllm.errors import UserError
+
+
+class Executor(StrEnum):
+    """Where the work is done."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
+
+
+CLEAN_EPILOG = "Example:  tnllm data clean data/sample -o clean-out   |   tnllm data clean web/ -o out --workers 8"
+DEDUP_EPILOG = "Example:  tnllm data dedup web.jsonl.zst -o unique --threshold 0.7 --pairs pairs.tsv"
+SELF_CLEAN_EPILOG = "Example:  tnllm data self-clean clean-out/clean -o better --set self_clean.rounds=2"
+SCORE_EPILOG = "Example:  tnllm data score web.jsonl --model runs/tiny -o scores.jsonl"
+
+
+def clean(
+    inputs: list[str] = typer.Argument(
+        None, help="A recipe (.yaml, or a packaged name such as data/sample), or files and folders, or both."
+    ),
+    out: Path | None = typer.Option(
+        None, "--out", "-o", help="Folder for the result; run again to go on after a stop."
+    ),
+    sets: list[str] = typer.Option([], "--set", help="Override a key: --set dedup.threshold=0.7. Repeatable."),
+    workers: int | None = typer.Option(
+        None, min=1, help="Processes, or tasks at a time on a cluster. [default: cores]"
+    ),
+    executor: Executor = typer.Option(Executor.local, help="Where tasks run; slurm submits them and returns."),
+    device: str = typer.Option("auto", help="Of the self-cleaning model: auto, cpu, cuda or cuda:N."),
+    keep_rejected: bool | None = typer.Option(
+        None, "--keep-rejected/--drop-rejected", help="Keep what is rejected, with reasons. [default: by the recipe]"
+    ),
+    prune: bool = typer.Option(False, "--prune", help="Remove the intermediate files at the end."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start again where the folder holds another run."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
+    keys: bool = typer.Option(False, "--keys", help="Print every key of a recipe with its meaning and stop."),
+) -> None:
+    """Clean a corpus: mend, filter, drop duplicates and evaluation text, and what a model finds unlikely."""
+    from tnllm.cleaning.config import describe, load_clean_recipe
+
+    if keys:
+        print(describe())
+        return
+    recipe, paths = _split(inputs or [])
+    more = [f"output.keep_rejected={str(keep_rejected).lower()}"] if keep_rejected is not None else []
+    if paths:
+        more.append(f"input.path={json.dumps(paths)}")
+    settings = load_clean_recipe(recipe, [*more, *sets])
+    if out is None:
+        raise UserError("no --out is given; name a folder for the result: -o clean-out")
+    _run(settings, out, workers, executor, as_json, device=device, overwrite=overwrite, prune=prune)
+
+
+def dedup(
+    inputs: list[str] = typer.Argument(..., help="Text, JSON Lines, parquet or WARC files, or folders of them."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to go on after a stop."),
+    threshold: float = typer.Option(0.8, help="Jaccard similarity of n-grams; 1: exact duplicates only."),
+    field: str = typer.Option("text", help="Field or column that holds the text."),
+    id_field: str = typer.Option("id", help="Field that names a document; without it file:line does."),
+    words: int = typer.Option(5, help="Words in an n-gram."),
+    characters: int = typer.Option(5, help="Characters in an n-gram of Chinese, Japanese or Korean text."),
+    verify: str = typer.Option("exact", help="exact, or estimate: trust MinHash, without reading pairs again."),
+    memory_mb: float = typer.Option(1024, help="Most memory for matching; more documents take more passes."),
+    pairs: Path | None = typer.Option(
+        None, help="Write near-duplicate pairs here: two ids and their similarity (TSV)."
+    ),
+    truth: Path | None = typer.Option(
+        None, help="Labelled pairs (TSV: two ids, perhaps a similarity); prints a score."
+    ),
+    workers: int | None = typer.Option(None, min=1, help="Processes. [default: cores]"),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start again where the folder holds another run."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
+) -> None:
+    """Drop exact and near duplicates and nothing else; texts stay as they are."""
+    from pydantic import ValidationError
+
+    from tnllm.data.cleaning.settings import only_dedup
+
+    chosen = {
+        "threshold": threshold,
+        "words": words,
+        "characters": characters,
+        "verify": verify,
+        "memory_mb": memory_mb,
+    }
+    try:
+        settings = only_dedup(path=tuple(inputs), field=field, id_field=id_field, **chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][-1]).replace("_", "-")
+        raise UserError(f"--{flag} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    if truth is not None and not truth.is_file():
+        raise UserError(f"no labelled pairs at {truth}")
+    _run(settings, out, workers, Executor.local, as_json, overwrite=overwrite)
+    if pairs is not None or truth is not None:
+        _list_pairs(out, pairs, truth, threshold)
+
+
+def self_clean(
+    inputs: list[str] = typer.Argument(..., help="A cleaning recipe, files, folders, or both."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to go on after a stop."),
+    sets: list[str] = typer.Option([], "--set", help="Override a key: --set self_clean.drop_highest=0.05. Repeatable."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
+) -> None:
+    """Train a small model on a corpus, drop what it finds unlikely, repeat; needs no extra, so it runs on a GPU node."""
+    from tnllm.cleaning.config import load_clean_recipe
+    from tnllm.cleaning.run import self_clean_alone
+    from tnllm.data.cleaning.report import render
+
+    recipe, paths = _split(inputs)
+    more = ["self_clean.rounds=1"] if recipe is None else []
+    more += [f"input.path={json.dumps(paths)}"] if paths else []
+    report = self_clean_alone(load_clean_recipe(recipe, [*more, *sets]), out, device)
+    print(json.dumps(report, ensure_ascii=False) if as_json else render(report))
+
+
+def score(
+    inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines, parquet or WARC files, or folders of them."),
+    model: Path | None = typer.Option(None, help="Run folder or weights folder. [default: the shipped model]"),
+    out: Path | None = typer.Option(None, "--out", "-o", help="File for the scores (JSON Lines). [default: stdout]"),
+    field: str = typer.Option("text", help="Field or column that holds the text."),
+    id_field: str = typer.Option("id", help="Field that names a document; without it file:line does."),
+    label_field: str | None = typer.Option(None, help="Field with label 0 or 1: also print how well scores tell them."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    dtype: str = typer.Option("auto", help="auto, float32 or bfloat16."),
+) -> None:
+    """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""
+    from tnllm.cleaning.score import score_texts
+    from tnllm.data.corpus import find_files, read_documents
+    from tnllm.data.progress import progress_on_stderr
+    from tnllm.files import write_text_atomic
+    from tnllm.generation.loading import load
+
+    files = find_files(inputs)
+    ready = load(model, device, dtype)
+    lines: list[str] = []
+    labelled: list[tuple[float, Any]] = []
+    waiting: list[tuple[str, Any]] = []
+
+    def texts(report: Any) -> Iterator[str]:
+        bad = lambda found: print(f"left out: {found}", file=sys.stderr)  # noqa: E731
+        for document in read_documents(files, field, on_bad=bad, report=report):
+            if document.text.strip():
+                name = str(document.record.get(id_field, document.where))
+                waiting.append((name, document.record.get(label_field or "")))
+                yield document.text
+
+    with progress_on_stderr("score") as report:
+        for found in score_texts(ready.model, ready.tokenizer, texts(report)):
+            name, label = waiting.pop(0)
+            figures = {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 3)}
+            line = json.dumps(
+                {"id": name, **figures, "tokens": found.tokens, "bytes": found.num_bytes}, ensure_ascii=False
+            )
+            labelled.append((found.bits_per_byte, label))
+            if out is None:
+                print(line)
+            else:
+                lines.append(line)
+    if out is not None:
+        write_text_atomic(out, "".join(line + "\n" for line in lines))
+    if label_field is not None:
+        area = separation(labelled)
+        print(
+            f"{len(labelled)} documents; a document with label 1 has the lower score in {area:.1%} of pairs",
+            file=sys.stderr,
+        )
+
+
+def separation(labelled: list[tuple[float, Any]]) -> float:
+    """Share of (label 1, label 0) pairs in which the first has the lower value, ties half: the area under the ROC."""
+    groups: dict[str, list[float]] = {"0": [], "1": []}
+    for value, label in labelled:
+        if str(label) in groups:
+            groups[str(label)].append(value)
+    if not groups["0"] or not groups["1"]:
+        raise UserError("--label-field needs documents with label 0 and documents with label 1")
+    ordered = sorted(groups["0"])
+    from bisect import bisect_left, bisect_right
+
+    wins = sum(len(ordered) - (bisect_left(ordered, x) + bisect_right(ordered, x)) / 2 for x in groups["1"])
+    return wins / (len(ordered) * len(groups["1"]))
+
+
+def _split(inputs: list[str]) -> tuple[str | None, list[str]]:
+    """A recipe, if one is named, and the other paths."""
+    recipes = [
+        name
+        for name in inputs
+        if name.endswith((".yaml", ".yml")) or (name.startswith("data/") and not Path(name).exists())
+    ]
+    if len(recipes) > 1:
+        raise UserError(f"{len(recipes)} recipes are given ({', '.join(recipes)}); name one")
+    return (recipes[0] if recipes else None), [name for name in inputs if name not in recipes]
+
+
+def _is_packaged(name: str) -> bool:
+    return name.startswith("data/") and not Path(name).exists()
+
+
+def _run(settings: Any, out: Path, workers: int | None, executor: Executor, as_json: bool, **options: Any) -> None:
+    from tnllm.cleaning.run import clean as run_clean
+    from tnllm.data.cleaning.report import HTML, render
+    from tnllm.data.tokenize import num_cores
+    from tnllm.files import format_duration
+
+    start = time.monotonic()
+    with _watching() as watch:
+        report = run_clean(settings, out, workers or num_cores(), watch, executor.value, **options)
+    if report is None:
+        print(
+            f"submitted to Slurm; when the jobs are done, run the same command again for the rest ({out}/work/*/logs)"
+        )
+        return
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    print(render(report))
+    print(
+        f"{out}/clean: {report['documents_out']:,} documents in {format_duration(time.monotonic() - start)}; {out}/{HTML}"
+    )
+
+
+@contextmanager
+def _watching() -> Iterator[Any]:
+    """A function that shows how far each stage is, on stderr."""
+    from contextlib import ExitStack
+
+    from tnllm.data.progress import Status, progress_on_stderr
+
+    with ExitStack() as stack:
+        current: dict[str, Any] = {"stage": None, "said": time.monotonic()}
+
+        def watch(now: Any) -> None:
+            if now.stage != current["stage"]:
+                stack.pop_all().close()
+                current["stage"], current["said"] = now.stage, time.monotonic()
+                if now.total_bytes:
+                    current["report"] = stack.enter_context(progress_on_stderr(f"clean: {now.stage}"))
+            if now.total_bytes:
+                current["report"](Status(now.num_bytes, now.total_bytes, now.documents))
+            elif time.monotonic() - current["said"] >= 5:
+                current["said"] = time.monotonic()
+                print(f"clean: {now.stage}, {now.done} of {now.tasks} tasks", file=sys.stderr, flush=True)
+
+        yield watch
+
+
+def _list_pairs(out: Path, path: Path | None, truth: Path | None, threshold: float) -> None:
+    from tnllm.data.cleaning.dedup import near_pairs
+    from tnllm.files import write_text_atomic
+
+    found = list(near_pairs(out / "work" / "groups.npz", out / "work" / "signatures"))
+    if path is not None:
+        write_text_atomic(path, "".join(f"{a}\t{b}\t{similarity:.4f}\n" for a, b, similarity in found))
+        print(f"{path}: {len(found):,} pairs")
+    if truth is not None:
+        known = set(_read_pairs(truth, threshold))
+        listed = {frozenset((a, b)) for a, b, _ in found}
+        hits = len(listed & known)
+        precision, recall = hits / max(len(listed), 1), hits / max(len(known), 1)
+        print(
+            f"against {truth.name}: {len(known)} labelled pairs, {len(listed)} found, {hits} right; "
+            f"precision {precision:.4f}, recall {recall:.4f}"
+        )
+
+
+def _read_pairs(path: Path, threshold: float) -> Iterator[frozenset[str]]:
+    """Labelled pairs; of those with a similarity, the ones that reach the threshold."""
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        parts = line.split()
+        if number == 1 and parts[:1] == ["id1"]:
+            continue
+        if len(parts) not in (2, 3):
+            raise UserError(f"{path}:{number}: expected two ids and perhaps a similarity, found {len(parts)} columns")
+        if len(parts) == 2 or float(parts[2]) >= threshold:
+            yield frozenset(parts[:2])
+
+
+def show_run(folder: Path, reason: str | None, samples: int, as_json: bool) -> None:
+    """What `tnllm data inspect` prints of a cleaning run's folder."""
+    from tnllm.data.cleaning.rejected import rejected_samples
+    from tnllm.data.cleaning.report import read_report, render
+
+    if reason is None:
+        report = read_report(folder)
+        print(json.dumps(report, ensure_ascii=False) if as_json else render(report))
+        return
+    for record in rejected_samples(folder, reason, samples):
+        if as_json:
+            print(json.dumps(record, ensure_ascii=False))
+            continue
+        verdict = {key: value for key, value in record["rejected"].items() if key != "figures"}
+        print(f"{record['id']}  {json.dumps(verdict, ensure_ascii=False)}")
+        print("".join(f"    {line}\n" for line in record["text"][:600].split("\n")), end="")

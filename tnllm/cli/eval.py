@@ -1,0 +1,272 @@
+"""`tnllm eval`: tasks of lm-evaluation-harness, comparison with other results and with the paper, perplexity of a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tnllm.cli.evaluation_view import quiet_libraries, reporter, say, show_comparison, show_results, show_tasks
+from tnllm.errors import UserError
+
+EXAMPLES = """Example:  tnllm eval --tasks mmlu,ceval   |   tnllm eval --model runs/tiny --tasks piqa --data-dir data
+
+tnllm eval ls   |   tnllm eval compare A.json B.json   |   tnllm eval ppl book.txt"""
+app = typer.Typer(rich_markup_mode="rich", epilog=EXAMPLES)
+_PROMPT, _COMPUTE, _OUTPUT = "Prompts", "Computing", "Output"
+
+
+@app.callback(invoke_without_command=True, epilog=EXAMPLES)
+def run(
+    context: typer.Context,
+    tasks: str | None = typer.Option(
+        None, "--tasks", "-t", help="Names with commas; `tnllm eval ls` lists them, tnl-paper is the paper's tables."
+    ),
+    model: str | None = typer.Option(
+        None, help="Run folder, step folder or weights folder. Default: the model that ships with tnllm."
+    ),
+    data_dir: Path | None = typer.Option(
+        None, help="Folder of evaluation sets. Default: the samples that ship with tnllm."
+    ),
+    online: bool = typer.Option(False, "--online", help="Download each task's data from the Hugging Face hub instead."),
+    limit: float | None = typer.Option(None, help="Only the first N questions of each task, or a share below 1."),
+    num_fewshot: int | None = typer.Option(
+        None,
+        "--num-fewshot",
+        "-n",
+        min=0,
+        help="Examples before each question. Default: the task's.",
+        rich_help_panel=_PROMPT,
+    ),
+    apply_chat_template: bool = typer.Option(
+        False, "--apply-chat-template", help="Put prompts into the model's turns.", rich_help_panel=_PROMPT
+    ),
+    fewshot_as_multiturn: bool = typer.Option(
+        True, help="With a chat template: examples as turns of their own.", rich_help_panel=_PROMPT
+    ),
+    system_instruction: str | None = typer.Option(None, help="Text before every prompt.", rich_help_panel=_PROMPT),
+    gen_kwargs: str | None = typer.Option(
+        None, help="For tasks that generate, such as temperature=0.5,do_sample=True.", rich_help_panel=_PROMPT
+    ),
+    seed: int = typer.Option(
+        1234, min=0, help="For examples drawn at random and for sampling.", rich_help_panel=_PROMPT
+    ),
+    batch_size: str = typer.Option("auto", help="auto, or the most texts computed together.", rich_help_panel=_COMPUTE),
+    batch_tokens: int | None = typer.Option(
+        None,
+        min=1,
+        help="Most tokens computed together. Default: 4096 on CPU, 32768 on a GPU.",
+        rich_help_panel=_COMPUTE,
+    ),
+    share_prefix: bool = typer.Option(
+        True, help="Read what prompts have in common once and fork its state.", rich_help_panel=_COMPUTE
+    ),
+    use_cache: bool = typer.Option(
+        False, "--use-cache", help="Keep answers on disk: a stopped run goes on where it was.", rich_help_panel=_COMPUTE
+    ),
+    cache_dir: Path | None = typer.Option(
+        None, help="Where --use-cache keeps them. Default: ~/.cache/tnllm/eval.", rich_help_panel=_COMPUTE
+    ),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_COMPUTE),
+    dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16.", rich_help_panel=_COMPUTE),
+    out: Path | None = typer.Option(
+        None,
+        "--out",
+        "-o",
+        "--output-path",
+        help="Folder for results_*.json, as lm-eval writes it.",
+        rich_help_panel=_OUTPUT,
+    ),
+    log_samples: bool = typer.Option(
+        False, "--log-samples", help="With --out: every question, prompt and answer.", rich_help_panel=_OUTPUT
+    ),
+    subtasks: bool = typer.Option(False, "--subtasks", help="Show every subject.", rich_help_panel=_OUTPUT),
+    as_json: bool = typer.Option(
+        False, "--json", help="Print the results file instead of a table.", rich_help_panel=_OUTPUT
+    ),
+) -> None:
+    """Score a model on tasks of lm-evaluation-harness, from local files or the hub."""
+    if context.invoked_subcommand is not None:
+        return
+    if not (names := _names(tasks)):
+        raise UserError("no tasks; give --tasks mmlu,ceval or others of `tnllm eval ls`")
+    if log_samples and out is None:
+        raise UserError("--log-samples writes files; say where with --out DIR")
+    _check_data_dir(data_dir, online)
+    if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
+        raise UserError(f"--batch-size is {batch_size!r}; allowed: auto, or a number from 1")
+    say("loading")
+    quiet_libraries(names, online)
+
+    from tnllm.evaluation.harness import TransNormerLM
+    from tnllm.evaluation.run import Settings, check_folder, evaluate, write_results
+    from tnllm.evaluation.tasks import choose, load_tasks
+
+    settings = Settings(
+        limit, seed, apply_chat_template, fewshot_as_multiturn, system_instruction, _gen_kwargs(gen_kwargs), log_samples
+    )
+    if out is not None:
+        check_folder(out)
+    choices = choose(names, num_fewshot, say)
+    loaded = load_tasks(choices, data_dir, online, say)
+    if model is None:
+        say("no --model given: using the demo model that ships with tnllm")
+    folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "eval") if use_cache or cache_dir else None
+    with reporter() as report:
+        lm = TransNormerLM(
+            model, device, dtype, batch_size, None, batch_tokens, share_prefix, folder, seed, note=say, report=report
+        )
+        results = evaluate(lm, loaded, settings)
+    if results is None:
+        return
+    if as_json:
+        from lm_eval.utils import handle_non_serializable
+
+        kept = {key: value for key, value in results.items() if key != "samples"}
+        print(json.dumps(kept, default=handle_non_serializable, ensure_ascii=False))
+    else:
+        show_results(results, subtasks)
+    if out is not None:
+        say(f"results in {write_results(out, results, log_samples)}")
+
+
+@app.command("ls", epilog="Example:  tnllm eval ls   |   tnllm eval ls 'arc*'   |   tnllm eval ls --data-dir data")
+def list_tasks(
+    pattern: str | None = typer.Argument(None, help="Search all of lm-evaluation-harness; * and ? match anything."),
+    data_dir: Path | None = typer.Option(None, help="Say which sets are in this folder."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """List the tasks with offline data, or search all names."""
+    if pattern is not None:
+        quiet_libraries([], online=False)
+        from tnllm.evaluation.tasks import search
+
+        found = search(pattern)
+        print(json.dumps(found) if as_json else "\n".join(found))
+        return
+    from tnllm.evaluation.cards import load_cards
+
+    _check_data_dir(data_dir, False)
+    rows = [
+        {
+            "task": card.name, "title": card.title, "aliases": card.aliases, "questions": card.questions,
+            "licence": card.licence, "sample": card.sample, "source": card.source,
+            "file": str(card.locate(data_dir) or "") if data_dir else None,
+        }
+        for card in load_cards().values()
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+    else:
+        show_tasks(rows, data_dir is not None)
+
+
+@app.command(
+    "compare", epilog="Example:  tnllm eval compare evals/a evals/b   |   tnllm eval compare evals/a --paper 385m"
+)
+def compare_results(
+    first: Path = typer.Argument(..., help="results_*.json, or a folder: its newest."),
+    second: Path | None = typer.Argument(None, help="Another one."),
+    paper: str | None = typer.Option(None, help="The paper's model beside it: 385m, 1b, 7b or 15b."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Compare two results, or one with the paper's table."""
+    from tnllm.evaluation.compare import compare, differences, read_results
+
+    if second is None and paper is None:
+        raise UserError("nothing to compare with; give a second results file or --paper 385m")
+    a, b = read_results(first), None if second is None else read_results(second)
+    rows = compare(a, b, paper)
+    notes = [] if b is None else differences(a, b)
+    if as_json:
+        print(json.dumps({"rows": rows, "notes": notes}, ensure_ascii=False))
+    else:
+        show_comparison(rows, paper)
+        for note in notes:
+            say(note)
+
+
+@app.command("ppl", epilog="Example:  tnllm eval ppl book.txt   |   tnllm eval ppl web.jsonl --window 2048 --json")
+def file_perplexity(
+    file: Path = typer.Argument(..., help="Text, JSON Lines or parquet."),
+    model: str | None = typer.Option(None, help="As for tnllm eval."),
+    field: str = typer.Option("text", help="Field or column that holds the text."),
+    window: int | None = typer.Option(None, min=1, help="Also score pieces of this many tokens, each for itself."),
+    batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Perplexity of a file: each document read whole, its state carried from start to end."""
+    from tnllm.cli.evaluation_view import show_perplexity
+    from tnllm.data.corpus import find_files, read_documents
+    from tnllm.evaluation.perplexity import perplexity
+    from tnllm.generation.loading import load
+
+    if model is None:
+        say("no --model given: using the demo model that ships with tnllm")
+    texts = [document.text for document in read_documents(find_files([file]), field)]
+    ready = load(model, device, dtype)
+    with reporter() as report:
+        found = perplexity(ready, texts, window, batch_tokens, lambda done, total: report("perplexity", done, total))
+    if as_json:
+        print(json.dumps({"file": str(file), "model": str(ready.folder), **found}))
+    else:
+        show_perplexity(found)
+
+
+@app.command(
+    "requests", epilog="Example:  tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data"
+)
+def save_requests(
+    out: Path = typer.Argument(..., help="File to write, for tnllm bench-eval."),
+    tasks: str = typer.Option(..., "--tasks", "-t", help="Multiple-choice tasks, with commas."),
+    num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
+    data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
+    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or its folder. [default: the demo model's]"),
+    limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task."),
+    seed: int = typer.Option(1234, min=0, help="For examples drawn at random."),
+) -> None:
+    """Write the token requests of tasks to a file and count what sharing prefixes saves; needs no model."""
+    _check_data_dir(data_dir, False)
+    names = _names(tasks)
+    quiet_libraries(names, online=False)
+    from tnllm import assets
+    from tnllm.evaluation.bundle import count_tokens, save_bundle
+    from tnllm.evaluation.requests import build_bundle
+    from tnllm.evaluation.tasks import choose, load_tasks
+    from tnllm.tokenizer import Tokenizer
+
+    loaded = load_tasks(choose(names, num_fewshot, say), data_dir, False, say)
+    bundle = build_bundle(loaded, Tokenizer.load(tokenizer or assets.tokenizer_model()), limit, seed)
+    save_bundle(out, bundle)
+    counts = count_tokens(bundle.requests)
+    print(f"{out}: {len(bundle.answers):,} questions, {counts['requests']:,} requests, {out.stat().st_size:,} bytes")
+    for name in ("one_by_one", "equal_inputs_once", "shared"):
+        ratio = counts["one_by_one"] / counts[name]
+        print(f"{name.replace('_', ' '):20}{counts[name]:>14,} tokens  {ratio:6.1f} x fewer")
+
+
+def _names(tasks: str | None) -> list[str]:
+    return [name.strip() for name in (tasks or "").split(",") if name.strip()]
+
+
+def _check_data_dir(data_dir: Path | None, online: bool) -> None:
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError(
+            f"--data-dir {data_dir} is no folder; `tnllm eval ls` says what it may hold and where to get it"
+        )
+    if data_dir is not None and online:
+        raise UserError("--data-dir and --online were given; give one of them")
+
+
+def _gen_kwargs(text: str | None) -> dict[str, Any] | None:
+    if not text:
+        return None
+    from lm_eval.utils import simple_parse_args_string
+
+    if not all("=" in part for part in text.split(",")):
+        raise UserError(
+            f"--gen-kwargs is {text!r}; write name=value with commas, such as temperature=0.5,do_sample=True"
+        )
+    return dict(simple_parse_args_string(text))

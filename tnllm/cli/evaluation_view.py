@@ -1,0 +1,206 @@
+"""How an evaluation looks: tables on stdout, notes and progress on stderr."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tnllm.cli.tables import print_table
+from tnllm.files import format_count, format_duration
+
+Report = Callable[[str, int, int], None]
+_LINE_EVERY_S = 10.0
+# Metrics between 0 and 1 that people read as percent.
+_SHARES = ("acc", "acc_norm", "exact_match", "f1", "mcc", "em")
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal; of several ranks only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def quiet_libraries(names: list[str], online: bool) -> None:
+    """Keep the harness's own bars and warnings off the screen, and its libraries off the network unless it is needed.
+
+    Must run before they are imported.
+    """
+    import logging
+    import warnings
+
+    from tnllm.evaluation.cards import PAPER_GROUP, find_card, subject_card
+
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not online and all(name == PAPER_GROUP or find_card(name) or subject_card(name) for name in names):
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+@contextmanager
+def reporter() -> Iterator[Report]:
+    """A function to call with (kind, done, total): a bar with the time left on a terminal, lines otherwise."""
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda kind, done, total: None
+        return
+    if sys.stderr.isatty():
+        with _bars() as report:
+            yield report
+        return
+    start: dict[str, float] = {}
+    last = time.monotonic()
+
+    def line(kind: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        begun = start.setdefault(kind, now)
+        if now - last >= _LINE_EVERY_S:
+            last = now
+            rate = done / max(now - begun, 1e-9)
+            left = format_duration((total - done) / rate) if now > begun else "?"
+            say(f"{kind}: {format_count(done)} of {format_count(total)}, {format_count(rate)}/s, {left} left")
+
+    yield line
+
+
+@contextmanager
+def _bars() -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        known: dict[str, TaskID] = {}
+
+        def report(kind: str, done: int, total: int) -> None:
+            if kind not in known:
+                known[kind] = progress.add_task(kind, total=total, counts="")
+            counts = f"{format_count(done)} of {format_count(total)}"
+            progress.update(known[kind], total=total, completed=done, counts=counts)
+
+        yield report
+
+
+def show_results(results: dict[str, Any], subtasks: bool) -> None:
+    """One line per task and metric; subjects of a group only if asked for."""
+    sampled = set((results.get("tnllm") or {}).get("sampled", []))
+    groups = results.get("group_subtasks") or {}
+    leaves = {name for members in groups.values() for name in members if name not in groups}
+    rows = []
+    names = [name for name in results["results"] if name in groups and name not in _members(groups)]
+    names += [name for name in results["results"] if name not in names and (subtasks or name not in leaves)]
+    for name in names:
+        values = results["results"][name]
+        for key, value in values.items():
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{filter_name}")
+            label = f"{name} (sample)" if name in sampled else name
+            shots = results.get("n-shot", {}).get(name)
+            count = (results.get("n-samples", {}).get(name) or {}).get("effective") or values.get("sample_len", "")
+            rows.append(
+                [
+                    label, str(results.get("versions", {}).get(name, "")), "" if shots is None else str(shots),
+                    f"{count:,}", metric, _figure(metric, value), _figure(metric, error),
+                ]
+            )  # fmt: skip
+    about = results.get("tnllm") or {}
+    print_table("", ["task", "version", "shots", "questions", "metric", "value", "± stderr"], rows, right=_RIGHT)
+    note = f"weights {about.get('weights_sha256', '')[:12]}, lm-eval {results.get('lm_eval_version')}"
+    if about.get("tokens_computed"):
+        note += (
+            f"; {about['tokens_computed']:,} tokens computed for {about['tokens_one_by_one']:,} asked, "
+            f"{format_duration(about['seconds'])}"
+        )
+    say(note)
+    if sampled:
+        say("(sample): questions that ship with tnllm to show that it works; their figures say nothing about a model")
+
+
+_RIGHT = ("shots", "questions", "value", "± stderr", "A", "B", "B - A", "paper", "tokens")
+
+
+def _members(groups: dict[str, list[str]]) -> set[str]:
+    return {name for members in groups.values() for name in members}
+
+
+def _figure(metric: str, value: Any) -> str:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return ""
+    return f"{100 * value:.2f}" if metric in _SHARES else f"{value:.4f}"
+
+
+def show_tasks(rows: list[dict[str, Any]], with_files: bool) -> None:
+    """The sets there are offline data for."""
+    table = []
+    for row in rows:
+        place = (row["file"] or "[red]not found[/]") if with_files else (row["sample"] or "-")
+        table.append(
+            [row["task"], ", ".join(row["aliases"]), f"{row['questions']:,}", row["licence"], place, row["source"]]
+        )
+    columns = ["task", "also", "questions", "licence", "file" if with_files else "ships with tnllm", "source"]
+    print_table("", columns, table, right=_RIGHT)
+    say("tnl-paper is BoolQ to OpenBookQA without examples and MMLU, CMMLU, C-Eval with 5, as in the paper's tables")
+    say("any other task of lm-evaluation-harness works too: tnllm eval ls PATTERN")
+
+
+def show_comparison(rows: list[dict[str, Any]], paper: str | None) -> None:
+    """Differences with their standard errors."""
+    both = any("b" in row for row in rows)
+    columns = ["task", "metric", "A", *(["B", "B - A"] if both else []), *(["paper"] if paper else [])]
+    table = []
+    for row in rows:
+        cells = [row["task"], row["metric"], _with_error(row, "a")]
+        if both:
+            cells += [_with_error(row, "b"), _delta(row)]
+        if paper:
+            cells.append("" if row["paper"] is None else f"{row['paper']:.2f}")
+        table.append(cells)
+    print_table("", columns, table, right=_RIGHT)
+    if both:
+        say("B - A: * marks a difference of more than two standard errors")
+
+
+def _with_error(row: dict[str, Any], side: str) -> str:
+    error = _figure(row["metric"], row[f"{side}_stderr"])
+    return _figure(row["metric"], row[side]) + (f" ± {error}" if error else "")
+
+
+def _delta(row: dict[str, Any]) -> str:
+    scale = 100 if row["metric"] in _SHARES else 1
+    text = f"{scale * row['delta']:+.{2 if scale == 100 else 4}f}"
+    error = row["delta_stderr"]
+    if error is None:
+        return text
+    return f"{text} ± {_figure(row['metric'], error)}" + (" *" if abs(row["delta"]) > 2 * error else "  ")
+
+
+def show_perplexity(found: dict[str, Any]) -> None:
+    """Totals, then by position."""
+    counts = ", ".join(f"{found[name]:,} {name}" for name in ("documents", "tokens", "words", "bytes"))
+    print(counts)
+    names = ("word_perplexity", "byte_perplexity", "token_perplexity", "bits_per_byte")
+    rows = [["whole, state carried", *(f"{found[name]:,.4f}" for name in names)]]
+    if windows := found.get("windows"):
+        label = f"{windows['pieces']:,} windows of {windows['window']:,} tokens"
+        rows.append([label, *(f"{windows[name]:,.4f}" for name in names)])
+    print_table("", ["", *(name.replace("_", " ") for name in names)], rows)
+    rows = [
+        [
+            f"{row['from']:,} to {row['to']:,}", f"{row['tokens']:,}", f"{row['token_perplexity']:,.2f}",
+            "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
+        ]
+        for row in found["by_position"]
+    ]  # fmt: skip
+    print_table("", ["position in the text", "tokens", "token perplexity", "bits per byte"], rows, right=_RIGHT)

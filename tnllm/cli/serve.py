@@ -1,0 +1,138 @@
+"""`tnllm serve`: the model behind OpenAI's API, and a web page to try it."""
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from tnllm.errors import MissingExtra, RunError, Terminated, UserError
+
+EPILOG = "Example:  tnllm serve --model runs/first --port 8000"
+
+KEY_VARIABLE = "TNLLM_API_KEY"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LIMITS = "Limits"
+
+
+def command(
+    model: str | None = typer.Option(
+        None, help="Run folder, step folder or weights folder. Default: the model that ships with tnllm."
+    ),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every one of this machine."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
+    name: str | None = typer.Option(None, help="Name of the model in the API. Default: that of its folder."),
+    api_key: str | None = typer.Option(
+        None, help=f"Key that clients must send; better given as the variable {KEY_VARIABLE}."
+    ),
+    slots: int | None = typer.Option(
+        None, min=1, help="Texts decoded together. Default 32 on CPU, 256 on a GPU.", rich_help_panel=_LIMITS
+    ),
+    queue: int = typer.Option(512, min=1, help="Requests that may wait; more get 429.", rich_help_panel=_LIMITS),
+    max_prompt_tokens: int = typer.Option(1 << 20, min=1, help="Longest prompt.", rich_help_panel=_LIMITS),
+    max_tokens: int = typer.Option(1 << 16, min=1, help="Most tokens of one text.", rich_help_panel=_LIMITS),
+    max_body_mib: float = typer.Option(8, min=0.001, help="Largest request body.", rich_help_panel=_LIMITS),
+    cache_gib: float = typer.Option(
+        0.25, min=0, help="For states of shared beginnings; 0 keeps none.", rich_help_panel=_LIMITS
+    ),
+    drain_seconds: int = typer.Option(
+        30, min=0, help="How long running texts may go on after SIGTERM or Ctrl-C.", rich_help_panel=_LIMITS
+    ),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    dtype: str = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32 or bfloat16."),
+) -> None:
+    """Serve a model over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics and a page at /."""
+    key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and (not key or not key.isascii() or any(char.isspace() for char in key)):
+        raise UserError(
+            f"the API key ({'--api-key' if api_key is not None else KEY_VARIABLE}) must be ASCII, no spaces"
+        )
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError:
+        raise MissingExtra("serve", "fastapi or uvicorn") from None
+
+    from tnllm.generation.engine import Engine
+    from tnllm.generation.loading import load
+    from tnllm.generation.server import Settings, make_app
+
+    if model is None:
+        _say("no --model given: using the demo model that ships with tnllm")
+    ready = load(model, device, dtype)
+    on_gpu = ready.model.device.type == "cuda"
+    engine = Engine(
+        ready,
+        num_slots=slots or (256 if on_gpu else 32),
+        queue_size=queue,
+        cache_bytes=int(cache_gib * 2**30),
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_tokens,
+    )
+    local = host in _LOOPBACK
+    settings = Settings(
+        name=name or _name(model, ready.folder),
+        api_key=key,
+        max_body_bytes=int(max_body_mib * 2**20),
+        **({} if local else {"hosts": None}),
+    )
+    if not local and key is None:
+        _say(f"no API key: everybody who reaches {host} may use this model; set {KEY_VARIABLE} to ask for one")
+    config = uvicorn.Config(
+        make_app(engine, settings),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=drain_seconds,
+        # Connections; those that neither run nor wait are pages, probes and clients about to be refused.
+        limit_concurrency=engine.num_slots + queue + 256,
+    )
+    listening = _bind(host, port)
+    address = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}"
+    _say(
+        f"serving {settings.name} on {address} ({engine.num_slots} slots, {engine.slots.nbytes / 2**20:.0f} MiB of states)"
+    )
+    _say(f"try the page at {address}/ or: curl {address}/v1/completions -H 'Content-Type: application/json' "
+         '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'')  # fmt: skip
+
+    def terminated(signum: int, frame: object) -> NoReturn:
+        raise Terminated("stopped by SIGTERM; running texts were finished")
+
+    # The server takes both signals while it runs, finishes what runs, and then raises them again, for us.
+    signal.signal(signal.SIGTERM, terminated)
+    engine.start()
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        engine.stop(finish=False)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """The listening socket, bound before anything is said about it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        # From here on clients wait rather than being refused.
+        listening.listen(2048)
+    except OSError as error:
+        raise RunError(
+            f"cannot listen on {host} port {port} ({error.strerror}); give another --port, 0 takes a free one"
+        ) from None
+    return listening
+
+
+def _name(model: str | None, folder: Path) -> str:
+    if model is None:
+        return "tnllm-demo"
+    # runs/first/weights is known as first.
+    given = Path(model).resolve()
+    return (given.parent if given.name == "weights" else given).name or folder.name
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,104 @@
+"""LoRA adapters in PEFT's format, merged into the weights they were trained on: W + scale * B A.
+
+    adapter = open_adapter(Path("adapter"))          # adapter_config.json, adapter_model.safetensors
+    merged = merge(adapter, source)                  # a Source that reads merged weights
+
+scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. The product is formed in fp32 and rounded once, to the
+type of the base weight. Source: LoRA (arXiv 2106.09685).
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tnllm.convert.source import Source, read_json
+from tnllm.convert.tensors import Info, read_safetensors, safetensors_infos
+from tnllm.errors import UserError
+from tnllm.modeling.hf_names import from_official
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The low-rank pairs of an adapter. `pairs` maps our parameter names to the infos of A [r, in] and B [out, r]."""
+
+    folder: Path
+    config: dict[str, Any]
+    pairs: dict[str, dict[str, tuple[str, Info]]]
+
+    @property
+    def base(self) -> Path | None:
+        """The folder it names as its base, if it names one."""
+        named = self.config.get("base_model_name_or_path")
+        return Path(named) if named else None
+
+    def scale(self, name: str, rank: int) -> float:
+        """The factor of B A for one parameter; alpha_pattern overrides lora_alpha for the modules it names."""
+        module = name.removesuffix(".weight")
+        alpha = self.config["lora_alpha"]
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Read the config and the names. Raises UserError for kinds of adapters that are no plain LoRA."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    path = folder / ADAPTER_CONFIG
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
+        raise UserError(
+            f"{path}: peft_type is {config.get('peft_type')!r}; convert merges LORA adapters with a lora_alpha"
+        )
+    for key, plain in (("use_dora", False), ("fan_in_fan_out", False), ("bias", "none"), ("modules_to_save", None)):
+        if config.get(key, plain) not in (plain, None, []):
+            raise UserError(f"{path}: {key} is {config[key]!r}; convert merges adapters with {key} {plain!r} alone")
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{file} is missing; the adapter folder is incomplete")
+    pairs: dict[str, dict[str, tuple[str, Info]]] = {}
+    for key, info in safetensors_infos(file).items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise UserError(f"{file} holds {key!r}, which is no LoRA matrix; convert merges plain LoRA adapters")
+        pairs.setdefault(from_official(f"{match[1]}.weight"), {})[match[2]] = (key, info)
+    for name, pair in pairs.items():
+        if len(pair) != 2:
+            raise UserError(f"{file} holds only one of the two matrices of {name}; copy the adapter again")
+    return Adapter(folder, config, pairs)
+
+
+def merge(adapter: Adapter, source: Source) -> Source:
+    """The source with the adapter's products added as its weights are read. Raises UserError where they do not fit."""
+    for name, pair in adapter.pairs.items():
+        if name not in source.expected:
+            raise UserError(
+                f"the adapter changes {name!r}, which {source.folder} does not have; give its own base with --base"
+            )
+        (rank, width), (height, rank_b) = pair["A"][1].shape, pair["B"][1].shape
+        if (height, width) != source.expected[name] or rank != rank_b:
+            raise UserError(
+                f"the adapter's matrices for {name} make {[height, width]}, the weight in {source.folder} is "
+                f"{list(source.expected[name])}; give its own base with --base"
+            )
+
+    def read(name: str) -> Tensor:
+        value = source.read(name)
+        if name not in adapter.pairs:
+            return value
+        a, b = (read_safetensors(info, key).float() for key, info in (adapter.pairs[name][part] for part in "AB"))
+        return (value.float() + adapter.scale(name, a.shape[0]) * (b @ a)).to(value.dtype)
+
+    note = f"merged {len(adapter.pairs)} LoRA pairs of {adapter.folder}"
+    return replace(source, read=read, notes=(*source.notes, note))

@@ -1,0 +1,203 @@
+"""Do source and result compute the same? Logits of both on fixed prompts, layer by layer, in the memory of one layer.
+
+    before = reference_logits(config, read)              # the architecture restated in plain torch
+    after = block_logits(config, read)                   # this package's own layers
+    after = exported_logits(config, read, folder)        # the layers in a Hugging Face folder
+    difference = compare(before, after)
+
+The restatement shares no code with the layers it checks: attention is the masked product of its definition. `read` takes
+our parameter names.
+"""
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tnllm.convert.checksums import Progress
+from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.hf_names import HEAD, to_hf_config
+from tnllm.modeling.layers import make_norm
+from tnllm.modeling.model import Block
+
+Read = Callable[[str], Tensor]
+NUM_PROMPTS, PROMPT_TOKENS = 2, 24
+# Largest difference allowed, as a share of the largest logit; docs/numerics.md gives the reasons.
+LIMITS = {"same": 1e-4, "rounded": 0.05, "int8": 0.1}
+# Rows of the embedding multiplied at a time.
+_HEAD_ROWS = 16_384
+
+
+def prompts(vocab_size: int) -> Tensor:
+    """The fixed prompts: [P, T] token ids spread over the vocabulary."""
+    ids = torch.arange(NUM_PROMPTS * PROMPT_TOKENS).view(NUM_PROMPTS, PROMPT_TOKENS)
+    return (ids * 7919 + 101) % vocab_size
+
+
+def compare(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and the same as a share of the largest logit. Non-finite logits give infinity."""
+    if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
+        return math.inf, math.inf
+    difference = float((before - after).abs().max())
+    return difference, difference / max(float(before.abs().max()), 1e-30)
+
+
+def _slopes(num_heads: int) -> list[float]:
+    """ALiBi's slopes: a geometric list for powers of two, else filled up from the next power's list."""
+    if num_heads & (num_heads - 1) == 0:
+        first = 2.0 ** -(8.0 / num_heads)
+        return [first ** (head + 1) for head in range(num_heads)]
+    below = 1 << (num_heads.bit_length() - 1)
+    return _slopes(below) + _slopes(2 * below)[::2][: num_heads - below]
+
+
+def _rates(config: ModelConfig, layer: int) -> Tensor:
+    """[H] decay rates s; a token's weight falls by exp(-s) per step."""
+    heads, layers = config.num_heads, config.num_layers
+    if config.position in ("lrpe", "ape"):
+        return torch.zeros(heads)
+    if config.decay_slopes == "geometric":
+        rate, cooling = torch.tensor(_slopes(heads)), 1 - layer / max(layers - 1, 1) + 1e-5
+    else:
+        rate, cooling = torch.arange(heads) * (8 / heads), 1 - layer / layers
+    return rate * cooling if config.decay_temperature else rate
+
+
+def _norm(config: ModelConfig, read: Read, name: str, x: Tensor) -> Tensor:
+    if config.norm == "layernorm":
+        return F.layer_norm(x, x.shape[-1:], read(f"{name}.weight").float(), None, config.norm_eps)
+    x = x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    return x * read(f"{name}.weight").float() if config.norm == "rmsnorm" else x
+
+
+def _act(x: Tensor, kind: str) -> Tensor:
+    return {"silu": F.silu, "relu": F.relu, "1+elu": lambda y: 1 + F.elu(y), "none": lambda y: y}[kind](x)
+
+
+@torch.no_grad()
+def reference_logits(config: ModelConfig, read: Read, progress: Progress) -> Tensor:
+    """Logits [P, T, V] of the fixed prompts, fp32, by definition: quadratic attention, one matrix read at a time."""
+    tokens = prompts(config.vocab_size)
+    step = torch.arange(tokens.shape[1])
+    gap = (step[:, None] - step[None, :]).float()
+    x = _embed(config, read, tokens)
+    for layer in range(config.num_layers):
+        x = x + _mix(config, layer, _norm(config, read, f"layers.{layer}.token_norm", x), read, gap)
+        y = _norm(config, read, f"layers.{layer}.channel_norm", x)
+        l1, l2, l3 = (f"layers.{layer}.channel_mixer.l{part}.weight" for part in (1, 2, 3))
+        y = _act(y @ read(l1).float().T, config.glu_activation) * (y @ read(l2).float().T)
+        x = x + y @ read(l3).float().T
+        progress("logits of the source", layer + 1, config.num_layers)
+    return _head(config, read, _norm(config, read, "final_norm", x))
+
+
+def _mix(config: ModelConfig, layer: int, y: Tensor, read: Read, gap: Tensor) -> Tensor:
+    """The token mixer on normed input [P, T, M]; gap [T, T] is t - s."""
+    prefix = f"layers.{layer}.token_mixer"
+    heads, head_dim, width = config.num_heads, config.head_dim, config.model_dim
+
+    def project(z: Tensor, name: str) -> Tensor:
+        return z @ read(f"{prefix}.{name}.weight").float().T
+
+    gate = torch.ones(())
+    if config.gate == "full":
+        q, k, v, gate = project(y, "qkvu_proj").split(width, -1)
+    else:
+        q, k, v = project(y, "qkv_proj").split(width, -1)
+    if config.gate == "low-rank":
+        gate = torch.sigmoid(project(project(y, "output_gate.0"), "output_gate.1"))
+    q, k, v = (z.unflatten(-1, (heads, head_dim)).transpose(1, 2) for z in (q, k, v))
+    q, k, v = _act(q, config.activation), _act(k, config.activation), _act(v, config.value_activation)
+    scores = q @ k.mT
+    if config.uses_lrpe(layer):
+        # q and k turned by theta t and theta s: the product of a channel gets cos(theta (t - s)).
+        theta = read(f"{prefix}.lrpe.theta")[:, 0, None, None].double()
+        scores = torch.einsum("bhtd,bhsd,htsd->bhts", q, k, torch.cos(theta * gap[:, :, None]).float())
+    decay = torch.exp(-_rates(config, layer)[:, None, None] * gap.clamp(min=0)) * (gap >= 0)
+    o = ((scores * decay) @ v).transpose(1, 2).flatten(-2)
+    if config.norm_position == "attention":
+        o = _norm(config, read, f"{prefix}.norm", o)
+    o = o * gate
+    if config.norm_position == "gate":
+        o = _norm(config, read, f"{prefix}.norm", o)
+    o = project(o, "out_proj")
+    return _norm(config, read, f"{prefix}.norm", o) if config.norm_position == "output" else o
+
+
+def _embed(config: ModelConfig, read: Read, tokens: Tensor) -> Tensor:
+    x = read("embed_tokens.weight")[tokens].float()
+    if config.scale_embedding:
+        x = x * math.sqrt(config.model_dim)
+    if config.position == "ape":
+        x = x + read("embed_positions.weight")[: tokens.shape[1]].float()
+    return x
+
+
+def _head(config: ModelConfig, read: Read, x: Tensor) -> Tensor:
+    weight = read("embed_tokens.weight" if config.tie_embeddings else HEAD)
+    return torch.cat([x @ rows.float().T for rows in weight.split(_HEAD_ROWS)], dim=-1)
+
+
+def _stream(
+    config: ModelConfig,
+    read: Read,
+    block: Callable[[int], nn.Module],
+    run: Callable[[nn.Module, int, Tensor, Tensor], Tensor],
+    progress: Progress,
+) -> Tensor:
+    """Embedding, one block after another with its own weights, final norm, head."""
+    tokens = prompts(config.vocab_size)
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    x = _embed(config, read, tokens)
+    for layer in range(config.num_layers):
+        with torch.device("meta"):
+            module = block(layer)
+        module = module.float().to_empty(device="cpu")
+        for name, value in module.state_dict().items():
+            value.copy_(read(f"layers.{layer}.{name}"))
+        x = run(module, layer, x, positions)
+        progress("logits of the result", layer + 1, config.num_layers)
+    norm = make_norm(config, config.model_dim)
+    for name, value in norm.state_dict().items():
+        value.copy_(read(f"final_norm.{name}"))
+    return _head(config, read, norm(x))
+
+
+@torch.no_grad()
+def block_logits(config: ModelConfig, read: Read, progress: Progress) -> Tensor:
+    """Logits [P, T, V] of the fixed prompts by this package's own layers."""
+
+    def run(block: nn.Module, _: int, x: Tensor, positions: Tensor) -> Tensor:
+        return block(x, positions, None, None)[0]
+
+    return _stream(config, read, lambda layer: Block(config, layer), run, progress)
+
+
+@torch.no_grad()
+def exported_logits(config: ModelConfig, read: Read, folder: Path, progress: Progress) -> Tensor:
+    """The same by the code in a Hugging Face folder. Needs transformers."""
+    name = "tnllm_exported"
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        code = importlib.import_module(f"{name}.modeling_tnllm")
+        hub_config = code.TnllmConfig(**to_hf_config(config))
+        decays = code.log_decays(hub_config)
+
+        def run(block: nn.Module, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+            return block(x, positions, decays[layer], None, None)[0]
+
+        return _stream(config, read, lambda layer: code.TnllmBlock(hub_config, layer), run, progress)
+    finally:
+        sys.dont_write_bytecode = writes
+        for module in [module for module in sys.modules if module.split(".")[0] == name]:
+            del sys.modules[module]

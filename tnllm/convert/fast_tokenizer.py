@@ -1,0 +1,179 @@
+"""Hugging Face's fast tokenizer for a SentencePiece BPE model or a tiktoken vocabulary, checked before it is used.
+
+    files, notes = tokenizer_files(Tokenizer.load(folder), settings)       # file name → text
+
+The result is compared with the original on texts in several scripts and languages. Where it differs (a Unigram model, or
+one that rewrites its input), there is no tokenizer.json: an unfaithful one would be worse than none.
+"""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+from tnllm.errors import MissingExtra
+from tnllm.tiktoken_model import PATTERN, SPECIAL_TOKENS, TiktokenModel
+from tnllm.tokenizer import Tokenizer
+
+CHECK_TEXTS = (
+    "Once upon a time there was a king; he had 3 sons, and 1,024 sheep.",
+    "  two spaces,\ttab\nnewline\r\n\n   end ",
+    "def f(x: int) -> str:\n    return f'{x:>08.3f}' if x != 0 else \"zero\"\n",
+    "从前有一个国王，他有三个儿子。春眠不覺曉，處處聞啼鳥。",
+    "Ünïcödé naïve Straße Ελληνικά кириллица العربية עברית हिन्दी ไทย 日本語 한국어",
+    "👩‍👩‍👧‍👦 𠀀 １２３ ﬁ e\u0301 \ufeff\u200b",
+    "It's we'll I'd THEY'RE 2024-01-31T12:00:00Z http://example.org/a?b=c&d=%20",
+    "x" * 40 + " " * 17 + "1234567890" * 3,
+    '<b>&amp;</b> {"k": [1, 2.5e-3, null]} \\frac{a}{b}',
+)
+_SPACE = "\u2581"
+# One turn in the words the released models were tuned with; the answer and the end token follow.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ OPENING + message['content'] + CLOSING }}{% endif %}{% endfor %}"
+)
+
+
+def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """File name → text, and what a person should know. `settings` is generation_config.json.
+
+    Raises MissingExtra without the tokenizers library.
+    """
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        raise MissingExtra("hf", "tokenizers") from None
+    fast = _build(tokenizer, bool(settings.get("add_bos_token", False)))
+    differing = [
+        text for text in CHECK_TEXTS if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text)
+    ]
+    if differing:
+        return {}, [
+            f"no tokenizer.json: the fast form of {tokenizer.path.name} reads {len(differing)} of {len(CHECK_TEXTS)} check "
+            f"texts differently, first {differing[0][:20]!r}; use {tokenizer.path.name} with its own library"
+        ]
+    opening, _, closing = settings.get("chat_template", "Human:\n{prompt}\nAssistant:\n").partition("{prompt}")
+    template = CHAT_TEMPLATE.replace("OPENING", _jinja(opening)).replace("CLOSING", _jinja(closing))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        "unk_token": tokenizer.piece(tokenizer.unk_id),
+        "pad_token": tokenizer.piece(tokenizer.pad_id),
+        "add_bos_token": bool(settings.get("add_bos_token", False)),
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        # A batch goes on from its last column.
+        "padding_side": "left",
+        "chat_template": template,
+    }
+    return {
+        "tokenizer.json": fast.to_str(pretty=False),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+    }, []
+
+
+def _jinja(text: str) -> str:
+    """A string literal of the template language."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def _build(tokenizer: Tokenizer, add_bos: bool) -> Any:
+    from tokenizers import processors
+
+    model = tokenizer.backend
+    fast = _from_tiktoken(model) if isinstance(model, TiktokenModel) else _from_sentencepiece(model)
+    if add_bos:
+        bos = tokenizer.piece(tokenizer.bos_id)
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)]
+        )
+    return fast
+
+
+def _from_sentencepiece(model: Any) -> Any:
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Fast
+
+    ids = range(model.vocab_size())
+    pieces = [model.id_to_piece(id) for id in ids]
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    special = [id for id in ids if model.is_control(id) or model.is_unknown(id)]
+    # Fixed pieces (user-defined symbols) are matched before any merge. The library does not tell them apart from learned
+    # ones, but those that our training fixes are white space other than the space sign, which is never learned.
+    fixed = [id for id in ids if pieces[id] in ("\n", "\t")]
+    skipped = {*special, *fixed, *(id for id in ids if model.is_byte(id))}
+    learned = {piece for id, piece in enumerate(pieces) if id not in skipped}
+    merges = []
+    for id in ids:
+        if id in skipped or len(pieces[id]) < 2:
+            continue
+        piece = pieces[id]
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = [(vocab[a], vocab[b], a, b) for a, b in halves if a in learned and b in learned]
+        merges += [(-model.get_score(id), id, *pair) for pair in sorted(pairs)]
+    merges.sort(key=lambda merge: merge[:4])
+    fast = Fast(
+        models.BPE(
+            vocab=vocab,
+            merges=[(a, b) for *_, a, b in merges],
+            unk_token=pieces[model.unk_id()],
+            byte_fallback=all(f"<0x{byte:02X}>" in vocab for byte in range(256)),
+            fuse_unk=True,
+        )
+    )
+    adds_space = model.encode("a", out_type=str)[0].startswith(_SPACE)
+    spaces = normalizers.Replace(" ", _SPACE)
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if adds_space else spaces
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    fast.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if adds_space else steps)
+    fast.add_special_tokens([AddedToken(pieces[id], normalized=False, special=True) for id in special])
+    fast.add_tokens([AddedToken(pieces[id], normalized=False, special=False) for id in fixed])
+    return fast
+
+
+def _from_tiktoken(model: TiktokenModel) -> Any:
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Fast
+
+    letters = _byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocab = {spell(token): rank for token, rank in model.ranks.items()}
+    merges = [_parts(token, rank, model.ranks) for token, rank in sorted(model.ranks.items(), key=lambda item: item[1])]
+    # Ids must have no holes: those between ranks and control tokens, and between these, get names nobody writes.
+    names = {id: name for name, id in SPECIAL_TOKENS.items()}
+    taken = set(vocab.values())
+    extra = {id: names.get(id, f"<|unused_{id}|>") for id in range(model.vocab_size()) if id not in taken}
+    vocab.update({name: id for id, name in extra.items()})
+    pairs = [(spell(parts[0]), spell(parts[1])) for parts in merges if parts]
+    fast = Fast(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in extra.values()])
+    return fast
+
+
+def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that merge into `token`: what the merges of lower rank leave of it. Empty for a single byte."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
+        lowest, at = min(joined)
+        if lowest >= rank:
+            return []  # never reached by merging; the token is taken whole or not at all
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts if len(parts) == 2 else []
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that stands for each byte in byte-level vocabularies: itself, or one from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in own]
+    letters = {byte: chr(byte) for byte in own} | {byte: chr(0x100 + i) for i, byte in enumerate(rest)}
+    return [letters[byte] for byte in range(256)]

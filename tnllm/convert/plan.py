@@ -1,0 +1,109 @@
+"""Which tensors the result holds, under which names, and how each is made from the source.
+
+plan = make_plan(source, "hf", torch.bfloat16, None, Layout())
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tnllm.convert.official import Layout, official_name, permutes, to_official_config, to_per_head
+from tnllm.convert.quantize import Int8Quantizer, is_quantized
+from tnllm.convert.source import Source
+from tnllm.convert.tensors import Tensors
+from tnllm.convert.writer import Output
+from tnllm.errors import RunError, UserError
+from tnllm.modeling.hf_names import HEAD, to_official
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result's tensors. `by_name` maps our names to what becomes of them."""
+
+    to: str
+    dtype: torch.dtype
+    rounds: bool  # whether a cast loses digits
+    by_name: dict[str, list[Output]]
+    quantizer: Int8Quantizer | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> list[Output]:
+        """All tensors, in the source's order."""
+        return [output for outputs in self.by_name.values() for output in outputs]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(output.num_bytes for output in self.outputs)
+
+    def reader_of_quantized(self, tensors: Tensors) -> Callable[[str], Tensor]:
+        """Read the written result back under our names, its int8 matrices restored."""
+
+        def read(name: str) -> Tensor:
+            outputs = self.by_name[name]
+            parts = {output.name: tensors.read(output.name) for output in outputs}
+            if self.quantizer is None or not is_quantized(name):
+                return parts[outputs[0].name]
+            return self.quantizer.restore(to_official(name), parts, self.metadata)
+
+        return read
+
+
+def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str | None, layout: Layout) -> Plan:
+    """Names, shapes and types of the result. Raises UserError for what the target has no place for."""
+    config = source.config
+    target = dtype or source.dtype
+    if to == "official":
+        to_official_config(config, {}, target)
+    if to == "hf" and config.kind != "transnormer":
+        raise UserError(
+            "the Hugging Face folder holds TransNormerLLM; the softmax baseline has no code there: use --to tnllm"
+        )
+    if quantize and to != "hf":
+        raise UserError(f"--quantize is for --to hf (torchao loads it through transformers), not --to {to}")
+    quantizer = Int8Quantizer() if quantize else None
+    by_name: dict[str, list[Output]] = {}
+    metadata = {"format": "pt"}
+    for name, shape in source.expected.items():
+        keep = name.endswith("lrpe.theta")
+        # LRPE's frequencies stay as exact as they are; the released files hold them in the type of the rest.
+        kind = _theta_dtype(source, name, to, target) if keep else target
+        key = name if to == "tnllm" else official_name(name, layout) if to == "official" else to_official(name)
+        output = Output(key, shape, kind, _maker(source, name, kind, to, layout))
+        by_name[name] = [output]
+        if quantizer is not None and is_quantized(name):
+            by_name[name], more = quantizer.outputs(output)
+            metadata.update(more)
+        elif quantizer is not None:
+            metadata[key] = quantizer.PLAIN
+        if to == "official" and name == "embed_tokens.weight" and HEAD not in source.expected:
+            by_name[name].append(Output(HEAD, shape, kind, output.make))
+    if quantizer is not None:
+        metadata["tensor_names"] = json.dumps([key for key in metadata if key != "format"])
+    infos = source.tensors.infos
+    stored = {infos[key].dtype for name, key in source.keys.items() if key in infos and not name.endswith("lrpe.theta")}
+    rounds = any(torch.promote_types(kind, target) != target for kind in stored)
+    return Plan(to, target, rounds, by_name, quantizer, metadata)
+
+
+def _theta_dtype(source: Source, name: str, to: str, target: torch.dtype) -> torch.dtype:
+    if to != "official" or source.keys[name] not in source.tensors.infos:
+        return torch.float32
+    value = source.read(name)
+    return target if torch.equal(value.to(target).double(), value.double()) else torch.float32
+
+
+def _maker(source: Source, name: str, dtype: torch.dtype, to: str, layout: Layout) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        value = source.read(name).to(dtype)
+        if not torch.isfinite(value).all():
+            raise RunError(f"{name} overflows {str(dtype).removeprefix('torch.')}; convert to bfloat16 or float32")
+        if to == "official" and permutes(name, layout):
+            value = to_per_head(value, source.config.num_heads)
+        return value
+
+    return make

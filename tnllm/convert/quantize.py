@@ -1,0 +1,91 @@
+"""Int8 weight-only quantization through torchao, in the form transformers loads.
+
+    quantizer = Int8Quantizer()                              # MissingExtra without torchao
+    outputs, metadata = quantizer.outputs(output)            # one tensor becomes its parts
+
+Every matrix of a Linear gets int8 values and a scale per row; embedding, head and LRPE's theta stay as they are.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnllm.convert.writer import Output
+from tnllm.errors import MissingExtra, UserError
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a parameter (our name) becomes int8."""
+    return name.endswith("_proj.weight") or "channel_mixer" in name or "output_gate" in name
+
+
+class Int8Quantizer:
+    """torchao's int8 weight-only form, tensor by tensor."""
+
+    PLAIN = json.dumps({"_type": "Tensor"})  # what the metadata says of a tensor that stays as it is
+
+    def __init__(self) -> None:
+        """Raises MissingExtra without torchao."""
+        # It reports every CUDA extension it cannot load on a machine without CUDA.
+        logging.getLogger("torchao").setLevel(logging.ERROR)
+        try:
+            from torchao.prototype.safetensors import safetensors_support
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError:
+            raise MissingExtra("quantize", "torchao") from None
+        self._config, self._quantize = Int8WeightOnlyConfig(version=2), quantize_
+        self._support = safetensors_support
+        self._known: dict[tuple[tuple[int, ...], torch.dtype], tuple[dict[str, Tensor], str]] = {}
+
+    def config_values(self) -> dict[str, Any]:
+        """The quantization_config of config.json."""
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(self._config, modules_to_not_convert=["lm_head", "embed_tokens"]).to_dict()
+
+    def outputs(self, output: Output) -> tuple[list[Output], dict[str, str]]:
+        """The parts of one matrix, and what the file's metadata must say of it."""
+        module, _, leaf = output.name.rpartition(".")
+        assert leaf == "weight"
+        if output.shape[0] % 4:
+            raise UserError(f"{output.name} has {output.shape[0]} rows; int8 needs a multiple of 4")
+        kind = (output.shape, output.dtype)
+        if kind not in self._known:
+            parts, metadata = self._flatten(torch.zeros(output.shape, dtype=output.dtype))
+            self._known[kind] = {name: part[:1].clone() for name, part in parts.items()}, metadata
+        examples, metadata = self._known[kind]
+        # The parts of a matrix are written one after another; it is quantized once.
+        made: dict[str, Tensor] = {}
+
+        def make(part: str) -> Callable[[], Tensor]:
+            def take() -> Tensor:
+                if part not in made:
+                    made.update(self._flatten(output.make())[0])
+                return made.pop(part)
+
+            return take
+
+        rows = output.shape[0]
+        split = [
+            Output(f"{module}._weight_{part}", (rows, *example.shape[1:]), example.dtype, make(part))
+            for part, example in sorted(examples.items(), key=lambda item: -item[1].itemsize)
+        ]
+        return split, {output.name: metadata}
+
+    def _flatten(self, weight: Tensor) -> tuple[dict[str, Tensor], str]:
+        linear = nn.Linear(1, 1, bias=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        self._quantize(linear, self._config)
+        parts, metadata = self._support.flatten_tensor_state_dict({"m.weight": linear.weight})
+        prefix = "m._weight_"
+        return {name.removeprefix(prefix): part for name, part in parts.items()}, metadata["m.weight"]
+
+    def restore(self, name: str, parts: dict[str, Tensor], metadata: dict[str, str]) -> Tensor:
+        """The matrix that int8 parts, named as in the file, stand for."""
+        wanted = {name: metadata[name], "tensor_names": json.dumps([name])}
+        values, _ = self._support.unflatten_tensor_state_dict(parts, wanted)
+        return values[name].dequantize()

@@ -1,0 +1,108 @@
+"""Safetensors shards, written tensor by tensor: memory is that of one tensor, whatever the shard.
+
+    sums = write_shards(folder, outputs, shard_bytes, metadata, progress)     # file name → SHA-256
+
+The safetensors library's own writer wants a whole shard in memory. The format is short: eight bytes of header length, a
+JSON header with dtype, shape and place of each tensor, the data. Readers are the library's everywhere.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tnllm.convert.checksums import Progress
+from tnllm.convert.tensors import DTYPE_NAMES
+from tnllm.modeling.weights import INDEX, SINGLE
+
+_NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()} | {torch.int8: "I8"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the result; `make` reads and converts it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def plan_shards(outputs: list[Output], shard_bytes: int) -> dict[str, list[Output]]:
+    """File name → its tensors, in the given order; a tensor larger than `shard_bytes` has a file of its own."""
+    shards: list[list[Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if size and size + output.num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(output)
+        size += output.num_bytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    count = len(shards)
+    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def write_shards(
+    folder: Path, outputs: list[Output], shard_bytes: int, metadata: dict[str, str], progress: Progress
+) -> dict[str, str]:
+    """Write all tensors, and an index where there are several files. Returns the SHA-256 of each file."""
+    shards = plan_shards(outputs, shard_bytes)
+    total = sum(output.num_bytes for output in outputs)
+    done = 0
+    sums = {}
+    for file, shard in shards.items():
+        digest = hashlib.sha256()
+        # Wide types first, so that every tensor begins at a multiple of its item size. The parts of an int8 matrix stay
+        # together, wide ones first: apart, all the matrices of a shard would be held until their turn.
+        whole = any(output.dtype == torch.int8 for output in shard)
+        ordered = shard if whole else sorted(shard, key=lambda output: -output.dtype.itemsize)
+        with open(folder / file, "wb") as handle:
+            head = _header(ordered, metadata)
+            handle.write(head)
+            digest.update(head)
+            for output in ordered:
+                data = _bytes(output)
+                handle.write(data)
+                digest.update(data)
+                done += output.num_bytes
+                progress(f"writing {file}", done, total)
+        sums[file] = digest.hexdigest()
+    if len(shards) > 1:
+        weight_map = {output.name: file for file, shard in shards.items() for output in shard}
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+        (folder / INDEX).write_text(index, encoding="utf-8")
+        sums[INDEX] = hashlib.sha256(index.encode()).hexdigest()
+    return sums
+
+
+def _header(outputs: list[Output], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    start = 0
+    for output in outputs:
+        end = start + output.num_bytes
+        entries[output.name] = {
+            "dtype": _NAMES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(output: Output) -> memoryview:
+    value = output.make()
+    assert tuple(value.shape) == output.shape and value.dtype == output.dtype, output.name
+    return value.contiguous().view(-1).view(torch.uint8).numpy().data

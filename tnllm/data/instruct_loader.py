@@ -1,0 +1,175 @@
+"""Conversations packed into rows, behind the interface of `loader.Loader`.
+
+    packed = pack(read_conversations(files), tokenizer, template, seq_len=2048, report=say)
+    train, validation = packed.split(0.02)
+    loader = InstructLoader(train, batch_size=32, seed=0)
+    batch = loader.batch(first_sample=0, num_rows=4)      # tokens, labels, cu_seqlens, num_bytes, num_labels
+
+Rows are filled best-fit, longest conversation first, so little of a row is padding; a conversation never sees another
+one (`cu_seqlens`). Which conversations share a row is fixed; the order of rows changes with each pass. A batch is a pure
+function of seed and global sample index.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tnllm.data.instruct import Conversation, encode
+from tnllm.data.loader import IGNORE, Batch, permute
+from tnllm.errors import UserError
+from tnllm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Encoded conversations: `ids[i]` [n] int64, `counted[i]` [n] bool. Of those given, `cut` lost their end, and `dropped`
+    had no answer, or none within a row."""
+
+    ids: list[np.ndarray]
+    counted: list[np.ndarray]
+    seq_len: int
+    token_bytes: np.ndarray
+    cut: int = 0
+    dropped: int = 0
+
+    def split(self, fraction: float) -> tuple["Packed", "Packed"]:
+        """Training and validation: the latter holds about `fraction` of the conversations, spread evenly."""
+        count = len(self.ids)
+        held = round(count * fraction)
+        if fraction > 0 and count > 1:
+            held = min(max(1, held), count - 1)
+        chosen = {(2 * i + 1) * count // (2 * held) for i in range(held)} if held else set()
+        return self._part([i for i in range(count) if i not in chosen]), self._part(sorted(chosen))
+
+    def _part(self, which: Sequence[int]) -> "Packed":
+        return Packed([self.ids[i] for i in which], [self.counted[i] for i in which], self.seq_len, self.token_bytes)
+
+
+def pack(conversations: Iterable[Conversation], tokenizer: Tokenizer, template: str, seq_len: int) -> Packed:
+    """Encode for rows of `seq_len` tokens. A longer conversation loses its end, one without any answer is left out.
+
+    Raises UserError where nothing is left.
+    """
+    ids, counted = [], []
+    cut = dropped = 0
+    for conversation in conversations:
+        if not any(answer.strip() for _, answer in conversation.turns):
+            dropped += 1
+            continue
+        tokens, learned = encode(conversation, tokenizer, template)
+        # A row of T tokens has T labels, one place on: a conversation of T + 1 tokens fills it.
+        if len(tokens) > seq_len + 1:
+            tokens, learned = tokens[: seq_len + 1], learned[: seq_len + 1]
+            if not learned.any():
+                dropped += 1
+                continue
+            cut += 1
+        ids.append(tokens)
+        counted.append(learned)
+    if not ids:
+        raise UserError(
+            f"none of {dropped} conversations has an answer within data.seq_len {seq_len} tokens; raise data.seq_len or "
+            "check the file"
+        )
+    token_bytes = np.array([len(piece) for piece in tokenizer.token_bytes], np.int64)
+    return Packed(ids, counted, seq_len, token_bytes, cut, dropped)
+
+
+def fill_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+    """Which items (of `lengths` <= seq_len) share a row: longest first, each into the row it leaves least room in."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free places, row), sorted
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        found = bisect_left(room, (lengths[item], -1))
+        if found == len(room):
+            rows.append([item])
+            free, row = seq_len - lengths[item], len(rows) - 1
+        else:
+            space, row = room.pop(found)
+            rows[row].append(item)
+            free = space - lengths[item]
+        if free > 0:
+            insort(room, (free, row))
+    return rows
+
+
+class InstructLoader:
+    """Cuts batches from packed conversations. It holds no position: `batch` is a function of its arguments."""
+
+    def __init__(
+        self,
+        packed: Packed,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        """`batch_size` is the rows of one step on all ranks together. Raises UserError where ranks do not divide it."""
+        if batch_size % world_size:
+            raise UserError(f"{batch_size} rows a step do not divide over {world_size} ranks; change one of them")
+        self.packed, self.seq_len, self.batch_size, self.shuffle = packed, packed.seq_len, batch_size, shuffle
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        # The last token of a conversation is only ever a label.
+        self._rows = fill_rows([len(ids) - 1 for ids in packed.ids], packed.seq_len)
+        # One more for the padding at the end of a row.
+        self.max_row_sequences = 1 + max(len(row) for row in self._rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one pass."""
+        return len(self._rows)
+
+    @property
+    def num_labels(self) -> int:
+        """Learned tokens of one pass."""
+        return int(sum(counted[1:].sum() for counted in self.packed.counted))
+
+    def rank_samples(self, first_sample: int) -> range:
+        """The global samples of this rank in the step whose first sample is `first_sample`."""
+        rows = self.batch_size // self._world_size
+        return range(first_sample + self._rank * rows, first_sample + (self._rank + 1) * rows)
+
+    def batch(self, first_sample: int, num_rows: int) -> Batch:
+        """Global samples `first_sample` to `first_sample + num_rows - 1`: tokens and labels [1, num_rows * T].
+
+        `cu_seqlens` is padded to a fixed length with its last value. Without shuffling, samples past the last row are
+        whole rows of ignored labels.
+        """
+        assert first_sample >= 0 and num_rows > 0, (first_sample, num_rows)
+        length = self.seq_len
+        tokens = np.zeros((num_rows, length), np.int64)
+        labels = np.full((num_rows, length), IGNORE, np.int64)
+        ends = np.full(num_rows * self.max_row_sequences + 1, num_rows * length, np.int32)
+        found = [0]
+        for row in range(num_rows):
+            place = 0
+            for item in self._items(first_sample + row):
+                ids, counted = self.packed.ids[item], self.packed.counted[item]
+                size = len(ids) - 1
+                tokens[row, place : place + size] = ids[:-1]
+                labels[row, place : place + size] = np.where(counted[1:], ids[1:], IGNORE)
+                place += size
+                found.append(row * length + place)
+            if place < length:
+                found.append((row + 1) * length)
+        ends[: len(found)] = found
+        learned = labels[labels != IGNORE]
+        return Batch(
+            torch.from_numpy(tokens.reshape(1, -1)),
+            torch.from_numpy(labels.reshape(1, -1)),
+            torch.from_numpy(ends),
+            int(self.packed.token_bytes[learned].sum()),
+            len(learned),
+        )
+
+    def _items(self, sample: int) -> list[int]:
+        """The conversations of one global sample."""
+        rows = len(self._rows)
+        if not self.shuffle:
+            return self._rows[sample] if sample < rows else []
+        epoch, row = divmod(sample, rows)
+        return self._rows[permute(row, rows, self._seed * 1_000_003 + epoch)]

@@ -1,0 +1,44 @@
+"""From loaded tasks to token requests, without a model: for counting and for machines without the harness.
+
+bundle = build_bundle(loaded, Tokenizer.load(folder), limit=None, seed=1234)
+"""
+
+from typing import Any
+
+from tnllm.errors import UserError
+from tnllm.evaluation.bundle import Bundle
+from tnllm.evaluation.encoding import LineEncoder
+from tnllm.evaluation.harness import encode_pairs
+from tnllm.evaluation.prefix_tree import Request
+from tnllm.evaluation.tasks import Loaded
+from tnllm.tokenizer import Tokenizer
+
+
+def build_bundle(loaded: Loaded, tokenizer: Tokenizer, limit: int | None, seed: int) -> Bundle:
+    """Requests of multiple-choice tasks, question by question. Raises UserError for tasks of another kind."""
+    pairs: list[tuple[str, str]] = []
+    questions: list[int] = []
+    answers: list[int] = []
+    for name, task in loaded.tasks.items():
+        if task.OUTPUT_TYPE != "multiple_choice":
+            raise UserError(f"{name} is a {task.OUTPUT_TYPE} task; a request file holds multiple-choice questions")
+        task.set_fewshot_seed(seed=seed)
+        task.build_all_requests(limit=limit)
+        previous = None
+        for instance in sorted(task.instances, key=lambda each: (each.doc_id, each.idx)):
+            if instance.doc_id != previous:
+                previous = instance.doc_id
+                answers.append(_answer(task, instance.doc))
+            pairs.append(instance.args)
+            questions.append(len(answers) - 1)
+    requests: list[Request] = encode_pairs(pairs, LineEncoder(tokenizer), tokenizer.bos_id)
+    about = {"tasks": list(loaded.tasks), "tokenizer_sha256": tokenizer.sha256, "limit": limit, "seed": seed}
+    return Bundle(requests, questions, answers, about)
+
+
+def _answer(task: Any, document: dict[str, Any]) -> int:
+    # Winogrande's kind puts the choices before the gap, and the number of the right one where the text goes.
+    target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+    if isinstance(target, str) and target.isdecimal():
+        return int(target)
+    return target if isinstance(target, int) else -1

@@ -1,0 +1,288 @@
+"""Task names to tasks: the harness's definitions, with local data where tnllm knows of them, and only what is asked for.
+
+    chosen = choose(["mmlu", "ceval", "tnl-paper"], note=print)      # names as typed → names and shots
+    loaded = load_tasks(chosen, data_dir=Path("data"), note=print)   # what lm_eval.evaluator.evaluate takes
+
+The harness reads all of its 14,000 definition files at start; here a definition is found by a text search for its name
+and only its folder is read.
+"""
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+import lm_eval.utils
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+
+from tnllm.errors import UserError, did_you_mean
+from tnllm.evaluation.cards import PAPER_GROUP, PAPER_TASKS, Card, find_card, load_cards, subject_card
+
+# The harness compiles a task's template for every question, which takes longer than scoring it.
+lm_eval.utils.env.from_string = lru_cache(maxsize=1024)(lm_eval.utils.env.from_string)
+
+DEFINITIONS = Path(lm_eval.tasks.__file__).parent
+_NAMED = re.compile(r'^["\']?(?:task|group|tag)["\']?\s*:[ \t]*(.*(?:\n[ \t]*-[^\n]*)*)', re.MULTILINE)
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A task to run: the harness's name, its card if tnllm has one, and the number of examples (None: its own)."""
+
+    name: str
+    card: Card | None
+    num_fewshot: int | None
+
+
+@dataclass
+class Loaded:
+    """Tasks ready for the harness, and where their documents came from."""
+
+    tasks: dict[str, Task] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    data: dict[str, dict[str, str]] = field(default_factory=dict)  # task → split, file
+    sampled: list[str] = field(default_factory=list)  # tasks and groups on the packaged sample
+
+    def as_harness(self) -> dict[str, Any]:
+        """The dictionary that `evaluate` takes."""
+        return {
+            "tasks": self.tasks,
+            "groups": self.groups,
+            "group_map": {group.name: group.child_names for group in self.groups.values()},
+        }
+
+
+@cache
+def definition_files() -> dict[str, list[Path]]:
+    """Name of a task, group or tag → the harness's files that hold it."""
+    found: dict[str, list[Path]] = {}
+    for folder, _, files in os.walk(DEFINITIONS):
+        for file in sorted(files):
+            if not file.endswith(".yaml"):
+                continue
+            path = Path(folder, file)
+            for value in _NAMED.findall(path.read_text(encoding="utf-8", errors="replace")):
+                first, *items = value.split("\n")
+                # A list below `task:` names members of a group; below `tag:` each is a tag of this task.
+                for name in [first, *(item.strip().removeprefix("-") for item in items)]:
+                    name = name.split("#")[0].strip().strip("\"'")
+                    if re.fullmatch(r"[\w.:+-]+", name):
+                        found.setdefault(name, []).append(path)
+    return found
+
+
+def choose(names: Iterable[str], num_fewshot: int | None, note: Note) -> list[Choice]:
+    """Resolve short names, patterns and the paper's group. Raises UserError for a name nobody knows."""
+    choices: dict[str, Choice] = {}
+    for typed in names:
+        if typed == PAPER_GROUP:
+            if num_fewshot is not None:
+                raise UserError(f"{PAPER_GROUP} fixes its number of examples (0, and 5 for MMLU, CMMLU and C-Eval)")
+            found = [Choice(name, find_card(name), shots) for name, shots in PAPER_TASKS.items()]
+        elif card := find_card(typed):
+            if card.name != typed:
+                note(f"{typed} is {card.name} in lm-evaluation-harness")
+            found = [Choice(card.name, card, num_fewshot)]
+        elif pair := subject_card(typed):
+            found = [Choice(typed, pair[0], num_fewshot)]
+        else:
+            known = definition_files()
+            matches = fnmatch.filter(known, typed) if set(typed) & set("*?[") else [typed] * (typed in known)
+            if not matches:
+                ours = [PAPER_GROUP, *load_cards(), *(name for card in load_cards().values() for name in card.aliases)]
+                raise UserError(
+                    f"task {typed!r} is not known{did_you_mean(typed, [*ours, *known])}; `tnllm eval ls` lists those with "
+                    f"offline data, `tnllm eval ls PATTERN` all {len(known):,} of lm-evaluation-harness"
+                )
+            found = [Choice(name, _card_of(name), num_fewshot) for name in matches]
+        choices.update({choice.name: choice for choice in found})
+    return list(choices.values())
+
+
+def search(pattern: str) -> list[str]:
+    """Names of the harness that match, or contain, a pattern. Raises UserError when none does."""
+    known = definition_files()
+    found = sorted(fnmatch.filter(known, pattern if set(pattern) & set("*?[") else f"*{pattern}*"))
+    if not found:
+        raise UserError(f"no task matches {pattern!r}{did_you_mean(pattern, known)}; try a part of its name")
+    return found
+
+
+def _card_of(name: str) -> Card | None:
+    pair = subject_card(name)
+    return pair[0] if pair else find_card(name)
+
+
+class _LocalTask(ConfigurableTask):
+    """A task of the harness that reads our card's files."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        config = dict(config)
+        config.pop("class")
+        self.source: _Source = config.pop("source")
+        self.found: dict[str, str] = {}
+        super().__init__(config=config)
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Documents of the splits in use; examples only if any are asked for."""
+        card, shots = self.source.card, self.source.num_fewshot
+        subject = self.config.dataset_name if card.subject_tasks else None
+        scored = self.config.test_split or self.config.validation_split
+        examples = self.config.fewshot_split or self.config.training_split
+        self.dataset = {}
+        for split in {*filter(None, [scored, examples, self.config.training_split, self.config.validation_split])}:
+            if split == scored or (split == examples and shots):
+                documents, really, file = card.load(self.source.data_dir, split, subject)
+                if not documents:
+                    raise UserError(f"{file} holds no document of {self.config.task}")
+                if split == scored:
+                    self.found = {"split": really, "file": file, "scored_split": split}
+                self.dataset[split] = datasets.Dataset.from_list(documents)
+            else:
+                self.dataset[split] = datasets.Dataset.from_list([])
+
+
+@dataclass(frozen=True)
+class _Source:
+    card: Card
+    data_dir: Path | None
+    num_fewshot: int
+
+
+def load_tasks(choices: list[Choice], data_dir: Path | None, online: bool, note: Note) -> Loaded:
+    """Read definitions and documents. Cards read `data_dir`, or the packaged sample without one; `online` passes them by.
+
+    Raises UserError for missing data, with what was looked for, and where a download would be needed but fails.
+    """
+    loaded = Loaded()
+    for choice in choices:
+        if choice.card is None or online:
+            _add(loaded, _load_online(choice), choice.num_fewshot)
+        elif data_dir is None and choice.card.subject_tasks and choice.name == choice.card.name:
+            _load_sample_group(loaded, choice, note)
+        else:
+            manager = TaskManager(include_path=[DEFINITIONS / choice.card.folder], include_defaults=False)
+            shots = _sample_shots(choice, note) if data_dir is None else choice.num_fewshot
+            if data_dir is None:
+                loaded.sampled.append(choice.name)
+            item = _build(manager, choice.name, _Source(choice.card, data_dir, shots or 0))
+            _add(loaded, item, shots)
+    _note_data(loaded, note)
+    return loaded
+
+
+def _build(manager: TaskManager, name: str, source: _Source) -> Task | Group:
+    overrides = {"class": _LocalTask, "source": source}
+    return manager._factory.build(manager.task_index[name], overrides=overrides, registry=manager.task_index)
+
+
+def _sample_shots(choice: Choice, note: Note) -> int | None:
+    """The packaged samples hold few examples."""
+    assert choice.card is not None
+    if choice.num_fewshot and choice.card.sample is not None:
+        subject = (subject_card(choice.name) or (None, None))[1] or next(iter(choice.card.sample_subjects()), None)
+        examples = next((name for name in choice.card.files if name in ("dev", "train")), "train")
+        there = len(choice.card.load(None, examples, subject)[0]) if choice.card.sample else 0
+        if there < choice.num_fewshot:
+            note(
+                f"{choice.name}: the packaged sample has {there} examples, so {there} shots instead of {choice.num_fewshot}"
+            )
+            return there
+    return choice.num_fewshot
+
+
+def _load_sample_group(loaded: Loaded, choice: Choice, note: Note) -> None:
+    """The subjects of which there is a sample, as one group."""
+    card = choice.card
+    assert card is not None and card.subject_tasks is not None
+    subjects = card.sample_subjects()
+    manager = TaskManager(include_path=[DEFINITIONS / card.folder], include_defaults=False)
+    definition = manager.task_index[card.name].cfg or {}
+    kept = {key: definition[key] for key in ("group", "aggregate_metric_list", "metadata") if key in definition}
+    group = Group.from_config(kept)
+    shots = _sample_shots(choice, note)
+    for subject in subjects:
+        task = _build(manager, card.subject_tasks.format(subject=subject), _Source(card, None, shots or 0))
+        group.add(task)
+    loaded.sampled.append(choice.name)
+    _add(loaded, group, shots)
+
+
+def _add(loaded: Loaded, item: Task | Group | list[Task], num_fewshot: int | None) -> None:
+    """Flatten into `loaded` and set the number of examples: the one asked for, or the task's own, or none."""
+    if isinstance(item, Group):
+        tasks = item.get_all_tasks()
+        loaded.groups |= {group.name: group for group in (item, *item.get_all_groups())}
+    else:
+        tasks = item if isinstance(item, list) else [item]
+    for task in tasks:
+        own = task.get_config("num_fewshot")
+        # A task that says 0 itself cannot have examples.
+        if own is None or (num_fewshot is not None and own != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        loaded.tasks[task.task_name] = task
+        if isinstance(task, _LocalTask):
+            loaded.data[task.task_name] = task.found
+
+
+def _note_data(loaded: Loaded, note: Note) -> None:
+    for name in loaded.sampled:
+        note(f"{name}: a sample that ships with tnllm, not a score; give --data-dir for the whole set (tnllm eval ls)")
+    others: dict[tuple[str, str], list[str]] = {}
+    for name, found in loaded.data.items():
+        if found["split"] != found["scored_split"]:
+            others.setdefault((found["scored_split"], found["split"]), []).append(name)
+    for (scored, really), names in others.items():
+        note(f"{', '.join(names)}: no {scored} split in the data folder, so scored on {really}")
+
+
+def _load_online(choice: Choice) -> Any:
+    """The harness's own task with its own data, from the Hugging Face hub or its cache on this machine."""
+    folders = sorted({path.parent for path in _closure(choice.name)})
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if choice.name not in manager.task_index:
+        manager = TaskManager()
+    try:
+        return manager._load_spec(choice.name)
+    except (ConnectionError, FileNotFoundError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        hint = "give --data-dir DIR instead" if choice.card else "only `tnllm eval ls` tasks work offline"
+        raise UserError(
+            f"the data of {choice.name} come from the Hugging Face hub, and could not be loaded ({reason}); {hint}"
+        ) from None
+
+
+def _closure(name: str) -> set[Path]:
+    """Files of a name and of all that its group refers to."""
+    known = definition_files()
+    files: set[Path] = set()
+    todo = [name]
+    seen: set[str] = set()
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for path in known.get(current, []):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            defines = re.search(
+                rf"^[\"']?(task|group|tag)[\"']?\s*:[ \t]*[\"']?{re.escape(current)}[\"']?\s*$", text, re.M
+            )
+            listed = re.search(rf"^[\"']?tag[\"']?\s*:(?:\s*-[^\n]*)*{re.escape(current)}", text, re.M)
+            if defines or listed:
+                files.add(path)
+                if re.search(r"^[\"']?group[\"']?\s*:", text, re.M):
+                    todo += [
+                        item.strip("\"'")
+                        for item in re.findall(r"^\s*-\s*(?:task:|group:)?\s*([\w.:\"'+-]+)\s*$", text, re.M)
+                    ]
+    return files

@@ -1,0 +1,192 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W x + (alpha / rank) B A x, with W frozen and A, B trained.
+
+    add_lora(model, LoraConfig(rank=8, alpha=16), seed=0)   # freezes everything else
+    save_adapter(model, "adapter", base="runs/base/weights") # PEFT's format
+    merge_lora(model)                                        # W += (alpha / rank) B A; a plain model again
+    merge_adapter(model, "adapter")                          # the same from an adapter's folder, onto a plain model
+
+A and B are fp32 whatever the base is kept in. They hang on the projections of a block; the fused ones (q, k, v and gate in
+one matrix) get one pair for the whole matrix.
+"""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tnllm.errors import RunError, UserError, did_you_mean
+from tnllm.files import replace_dir
+from tnllm.modeling.config import LoraConfig
+from tnllm.modeling.hf_names import from_official, to_official
+from tnllm.modeling.model import LanguageModel
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer whose weight [out, in] is frozen and has a low-rank product beside it."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        out_features, in_features = base.weight.shape
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.weight = base.weight
+        self.scale = alpha / rank
+        device = base.weight.device
+        self.lora_A = nn.Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.scale * self.lora_B(self.lora_A(x))
+
+    def product(self) -> Tensor:
+        """What is to be added to the weight: [out, in] fp32."""
+        return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+
+def lora_layers(model: LanguageModel) -> dict[str, LoraLinear]:
+    """Module name → layer, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def add_lora(model: LanguageModel, config: LoraConfig, seed: int = 0) -> None:
+    """Freeze `model` and put an adapter beside every target. A is uniform by its fan-in, B zero: nothing changes yet.
+
+    Raises UserError for a target the model does not have.
+    """
+    model.requires_grad_(False)
+    linears = [
+        (f"layers.{number}.{name}", module)
+        for number, block in enumerate(model.blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in linears))
+    for target in config.targets or ():
+        if target not in kinds:
+            raise UserError(
+                f"lora.targets has {target!r}; this model has {', '.join(kinds)}{did_you_mean(target, kinds)}"
+            )
+    wanted = config.targets or [kind for kind in kinds if not kind.isdecimal()]
+    device = model.device
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+    for name, module in linears:
+        parent, _, kind = name.rpartition(".")
+        if kind not in wanted:
+            continue
+        layer = LoraLinear(module, config.rank, config.alpha)
+        if generator is not None:
+            nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(layer.lora_B.weight)
+        setattr(model.get_submodule(parent), kind, layer)
+    model.lora = config
+
+
+def merge_lora(model: LanguageModel) -> None:
+    """Add each product to its weight, rounded once to the weight's dtype; the adapters are gone."""
+    for name, layer in lora_layers(model).items():
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight.float() + layer.product())
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = layer.weight
+        parent, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(parent), kind, plain)
+    model.lora = None
+
+
+def save_adapter(model: LanguageModel, folder: Path | str, base: str | None = None) -> None:
+    """Write PEFT's adapter_config.json and adapter_model.safetensors, aside first and then renamed.
+
+    `base` names the weights the adapter belongs to. Keys are those of PEFT on the Hugging Face form of the model.
+    """
+    config = model.lora
+    assert config is not None, "add_lora comes first"
+    layers = lora_layers(model)
+    tensors = {
+        f"base_model.model.{to_official(name)}.lora_{part}.weight": weight.detach().float().cpu().contiguous()
+        for name, layer in layers.items()
+        for part, weight in (("A", layer.lora_A.weight), ("B", layer.lora_B.weight))
+    }
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    aside = folder.with_name(f"{folder.name}.tmp-save")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        (aside / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        replace_dir(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def merge_adapter(model: LanguageModel, folder: Path | str) -> int:
+    """Merge an adapter in PEFT's format into a plain model; returns how many weights changed.
+
+    Raises UserError for a folder that holds none, for kinds of adapter other than plain LoRA, and for one made for another
+    model; RunError for a damaged file.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder / ADAPTER_CONFIG)
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{file} is missing; the adapter folder is incomplete")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise RunError(f"{file} is damaged ({error}); copy it again") from None
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise UserError(f"{file} holds {key!r}, which is no LoRA matrix; only plain LoRA adapters are read")
+        pairs.setdefault(from_official(match[1]), {})[match[2]] = tensor.float()
+    weights = dict(model.named_parameters())
+    for name, pair in pairs.items():
+        weight = weights.get(f"{name}.weight")
+        if weight is None or len(pair) != 2 or (pair["B"].shape[0], pair["A"].shape[1]) != tuple(weight.shape):
+            raise UserError(f"the adapter in {folder} does not fit: its {name} is not one of this model's projections")
+        rank = pair["A"].shape[0]
+        scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        with torch.no_grad():
+            a, b = pair["A"].to(weight.device), pair["B"].to(weight.device)
+            weight.copy_(weight.float() + scale * (b @ a))
+    return len(pairs)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}; give an adapter's folder")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
+    if settings.get("peft_type") != "LORA" or not isinstance(settings.get("lora_alpha"), int | float):
+        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; allowed: LORA, with a lora_alpha")
+    plain = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None, "alpha_pattern": {}}
+    for key, value in plain.items():
+        if settings.get(key) not in (value, None, [], {}):
+            raise UserError(f"{path}: {key} is {settings[key]!r}, which is not supported; allowed: {value!r}")
+    return settings

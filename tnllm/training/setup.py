@@ -1,0 +1,68 @@
+"""The model a run starts from: new weights, those of a folder, or those with an adapter beside them.
+
+model = make_model(config, device)            # train.init, train.weights, lora and recomputation applied
+publish(model, out, config, tokenizer)        # weights/, and adapter/ where there is one
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tnllm.errors import UserError
+from tnllm.modeling.lora import add_lora, merge_lora, save_adapter
+from tnllm.modeling.model import LanguageModel, build_model
+from tnllm.modeling.weights import GENERATION, load_model, resolve_model, save_model
+from tnllm.tokenizer import Tokenizer
+from tnllm.training.config import PACKAGED, RunConfig
+
+
+def init_folder(config: RunConfig) -> Path | None:
+    """The weights folder behind train.init. Raises UserError where there is none."""
+    if config.train.init is None:
+        return None
+    return resolve_model(None if config.train.init == PACKAGED else config.train.init)
+
+
+def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageModel:
+    """Trainable weights on `device`, kept in fp32 or as train.weights says.
+
+    With an adapter the base is frozen; `low` (products run in bf16) keeps it in bf16 then, since nothing is added to it.
+    """
+    kept = torch.bfloat16 if config.train.weights == "bf16" or (config.lora.rank and low) else torch.float32
+    folder = init_folder(config)
+    if folder is None:
+        model = build_model(config.model, device, kept, seed=config.train.seed)
+    else:
+        model = load_model(folder, device, kept).train().requires_grad_(True)
+    if config.lora.rank:
+        add_lora(model, config.lora, seed=config.train.seed)
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    return model
+
+
+def chat_template(config: RunConfig) -> str:
+    """How a prompt is written: the recipe's way, else that of the weights the run starts from, else the default."""
+    from tnllm.generation.loading import CHAT_TEMPLATE
+
+    if config.data.chat_template is not None:
+        return config.data.chat_template
+    folder = init_folder(config)
+    if folder is not None and (folder / GENERATION).is_file():
+        try:
+            return str(
+                json.loads((folder / GENERATION).read_text(encoding="utf-8")).get("chat_template", CHAT_TEMPLATE)
+            )
+        except (ValueError, AttributeError):
+            raise UserError(f"{folder / GENERATION} is no JSON object; fix it or remove it") from None
+    return CHAT_TEMPLATE
+
+
+def publish(model: LanguageModel, out: Path, config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Write `out`/weights, an adapter merged into them; the adapter alone goes to `out`/adapter. `model` is plain then."""
+    if model.lora is not None:
+        folder = init_folder(config)
+        save_adapter(model, out / "adapter", base=None if folder is None else str(folder.absolute()))
+        merge_lora(model)
+    generation = {"chat_template": chat_template(config)} if config.data.format == "chat" else None
+    save_model(model, out / "weights", tokenizer=tokenizer.path, dtype=dtype, generation=generation)
