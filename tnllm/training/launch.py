@@ -65,14 +65,19 @@ def _knows_shutdown_timeout() -> bool:
 
 
 def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
-    """The `parallel` keys to set for `world_size` ranks: none where the recipe's mesh fits; else weights are sharded.
+    """The keys to set for `world_size` ranks: none where the recipe's mesh fits.
 
+    For a recipe of one rank weights are sharded, and a rank takes fewer rows at a time where a step has too few for all.
     Raises UserError where the recipe asks for another number of ranks.
     """
     if config.world_size == world_size:
         return {}
     if config.world_size == 1:
-        return {"shard": world_size}
+        rows, left = divmod(config.global_batch_rows, world_size)
+        most = config.train.micro_batch_size
+        fitting = [size for size in range(min(most, rows), 0, -1) if rows % size == 0]
+        fewer = {"train.micro_batch_size": fitting[0]} if fitting and not left and fitting[0] < most else {}
+        return {"parallel.shard": world_size, **fewer}
     mesh = config.parallel
     raise UserError(
         f"the recipe's parallel section asks for {config.world_size} ranks (replicate {mesh.replicate} * "
