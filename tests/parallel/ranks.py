@@ -21,7 +21,7 @@ from tnllm.parallel.sequence import cut
 from tnllm.training.checkpoint import Saver, TrainState, load_checkpoint
 from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, make_optimizer
-from tnllm.training.sharded import ShardedSaver, load_sharded
+from tnllm.training.sharded import ShardedSaver, load_sharded, load_weights
 
 STEPS = 10
 SIZE = {"vocab_size": 64, "model_dim": 32, "num_heads": 4, "num_layers": 2, "glu_dim": 48, "pad_token_id": None}
@@ -135,6 +135,10 @@ def compare(name: str) -> dict:
     return {"rows": rows, "gradient": first, "weights": last, "kept": kept}
 
 
+def whole_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(folder).state_dict())
+
+
 def hand_over(folder: Path, ports: list[int]) -> dict:
     """Three steps on tensor x sequence, three on shard x sequence, three on replicate x shard, one alone; and one."""
     config, losses = model_config({}), []
@@ -153,7 +157,7 @@ def hand_over(folder: Path, ports: list[int]) -> dict:
         saver = ShardedSaver(folder, keep=2, background=True, tokenizer=None, sharded=run.sharded)
         saver.save(state, run.sharded, run.optimizer)
         saver.wait()
-        whole = dict(load_model(folder).state_dict())
+        whole = whole_weights(folder)
         parts = {name: p.detach() for name, p in run.sharded.named_parameters()}
         same = difference(parts, run.sharded, whole)
         close_mesh(mesh)
@@ -167,7 +171,10 @@ def hand_over(folder: Path, ports: list[int]) -> dict:
     mesh = open_mesh(1, 1, 4, 1, "cpu", timeout_s=120)
     run = Together(config, False, mesh)
     torch.distributed.barrier()
+    load_weights(folder / "back/checkpoints/step-00000010", run.sharded)
+    started = {name: p.detach().clone() for name, p in run.sharded.named_parameters()}
     state = load_sharded(folder / "back/checkpoints/step-00000010", run.sharded, run.optimizer)
+    same += difference(started, run.sharded, whole_weights(folder / "back"))
     losses.append(run.step(9)[0])
     close_mesh(mesh)
     files = sorted(str(path.relative_to(folder)) for path in (folder / "checkpoints").glob("*/*/*"))

@@ -48,7 +48,7 @@ def command(
     try:
         config = load_recipe(recipe, sets)
         ranks = int(os.environ["WORLD_SIZE"]) if is_rank else world_size or (config.world_size if dry_run else nproc)
-        sets += [f"parallel.{axis}={size}" for axis, size in fit_mesh(config, ranks).items()]
+        sets += [f"{key}={size}" for key, size in fit_mesh(config, ranks).items()]
         config = load_recipe(recipe, sets)
         if dry_run:
             from tnllm.training.plan import plan

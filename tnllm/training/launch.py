@@ -37,6 +37,8 @@ def launch(args: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
 
     # Its log repeats as an error what the rank itself has said in one line.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # Otherwise ranks that start again find the addresses of the dead in the store of the first attempt.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     options = ["--standalone", "--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts)]
     options += ["--shutdown-timeout", str(_SHUTDOWN_S)] if _knows_shutdown_timeout() else []
@@ -63,14 +65,19 @@ def _knows_shutdown_timeout() -> bool:
 
 
 def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
-    """The `parallel` keys to set for `world_size` ranks: none where the recipe's mesh fits; else weights are sharded.
+    """The keys to set for `world_size` ranks: none where the recipe's mesh fits.
 
+    For a recipe of one rank weights are sharded, and a rank takes fewer rows at a time where a step has too few for all.
     Raises UserError where the recipe asks for another number of ranks.
     """
     if config.world_size == world_size:
         return {}
     if config.world_size == 1:
-        return {"shard": world_size}
+        rows, left = divmod(config.global_batch_rows, world_size)
+        most = config.train.micro_batch_size
+        fitting = [size for size in range(min(most, rows), 0, -1) if rows % size == 0]
+        fewer = {"train.micro_batch_size": fitting[0]} if fitting and not left and fitting[0] < most else {}
+        return {"parallel.shard": world_size, **fewer}
     mesh = config.parallel
     raise UserError(
         f"the recipe's parallel section asks for {config.world_size} ranks (replicate {mesh.replicate} * "
@@ -93,20 +100,20 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = "auto"
-    mesh = config_mesh(config, pick_device(config.train.device).type)
+    rank = os.environ["RANK"]
     try:
+        mesh = config_mesh(config, pick_device(config.train.device).type)
         train(config, out, resume, mesh)
+        # A rank that fails leaves at once: closing would wait for the others.
+        close_mesh(mesh)
     except RuntimeError as error:
         if not _is_lost_rank(error):
             raise
         late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         what = f"silent for {config.parallel.timeout_s:g} s (parallel.timeout_s)" if late else "lost"
         raise RunError(
-            f"rank {mesh.rank}: another rank was {what}; its own message, if it left one, says why; "
-            "go on with --resume auto"
+            f"rank {rank}: another rank was {what}; its own message, if it left one, says why; go on with --resume auto"
         ) from error
-    # A rank that fails leaves at once: closing would wait for the others.
-    close_mesh(mesh)
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:

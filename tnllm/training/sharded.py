@@ -204,18 +204,30 @@ def load_sharded(folder: Path, sharded: ShardedModel, optimizer: torch.optim.Opt
     """Fill this rank's part of model and optimizer from a checkpoint of any mesh; returns where the run was."""
     check_same_model(folder, sharded.model.config)
     for name, tensors in zip(FOLDERS, _tensors(sharded, optimizer), strict=True):
-        with ExitStack() as stack, torch.no_grad():
-            where = {}
-            for path in sorted((folder / name).glob("*.safetensors")):
-                file = stack.enter_context(safe_open(path, framework="pt"))
-                where.update(dict.fromkeys(file.keys(), file))
-            for key, (local, layout) in tensors.items():
-                if key not in where:
-                    raise RunError(f"{folder / name} has no tensor {key}; it is no checkpoint of this model")
-                if layout is None:
-                    local.copy_(where[key].get_tensor(key))
-                    continue
-                stored = where[key].get_slice(key)
-                for mine, slices in layout.pieces():
-                    local[mine].copy_(stored[slices])
+        _fill(tensors, folder / name)
     return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+def load_weights(folder: Path, sharded: ShardedModel) -> None:
+    """Start from a weights folder or a step folder of the same model: this rank's slices, in this model's dtype."""
+    check_same_model(folder, sharded.model.config)
+    inside = folder / FOLDERS[0]
+    _fill({n: (p.local.detach(), p.layout) for n, p in sharded.parts.items()}, inside if inside.is_dir() else folder)
+
+
+def _fill(tensors: dict[str, tuple[Tensor, Layout | None]], folder: Path) -> None:
+    """Copy this rank's slices of the whole tensors in `folder`'s safetensors files."""
+    with ExitStack() as stack, torch.no_grad():
+        where = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            where.update(dict.fromkeys(file.keys(), file))
+        for key, (local, layout) in tensors.items():
+            if key not in where:
+                raise RunError(f"{folder} has no tensor {key}; it holds another model")
+            if layout is None:
+                local.copy_(where[key].get_tensor(key))
+                continue
+            stored = where[key].get_slice(key)
+            for mine, slices in layout.pieces():
+                local[mine].copy_(stored[slices])
