@@ -38,16 +38,16 @@ def decay_errors(
             shape = (1, length, heads, head_dim)
             q, k, v, do = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
             q, k = F.silu(q) * head_dim**-0.5, F.silu(k)
-            wide = [x.double() for x in (q, k, v)]
-            o, state = chunk_forward(*wide, log_decay, None, None)
-            dq, dk, dv, _ = chunk_backward(do.double(), None, *wide, log_decay, None, None)
+            wide_q, wide_k, wide_v = (x.double() for x in (q, k, v))
+            o, state = chunk_forward(wide_q, wide_k, wide_v, log_decay, None, None)
+            dq, dk, dv, _ = chunk_backward(do.double(), None, wide_q, wide_k, wide_v, log_decay, None, None)
             exact = {"o": o, "dq": dq, "dk": dk, "dv": dv, "state": state}
             for provider in providers:
                 if provider.softmax or provider.quadratic_memory:
                     continue
                 given = [x.transpose(1, 2).contiguous() if provider.heads_first else x.clone() for x in (q, k, v, do)]
                 leaves = [x.requires_grad_() for x in given[:3]]
-                got = provider.attend(*leaves, log_decay)
+                got = provider.attend(leaves[0], leaves[1], leaves[2], log_decay)
                 found = dict(
                     zip(("o", "dq", "dk", "dv"), (got, *torch.autograd.grad(got, leaves, given[3])), strict=True)
                 )
