@@ -71,7 +71,9 @@ def command(
         from tnllm.bench.report import print_errors
         from tnllm.bench.timing import describe_device
 
-        rows = decay_errors(choose(names, where, dtypes[name], _note), chosen, SLOPES, dtypes[name], where, heads, head_dim)
+        rows = decay_errors(
+            choose(names, where, dtypes[name], _note), chosen, SLOPES, dtypes[name], where, heads, head_dim
+        )
         print_errors(describe_device(where) | {"dtype": name}, rows)
         if json_file is not None:
             write_json({"environment": describe_device(where) | {"dtype": name}, "rows": rows}, json_file)
