@@ -1,5 +1,6 @@
 import io
 import itertools
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -159,3 +160,13 @@ def test_bad_input_is_named():
 def test_every_byte_has_a_token():
     single = set(itertools.chain.from_iterable(data for data in SHIPPED.token_bytes if len(data) == 1))
     assert single == set(range(256))
+
+
+def test_packaged_tokenizers_have_names():
+    large = Tokenizer.load(assets.tokenizer_model("tnllm-64k"))
+    assert large.vocab_size == 64_000 and Tokenizer.load(assets.tokenizer_model()).vocab_size == 8192
+    assert assets.tokenizer_model("some/tokenizer.model") == Path("some/tokenizer.model")
+    text = "The river 長江 flows\n\tdef f(x):\n        return x  # 12345 \u2581 😀"
+    assert large.decode(large.encode(text)) == text
+    # Bytes per token of each language: the reason to have it.
+    assert len(large.encode("北京市是中华人民共和国的首都。")) <= 8

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tnllm.generation.graph import persistent_step
+from tnllm.kernels.fused import decode
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.model import build_model
 
@@ -51,7 +52,8 @@ LIMIT = 2e-5
         (1, {"position": "lrpe-d", "activation": "none", "model_dim": 64, "num_heads": 1, "tie_embeddings": False}),
     ],
 )
-def test_one_kernel_equals_the_model(batch, changes):
+def test_one_kernel_equals_the_model(batch, changes, monkeypatch):
+    monkeypatch.setattr(decode, "MAX_BATCH", 8)  # right for several rows too, though no faster
     logits, states = gaps(model_of(**changes), batch)
     assert logits < LIMIT and states < LIMIT
 
@@ -61,15 +63,17 @@ def test_other_models_and_large_batches_have_none():
         model = model_of(**changes)
         assert persistent_step(model, model.init_state(1)) is None
     model = model_of()
-    assert persistent_step(model, model.init_state(9)) is None
+    assert persistent_step(model, model.init_state(1)) is not None
+    assert persistent_step(model, model.init_state(decode.MAX_BATCH + 1)) is None
     model.layers[1].channel_mixer.l1 = torch.nn.Sequential(model.layers[1].channel_mixer.l1)
     assert persistent_step(model, model.init_state(1)) is None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_large_on_gpu(batch, dtype):
+def test_large_on_gpu(batch, dtype, monkeypatch):
+    monkeypatch.setattr(decode, "MAX_BATCH", 8)
     model = model_of(vocab_size=5003, num_layers=6, model_dim=1024, num_heads=8, glu_dim=2816).to(dtype)
     # bf16: the model rounds every activation to 8 bits, the kernel none.
     limit = 2e-4 if dtype == torch.float32 else 0.2

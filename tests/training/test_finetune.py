@@ -1,7 +1,11 @@
 """Fine-tuning: from given weights, on answers, with and without an adapter; resumed exactly; published."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +160,16 @@ def test_an_adapter_saves_memory(chat):
     assert narrow.optimizer == 8 * trained < wide.optimizer
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     assert narrow.weights - 4 * trained == pytest.approx(frozen, rel=0.01)
+
+
+def test_two_ranks_start_from_the_same_weights(chat, tmp_path):
+    """As typed, in processes of their own: the losses of one process, but for the order of fp32 sums."""
+    sets = ["train.max_steps=2", "eval.every_steps=0", "eval.sample_prompts=[]"]
+    train(load_recipe(chat, sets), tmp_path / "one")
+    command = [sys.executable, "-m", "tnllm", "train", chat, "--nproc", "2", "--out", str(tmp_path / "two")]
+    command += [part for item in sets for part in ("--set", item)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("20 conversations (0 cut") == 1
+    assert rows(tmp_path / "two") == pytest.approx(rows(tmp_path / "one"), rel=1e-5)

@@ -68,8 +68,11 @@ def bench_attention(
     device: torch.device,
     budget_s: float = 0.5,
     note: Callable[[str], None] = lambda text: None,
+    on_row: Callable[[dict], None] = lambda results: None,
 ) -> dict:
     """Gate, then measure. Returns {"environment", "accuracy": [...], "rows": [...]}, all plain values.
+
+    `on_row` is given the results so far after each row, so that a run cut short loses none.
 
     A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor and host_ms for each;
     compile_ms; tb_per_s, tflop_per_s; extra_mib (fwd+bwd, inputs not counted; null on CPU).
@@ -91,13 +94,16 @@ def bench_attention(
             passed.append(provider)
         else:
             note(f"not timed: {provider.name} is wrong (relative error {max(errors.values()):.2g}, limit {limit:g})")
-    rows = []
+    rows: list[dict] = []
+    results = {"environment": environment, "accuracy": accuracy, "rows": rows}
     for shape in shapes:
         for provider in passed:
             row = _time(provider, shape, dtype, device, bandwidth, budget_s, note)
             if row is not None:
+                note(f"  forward {row['fwd_ms']:.3f} ms, with backward {row['fwd_bwd_ms']:.3f} ms")
                 rows.append(row)
-    return {"environment": environment, "accuracy": accuracy, "rows": rows}
+                on_row(results)
+    return results
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device, heads_first: bool) -> list[Tensor]:

@@ -235,7 +235,11 @@ def _round_report(
 ) -> dict[str, Any]:
     counts = [0] * _BINS
     documents = size = 0
+    reasons = {"unlikely text": 0, "too likely text": 0}
     for record, bits in _scores(folder / "scores"):
+        low, high = limits[record["group"]]
+        reasons["unlikely text"] += bits > high
+        reasons["too likely text"] += bits < low
         counts[min(_BINS - 1, int(bits / _MAX_BITS * _BINS))] += 1
         documents, size = documents + 1, size + record["bytes"]
     documents_out = bytes_out = 0
@@ -251,6 +255,7 @@ def _round_report(
         "documents_out": documents_out,
         "bytes_in": size,
         "bytes_out": bytes_out,
+        "reasons": reasons,
         "limits": {group: [round(low, 4), round(high, 4)] for group, (low, high) in limits.items()},
         "histogram": {"from": 0, "to": _MAX_BITS, "counts": counts},
         "kept_by_tally": tally,

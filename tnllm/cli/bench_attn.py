@@ -71,13 +71,20 @@ def command(
         from tnllm.bench.report import print_errors
         from tnllm.bench.timing import describe_device
 
-        rows = decay_errors(choose(names, where, dtypes[name], _note), chosen, SLOPES, dtypes[name], where, heads, head_dim)
+        rows = decay_errors(
+            choose(names, where, dtypes[name], _note), chosen, SLOPES, dtypes[name], where, heads, head_dim
+        )
         print_errors(describe_device(where) | {"dtype": name}, rows)
         if json_file is not None:
             write_json({"environment": describe_device(where) | {"dtype": name}, "rows": rows}, json_file)
             _note(f"wrote {json_file}")
         return
-    results = bench_attention(points, dtypes[name], names, where, seconds, _note)
+
+    def keep(so_far: dict) -> None:
+        if json_file is not None:
+            write_json(so_far, json_file)
+
+    results = bench_attention(points, dtypes[name], names, where, seconds, _note, keep)
     print_results(results)
     for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_attention)):
         if file is not None:

@@ -155,7 +155,7 @@ def _from_tiktoken(model: TiktokenModel) -> Any:
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in extra.values()])
+    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
     return fast
 
 

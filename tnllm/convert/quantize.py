@@ -23,6 +23,12 @@ def is_quantized(name: str) -> bool:
     return name.endswith("_proj.weight") or "channel_mixer" in name or "output_gate" in name
 
 
+def quiet_import() -> None:
+    """Keep torchao, which transformers imports too, from reporting every CUDA extension this machine has no use for."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 class Int8Quantizer:
     """torchao's int8 weight-only form, tensor by tensor."""
 
@@ -30,8 +36,7 @@ class Int8Quantizer:
 
     def __init__(self) -> None:
         """Raises MissingExtra without torchao."""
-        # It reports every CUDA extension it cannot load on a machine without CUDA.
-        logging.getLogger("torchao").setLevel(logging.ERROR)
+        quiet_import()
         try:
             from torchao.prototype.safetensors import safetensors_support
             from torchao.quantization import Int8WeightOnlyConfig, quantize_

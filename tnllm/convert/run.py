@@ -191,10 +191,15 @@ def _compare(
 ) -> tuple[float, float, float]:
     """Absolute and relative difference of the logits, and the limit."""
     config = source.config
-    if config.kind == "transnormer":
-        before = check.reference_logits(config, source.read, progress)
-    else:
-        before = check.block_logits(config, source.read, progress)
+    restate = check.reference_logits if config.kind == "transnormer" else check.block_logits
+    before = restate(config, source.read, progress)
+    if plan.rounds and plan.quantizer is None:
+        # A cast moves the logits by what the model makes of rounding; the result must be exactly the rounded source.
+        kinds = {name: outputs[0].dtype for name, outputs in plan.by_name.items()}
+        exact = before
+        before = restate(config, lambda name: source.read(name).to(kinds[name]), progress)
+        moved, share = check.compare(exact, before)
+        notes.append(f"rounding to {plan.dtype} moves the logits by up to {moved:.2e}, {share:.2e} of the largest")
     read: Callable[[str], Tensor]
     if plan.quantizer is not None:
         read = plan.reader_of_quantized(open_tensors(aside, allow_int8=True))
@@ -210,8 +215,7 @@ def _compare(
                 "transformers is not installed: the folder's weights were checked, its Python code was not run"
             )
         after = check.block_logits(config, read, progress)
-    kind = "int8" if plan.quantizer else "rounded" if plan.rounds else "same"
-    return *check.compare(before, after), check.LIMITS[kind]
+    return *check.compare(before, after), check.LIMITS["int8" if plan.quantizer else "same"]
 
 
 def key_map(source: Source, plan: Plan) -> list[dict[str, Any]]:

@@ -29,16 +29,16 @@ def read_archive(path: Path) -> Iterator[Document | BadDocument]:
         try:
             wanted = WarcRecordType.response | WarcRecordType.conversion
             for number, record in enumerate(ArchiveIterator(raw, record_types=WarcRecordType.any_type), 1):
+                length = record.content_length
                 if not record.record_type & wanted:
                     continue
-                where = f"{path}:{number}"
                 kind = record.http_content_type or record.headers.get("Content-Type") or "text/plain"
                 if kind.split(";")[0].strip().lower() not in _PAGES:
                     continue
                 body = record.reader.read()
-                if len(body) == 0 and record.content_length > 0:
-                    yield BadDocument(where, "a record without its content")
-                    continue
+                if len(body) < length:
+                    # The library takes a file that is cut short for a whole one.
+                    raise EOFError(f"record {number} has {len(body)} of {length} bytes")
                 if record.record_type == WarcRecordType.conversion:
                     text = body.decode("utf-8", "replace")
                 else:

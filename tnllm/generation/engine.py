@@ -325,7 +325,8 @@ class Engine:
     def _shares(self) -> Iterator[tuple[_Job, int]]:
         """How many tokens of which prompt to read now: half of the room for the oldest, so that it ends; the rest
         shared by the others, shortest first, so that a short prompt does not wait for long ones."""
-        room = self._prefill_tokens
+        # Beside many running texts more, or the last of many prompts would wait for as many slow steps.
+        room = max(self._prefill_tokens, 2 * len(self.slots.rows))
         oldest, *others = self._reading
         others.sort(key=lambda job: len(job.ids) - job.done)
         for place, job in enumerate([oldest, *others]):

@@ -35,11 +35,11 @@ def can_capture(model: LanguageModel, num_steps: int) -> bool:
 
 def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
     """The whole step as one kernel on `state`, or None where the batch is large or the model not of the released form."""
-    from tnllm.kernels.fused.decode import DecodeStep, Layer, max_batch
+    from tnllm.kernels.fused.decode import MAX_BATCH, DecodeStep, Layer
 
     config = model.config
     fits = (
-        state.batch <= max_batch(config.model_dim, config.glu_dim)
+        state.batch <= MAX_BATCH
         and (config.kind, config.gate, config.norm) == ("transnormer", "full", "srmsnorm")
         and config.position != "ape"
         and config.activation in ("silu", "none")

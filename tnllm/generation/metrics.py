@@ -5,9 +5,11 @@ print(metrics.text())
 """
 
 import math
+import os
 import time
 from bisect import bisect_left
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class Metrics:
         value("tnllm_requests_refused_total", "counter", "Requests refused because the queue was full.", self.refused)
         value("tnllm_requests_cancelled_total", "counter", "Requests whose client went away.", self.cancelled)
         value("tnllm_samples_failed_total", "counter", "Samples that ended with an error.", self.failed)
+        if (resident := _resident_bytes()) is not None:
+            value("process_resident_memory_bytes", "gauge", "Resident memory of the server.", resident)
         name = "tnllm_samples_finished_total"
         lines = [f'{name}{{reason="{reason}"}} {count}' for reason, count in sorted(self.finished.items())]
         add(name, "counter", "Samples that ended, by reason.", lines)
@@ -88,3 +92,12 @@ class Metrics:
         ):
             add(name, "histogram", help, histogram.lines(name))
         return "\n".join(out) + "\n"
+
+
+def _resident_bytes() -> int | None:
+    """Memory of this process; None where there is no /proc."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -288,10 +288,6 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"lora trains on one device; the recipe's parallel section asks for {self.world_size} ranks"
             )
-        if train.init is not None and self.world_size > 1:
-            raise ValueError(
-                f"train.init starts runs on one device; the recipe's parallel section asks for {self.world_size} ranks"
-            )
         if self.data.format == "chat" and self.data.packing != "reset":
             raise ValueError(
                 "data.packing concat does not go with data.format chat: conversations must not run together"

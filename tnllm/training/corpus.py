@@ -88,12 +88,13 @@ def _open_conversations(
     packed = pack(read_conversations(files), tokenizer, template, data.seq_len)
     train, held_out = packed.split(data.val_fraction)
     loader = InstructLoader(train, config.global_batch_rows, config.train.seed, rank, world_size)
-    print(
-        f"{len(packed.ids)} conversations ({packed.cut} cut to data.seq_len, {packed.dropped} more without an answer): "
-        f"{len(train.ids)} to learn from, {format_count(loader.num_labels)} answer tokens in {loader.num_rows} rows; "
-        f"{len(held_out.ids)} for validation",
-        file=sys.stderr,
-    )
+    if rank == 0:
+        print(
+            f"{len(packed.ids)} conversations ({packed.cut} cut to data.seq_len, {packed.dropped} more without an answer): "
+            f"{len(train.ids)} to learn from, {format_count(loader.num_labels)} answer tokens in {loader.num_rows} rows; "
+            f"{len(held_out.ids)} for validation",
+            file=sys.stderr,
+        )
     if not held_out.ids:
         return loader, None
     return loader, InstructLoader(held_out, world_size, rank=rank, world_size=world_size, shuffle=False)

@@ -77,8 +77,7 @@ def _round_rows(found: dict[str, Any] | None) -> list[dict[str, Any]]:
     rows = []
     for round_ in (found or {}).get("rounds", []):
         columns = ("documents_in", "bytes_in", "documents_out", "bytes_out")
-        lost = round_["documents_in"] - round_["documents_out"]
-        row = {"step": f"self-clean {round_['round']}", "seconds": None, "reasons": {"unlikely text": lost}}
+        row = {"step": f"self-clean {round_['round']}", "seconds": None, "reasons": round_["reasons"]}
         rows.append(row | {key: round_[key] for key in columns})
     return rows
 
