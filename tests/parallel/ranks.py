@@ -21,7 +21,8 @@ from tnllm.parallel.sequence import cut
 from tnllm.training.checkpoint import Saver, TrainState, load_checkpoint
 from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, make_optimizer
-from tnllm.training.sharded import ShardedSaver, load_sharded, load_weights
+from tnllm.training.setup import fill_parts
+from tnllm.training.sharded import ShardedSaver, load_sharded
 
 STEPS = 10
 SIZE = {"vocab_size": 64, "model_dim": 32, "num_heads": 4, "num_layers": 2, "glu_dim": 48, "pad_token_id": None}
@@ -171,7 +172,7 @@ def hand_over(folder: Path, ports: list[int]) -> dict:
     mesh = open_mesh(1, 1, 4, 1, "cpu", timeout_s=120)
     run = Together(config, False, mesh)
     torch.distributed.barrier()
-    load_weights(folder / "back/checkpoints/step-00000010", run.sharded)
+    fill_parts(run.sharded, folder / "back/checkpoints/step-00000010")
     started = {name: p.detach().clone() for name, p in run.sharded.named_parameters()}
     state = load_sharded(folder / "back/checkpoints/step-00000010", run.sharded, run.optimizer)
     same += difference(started, run.sharded, whole_weights(folder / "back"))

@@ -182,7 +182,6 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
 def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> Trainer:
     from tnllm.parallel.parallelize import parallelize
     from tnllm.parallel.sequence import cut
-    from tnllm.training.sharded import load_weights
 
     device, low = mesh.device, compute_dtype(config, mesh.device) == torch.bfloat16
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")

@@ -208,13 +208,6 @@ def load_sharded(folder: Path, sharded: ShardedModel, optimizer: torch.optim.Opt
     return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
-def load_weights(folder: Path, sharded: ShardedModel) -> None:
-    """Start from a weights folder or a step folder of the same model: this rank's slices, in this model's dtype."""
-    check_same_model(folder, sharded.model.config)
-    inside = folder / FOLDERS[0]
-    _fill({n: (p.local.detach(), p.layout) for n, p in sharded.parts.items()}, inside if inside.is_dir() else folder)
-
-
 def _fill(tensors: dict[str, tuple[Tensor, Layout | None]], folder: Path) -> None:
     """Copy this rank's slices of the whole tensors in `folder`'s safetensors files."""
     with ExitStack() as stack, torch.no_grad():

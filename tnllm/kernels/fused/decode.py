@@ -131,6 +131,12 @@ def _silu(x):
 
 
 @triton.jit
+def _decay_less_one(g):
+    """exp(g) - 1: float32 cannot tell the slowest decays (1 - 4e-8) from their neighbours; see `chunk_step`."""
+    return tl.where(g > -0.01, g * (1.0 + g * (0.5 + g * 0.16666667)), tl.exp(g) - 1.0)
+
+
+@triton.jit
 def _state_tile(p_state, item, key_width, D: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
     """Addresses [BD, BE] in the state [B, H, key_width, D] of (row, head, columns) number `item`."""
     d, e = tl.arange(0, BD), (item % (D // BE)) * BE + tl.arange(0, BE)
@@ -186,7 +192,7 @@ def _decode_kernel(
                 q, k = _silu(q), _silu(k)
             if SILU_VALUE:
                 v = _silu(v)
-            decay = tl.exp(tl.load(log_decay + layer * H + head_of))
+            loss = _decay_less_one(tl.load(log_decay + layer * H + head_of))
             p_s = _state_tile(p_state, item, key_width, D, BD, BE)
             if theta != 0:
                 # LRPE doubles q and k; the angle is reduced to one turn in float64, as positions reach 10^6.
@@ -195,13 +201,13 @@ def _decode_kernel(
                 turns *= tl.load(position + row).to(tl.float64)
                 angle = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
                 b_t = tl.load(p_s + D * D, mask=m_d, other=0.0)
-                b_t = decay * b_t + (k * tl.sin(angle))[:, None] * v[None, :]
+                b_t += loss * b_t + (k * tl.sin(angle))[:, None] * v[None, :]
                 tl.store(p_s + D * D, b_t, mask=m_d)
                 b_o = tl.sum((q * tl.sin(angle))[:, None] * b_t, 0)
                 q, k = q * tl.cos(angle), k * tl.cos(angle)
             else:
                 b_o = tl.zeros([BE], tl.float32)
-            b_s = decay * b_s + k[:, None] * v[None, :]
+            b_s += loss * b_s + k[:, None] * v[None, :]
             tl.store(p_s, b_s, mask=m_d)
             tl.store(o + row * M + head_of * D + e, b_o + tl.sum(q[:, None] * b_s, 0))
             m_s = (d + BD * tl.maximum(item + P + 1 - items, 0) < D)[:, None]
