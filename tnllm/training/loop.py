@@ -38,7 +38,7 @@ from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
 from tnllm.training.plan import fit_memory, free_bytes
 from tnllm.training.profile import Profile
 from tnllm.training.schedule import learning_rate
-from tnllm.training.setup import chat_template, init_folder, make_model, publish
+from tnllm.training.setup import chat_template, fill_parts, init_folder, make_model, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
 from tnllm.training.view import View
@@ -190,7 +190,7 @@ def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> T
     sharded.materialize(device, config.train.seed)
     folder = init_folder(config)
     if folder is not None:
-        load_weights(folder, sharded)
+        fill_parts(sharded, folder)
     optimizer = make_optimizer(sharded, config.optimizer)
 
     def loss_sum(batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import PACKAGED, RunConfig
 
 if TYPE_CHECKING:
-    pass
+    from tnllm.parallel.parallelize import ShardedModel
 
 
 def init_folder(config: RunConfig) -> Path | None:
@@ -43,6 +43,15 @@ def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageMo
         add_lora(model, config.lora, seed=config.train.seed)
     model.set_activation_checkpointing(config.train.activation_checkpointing)
     return model
+
+
+def fill_parts(sharded: "ShardedModel", folder: Path) -> None:
+    """Give this rank its parts of the weights in `folder`, which it reads whole, as they are stored, into host memory."""
+    whole = dict(load_model(folder, "cpu").named_parameters())
+    with torch.no_grad():
+        for name, part in sharded.parts.items():
+            for mine, slices in part.layout.pieces():
+                part.local[mine].copy_(whole[name][slices])
 
 
 def chat_template(config: RunConfig) -> str:
