@@ -25,6 +25,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn"),
     "hf": ("transformers",),
     "bench": ("fla",),
+    "quantize": ("torchao", "transformers"),
 }
 # Distribution names where they differ from import names.
 _DISTRIBUTIONS = {"yaml": "pyyaml", "fla": "fla-core", "lm_eval": "lm-eval"}

@@ -35,7 +35,6 @@ COMMANDS = (
     "bench-stream",
     "bench-eval",
     "bench-serve",
-    "bench-scale",
 )
 
 app = typer.Typer(
