@@ -5,11 +5,11 @@ found = run_all(folder)      # by rank, then by case
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import torch
 from torch import multiprocessing
+from torch.distributed import TCPStore
 
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.model import build_model
@@ -197,10 +197,13 @@ def rank_main(rank: int, ports: dict[str, int], folder: Path) -> None:
 
 def run_all(folder: Path) -> list[dict]:
     """Start the four processes; what each found, by rank."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    sockets = {name: socket.create_server(("127.0.0.1", 0)) for name in [*CASES, *HAND_OVER]}
-    ports = {name: server.getsockname()[1] for name, server in sockets.items()}
-    for server in sockets.values():
-        server.close()
-    multiprocessing.spawn(rank_main, (ports, folder), nprocs=4)
+    # The stores live here, so that no port can be taken between being chosen and being used.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    names = [*CASES, *HAND_OVER]
+    stores = {name: TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for name in names}
+    ports = {name: store.port for name, store in stores.items()}
+    try:
+        multiprocessing.spawn(rank_main, (ports, folder), nprocs=4)
+    finally:
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"], os.environ["MASTER_ADDR"]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
