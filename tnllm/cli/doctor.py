@@ -23,7 +23,7 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "track": ("tensorboard",),
     "serve": ("fastapi", "uvicorn"),
-    "hf": ("transformers",),
+    "hf": ("transformers", "tiktoken"),
     "bench": ("fla",),
     "quantize": ("torchao", "transformers"),
 }
