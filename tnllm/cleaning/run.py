@@ -52,10 +52,6 @@ def clean(
     with locked(out):
         started = time.time()
         run = open_run(settings, out, files, overwrite)
-        if executor == "local":
-            # What a killed worker was writing aside; on a cluster another task may be writing it still.
-            for stray in out.rglob(".*.tmp-*"):
-                stray.unlink()
         if not run_stages(run.stages, executor, workers, settings.slurm, watch):
             return None
         rounds = _rounds(settings, run.unique, out, device) if settings.self_clean.rounds else None

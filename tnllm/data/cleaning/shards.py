@@ -96,7 +96,8 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        # One name for every try: what a killed task leaves, the task that does it again takes up.
+        self._aside = path.with_name(f".{path.name}.tmp")
         self._file = open(self._aside, "wb")
         self._packer = gzip.GzipFile("", "wb", 4, self._file, mtime=0)
 
