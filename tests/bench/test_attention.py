@@ -47,6 +47,24 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     assert any(line.startswith("not timed: torch is wrong (relative error 0.1") for line in said)
 
 
+def test_a_provider_that_never_ends_loses_none_before_it(monkeypatch):
+    def stuck(q, k, v, log_decay):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(providers.PROVIDERS, "torch", providers.Provider("torch", stuck, devices=("cpu",)))
+    kept: list[list[int]] = []
+    with pytest.raises(KeyboardInterrupt):
+        bench_attention(
+            SHAPES,
+            torch.float32,
+            ["tnllm", "torch"],
+            CPU,
+            0.01,
+            on_row=lambda results: kept.append([row["length"] for row in results["rows"]]),
+        )
+    assert kept == [[64], [64, 128]]
+
+
 def test_missing_peers_are_named():
     said: list[str] = []
     assert attention.choose(["tnllm", "fla"], CPU, torch.float32, said.append)[0].name == "tnllm"
