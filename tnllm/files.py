@@ -45,15 +45,27 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def replace_dir(aside: Path, final: Path) -> None:
-    """Flush every file of `aside` to disk and rename the folder to `final`, replacing one that is there."""
+    """Flush every file of `aside` to disk and rename the folder to `final`, replacing one that is there.
+
+    The old folder goes only when the new one is in its place; if anything stops this before, it stays.
+    """
     for file in aside.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(aside, final)
+    old = final.with_name(f"{final.name}.tmp-old")
+    try:
+        if final.exists():
+            # One that a kill left behind while `final` was already the newer.
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
+        os.replace(aside, final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            os.replace(old, final)
+        raise
     fsync_dir(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def parse_count(value: int | float | str, name: str = "count") -> int:

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.convert import official_files
+from tnllm import files
 from tnllm.convert import check, writer
+from tnllm.convert import run as convert_run
 from tnllm.convert.tensors import open_tensors
 from tnllm.errors import CheckFailed, RunError, UserError
 
@@ -102,11 +104,12 @@ def test_truncated_and_flipped_safetensors(release, run):
     # One bit of a weight: nothing but a recorded sum can tell.
     flipped = bytearray(data)
     flipped[-1000] ^= 1
-    file.write_bytes(data)
-    (release / "SHA256SUMS").write_text(f"{writer.hashlib.sha256(data).hexdigest()}  model.safetensors\n")
-    run(release, release.parent / "good", "tnllm")
-    file.write_bytes(flipped)
-    refused(run, release, RunError, "SHA-256 is not the recorded one")
+    for number, mark in enumerate(" *"):
+        (release / "SHA256SUMS").write_text(f"{writer.hashlib.sha256(data).hexdigest()} {mark}model.safetensors\n")
+        file.write_bytes(data)
+        run(release, release.parent / f"good-{number}", "tnllm")
+        file.write_bytes(flipped)
+        refused(run, release, RunError, "SHA-256 is not the recorded one")
     # An exponent of all ones.
     tensors = load_file(file)
     tensors[QKVU][3, 3] = float("nan")
@@ -271,6 +274,32 @@ def test_interruption_leaves_nothing(release, run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(release, release.parent / "new/deep/result", "tnllm")
     assert sorted(path.name for path in release.parent.iterdir()) == ["release"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_interruption_of_the_last_step_keeps_the_old_folder(release, run, monkeypatch, call):
+    target = release.parent / "result"
+    target.mkdir()
+    (target / "mine.txt").write_text("keep")
+    real, calls = getattr(os, call), []
+
+    def stop(*args):
+        calls.append(args)
+        # Of the renames the second, which would put the new folder in place of the old one.
+        if len(calls) == {"fsync": 1, "replace": 2}[call]:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    def replace_dir(aside, final):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, stop)
+            files.replace_dir(aside, final)
+
+    monkeypatch.setattr(convert_run, "replace_dir", replace_dir)
+    with pytest.raises(KeyboardInterrupt):
+        run(release, target, "tnllm", overwrite=True)
+    assert calls and (target / "mine.txt").read_text() == "keep"
+    assert sorted(path.name for path in release.parent.iterdir()) == ["release", "result"]
 
 
 def test_overflow_of_float16(release, run):

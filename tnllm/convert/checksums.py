@@ -41,8 +41,9 @@ def recorded_sums(folder: Path, files: list[Path]) -> dict[Path, str]:
     if (folder / SUMS).is_file():
         listed = {}
         for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-            digest, _, name = line.partition("  ")
-            listed[name] = digest
+            digest, _, name = line.partition(" ")
+            # Before the name stands a space, or the star of `sha256sum --binary`.
+            listed[name[1:]] = digest
         sums.update({file: listed[file.name] for file in files if file.parent == folder and file.name in listed})
     return sums
 

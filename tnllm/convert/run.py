@@ -112,8 +112,6 @@ def convert(named: Path, target: Path, options: Options, say: Callable[[str], No
                     f"the logits of the result differ from the source's by {difference:.3g}, {share:.2e} of the largest "
                     f"(limit {limit:.0e}); nothing was kept at {target}"
                 )
-        if target.exists():
-            shutil.rmtree(target)
         replace_dir(aside, target)
     names = sorted(file.name for file in target.iterdir())
     return Report(source, names, plan.num_bytes, difference, share, limit, notes)
