@@ -7,6 +7,7 @@ import torch
 
 from tests.generation.small_models import small_model
 from tnllm import assets
+from tnllm.cli.evaluation_view import show_results
 from tnllm.modeling.weights import save_model
 
 
@@ -29,6 +30,20 @@ def test_answers_at_once_offline_and_is_labelled_a_sample(tnllm, folder, tmp_pat
     code, stdout, _ = tnllm("eval", "compare", out, "--paper", "385m", "--json")
     rows = json.loads(stdout)["rows"]
     assert {row["paper"] for row in rows if row["task"] == "mmlu"} == {25.90}
+
+
+def test_groups_of_groups_and_filters_are_told_apart(capsys):
+    values = {"exact_match,strict": 0.5, "exact_match,none": 0.25}
+    results = {
+        "results": {"all": values, "part": values, "one": values, "two": values}, "versions": {},
+        "group_subtasks": {"all": ["part"], "part": ["one", "two"]}, "n-shot": {"one": 5, "two": 5},
+    }  # fmt: skip
+    show_results(results, subtasks=False)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "exact_match" in line]
+    assert rows[:2] == [["all", "5", "exact_match", "(strict)", "50.00"], ["all", "5", "exact_match", "25.00"]]
+    results["n-shot"]["two"] = 0
+    show_results(results, subtasks=False)
+    assert ["all", "exact_match", "25.00"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_the_last_line_says_what_came_from_the_cache(tnllm, folder, tmp_path):

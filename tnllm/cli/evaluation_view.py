@@ -124,12 +124,13 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
                 continue
             error = values.get(f"{metric}_stderr,{filter_name}")
             label = f"{name} (sample)" if name in sampled else name
-            shots = results.get("n-shot", {}).get(name)
+            shots = _shots(name, results.get("n-shot", {}), groups)
             count = (results.get("n-samples", {}).get(name) or {}).get("effective") or values.get("sample_len", "")
             rows.append(
                 [
                     label, str(results.get("versions", {}).get(name, "")), "" if shots is None else str(shots),
-                    f"{count:,}", metric, _figure(metric, value), _figure(metric, error),
+                    f"{count:,}" if count else "", metric if filter_name == "none" else f"{metric} ({filter_name})",
+                    _figure(metric, value), _figure(metric, error),
                 ]
             )  # fmt: skip
     about = results.get("tnllm") or {}
@@ -152,6 +153,14 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
 
 
 _RIGHT = ("shots", "questions", "value", "± stderr", "A", "B", "B - A", "paper", "tokens")
+
+
+def _shots(name: str, known: dict[str, int], groups: dict[str, list[str]]) -> int | None:
+    """Of a task or group; the harness says none of a group of groups, so that of its members where they agree."""
+    if name in known:
+        return known[name]
+    counts = {_shots(member, known, groups) for member in groups.get(name, [])}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _members(groups: dict[str, list[str]]) -> set[str]:
