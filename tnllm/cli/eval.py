@@ -277,11 +277,13 @@ def check_against_harness(
         print(json.dumps(found, ensure_ascii=False))
     else:
         show_check(found)
-    largest = max(row["largest_difference"] for row in found["tasks"])
-    if not largest <= found["tolerance"]:
-        raise CheckFailed(
-            f"log-likelihoods differ by {largest:.3g} nats, above the tolerance of {found['tolerance']:g} for {dtype}"
-        )
+    for row in found["tasks"]:
+        # Written so that NaN fails too.
+        if not row["largest_difference"] <= found["tolerance"]:
+            raise CheckFailed(
+                f"{row['task']}: log-likelihoods differ by {row['largest_difference']:.3g} nats, above the tolerance of "
+                f"{found['tolerance']:g} for {dtype}"
+            )
 
 
 @app.command(

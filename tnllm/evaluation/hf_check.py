@@ -92,9 +92,11 @@ class _Counts(CacheHook):
         self.start(0, "", lambda kind, done, total: None)
 
     def start(self, total: int, label: str, report: Report) -> None:
+        """Report what follows as `label`, of `total` answers."""
         self._done, self._total, self._label, self._report = 0, total, label, report
 
     def add_partial(self, *answer: Any) -> None:
+        """Called by the harness with each answer."""
         self._done += 1
         self._report(self._label, self._done, self._total)
 
@@ -158,7 +160,7 @@ def _compare(name: str, questions: list[Question], runs: dict[str, tuple[list[An
         "metrics": {
             metric: {way: float(np.mean(values)) for way, values in ways.items()} for metric, ways in correct.items()
         },
-        "changed": changed, "largest_difference": max(gaps), "mean_difference": float(np.mean(gaps)),
+        "changed": changed, "largest_difference": float(np.max(gaps)), "mean_difference": float(np.mean(gaps)),
         "tokens": {way: runs[way][1] for way in WAYS}, "seconds": {way: runs[way][2] for way in WAYS},
     }  # fmt: skip
 
