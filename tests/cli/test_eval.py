@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from tests.generation.small_models import small_model
 from tnllm import assets
+from tnllm.cli.evaluation_view import show_results
 from tnllm.modeling.weights import save_model
 
 
@@ -28,6 +30,47 @@ def test_answers_at_once_offline_and_is_labelled_a_sample(tnllm, folder, tmp_pat
     code, stdout, _ = tnllm("eval", "compare", out, "--paper", "385m", "--json")
     rows = json.loads(stdout)["rows"]
     assert {row["paper"] for row in rows if row["task"] == "mmlu"} == {25.90}
+
+
+def test_groups_of_groups_and_filters_are_told_apart(capsys):
+    values = {"exact_match,strict": 0.5, "exact_match,none": 0.25}
+    results = {
+        "results": {"all": values, "part": values, "one": values, "two": values}, "versions": {},
+        "group_subtasks": {"all": ["part"], "part": ["one", "two"]}, "n-shot": {"one": 5, "two": 5},
+    }  # fmt: skip
+    show_results(results, subtasks=False)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "exact_match" in line]
+    assert rows[:2] == [["all", "5", "exact_match", "(strict)", "50.00"], ["all", "5", "exact_match", "25.00"]]
+    results["n-shot"]["two"] = 0
+    show_results(results, subtasks=False)
+    assert ["all", "exact_match", "25.00"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_last_line_says_what_came_from_the_cache(tnllm, folder, tmp_path):
+    asked = ("eval", "--tasks", "piqa", "--model", folder, "--cache-dir", tmp_path)
+    first, some, every = (tnllm(*asked, "--limit", count)[2].splitlines()[-2] for count in (1, 2, 2))
+    assert "tokens computed for" in first and "cache" not in first
+    assert "2 of 4 answers from the cache, " in some and " asked for the others" in some
+    assert "all 4 answers from the cache, " in every and "computed" not in every
+
+
+def test_check_against_the_hf_model(tnllm, folder, tmp_path, monkeypatch):
+    code, stdout, _ = tnllm("eval", "check", "--tasks", "piqa,winogrande", "--model", folder, "--limit", 2)
+    assert code == 0 and "0 answers differ in 4 questions" in stdout and "seconds hf" in stdout
+    code, stdout, _ = tnllm("eval", "check", "--tasks", "piqa", "--model", folder, "--limit", 1, "--json")
+    [row] = json.loads(stdout)["tasks"]
+    assert code == 0 and row["questions"] == 1 and set(row["seconds"]) == {"tnllm", "hf"}
+    monkeypatch.setattr("tnllm.evaluation.hf_check.TOLERANCE", {torch.float32: 0.0})
+    code, stdout, stderr = tnllm("eval", "check", "--tasks", "piqa", "--model", folder, "--limit", 1)
+    assert code == 4 and "answers differ" in stdout and "above the tolerance of 0 for float32" in stderr
+    (tmp_path / "wiki.test.raw").write_text(" = A = \n one \n")
+    code, _, stderr = tnllm("eval", "check", "--tasks", "wikitext", "--model", folder, "--data-dir", tmp_path)
+    assert code == 2 and "wikitext is a loglikelihood_rolling task; this works with multiple-choice" in stderr
+    monkeypatch.setattr("tnllm.evaluation.hf_check.find_spec", lambda name: None)
+    code, stdout, stderr = tnllm("eval", "check", "--tasks", "piqa")
+    assert (
+        code == 3 and not stdout and stderr.splitlines()[-1].startswith("tnllm: this needs transformers, which is not")
+    )
 
 
 def test_a_list_of_tasks(tnllm):
@@ -67,6 +110,8 @@ def test_requests_and_their_benchmark(tnllm, folder, tmp_path):
         (["--tasks", "mmlu", "--log-samples"], "say where with --out DIR"),
         (["--tasks", "mmlu", "--gen-kwargs", "temperature"], "write name=value with commas"),
         (["--tasks", "tnl-paper", "-n", "3"], "tnl-paper fixes its number of examples"),
+        (["check", "--tasks", ","], "no tasks; give --tasks openbookqa,piqa"),
+        (["check", "--tasks", "piqa", "--dtype", "float16"], "--dtype is 'float16'; allowed: float32, bfloat16"),
         (["compare", "/nowhere", "/nowhere"], "/nowhere is no file; give a results_*.json"),
         (["ls", "zzzzzz"], "no task matches 'zzzzzz'"),
     ],

@@ -1,13 +1,19 @@
 """The model behind the harness: answers, caches, chats, generation, whole evaluations."""
 
+import http.server
 import json
+import socket
+import threading
 from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import lm_eval.api.registry
 import pytest
 import torch
 
 from tnllm.errors import RunError, UserError
+from tnllm.evaluation import tasks
 from tnllm.evaluation.bench import bench_sharing
 from tnllm.evaluation.bundle import load_bundle, save_bundle
 from tnllm.evaluation.cache import AnswerCache
@@ -15,7 +21,7 @@ from tnllm.evaluation.harness import TransNormerLM, trained_length
 from tnllm.evaluation.perplexity import perplexity
 from tnllm.evaluation.requests import build_bundle
 from tnllm.evaluation.run import Settings, evaluate, write_results
-from tnllm.evaluation.tasks import choose, definition_files, load_tasks, search
+from tnllm.evaluation.tasks import choose, definition_files, hub_answers, load_tasks, search
 
 
 def requests(*arguments):
@@ -159,6 +165,22 @@ def test_whole_evaluation_in_the_harness_format(lm, tmp_path):
     assert len(rows) == 2 and {"doc", "arguments", "resps", "acc", "prompt_hash"} <= set(rows[0])
 
 
+def test_counts_are_those_of_all_ranks(folder, monkeypatch):
+    lm = TransNormerLM(folder, device="cpu")
+    other = {
+        "tokens_computed": 5,
+        "tokens_one_by_one": 7,
+        "longest_tokens": 9999,
+        "requests": 3,
+        "requests_from_cache": 1,
+    }
+    monkeypatch.setattr(lm, "gather_object", lambda mine: [mine, other])
+    found = evaluate(lm, load_tasks(choose(["piqa"], None, print), None, False, print), Settings(limit=1))["tnllm"]
+    own = lm.counts()
+    assert own["requests"] == 2 and found["longest_tokens"] == 9999
+    assert all(found[name] == own[name] + other[name] for name in own if name != "longest_tokens")
+
+
 def test_request_files_give_the_same_scores(lm, tmp_path):
     loaded = load_tasks(choose(["mmlu", "winogrande"], None, print), None, False, print)
     bundle = build_bundle(loaded, lm.ready.tokenizer, 2, 1234)
@@ -184,6 +206,28 @@ def test_names_of_the_harness_are_found_without_its_scan():
     assert len(paper) == 11 and paper["mmlu"] == 5 and paper["boolq"] == 0
     with pytest.raises(UserError, match="did you mean 'mmlu'"):
         choose(["mmul"], None, print)
+    with pytest.raises(UserError, match="'mmlu_law' is not known"):
+        choose(["mmlu_law"], None, print)
+
+
+def test_without_a_network_the_hub_is_not_waited_for(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert not hub_answers(url, wait_s=0.2)
+    assert not hub_answers(url, wait_s=5)  # nobody listens there any more
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # It refuses every request, which is an answer.
+        assert hub_answers(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    notes = []
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(tasks, "hub_answers", lambda: False)
+    with pytest.raises(UserError, match=r"data of gsm8k come from the Hugging Face hub.*\(offline, and they are not"):
+        load_tasks(choose(["gsm8k"], None, print), None, False, notes.append)
+    assert "does not answer: reading its cache" in notes[0]
 
 
 def test_the_trained_length_is_read_from_the_run(tmp_path):

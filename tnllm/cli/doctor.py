@@ -23,7 +23,7 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "track": ("tensorboard",),
     "serve": ("fastapi", "uvicorn"),
-    "hf": ("transformers", "tiktoken"),
+    "hf": ("transformers", "tiktoken", "accelerate"),
     "bench": ("fla",),
     "quantize": ("torchao", "transformers"),
 }

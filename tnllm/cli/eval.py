@@ -6,12 +6,21 @@ from typing import Any
 
 import typer
 
-from tnllm.cli.evaluation_view import quiet_libraries, reporter, say, show_comparison, show_results, show_tasks
-from tnllm.errors import UserError
+from tnllm.cli.evaluation_view import (
+    quiet_libraries,
+    quiet_transformers,
+    reporter,
+    say,
+    show_check,
+    show_comparison,
+    show_results,
+    show_tasks,
+)
+from tnllm.errors import CheckFailed, UserError
 
 EXAMPLES = """Example:  tnllm eval --tasks mmlu,ceval   |   tnllm eval --model runs/tiny --tasks piqa --data-dir data
 
-tnllm eval ls   |   tnllm eval compare A.json B.json   |   tnllm eval ppl book.txt"""
+tnllm eval ls   |   tnllm eval compare A.json B.json   |   tnllm eval check --tasks piqa   |   tnllm eval ppl book.txt"""
 app = typer.Typer(rich_markup_mode="rich", epilog=EXAMPLES)
 _PROMPT, _COMPUTE, _OUTPUT = "Prompts", "Computing", "Output"
 
@@ -120,8 +129,9 @@ def run(
     if results is None:
         return
     trained = trained_length(lm.ready.folder)
-    if trained is not None and lm.longest > trained:
-        say(f"the longest prompt has {lm.longest:,} tokens, the model was trained on {trained:,}; nothing was cut off")
+    longest = results["tnllm"]["longest_tokens"]
+    if trained is not None and longest > trained:
+        say(f"the longest prompt has {longest:,} tokens, the model was trained on {trained:,}; nothing was cut off")
     if as_json:
         from lm_eval.utils import handle_non_serializable
 
@@ -216,6 +226,64 @@ def file_perplexity(
         print(json.dumps({"file": str(file), "model": str(ready.folder), **found}))
     else:
         show_perplexity(found)
+
+
+@app.command("check", epilog="Example:  tnllm eval check --tasks openbookqa,piqa --data-dir data --limit 100")
+def check_against_harness(
+    tasks: str = typer.Option(..., "--tasks", "-t", help="Multiple-choice tasks, with commas."),
+    model: str | None = typer.Option(None, help="As for tnllm eval."),
+    data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
+    limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task (of each subject)."),
+    num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
+    batch_size: int = typer.Option(8, min=1, help="Texts that the hf model computes together."),
+    seed: int = typer.Option(1234, min=0, help="For examples drawn at random."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    dtype: str = typer.Option("float32", help="float32 or bfloat16, both ways."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Answer the same questions through lm-eval's own hf model too, on the exported weights, and compare."""
+    _check_data_dir(data_dir, False)
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype is {dtype!r}; allowed: float32, bfloat16")
+    if not (names := _names(tasks)):
+        raise UserError("no tasks; give --tasks openbookqa,piqa or others of `tnllm eval ls`")
+    with quiet_transformers():
+        say("loading")
+        quiet_libraries(names, online=False)
+        from tnllm.bench.timing import describe_device
+        from tnllm.convert.quantize import quiet_import
+        from tnllm.convert.run import Options, convert
+        from tnllm.evaluation.hf_check import check_against_hf, need_transformers
+        from tnllm.evaluation.tasks import choose, load_tasks
+        from tnllm.generation.loading import pick_device
+
+        need_transformers()
+        quiet_import()
+        where = pick_device(device)
+        choices = choose(names, num_fewshot, say)
+        sets = {choice.name: load_tasks([choice], data_dir, False, say) for choice in choices}
+        if model is None:
+            say("no --model given: using the demo model that ships with tnllm")
+
+        def export(source: Path, target: Path) -> None:
+            say("writing the weights for transformers to a temporary folder")
+            # The comparison that follows is a stronger check than the conversion's own.
+            convert(source, target, Options("hf", verify=False), lambda line: None, lambda stage, done, total: None)
+
+        with reporter() as report:
+            found = check_against_hf(sets, export, model, device, dtype, batch_size, limit, seed, say, report)
+    found = {"environment": describe_device(where), "num_fewshot": num_fewshot, **found}
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        show_check(found)
+    for row in found["tasks"]:
+        # Written so that NaN fails too.
+        if not row["largest_difference"] <= found["tolerance"]:
+            raise CheckFailed(
+                f"{row['task']}: log-likelihoods differ by {row['largest_difference']:.3g} nats, above the tolerance of "
+                f"{found['tolerance']:g} for {dtype}"
+            )
 
 
 @app.command(

@@ -43,6 +43,22 @@ def quiet_libraries(names: list[str], online: bool) -> None:
 
 
 @contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers quiet and offline, and the copies it makes of a folder's code in a place that goes away.
+
+    Must run before it is imported.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="tnllm-code-") as folder:
+        os.environ["HF_MODULES_CACHE"] = folder
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield
+
+
+@contextmanager
 def reporter() -> Iterator[Report]:
     """A function to call with (kind, done, total): a bar with the time left on a terminal, lines otherwise."""
     if os.environ.get("RANK", "0") != "0":
@@ -108,28 +124,43 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
                 continue
             error = values.get(f"{metric}_stderr,{filter_name}")
             label = f"{name} (sample)" if name in sampled else name
-            shots = results.get("n-shot", {}).get(name)
+            shots = _shots(name, results.get("n-shot", {}), groups)
             count = (results.get("n-samples", {}).get(name) or {}).get("effective") or values.get("sample_len", "")
             rows.append(
                 [
                     label, str(results.get("versions", {}).get(name, "")), "" if shots is None else str(shots),
-                    f"{count:,}", metric, _figure(metric, value), _figure(metric, error),
+                    f"{count:,}" if count else "", metric if filter_name == "none" else f"{metric} ({filter_name})",
+                    _figure(metric, value), _figure(metric, error),
                 ]
             )  # fmt: skip
     about = results.get("tnllm") or {}
     print_table("", ["task", "version", "shots", "questions", "metric", "value", "± stderr"], rows, right=_RIGHT)
     note = f"weights {about.get('weights_sha256', '')[:12]}, lm-eval {results.get('lm_eval_version')}"
-    if about.get("tokens_computed"):
-        note += (
-            f"; {about['tokens_computed']:,} tokens computed for {about['tokens_one_by_one']:,} asked, "
-            f"{format_duration(about['seconds'])}"
-        )
+    if "tokens_computed" in about:
+        cached, asked = about["requests_from_cache"], about["requests"]
+        work = []
+        if cached:
+            work.append(f"{'all ' if cached == asked else f'{cached:,} of '}{asked:,} answers from the cache")
+        if cached < asked:
+            others = " for the others" if cached else ""
+            work.append(
+                f"{about['tokens_computed']:,} tokens computed for {about['tokens_one_by_one']:,} asked{others}"
+            )
+        note += f"; {', '.join(work)}, {format_duration(about['seconds'])}"
     say(note)
     if sampled:
         say("(sample): questions that ship with tnllm to show that it works; their figures say nothing about a model")
 
 
 _RIGHT = ("shots", "questions", "value", "± stderr", "A", "B", "B - A", "paper", "tokens")
+
+
+def _shots(name: str, known: dict[str, int], groups: dict[str, list[str]]) -> int | None:
+    """Of a task or group; the harness says none of a group of groups, so that of its members where they agree."""
+    if name in known:
+        return known[name]
+    counts = {_shots(member, known, groups) for member in groups.get(name, [])}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _members(groups: dict[str, list[str]]) -> set[str]:
@@ -185,6 +216,44 @@ def _delta(row: dict[str, Any]) -> str:
     if error is None:
         return text
     return f"{text} ± {_figure(row['metric'], error)}" + (" *" if abs(row["delta"]) > 2 * error else "  ")
+
+
+def show_check(found: dict[str, Any]) -> None:
+    """Answers of both ways, then what each took, then every answer that differs."""
+    environment = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
+    print(f"{found['model']}, {found['dtype']}, hf batches of {found['batch_size']}; {environment}")
+    print(f"lm-eval {found['lm_eval']}, transformers {found['transformers']}")
+    rows = []
+    for row in found["tasks"]:
+        for metric, ways in row["metrics"].items():
+            changed = sum(each["metric"] == metric for each in row["changed"])
+            rows.append(
+                [
+                    row["task"], f"{row['questions']:,}", metric, f"{100 * ways['tnllm']:.2f}", f"{100 * ways['hf']:.2f}",
+                    str(changed), f"{row['largest_difference']:.2g}", f"{row['mean_difference']:.2g}",
+                ]
+            )  # fmt: skip
+    columns = ["task", "questions", "metric", "tnllm %", "hf %", "answers differ", "nats at most", "nats on average"]
+    print_table("", columns, rows, right=[column for column in columns if column not in ("task", "metric")])
+    rows = [
+        [
+            row["task"], f"{row['requests']:,}", *(f"{row['tokens'][way]:,}" for way in ("tnllm", "hf")),
+            *(f"{row['seconds'][way]:.1f}" for way in ("tnllm", "hf")),
+        ]
+        for row in found["tasks"]
+    ]  # fmt: skip
+    columns = ["task", "requests", "tokens tnllm", "tokens hf", "seconds tnllm", "seconds hf"]
+    print_table("", columns, rows, right=columns[1:])
+    for row in found["tasks"]:
+        for each in row["changed"]:
+            print(
+                f"{each['task']}, question {each['question']}, {each['metric']}: tnllm takes choice {each['tnllm']}, hf "
+                f"{each['hf']}, whose lead is {each['margin']:.2g} {each['unit']}; log-likelihoods there differ by "
+                f"{each['difference']:.2g}"
+            )
+    changed = sum(len(row["changed"]) for row in found["tasks"])
+    questions = sum(row["questions"] for row in found["tasks"])
+    print(f"{changed} answers differ in {questions:,} questions; tokens of hf count its padding")
 
 
 def show_perplexity(found: dict[str, Any]) -> None:

@@ -95,6 +95,13 @@ class TransNormerLM(TemplateLM):
             "share_prefix": self.share_prefix, "tnllm": __version__,
         }  # fmt: skip
 
+    def counts(self) -> dict[str, int]:
+        """What this rank did so far; tokens are those of answers that were not in the cache."""
+        return {
+            "tokens_computed": self.scorer.num_tokens, "tokens_one_by_one": self.scorer.plain_tokens,
+            "longest_tokens": self.longest, "requests": self.num_requests, "requests_from_cache": self.num_cached,
+        }  # fmt: skip
+
     # What the harness asks about the model.
 
     @property

@@ -3,7 +3,12 @@
 bundle = build_bundle(loaded, Tokenizer.load(folder), limit=None, seed=1234)
 """
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
 
 from tnllm.errors import UserError
 from tnllm.evaluation.bundle import Bundle
@@ -14,23 +19,27 @@ from tnllm.evaluation.tasks import Loaded
 from tnllm.tokenizer import Tokenizer
 
 
+def ask(loaded: Loaded, limit: int | None, seed: int) -> Iterator[tuple[Task, list[Instance]]]:
+    """Each question of multiple-choice tasks: its task and its requests. Raises UserError for tasks of another kind."""
+    for name, task in loaded.tasks.items():
+        if task.OUTPUT_TYPE != "multiple_choice":
+            raise UserError(f"{name} is a {task.OUTPUT_TYPE} task; this works with multiple-choice tasks only")
+        task.set_fewshot_seed(seed=seed)
+        task.build_all_requests(limit=limit)
+        ordered = sorted(task.instances, key=lambda each: (each.doc_id, each.idx))
+        for _, instances in groupby(ordered, key=lambda each: each.doc_id):
+            yield task, list(instances)
+
+
 def build_bundle(loaded: Loaded, tokenizer: Tokenizer, limit: int | None, seed: int) -> Bundle:
-    """Requests of multiple-choice tasks, question by question. Raises UserError for tasks of another kind."""
+    """Token requests of multiple-choice tasks, question by question. Raises UserError as `ask` does."""
     pairs: list[tuple[str, str]] = []
     questions: list[int] = []
     answers: list[int] = []
-    for name, task in loaded.tasks.items():
-        if task.OUTPUT_TYPE != "multiple_choice":
-            raise UserError(f"{name} is a {task.OUTPUT_TYPE} task; a request file holds multiple-choice questions")
-        task.set_fewshot_seed(seed=seed)
-        task.build_all_requests(limit=limit)
-        previous = None
-        for instance in sorted(task.instances, key=lambda each: (each.doc_id, each.idx)):
-            if instance.doc_id != previous:
-                previous = instance.doc_id
-                answers.append(_answer(task, instance.doc))
-            pairs.append(instance.args)
-            questions.append(len(answers) - 1)
+    for number, (task, instances) in enumerate(ask(loaded, limit, seed)):
+        answers.append(_answer(task, instances[0].doc))
+        pairs += [instance.args for instance in instances]
+        questions += [number] * len(instances)
     requests: list[Request] = encode_pairs(pairs, LineEncoder(tokenizer), tokenizer.bos_id)
     about = {"tasks": list(loaded.tasks), "tokenizer_sha256": tokenizer.sha256, "limit": limit, "seed": seed}
     return Bundle(requests, questions, answers, about)

@@ -65,8 +65,10 @@ def evaluate(lm: TransNormerLM, loaded: Loaded, settings: Settings) -> dict[str,
         system_instruction=settings.system_instruction, apply_chat_template=settings.chat_template,
         fewshot_as_multiturn=settings.fewshot_as_multiturn,
     )  # fmt: skip
-    if results is None:
+    parts = lm.gather_object(lm.counts())
+    if results is None or parts is None:
         return None
+    totals = {key: (max if key == "longest_tokens" else sum)(part[key] for part in parts) for key in parts[0]}
     seconds = time.perf_counter() - clock
     name = str(lm.ready.folder)
     template = lm.chat_template(settings.chat_template)
@@ -91,8 +93,7 @@ def evaluate(lm: TransNormerLM, loaded: Loaded, settings: Settings) -> dict[str,
     results["tnllm"] = {
         "version": __version__, "weights_sha256": lm.weights_sha256, "tokenizer_sha256": lm.ready.tokenizer.sha256,
         "sampled": loaded.sampled, "data": loaded.data, "share_prefix": lm.share_prefix, "seconds": seconds,
-        "tokens_computed": lm.scorer.num_tokens, "tokens_one_by_one": lm.scorer.plain_tokens,
-        "longest_tokens": lm.longest, "requests": lm.num_requests, "requests_from_cache": lm.num_cached,
+        **totals,
     }  # fmt: skip
     return results
 

@@ -10,6 +10,10 @@ and only its folder is read.
 import fnmatch
 import os
 import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import lm_eval.tasks
 import lm_eval.utils
 from lm_eval.api.group import Group
@@ -31,6 +36,7 @@ lm_eval.utils.env.from_string = lru_cache(maxsize=1024)(lm_eval.utils.env.from_s
 
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
 _NAMED = re.compile(r'^["\']?(?:task|group|tag)["\']?\s*:[ \t]*(.*(?:\n[ \t]*-[^\n]*)*)', re.MULTILINE)
+_HUB = huggingface_hub.constants.ENDPOINT
 Note = Callable[[str], None]
 
 
@@ -92,7 +98,7 @@ def choose(names: Iterable[str], num_fewshot: int | None, note: Note) -> list[Ch
             if card.name != typed:
                 note(f"{typed} is {card.name} in lm-evaluation-harness")
             found = [Choice(card.name, card, num_fewshot)]
-        elif pair := subject_card(typed):
+        elif (pair := subject_card(typed)) and typed in definition_files():
             found = [Choice(typed, pair[0], num_fewshot)]
         else:
             known = definition_files()
@@ -164,6 +170,8 @@ def load_tasks(choices: list[Choice], data_dir: Path | None, online: bool, note:
     Raises UserError for missing data, with what was looked for, and where a download would be needed but fails.
     """
     loaded = Loaded()
+    if online or any(choice.card is None for choice in choices):
+        _prefer_cache_offline(note)
     for choice in choices:
         if choice.card is None or online:
             _add(loaded, _load_online(choice), choice.num_fewshot)
@@ -245,6 +253,35 @@ def _note_data(loaded: Loaded, note: Note) -> None:
         note(f"{', '.join(names)}: no {scored} split in the data folder, so scored on {really}")
 
 
+def _prefer_cache_offline(note: Note) -> None:
+    """Without a network, go straight to the hub's cache: its libraries try each file for half a minute first."""
+    if datasets.config.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") or hub_answers():
+        return
+    note(f"{_HUB} does not answer: reading its cache on this machine only (HF_HUB_OFFLINE=0 tries all the same)")
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def hub_answers(url: str = _HUB, wait_s: float = 5.0) -> bool:
+    """Whether the hub, or the proxy before it, answers anything at all in `wait_s` seconds."""
+    found: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=wait_s).close()
+            found.append(True)
+        except urllib.error.HTTPError:
+            found.append(True)
+        except OSError as error:
+            # Other libraries may know certificates that this one does not.
+            found.append(isinstance(getattr(error, "reason", None), ssl.SSLError))
+
+    # Looking up a name has no time limit of its own, so the wait is for a thread.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(wait_s)
+    return any(found)
+
+
 def _load_online(choice: Choice) -> Any:
     """The harness's own task with its own data, from the Hugging Face hub or its cache on this machine."""
     folders = sorted({path.parent for path in _closure(choice.name)})
@@ -254,7 +291,10 @@ def _load_online(choice: Choice) -> Any:
     try:
         return manager._load_spec(choice.name)
     except (ConnectionError, FileNotFoundError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        if datasets.config.HF_HUB_OFFLINE:
+            reason = "offline, and they are not in its cache on this machine"
+        else:
+            reason = " ".join(str(error).split())[:200]
         hint = "give --data-dir DIR instead" if choice.card else "only `tnllm eval ls` tasks work offline"
         raise UserError(
             f"the data of {choice.name} come from the Hugging Face hub, and could not be loaded ({reason}); {hint}"

@@ -1,0 +1,56 @@
+"""The same questions through the harness's `hf` model: equal where the weights are, told where they are not."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tnllm.convert.run import Options, convert
+from tnllm.evaluation.hf_check import check_against_hf, pick
+from tnllm.evaluation.tasks import choose, load_tasks
+
+
+def export(source, target):
+    convert(source, target, Options("hf", verify=False), lambda line: None, lambda stage, done, total: None)
+
+
+def sets(*names, shots=None):
+    return {name: load_tasks(choose([name], shots, print), None, False, print) for name in names}
+
+
+def test_both_ways_give_the_same_answers(folder):
+    seen = []
+    asked = sets("mmlu", "winogrande", "openbookqa", shots=2)
+    found = check_against_hf(asked, export, folder, "cpu", limit=2, report=lambda *progress: seen.append(progress))
+    mmlu, winogrande, openbookqa = found["tasks"]
+    assert [row["questions"] for row in found["tasks"]] == [10, 2, 2]
+    assert set(mmlu["metrics"]) == {"acc"} and set(openbookqa["metrics"]) == {"acc", "acc_norm"}
+    for row in found["tasks"]:
+        assert row["changed"] == [] and 0 < row["largest_difference"] < found["tolerance"] == 1e-3
+        assert all(ways["tnllm"] == ways["hf"] for ways in row["metrics"].values())
+    # A header and its questions are read once here; the other way computes each question's one input, padded.
+    assert 2 * mmlu["tokens"]["tnllm"] < mmlu["tokens"]["hf"]
+    assert ("hf, winogrande", 4, 4) in seen and winogrande["requests"] == 4
+
+
+def test_other_weights_are_told_with_margins(folder):
+    def other(source, target):
+        export(source, target)
+        tensors = load_file(target / "model.safetensors")
+        name = next(name for name in tensors if "lm_head" in name or "embed" in name)
+        tensors[name] = tensors[name] + 0.5 * torch.randn_like(tensors[name])
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+    row = check_against_hf(sets("openbookqa"), other, folder, "cpu")["tasks"][0]
+    assert row["largest_difference"] > 1e-3 and row["changed"]
+    for each in row["changed"]:
+        assert each["tnllm"] != each["hf"] and each["margin"] > 0
+        if each["metric"] == "acc":
+            # Two choices change places only if both moved by at least half of what was between them.
+            assert each["margin"] <= 2 * each["difference"]
+
+
+def test_what_the_harness_would_take():
+    logprobs = np.array([-4.0, -5.0, -9.0])
+    assert pick(logprobs, [2, 10, 10], normed=False) == (0, 1.0)
+    assert pick(logprobs, [2, 10, 10], normed=True) == (1, pytest.approx(0.4))
