@@ -170,8 +170,10 @@ class TrainSection(BaseModel):
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="torch.compile. auto: on a GPU only."
     )
-    activation_checkpointing: Literal["none", "full"] = Field(
-        "none", description="full: keep only each block's input and recompute the rest in backward."
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What a backward pass computes again. selective: all but matrix products, about half the memory for next "
+        "to no work. full: whole blocks, of which only the input is kept; a third more work.",
     )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",

@@ -13,6 +13,7 @@ import torch
 
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count
+from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.flops import flops_per_token
 from tnllm.modeling.model import build_model
 from tnllm.training.communication import communication
@@ -99,9 +100,14 @@ def fit_memory(
             if size < rows:
                 say(f"train.micro_batch_size is {size} instead of {rows}, to fit into {format_bytes(free)} on {device}")
             return fitted
+    modes = {mode: estimate_memory(fitted, mode, low_precision=device.type == "cuda").total for mode in MODES}
+    fits = next((mode for mode in MODES if modes[mode] <= free), None)
+    advice = "lower data.seq_len or take a smaller model"
+    if fits is not None:
+        advice = f"set train.activation_checkpointing={fits}, which needs {format_bytes(modes[fits])}"
     raise UserError(
         f"one row of {config.data.seq_len} tokens needs about {format_bytes(needed)}, and {format_bytes(free)} are free on "
-        f"{device}; lower data.seq_len, set train.activation_checkpointing=full or take a smaller model"
+        f"{device}; {advice}"
     )
 
 
