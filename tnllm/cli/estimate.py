@@ -25,10 +25,12 @@ def command(
     """Estimate parameters, memory of a rank, decoding state, FLOPs and days. Computed, not measured."""
     import json
 
-    from tnllm.training.config import load_recipe
+    from tnllm.training.config import fit_rows, load_recipe
     from tnllm.training.estimate import estimate, settings_at_length
 
     _check(gpu, memory_gib=memory_gib, seq_len=seq_len, tokens_per_s=tokens_per_s, mfu=mfu, gpus=gpus)
+    if not any(item.partition("=")[0].strip() == "train.micro_batch_size" for item in sets):
+        sets = [*sets, *fit_rows(recipe, sets)]
     config = load_recipe(recipe, sets)
     if seq_len is not None:
         config = load_recipe(recipe, [*sets, *settings_at_length(config, seq_len)])

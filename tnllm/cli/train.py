@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -69,6 +69,20 @@ def command(
         raise
 
 
+def _scorer(config: "RunConfig") -> Any:
+    """What scores eval.tasks, none where there are none; unknown names and missing data are told before training."""
+    asked = config.eval
+    if not asked.tasks:
+        return None
+    from tnllm.cli.evaluation_view import quiet_libraries, say
+
+    say("eval.tasks: reading the questions")
+    quiet_libraries(list(asked.tasks), online=False)
+    from tnllm.evaluation.live import task_scorer
+
+    return task_scorer(asked.tasks, asked.tasks_limit, asked.tasks_data_dir, say)
+
+
 def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) -> None:
     import torch
 
@@ -80,7 +94,7 @@ def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) ->
         if is_rank and config.world_size > 1:
             train_on_mesh(config, out, resume)
         else:
-            train(config, out, resume)
+            train(config, out, resume, score=_scorer(config))
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "

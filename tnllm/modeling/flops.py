@@ -46,7 +46,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def recomputed_flops_per_token(config: ModelConfig, seq_len: int, mode: str) -> float:
-    """FLOPs per token that `train.activation_checkpointing` adds: blocks once more (full), or linear attention (selective)."""
+    """FLOPs per token that train.activation_checkpointing adds: blocks once more (full), linear attention (selective)."""
     attention = _attention_flops(config, seq_len)
     if mode == "full":
         return 2.0 * config.num_layers * _matrix_parameters(config) + attention
