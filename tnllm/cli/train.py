@@ -33,6 +33,8 @@ def command(
     world_size: int | None = typer.Option(None, min=1, help="With --dry-run: plan for this many ranks."),
 ) -> None:
     """Train a model from a recipe, on a CPU, one GPU or many."""
+    # Read when tqdm is first imported: the harness behind eval.tasks would draw bars through the log.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from tnllm.errors import Terminated, UserError
     from tnllm.parallel.mesh import launched
     from tnllm.parallel.ranks import SharedError
