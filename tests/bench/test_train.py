@@ -83,8 +83,9 @@ def test_nan_fails_the_check(monkeypatch):
 
 def test_recomputation_and_documents_pass_the_check():
     for kind in ("transnormer", "transformer"):
-        case = Case("tiny", kind, 32, 2, activation_checkpointing="full", packing="reset")
-        assert bench.gate(case, CPU, False, "auto")["passed"]
+        for mode in ("selective", "full"):
+            case = Case("tiny", kind, 32, 2, activation_checkpointing=mode, packing="reset")
+            assert bench.gate(case, CPU, False, "auto")["passed"]
 
 
 def test_documents_are_rows():

@@ -72,7 +72,10 @@ def test_bench_train_on_cpu(capfd, tmp_path):
     [
         (["--preset", "386m"], "did you mean '385m'?"),
         (["--kinds", "transnormer,rnn"], "--kinds has 'rnn'; allowed: transnormer, transformer"),
-        (["--activation-checkpointing", "some"], "--activation-checkpointing has 'some'; allowed: none, full"),
+        (
+            ["--activation-checkpointing", "some"],
+            "--activation-checkpointing has 'some'; allowed: none, selective, full",
+        ),
         (["--batch", "2", "--tokens-per-batch", "1k"], "both --batch and --tokens-per-batch are given"),
         (["--same", "flops"], "--same is 'flops'; allowed: width, parameters"),
         (["--json", "/no/such/folder/t.json"], "there is no folder /no/such/folder"),

@@ -13,7 +13,7 @@ def test_table(tnllm: Run) -> None:
     assert (code, err) == (0, "")
     assert out.startswith("7b: 6.84B parameters; each of 64 ranks, 16 x 2048 tokens a pass\n")
     lines = {" ".join(line.split()[:2]): line.split()[2:] for line in out.splitlines()}
-    assert lines["fits h100"] == ["no", "yes"]
+    assert lines["fits h100"] == ["no", "no", "yes"]
     assert "Computed, not measured" in out
 
 
@@ -23,7 +23,7 @@ def test_json_and_time(tnllm: Run) -> None:
     assert code == 0
     assert answer["parameters"] == 398_984_192
     assert answer["days"] == pytest.approx(1e12 / 1e6 / 86400, rel=1e-3)
-    assert answer["fits"] == {"24 GiB": {"none": False, "full": True}}
+    assert answer["fits"] == {"24 GiB": {"none": False, "selective": False, "full": True}}
     # 24 layers of 8 heads of 128 x 128 fp32 numbers, and twice the key width in layer 0.
     assert answer["state_gib"] * 2**30 == 25 * 8 * 128 * 128 * 4
 

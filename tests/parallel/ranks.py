@@ -30,7 +30,7 @@ V3 = {"gate": "low-rank", "gate_dim": 4, "value_activation": "silu", "norm": "rm
 UNTIED = {"norm": "layernorm", "tie_embeddings": False, "position": "lrpe-d"}
 # name → ranks, (replicate, shard, sequence, tensor), model, packed, activation checkpointing
 CASES = {
-    "fsdp 2": (2, (1, 2, 1, 1), {}, False, "none"),
+    "fsdp 2": (2, (1, 2, 1, 1), {}, False, "selective"),
     "tp 2": (2, (1, 1, 1, 2), {}, True, "none"),
     "sp 2": (2, (1, 1, 2, 1), {}, True, "none"),
     "replicate 2": (2, (2, 1, 1, 1), {}, False, "none"),
@@ -40,9 +40,9 @@ CASES = {
     "sp 2, lrpe in every layer": (2, (1, 1, 2, 1), {"position": "lrpe-d"}, False, "none"),
     "sp 4": (4, (1, 1, 4, 1), {}, True, "none"),
     "sp 4, rows": (4, (1, 1, 4, 1), {}, False, "full"),
-    "tp 2 x sp 2": (4, (1, 1, 2, 2), {}, True, "none"),
+    "tp 2 x sp 2": (4, (1, 1, 2, 2), {}, True, "selective"),
     "fsdp 2 x sp 2": (4, (1, 2, 2, 1), {}, False, "full"),
-    "fsdp 2 x tp 2": (4, (1, 2, 1, 2), V3, False, "none"),
+    "fsdp 2 x tp 2": (4, (1, 2, 1, 2), V3, False, "selective"),
     "replicate 2 x fsdp 2": (4, (2, 2, 1, 1), {}, False, "none"),
 }
 # Each group of processes meets at an address of its own.

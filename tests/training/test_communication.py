@@ -64,7 +64,7 @@ def one_pass(config: RunConfig) -> None:
         close_mesh(mesh)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     "axes", ["shard=4", "tensor=2", "sequence=4", "replicate=2", "replicate=2 shard=2", "shard=2 sequence=2 tensor=2"]
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset
-from tnllm.training.config import RunConfig, describe_keys, load_recipe
+from tnllm.training.config import RunConfig, describe_keys, fit_rows, load_recipe
 from tnllm.training.recipes import find_recipe, parse_yaml, read_header
 
 SMALL = "model:\n  preset: tiny\ndata:\n  seq_len: 64\ntrain:\n  max_steps: 200\n  global_batch_tokens: 512\n"
@@ -227,3 +227,12 @@ def test_every_key_is_documented() -> None:
 def test_batch_arithmetic() -> None:
     config = load_recipe("15b")
     assert (config.world_size, config.global_batch_rows, config.accumulation_steps) == (104, 624, 1)
+
+
+def test_rows_are_fitted_to_a_mesh():
+    sets = ["parallel.shard=16"]
+    with pytest.raises(UserError, match=r"multiple of 4194304 .* or set train.micro_batch_size=8"):
+        load_recipe("7b", sets)
+    assert fit_rows("7b", sets) == ["train.micro_batch_size=8"]
+    assert load_recipe("7b", [*sets, *fit_rows("7b", sets)]).world_size == 128
+    assert fit_rows("7b") == fit_rows("7b", ["parallel.shard=3"]) == []

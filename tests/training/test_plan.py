@@ -40,5 +40,10 @@ def test_what_cannot_fit_is_refused(monkeypatch):
         fit(monkeypatch, 2)
 
 
+def test_recomputation_that_would_fit_is_named(monkeypatch):
+    with pytest.raises(UserError, match=r"set train.activation_checkpointing=selective, which needs 8\.94 GiB"):
+        fit(monkeypatch, 10)
+
+
 def test_free_memory_is_what_the_machine_has():
     assert 2**28 < plan.free_bytes(CPU) < 2**50

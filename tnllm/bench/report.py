@@ -169,7 +169,7 @@ def print_training_head(results: dict[str, Any]) -> None:
     for row in results["accuracy"]:
         print(
             f"check against fp32 on the CPU, {row['preset']} {row['kind']}"
-            f"{'' if row['activation_checkpointing'] == 'none' else ' with recomputation'}: loss {row['loss']:.1e} (limit "
+            f"{_recomputing(row['activation_checkpointing'])}: loss {row['loss']:.1e} (limit "
             f"{row['loss_limit']:g}), gradients {row['gradient']:.1e} (limit {row['gradient_limit']:g}): "
             f"{'ok' if row['passed'] else 'WRONG'}"
         )
@@ -191,9 +191,13 @@ def print_training_row(row: dict[str, Any]) -> None:
             f"{row['first_loss']:.2f} > {row['last_loss']:.2f}",
         ]
         more = [] if row["status"] == "ok" else [row["status"]]
-        more += [] if row["activation_checkpointing"] == "none" else ["recomputation"]
+        more += [_recomputing(row["activation_checkpointing"]).strip()] * (row["activation_checkpointing"] != "none")
         print("  ".join([*(_pad(n, c, w) for (n, w), c in zip(_TRAIN_COLUMNS, cells, strict=True)), *more]))
     sys.stdout.flush()
+
+
+def _recomputing(mode: str) -> str:
+    return "" if mode == "none" else f" with {mode} recomputation"
 
 
 def _pad(name: str, text: str, width: int) -> str:
@@ -214,7 +218,7 @@ def compare_training(rows: list[dict[str, Any]]) -> list[str]:
         ours, theirs = (
             {row["seq_len"]: row for row in mine if row["kind"] == kind} for kind in ("transnormer", "transformer")
         )
-        name = group[0] if group[1] == "none" else f"{group[0]} with recomputation"
+        name = group[0] + _recomputing(group[1])
         ratios = [
             f"{ours[length]['tokens_per_s'] / theirs[length]['tokens_per_s']:.2f} at {length_label(length)}"
             for length in ours
@@ -255,7 +259,7 @@ def plot_training(results: dict[str, Any], path: Path) -> None:
                 for row in rows
                 if (row["preset"], row["kind"], row["activation_checkpointing"]) == (preset, kind, mode)
             ]
-            name = f"{preset} {kind}" + ("" if mode == "none" else ", recomputation")
+            name = f"{preset} {kind}{_recomputing(mode)}"
             axis.plot(
                 *zip(*points, strict=True), label=name, color=COLOURS[index % 7], marker=MARKERS[index % 7], markersize=4.5,
                 linewidth=2.2 if kind == "transnormer" else 1.4,

@@ -28,7 +28,7 @@ def command(
         "width", help="What the Transformer shares: width (it has then 6 % fewer parameters), or parameters."
     ),
     packing: str = typer.Option("concat", help="concat: plain rows. reset: every row a document, packed."),
-    activation_checkpointing: str = typer.Option("none", help="none, full or none,full."),
+    activation_checkpointing: str = typer.Option("none", help="none, selective, full, or several of them: none,full."),
     compile: bool | None = typer.Option(None, help="torch.compile. Default: on a GPU."),
     dtype: str = typer.Option("auto", help="auto (bf16 on a GPU, fp32 on CPU), bf16 or fp32; the compute type."),
     weights: str = typer.Option("fp32", help="fp32; or bf16: weights and moments kept in 8 bytes instead of 16."),
@@ -52,7 +52,7 @@ def command(
     if batch is not None and tokens_per_batch is not None:
         raise UserError("both --batch and --tokens-per-batch are given; use one of them")
     chosen = _words(kinds, "--kinds", _KINDS)
-    modes = _words(activation_checkpointing, "--activation-checkpointing", ("none", "full"))
+    modes = _words(activation_checkpointing, "--activation-checkpointing", ("none", "selective", "full"))
     tokens = length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
     chosen_lengths = lengths(seqlens, "--seqlens") if seqlens else None
     for file in (json_file, csv_file, plot):

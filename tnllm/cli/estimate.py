@@ -25,10 +25,12 @@ def command(
     """Estimate parameters, memory of a rank, decoding state, FLOPs and days. Computed, not measured."""
     import json
 
-    from tnllm.training.config import load_recipe
+    from tnllm.training.config import fit_rows, load_recipe
     from tnllm.training.estimate import estimate, settings_at_length
 
     _check(gpu, memory_gib=memory_gib, seq_len=seq_len, tokens_per_s=tokens_per_s, mfu=mfu, gpus=gpus)
+    if not any(item.partition("=")[0].strip() == "train.micro_batch_size" for item in sets):
+        sets = [*sets, *fit_rows(recipe, sets)]
     config = load_recipe(recipe, sets)
     if seq_len is not None:
         config = load_recipe(recipe, [*sets, *settings_at_length(config, seq_len)])
@@ -67,14 +69,16 @@ def _print(recipe: str, answer: dict[str, Any]) -> None:
     rows = [[label, *(format_bytes(rank[mode][key] * 2**30) for mode in rank)] for key, label in _PARTS.items()]
     for name, fits in answer["fits"].items():
         rows.append([f"fits {name}", *("yes" if fits[mode] else "no" for mode in rank)])
+    rows.append(["FLOPs computed again", *(f"{answer['again'][mode]:.1%}" for mode in rank)])
     mesh = "one rank" if answer["ranks"] == 1 else f"each of {answer['ranks']} ranks"
     print_table(
         f"{recipe}: {format_count(answer['parameters'])} parameters; {mesh}, "
         f"{answer['rows_per_pass']} x {answer['seq_len']} tokens a pass",
-        ["memory", "all activations kept", "recomputed"],
+        ["memory", *rank],
         rows,
-        right=["all activations kept", "recomputed"],
-        note=f"The recipe sets train.activation_checkpointing {answer['activation_checkpointing']}. Computed, not "
+        right=list(rank),
+        note=f"Columns: train.activation_checkpointing, which the recipe sets to {answer['activation_checkpointing']}. "
+        f"Computed, not "
         f"measured; to fit, {answer['reserve']:.0%} of a card stays free for what is not counted.",
     )
     per_s = answer["tokens_per_s"]

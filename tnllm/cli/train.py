@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -33,6 +33,8 @@ def command(
     world_size: int | None = typer.Option(None, min=1, help="With --dry-run: plan for this many ranks."),
 ) -> None:
     """Train a model from a recipe, on a CPU, one GPU or many."""
+    # Read when tqdm is first imported: the harness behind eval.tasks would draw bars through the log.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from tnllm.errors import Terminated, UserError
     from tnllm.parallel.mesh import launched
     from tnllm.parallel.ranks import SharedError
@@ -69,6 +71,20 @@ def command(
         raise
 
 
+def _scorer(config: "RunConfig") -> Any:
+    """What scores eval.tasks, none where there are none; unknown names and missing data are told before training."""
+    asked = config.eval
+    if not asked.tasks:
+        return None
+    from tnllm.cli.evaluation_view import quiet_libraries, say
+
+    say("eval.tasks: reading the questions")
+    quiet_libraries(list(asked.tasks), online=False)
+    from tnllm.evaluation.live import task_scorer
+
+    return task_scorer(asked.tasks, asked.tasks_limit, asked.tasks_data_dir, say)
+
+
 def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) -> None:
     import torch
 
@@ -80,9 +96,9 @@ def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) ->
         if is_rank and config.world_size > 1:
             train_on_mesh(config, out, resume)
         else:
-            train(config, out, resume)
+            train(config, out, resume, score=_scorer(config))
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "
-            "train.activation_checkpointing=full, and go on with --resume auto"
+            "train.activation_checkpointing=selective or full, and go on with --resume auto"
         ) from error

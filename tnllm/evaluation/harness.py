@@ -32,7 +32,7 @@ from tnllm.evaluation.prefix_tree import MIN_SAVED_TOKENS, Request
 from tnllm.evaluation.scoring import Scorer
 from tnllm.generation.context import Context, read, weights_hash
 from tnllm.generation.decoder import BATCH_SIZE, Result, generate
-from tnllm.generation.loading import load
+from tnllm.generation.loading import Ready, load
 from tnllm.generation.sampler import SamplingParams
 
 # The harness's settings of `generate_until`, and ours.
@@ -50,7 +50,7 @@ class TransNormerLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | Path | None = None,
+        pretrained: str | Path | Ready | None = None,
         device: str | None = "auto",
         dtype: str = "auto",
         batch_size: int | str | None = "auto",
@@ -62,7 +62,7 @@ class TransNormerLM(TemplateLM):
         note: Callable[[str], None] = lambda text: None,
         report: Report = lambda kind, done, total: None,
     ) -> None:
-        """`pretrained`: a run, step or weights folder; None: the model that ships in the package.
+        """`pretrained`: a run, step or weights folder, or a model in memory; None: the model that ships in the package.
 
         `batch_size`: auto (by tokens and memory) or the most texts computed together; `batch_tokens`: tokens computed
         together. `cache_dir` keeps answers on disk. `note` and `report` (kind, done, total) tell of the progress.
@@ -72,7 +72,7 @@ class TransNormerLM(TemplateLM):
         self._join_ranks()
         if device in (None, "auto", "cuda") and self.world_size > 1 and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        self.ready = load(pretrained, device or "auto", dtype)
+        self.ready = pretrained if isinstance(pretrained, Ready) else load(pretrained, device or "auto", dtype)
         self.share_prefix = share_prefix in (True, "True", "true", 1)
         rows = None if batch_size in (None, "auto") else int(str(batch_size).removeprefix("auto:"))
         if max_batch_size is not None:

@@ -42,13 +42,26 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     and one read of the state); softmax attention's is 4 H d times the mean causal context (T + 1) / 2.
     """
     matrices = config.num_layers * _matrix_parameters(config) + config.vocab_size * config.model_dim
+    return 6.0 * matrices + 3.0 * _attention_flops(config, seq_len)
+
+
+def recomputed_flops_per_token(config: ModelConfig, seq_len: int, mode: str) -> float:
+    """FLOPs per token that train.activation_checkpointing adds: blocks once more (full), linear attention (selective)."""
+    attention = _attention_flops(config, seq_len)
+    if mode == "full":
+        return 2.0 * config.num_layers * _matrix_parameters(config) + attention
+    return attention if mode == "selective" and config.kind == "transnormer" else 0.0
+
+
+def _attention_flops(config: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs per token of all layers' attention."""
     attention = 0.0
     for layer in range(config.num_layers):
         if config.kind == "transformer":
             attention += 4 * config.model_dim * (seq_len + 1) / 2
         else:
             attention += 4 * config.num_heads * config.key_dim(layer) * config.head_dim
-    return 6.0 * matrices + 3.0 * attention
+    return attention
 
 
 def state_bytes(config: ModelConfig, length: int = 0, cache_itemsize: int = 2) -> int:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tnllm.errors import UserError
 from tnllm.kernels.linear_cross_entropy import linear_cross_entropy
 from tnllm.modeling.attention import GatedLinearAttention
+from tnllm.modeling.checkpointing import MODES, selectively
 from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.layers import GLU, LRPE, make_norm
 from tnllm.modeling.packing import packed_index
@@ -38,11 +39,27 @@ class Block(nn.Module):
         )
         self.channel_norm = make_norm(config, config.model_dim)
         self.channel_mixer = GLU(config)
+        self.selective = False  # of what training keeps for its backward pass, matrix products alone
 
     def forward(
         self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M] → x [B, T, M], and the layer's new state."""
+        if self.selective and state is None and torch.is_grad_enabled():
+            return selectively(self._train, self.num_products, x, positions, cu_seqlens), None
+        return self._mix(x, positions, state, cu_seqlens)
+
+    @property
+    def num_products(self) -> int:
+        """Matrix products of a training pass."""
+        return sum(isinstance(module, nn.Linear) for module in self.modules())
+
+    def _train(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return self._mix(x, positions, None, cu_seqlens)[0]
+
+    def _mix(
+        self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         mixed, state = self.token_mixer(self.token_norm(x), positions, state, cu_seqlens)
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), state
@@ -109,10 +126,12 @@ class LanguageModel(nn.Module):
                 module.weight[self.config.pad_token_id].zero_()
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """`full` recomputes every block in the backward pass; `none` keeps all activations."""
-        if mode not in ("none", "full"):
-            raise UserError(f"activation checkpointing is {mode!r}; allowed: none, full")
+        """What the backward pass computes again: `none`; `full`: every block; `selective`: all but matrix products."""
+        if mode not in MODES:
+            raise UserError(f"activation checkpointing is {mode!r}; allowed: {', '.join(MODES)}")
         self.checkpointing = mode
+        for block in self.blocks:
+            block.selective = mode == "selective"
 
     def compile_blocks(self) -> None:
         """Let torch.compile build what `loss` runs, a block at a time.

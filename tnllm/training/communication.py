@@ -13,6 +13,8 @@ one pass over N tokens of a rank, with P parameters of the blocks and V M of emb
                embedding and for the head.
     sequence   one state [H, D, E] fp32 a row and layer to each other rank, forward and backward (and once more with
                full recomputation). Does not depend on N.
+
+Selective recomputation repeats nothing that is sent: what came from other ranks is kept.
 """
 
 from tnllm.modeling.config import ModelConfig

@@ -170,8 +170,10 @@ class TrainSection(BaseModel):
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="torch.compile. auto: on a GPU only."
     )
-    activation_checkpointing: Literal["none", "full"] = Field(
-        "none", description="full: keep only each block's input and recompute the rest in backward."
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What a backward pass computes again. selective: all but matrix products, about half the memory for "
+        "next to no work. full: whole blocks, of which only the input is kept, for about a third more work.",
     )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
@@ -195,6 +197,18 @@ class EvalSection(BaseModel):
         (), description="A prompt or a list; each is continued at every validation."
     )
     sample_tokens: Count = Field(64, ge=1, description="Tokens sampled for each prompt.")
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+        (), description="Tasks of lm-evaluation-harness to score while training, as in tnllm eval. One device only."
+    )
+    tasks_every_steps: Count = Field(
+        0, ge=0, description="Steps between scores of eval.tasks; 0: only at the end. The last step scores too."
+    )
+    tasks_limit: float | None = Field(
+        None, gt=0, description="Only the first questions of each task, or a share below 1; null: all."
+    )
+    tasks_data_dir: str | None = Field(
+        None, description="Folder of evaluation sets (tnllm eval ls). null: the samples that ship."
+    )
 
 
 class LogSection(BaseModel):
@@ -261,6 +275,10 @@ class RunConfig(BaseModel):
         if train.global_batch_tokens % unit:
             below = train.global_batch_tokens // unit * unit
             near = f"{below} or {below + unit}" if below else f"{unit}"
+            rows = train.global_batch_tokens // self.data.seq_len // self.data_ranks
+            if rows and train.global_batch_tokens % (self.data.seq_len * self.data_ranks) == 0:
+                fewer = next(n for n in range(min(rows, train.micro_batch_size), 0, -1) if rows % n == 0)
+                near += f"; or set train.micro_batch_size={fewer}"
             raise ValueError(
                 f"train.global_batch_tokens is {train.global_batch_tokens}; it must be a multiple of {unit} = "
                 f"data.seq_len {self.data.seq_len} * train.micro_batch_size {train.micro_batch_size} * "
@@ -396,6 +414,22 @@ def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
         return RunConfig.model_validate({**values, "schedule": schedule})
     except ValidationError as error:
         raise _explain(error, origins, name) from None
+
+
+def fit_rows(name: str, sets: list[str] | tuple[str, ...] = ()) -> list[str]:
+    """`--set` items that make `name` load on its mesh: fewer rows at a time, where a step has too few for it."""
+    values = _merge(read_recipe(name)[0], _read_sets(sets)[0])
+    try:
+        data = DataSection.model_validate(values.get("data") or {})
+        train = TrainSection.model_validate(values.get("train") or {})
+        mesh = ParallelSection.model_validate(values.get("parallel") or {})
+    except ValidationError:
+        return []  # load_recipe says what is wrong
+    rows, left = divmod(train.global_batch_tokens, data.seq_len * mesh.replicate * mesh.shard)
+    if left or rows % train.micro_batch_size == 0:
+        return []
+    fewer = next(n for n in range(min(rows, train.micro_batch_size), 0, -1) if rows % n == 0)
+    return [f"train.micro_batch_size={fewer}"]
 
 
 def read_recipe(name: str) -> tuple[dict[str, Any], dict[str, str]]:

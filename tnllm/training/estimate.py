@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tnllm.errors import UserError, did_you_mean
+from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.config import ModelConfig
-from tnllm.modeling.flops import count_parameters, flops_per_token, state_bytes
+from tnllm.modeling.flops import count_parameters, flops_per_token, recomputed_flops_per_token, state_bytes
 from tnllm.training.communication import root_parameters
 from tnllm.training.config import RunConfig
 
@@ -101,7 +102,7 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         gradients=kept * trained,
         optimizer=2 * kept * trained,
         casts=casts,
-        activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor),
+        activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor, parallel.sequence),
         head=head_bytes(model, tokens, item, parallel.tensor),
     )
 
@@ -125,7 +126,7 @@ def lora_parameters(config: RunConfig) -> int:
 
 
 def activation_bytes(
-    model: ModelConfig, num_tokens: int, itemsize: int, checkpointing: str = "none", tensor: int = 1
+    model: ModelConfig, num_tokens: int, itemsize: int, checkpointing: str = "none", tensor: int = 1, sequence: int = 1
 ) -> int:
     """Bytes kept for the backward pass of `num_tokens` tokens, outside the head.
 
@@ -136,16 +137,31 @@ def activation_bytes(
     them twice as wide (2 M more). The baseline keeps 10 M (q, k rotated; attention's output) and 3 F, and one more
     F for SwiGLU's activation. Heads and F are divided over tensor-parallel ranks, the residual is not.
 
-    With checkpointing `full` every block keeps its input (M), and one block at a time is whole again.
+    With checkpointing `full` every block keeps its input (M), with `selective` also the results of its products but the
+    last (M and 2 F, the projection's, a low-rank gate's); one block at a time is whole again. Ranks that share a row
+    (`sequence`) keep attention's output too (M).
     """
     M, L = model.model_dim, model.num_layers
     layers = [_block_numbers(model, layer, tensor) for layer in range(L)]
     norms = 4 * (3 if model.kind == "transnormer" else 2)
     final = M * itemsize + 4
-    if checkpointing == "full":
-        one = max(layers) * itemsize + norms
-        return round(num_tokens * (L * M * itemsize + one + final))
+    if checkpointing != "none":
+        kept = M if checkpointing == "full" else _kept_products(model, tensor, sequence)
+        again = (max(layers) - kept) * itemsize + norms + (M * itemsize if checkpointing == "full" else 0)
+        return round(num_tokens * (L * kept * itemsize + again + final))
     return round(num_tokens * (sum(layers) * itemsize + L * norms + final))
+
+
+def _kept_products(model: ModelConfig, tensor: int, sequence: int) -> float:
+    """Numbers kept for each token by one block under selective checkpointing; see `activation_bytes`."""
+    M, shared = model.model_dim, 3 * model.model_dim + 2 * model.glu_dim
+    if model.kind == "transformer":
+        shared += M  # attention's output: softmax attention is not computed again
+    elif model.gate != "none":
+        shared += M + (model.gate_dim if model.gate == "low-rank" else 0)
+    if sequence > 1:
+        shared += M
+    return 2 * M + shared / tensor
 
 
 def _block_numbers(model: ModelConfig, layer: int, tensor: int) -> float:
@@ -234,13 +250,16 @@ def estimate(
 ) -> dict[str, Any]:
     """The whole estimate as plain values.
 
-    `rank_gib` holds the parts and the total without ("none") and with ("full") recomputation; `fits` says for the
-    named card, for `memory_gib`, or else for every known card, whether either total leaves RESERVE of it free.
+    `rank_gib` holds the parts and the total for each mode of train.activation_checkpointing; `fits` says for the named
+    card, for `memory_gib`, or else for every known card, whether a total leaves RESERVE of it free; `again` what share of
+    the model's own FLOPs is computed a second time.
     """
     card = find_gpu(gpu) if gpu else None
     cost = estimate_cost(config, card, mfu, tokens_per_s, num_gpus)
     rank: dict[str, dict[str, float]] = {}
-    for mode in ("none", "full"):
+    again: dict[str, float] = {}
+    for mode in MODES:
+        again[mode] = recomputed_flops_per_token(config.model, config.data.seq_len, mode) / cost.flops_per_token
         memory = estimate_memory(config, mode)
         rank[mode] = {**{key: value / 2**30 for key, value in asdict(memory).items()}, "total": memory.total / 2**30}
     sizes = {name: known.memory_gib for name, known in GPUS.items()}
@@ -256,6 +275,7 @@ def estimate(
         "seq_len": config.data.seq_len,
         "rank_gib": rank,
         "activation_checkpointing": config.train.activation_checkpointing,
+        "again": again,
         "reserve": RESERVE,
         "fits": {
             name: {mode: rank[mode]["total"] <= size * (1 - RESERVE) for mode in rank} for name, size in sizes.items()

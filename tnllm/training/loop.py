@@ -67,14 +67,23 @@ class Trainer:
     gradient_norm: Callable[[], Tensor] | None = None
 
 
-def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | None = None) -> None:
+def train(
+    config: RunConfig,
+    out: Path,
+    resume: str | None = None,
+    mesh: Mesh | None = None,
+    score: Callable[[LanguageModel, Tokenizer], dict[str, float]] | None = None,
+) -> None:
     """Train `config` into the run folder `out`.
 
     `resume`: None starts anew and refuses a folder that holds a run; "auto" goes on from the newest whole
     checkpoint of `out`, or starts; a folder names the checkpoint. `mesh`: this process is one of its ranks, which
-    all call this alike. Raises UserError for input that does not fit, RunError for failures while running, Terminated
-    (exit 143) and KeyboardInterrupt after a signal, each once everything is saved.
+    all call this alike. `score` scores eval.tasks (tnllm.evaluation.live.task_scorer). Raises UserError for input that
+    does not fit, RunError for failures while running, Terminated (exit 143) and KeyboardInterrupt after a signal, each
+    once everything is saved.
     """
+    if config.eval.tasks and score is None and mesh is None:
+        raise UserError("eval.tasks are set, and nothing to score them with was given; train with `tnllm train`")
     device = pick_device(config.train.device) if mesh is None else mesh.device
     ranks = OneRank() if mesh is None else ManyRanks(mesh)
     tokenizer = ranks.first(lambda: open_tokenizer(config))
@@ -104,6 +113,8 @@ def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | 
         meter = Meter(trainer, matmul_rate(device))
         if ranks.size > 1 and config.eval.sample_prompts:
             view.say("eval.sample_prompts are left out: text is sampled by one rank alone; use tnllm generate")
+        if ranks.size > 1 and config.eval.tasks:
+            view.say("eval.tasks are left out: one device scores them; use tnllm eval on a step folder")
         profile = (
             Profile(out / "profile", config.log.profile_steps, device, view.say)
             if config.log.profile_steps and ranks.main
@@ -130,6 +141,16 @@ def train(config: RunConfig, out: Path, resume: str | None = None, mesh: Mesh | 
                 view.row(row)
                 for line in sample_lines(trainer, tokenizer, state.step):
                     view.say(line)
+                meter.restart()
+            if score and due(config.eval.tasks_every_steps, state.step, last) and not signals.stop:
+                row = {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    **score(trainer.model, tokenizer),
+                    "time": time.time(),
+                }
+                metrics.write(row)
+                view.row(row)
                 meter.restart()
             if due(config.checkpoint.every_steps, state.step, last):
                 saver.save(state, trainer.parameters, trainer.optimizer)

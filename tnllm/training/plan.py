@@ -13,6 +13,7 @@ import torch
 
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count
+from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.flops import flops_per_token
 from tnllm.modeling.model import build_model
 from tnllm.training.communication import communication
@@ -45,8 +46,12 @@ def plan(config: RunConfig) -> str:
         "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
         "memory": f"{format_bytes(held)} for weights, gradients and optimizer, plus activations",
     }
-    if config.world_size > 1:
-        lines |= _plan_of_ranks(config)
+    lines |= _plan_of_ranks(config) if config.world_size > 1 else {}
+    cards = [name for name, card in GPUS.items() if memory.total <= (1 - RESERVE) * card.memory_gib * 2**30]
+    lines["fits"] = (
+        f"{', '.join(cards) or 'no card that is known'}: {format_bytes(memory.total)} with activations ({RESERVE:.0%} left "
+        "free); computed, not measured"
+    )
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
@@ -65,8 +70,6 @@ def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
     finally:
         close_mesh(mesh)
     memory = estimate_memory(config)
-    cards = {name: card.memory_gib for name, card in GPUS.items()}
-    fits = [name for name, size in cards.items() if memory.total <= (1 - RESERVE) * size * 2**30]
     sent = communication(config)
     by_axis = ", ".join(f"{axis} {format_bytes(amount)}" for axis, amount in sent.items() if amount)
     return {
@@ -76,7 +79,6 @@ def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
         f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer "
         f"{format_bytes(memory.optimizer)}, whole at a time {format_bytes(memory.casts)}, activations "
         f"{format_bytes(memory.activations)}, head {format_bytes(memory.head)}",
-        "fits": (", ".join(fits) or "no card that is known") + f" ({RESERVE:.0%} left free); computed, not measured",
         "sends": f"{format_bytes(sum(sent.values()))} a step and rank ({by_axis or 'nothing'}); computed",
     }
 
@@ -99,9 +101,14 @@ def fit_memory(
             if size < rows:
                 say(f"train.micro_batch_size is {size} instead of {rows}, to fit into {format_bytes(free)} on {device}")
             return fitted
+    modes = {mode: estimate_memory(fitted, mode, low_precision=device.type == "cuda").total for mode in MODES}
+    fits = next((mode for mode in MODES if modes[mode] <= free), None)
+    advice = "lower data.seq_len or take a smaller model"
+    if fits is not None:
+        advice = f"set train.activation_checkpointing={fits}, which needs {format_bytes(modes[fits])}"
     raise UserError(
         f"one row of {config.data.seq_len} tokens needs about {format_bytes(needed)}, and {format_bytes(free)} are free on "
-        f"{device}; lower data.seq_len, set train.activation_checkpointing=full or take a smaller model"
+        f"{device}; {advice}"
     )
 
 

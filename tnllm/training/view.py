@@ -68,6 +68,12 @@ class View:
         if "val_loss" in row:
             self.say(f"{step}  val_loss {row['val_loss']:.4f}  val_bpb {row['val_bpb']:.4f}")
             return
+        if "loss" not in row:
+            scores = (
+                f"{key.removeprefix('tasks/')} {value:.4f}" for key, value in row.items() if key.startswith("tasks/")
+            )
+            self.say(f"{step}  {'  '.join(scores)}")
+            return
         left = (self.total_steps - row["step"]) * row["tokens_per_step"] / max(row["tokens_per_s"], 1e-9)
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
         status = (

@@ -1,0 +1,75 @@
+"""Tasks on a model that is being trained, every so many steps.
+
+    score = task_scorer(["arc_easy", "sciq"], limit=200, data_dir="sets", note=print)   # bad names fail here, not later
+    score(model, tokenizer)                        # {"tasks/arc_easy/acc": 0.31, "tasks/arc_easy/acc_stderr": 0.03, ...}
+
+The model is read as it is, in the precision its weights are kept in, and nothing of the run changes: its random numbers are
+given back.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tnllm.errors import UserError
+from tnllm.evaluation.harness import TransNormerLM
+from tnllm.evaluation.run import Settings, evaluate
+from tnllm.evaluation.tasks import choose, load_tasks
+from tnllm.generation.loading import CHAT_TEMPLATE, Ready
+from tnllm.modeling.model import LanguageModel
+from tnllm.tokenizer import Tokenizer
+
+Scores = dict[str, float]
+
+
+def task_scorer(
+    tasks: Sequence[str],
+    limit: float | None = None,
+    data_dir: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Callable[[LanguageModel, Tokenizer], Scores]:
+    """What scores a model on `tasks`, zero-shot unless a task says otherwise; see `tnllm eval` for names and data.
+
+    `limit`: questions of each task, or a share below 1. Raises UserError for an unknown task or missing data.
+    """
+    folder = None if data_dir is None else Path(data_dir)
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"eval.tasks_data_dir {data_dir} is no folder; `tnllm eval ls` says what it may hold")
+    settings = Settings(limit)
+    choices = choose(tasks, None, note)
+    try:
+        load_tasks(choices, folder, False, note)
+    except UserError as error:
+        advice = str(error).replace("--data-dir DIR", "--set eval.tasks_data_dir=DIR")
+        raise UserError(f"eval.tasks: {advice.removesuffix(', or --online to download it')}") from None
+
+    def score(model: LanguageModel, tokenizer: Tokenizer) -> Scores:
+        states = random.getstate(), np.random.get_state()
+        devices = [model.device] if model.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                # Tasks remember what they were asked, so each time they are read anew.
+                loaded = load_tasks(choices, folder, False, lambda text: None)
+                results = evaluate(TransNormerLM(_ready(model, tokenizer)), loaded, settings)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+        assert results is not None, "one rank evaluates"
+        # Subjects of a group count in the group's own row.
+        members = {name for group in loaded.groups.values() for name in group.child_names}
+        return {
+            f"tasks/{task}/{key.removesuffix(',none').replace(',', '-')}": float(value)
+            for task, row in results["results"].items()
+            if task not in members
+            for key, value in row.items()
+            if isinstance(value, int | float) and "," in key
+        }
+
+    return score
+
+
+def _ready(model: LanguageModel, tokenizer: Tokenizer) -> Ready:
+    return Ready(Path("training"), model, tokenizer, {}, (tokenizer.eos_id,), tokenizer.bos_id, False, CHAT_TEMPLATE)
