@@ -33,7 +33,8 @@ _POLL_S = 0.2
 class ScaleCase:
     """One row: a step of `preset` on `gpus` ranks. Each rank that reads rows of its own reads `rows` of `seq_len` tokens.
 
-    `parallel`: sizes of the axes; `reference`: rows and length of the one-rank step it is compared with.
+    `parallel`: sizes of the axes; `reference`: rows and length of the one-rank step it is compared with. `limit` replaces
+    the check's own (largest relative difference of a loss).
     """
 
     preset: str
@@ -45,6 +46,7 @@ class ScaleCase:
     reference: tuple[int, int]
     activation_checkpointing: str = "none"
     longest: bool = False
+    limit: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -54,14 +56,13 @@ class ScaleCase:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cases share. `limit` replaces the check's own limit (largest relative difference of a loss)."""
+    """What all cases share."""
 
     device: str
     dtype: str = "auto"
     compiled: bool = True
     steps: int = 8
     warmup: int = 3
-    limit: float | None = None
 
 
 def mesh_axes(name: str, gpus: int) -> dict[str, int] | None:
@@ -192,10 +193,8 @@ def _try(
     if ended is None or not left:
         return []
     # The rank that ran out of memory says why the others lost it.
-    errors = [line["error"] for line in found.failed]
-    status = next((error for error in errors if "out of memory" in error.lower()), errors[0] if errors else ended)
-    if "out of memory" in status.lower():
-        status = "out of memory"
+    errors = [line["error"] for line in found.failed] or [ended]
+    status = "out of memory" if "out of memory" in errors else errors[0]
     _add_row(cases[left[0]], {"status": status}, results, on_row)
     return [cases[index] for index in left[1:]]
 
@@ -231,7 +230,9 @@ def _add_row(
     on_row: Callable[[dict[str, Any], dict[str, Any]], None],
 ) -> None:
     model = get_preset(case.preset)
-    row: dict[str, Any] = {**asdict(case), "tokens": case.tokens, "parameters": count_parameters(model)}
+    plain = asdict(case)
+    del plain["limit"]  # of the check, not of the row
+    row: dict[str, Any] = {**plain, "tokens": case.tokens, "parameters": count_parameters(model)}
     empty = ("step_ms", "low_ms", "high_ms", "tokens_per_s", "tokens_per_s_per_gpu", "efficiency", "mfu", "peak_gib",
              "first_loss", "last_loss", "collectives_ms", "collectives_ms_by_group", "sent_bytes")  # fmt: skip
     row |= {"status": "", **dict.fromkeys(empty), **{key: value for key, value in said.items() if key != "id"}}

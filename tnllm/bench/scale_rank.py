@@ -46,8 +46,7 @@ def main(spec_file: Path) -> None:
         for case in spec["cases"]:
             _run(spec, case, device, out, rank)
     except Exception as error:
-        kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else _last_line(error)
-        _append(out, {"failed": None if case is None else case["id"], "rank": rank, "error": kind})
+        _append(out, {"failed": None if case is None else case["id"], "rank": rank, "error": _in_short(error)})
         # No clean-up: it would wait for ranks that wait for this one.
         sys.stderr.flush()
         os._exit(1)
@@ -94,7 +93,10 @@ def _append(out: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _last_line(error: Exception) -> str:
+def _in_short(error: Exception) -> str:
+    # The compiler wraps the error of the allocator in one of its own.
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -126,7 +128,7 @@ def gate(
         del ready
     differences = [abs(ours - exact) / exact for exact, ours in zip(*losses, strict=True)]
     limit = LIMITS[compute_dtype(run_config(part, *options), device)]
-    limit = limit if spec["limit"] is None else spec["limit"]
+    limit = limit if case["limit"] is None else case["limit"]
     worst = max(differences, key=lambda value: math.inf if math.isnan(value) else value)
     return {
         "loss": worst,

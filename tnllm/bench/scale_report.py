@@ -133,10 +133,14 @@ def plot_scale(results: dict[str, Any], path: Path) -> None:
             mine = [row for row in rows if (row["preset"], row["mesh"]) == name and row[key] is not None]
             if not mine:
                 continue
+            first = mine[0]
             alone = [
-                row for row in rows
-                if row["mesh"] == "one" and row["preset"] == name[0] and (row["rows"], row["seq_len"]) == tuple(mine[0]["reference"])
-            ]  # fmt: skip
+                row
+                for row in rows
+                if (row["mesh"], row["preset"]) == ("one", name[0])
+                and (row["rows"], row["seq_len"]) == tuple(first["reference"])
+                and row[key] is not None
+            ]
             points = [(row["gpus"], row[key]) for row in [*alone, *mine]]
             style = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "markersize": 4.5}
             axis.plot(*zip(*points, strict=True), label=" ".join(name), linewidth=1.6, **style)
