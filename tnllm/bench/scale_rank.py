@@ -9,6 +9,8 @@ import math
 import os
 import sys
 import tempfile
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tnllm.bench.timing import describe_device
 from tnllm.bench.train import Case, Step, forget, run_config, step_times, wait
+from tnllm.modeling.config import ModelConfig
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
 from tnllm.training.communication import communication
 from tnllm.training.config import ParallelSection, RunConfig
@@ -110,35 +113,43 @@ def gate(
     """
     rows = max(1, _GATE_ROWS // mesh.data_size)
     part = Case(case["preset"], "transnormer", _GATE_LENGTH, rows, case["activation_checkpointing"])
-    full = part.model
-    changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
-    small = full.model_copy(update={**changes, "pad_token_id": 0})
-    whole = Case(case["preset"], "transnormer", _GATE_LENGTH, rows * mesh.data_size, case["activation_checkpointing"])
-    options = (device, spec["compiled"], spec["dtype"], small)
-    losses = []
-    for step in (
-        lambda: Step(run_config(whole, *options), device),
-        lambda: Step(run_config(part, *options, parallel), device, mesh),
-    ):
-        forget(device)
-        ready = step()
-        for _ in range(_GATE_STEPS):
-            ready()
-        losses.append(ready.losses)
-        del ready
-    differences = [abs(ours - exact) / exact for exact, ours in zip(*losses, strict=True)]
-    limit = LIMITS[compute_dtype(run_config(part, *options), device)]
+    whole = replace(part, rows=rows * mesh.data_size)
+    exact = _one_process(whole, device, spec["compiled"], spec["dtype"])
+    config = run_config(part, device, spec["compiled"], spec["dtype"], _small(part), parallel)
+    ours = _losses(config, device, mesh)
+    differences = [abs(got - wanted) / wanted for got, wanted in zip(ours, exact, strict=True)]
+    limit = LIMITS[compute_dtype(config, device)]
     limit = limit if case["limit"] is None else case["limit"]
     worst = max(differences, key=lambda value: math.inf if math.isnan(value) else value)
     return {
         "loss": worst,
         "loss_limit": limit,
         "steps": _GATE_STEPS,
-        "first_loss": losses[0][0],
-        "last_loss": losses[0][-1],
+        "first_loss": exact[0],
+        "last_loss": exact[-1],
         # Written so that NaN fails.
         "passed": worst <= limit,
     }
+
+
+@cache
+def _one_process(case: Case, device: torch.device, compiled: bool, dtype: str) -> list[float]:
+    """The losses meshes are held against; the same for all that split the same batch."""
+    return _losses(run_config(case, device, compiled, dtype, _small(case)), device, None)
+
+
+def _small(case: Case) -> ModelConfig:
+    full = case.model
+    changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
+    return full.model_copy(update={**changes, "pad_token_id": 0})
+
+
+def _losses(config: RunConfig, device: torch.device, mesh: Mesh | None) -> list[float]:
+    forget(device)
+    step = Step(config, device, mesh)
+    for _ in range(_GATE_STEPS):
+        step()
+    return step.losses
 
 
 def measure(
