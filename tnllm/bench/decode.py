@@ -60,15 +60,27 @@ def bench_decode(
     budget_s: float = 0.5,
     compiled: bool = True,
     note: Callable[[str], None] = lambda text: None,
+    on_row: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measure one preset: batch 1 at every position, every batch, and the baseline at every context and batch.
+
+    `on_row` is given the results so far after each row, so that a run cut short loses none.
 
     compiled: compile the baseline (GPU only). Returns environment, accuracy, rows, and what was skipped with its reason.
     Raises RunError if a step's logits are not those of the full forward pass.
     """
     bandwidth = copy_bandwidth(device)
-    accuracy, rows, skipped = [], [], []
+    accuracy: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
     compiled = compiled and device.type == "cuda"
+    environment = {
+        **describe_device(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_tb_per_s": bandwidth / 1e12,
+        "baseline": "compiled, one CUDA graph" if compiled else "eager",
+    }
+    results = {"environment": environment, "accuracy": accuracy, "rows": rows, "skipped": skipped}
     for kind in ("transnormer", "transformer"):
         if kind == "transformer" and not contexts:
             continue
@@ -93,18 +105,13 @@ def bench_decode(
             note(_name(point))
             try:
                 rows.append(row | _time(model, point, bandwidth, budget_s, compiled))
+                on_row(results)
             except torch.OutOfMemoryError:
                 skipped.append({**row, "reason": "out of memory"})
                 note(f"{_name(point)}: skipped, out of memory")
         del model
         _free(device)
-    environment = {
-        **describe_device(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "copy_tb_per_s": bandwidth / 1e12,
-        "baseline": "compiled, one CUDA graph" if compiled else "eager",
-    }
-    return {"environment": environment, "accuracy": accuracy, "rows": rows, "skipped": skipped}
+    return results
 
 
 def _points(kind: str, positions: list[int], batches: list[int], contexts: list[int]) -> Iterator[_Point]:
@@ -139,9 +146,11 @@ def _gate(model: LanguageModel, compiled: bool) -> dict[str, Any]:
         exact = wide(tokens[:, half:], states[0])[0]
         forward = model(tokens[:, half:], states[1])[0]
         if linear:
-            state = states[1].clone()
-            step = _own_step(model, state, _GATE_TOKENS)
-            stepped = torch.stack([step(column).clone() for column in tokens[:, half:].unbind(1)], dim=1)
+            # One row has a step of its own.
+            stepped = torch.cat(
+                [_stepped(model, states[1].select(rows), tokens[rows, half:]) for rows in ([0, 1], [0])]
+            )
+            exact, forward = exact[[0, 1, 0]], forward[[0, 1, 0]]
         else:
             # The baseline's step knows one position alone: the last one.
             state = model.hidden(tokens[:, :-1])[1]
@@ -159,6 +168,12 @@ def _gate(model: LanguageModel, compiled: bool) -> dict[str, Any]:
         "limit": limit,
         "passed": worst["step"] <= limit,
     }
+
+
+def _stepped(model: LanguageModel, state: Any, tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] of tokens [B, T] read one by one."""
+    step = _own_step(model, state, _GATE_TOKENS)
+    return torch.stack([step(column).clone() for column in tokens.unbind(1)], dim=1)
 
 
 def _own_step(model: LanguageModel, state: Any, num_steps: int) -> Step:

@@ -28,7 +28,7 @@ def command(
     device: str = typer.Option("auto", help="auto, cuda or cpu."),
     seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
     compile_: bool = typer.Option(True, "--compile/--no-compile", help="Compile the Transformer's step (GPU only)."),
-    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
 ) -> None:
@@ -52,6 +52,11 @@ def command(
     if name not in dtypes:
         raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
     cached = contexts or defaults[3]
+
+    def keep(so_far: dict) -> None:
+        if json_file is not None:
+            write_json(so_far, json_file)
+
     results = bench_decode(
         preset or defaults[0],
         lengths(positions or defaults[1], "--positions"),
@@ -62,6 +67,7 @@ def command(
         seconds or defaults[5],
         compile_,
         _note,
+        keep,
     )
     print_decode(results)
     for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_decode)):
