@@ -279,16 +279,18 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(server, http):
     body = {"prompt": ["The"] * 4, "max_tokens": 5000, "ignore_eos": True, "stream": True}
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.Client(base_url=address, headers=headers) as visitor:
-        with (
-            visitor.stream("POST", "/v1/completions", json=body) as first,
-            visitor.stream("POST", "/v1/completions", json=body),
-            visitor.stream("POST", "/v1/completions", json=body),
-        ):
+        with visitor.stream("POST", "/v1/completions", json=body) as first:
             assert first.status_code == 200
-            wait_for(lambda: engine.num_waiting == 8)
-            refused = http.post("/v1/completions", json={"prompt": "a"})
-            assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
-            assert refused.json()["error"]["type"] == "rate_limit_error"
+            # Before they have left the queue for their slots, there is no room in it for the eight to come.
+            wait_for(lambda: engine.slots.free == 0)
+            with (
+                visitor.stream("POST", "/v1/completions", json=body),
+                visitor.stream("POST", "/v1/completions", json=body),
+            ):
+                wait_for(lambda: engine.num_waiting == 8)
+                refused = http.post("/v1/completions", json={"prompt": "a"})
+                assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
+                assert refused.json()["error"]["type"] == "rate_limit_error"
         wait_for(lambda: engine.num_active == 0 and engine.num_waiting == 0)
 
 
