@@ -1,4 +1,4 @@
-"""`tnllm bench-attn`, `bench-norm`, `bench-train` and `bench-scale` as typed."""
+"""`tnllm bench-attn`, `bench-norm` and `bench-train` as typed."""
 
 import json
 
@@ -86,33 +86,3 @@ def test_bench_train_bad_input(capfd, args, message):
     code, out, err = run(capfd, "bench-train", *args)
     assert code == 2 and out == ""
     assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (
-            ["--meshes", "fdsp"],
-            "--meshes has 'fdsp'; allowed: fsdp, tp, sp, fsdp+tp, fsdp+sp, tp+sp; did you mean 'fsdp'?",
-        ),
-        (["--gpus", "1,x"], "--gpus has 'x'; write numbers such as 1,2,4"),
-        (
-            ["--gpus", "3", "--meshes", "tp"],
-            "mesh tp on 3 ranks has tensor 3, which does not divide tiny's num_heads 2",
-        ),
-        (["--longest"], "--longest fills the memory of GPUs"),
-        (["--preset", "386m"], "did you mean '385m'?"),
-        (["--plot", "a.gif"], "--plot is a.gif; its name must end in .png, .svg or .pdf"),
-    ],
-)
-def test_bench_scale_bad_input(capfd, args, message):
-    code, out, err = run(capfd, "bench-scale", "--device", "cpu", *args)
-    assert code == 2 and out == ""
-    assert message in err
-
-
-def test_bench_scale_knows_how_many_gpus_there_are(capfd, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    code, _, err = run(capfd, "bench-scale", "--gpus", "1,4")
-    assert code == 2 and "--gpus has 4, but torch sees 2 on this machine" in err

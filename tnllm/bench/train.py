@@ -26,9 +26,8 @@ from tnllm.data.loader import Batch
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import build_model
-from tnllm.parallel.mesh import Mesh
 from tnllm.training.checkpoint import TrainState
-from tnllm.training.config import DataSection, ParallelSection, RunConfig, ScheduleSection, TrainSection
+from tnllm.training.config import DataSection, RunConfig, ScheduleSection, TrainSection
 from tnllm.training.loop import Meter, Trainer, compute_dtype, make_trainer, train_step
 from tnllm.training.metrics import matmul_rate
 from tnllm.training.signals import StopSignals
@@ -71,26 +70,15 @@ class Case:
         return other
 
 
-def run_config(
-    case: Case,
-    device: torch.device,
-    compiled: bool,
-    dtype: str = "auto",
-    model: Any = None,
-    parallel: ParallelSection | None = None,
-) -> RunConfig:
-    """The run whose step is timed: constant learning rate, clipping, one pass a step.
-
-    With `parallel`, each rank that reads rows of its own reads `case.rows` of them.
-    """
-    parallel = parallel or ParallelSection()
+def run_config(case: Case, device: torch.device, compiled: bool, dtype: str = "auto", model: Any = None) -> RunConfig:
+    """The run whose step is timed: constant learning rate, clipping, one pass a step."""
     return RunConfig(
         model=model or case.model,
         data=DataSection(seq_len=case.seq_len, packing=case.packing),
         schedule=ScheduleSection(kind="constant", warmup_steps=0, horizon_steps=1_000_000),
         train=TrainSection(
             max_steps=1_000_000,
-            global_batch_tokens=case.rows * parallel.replicate * parallel.shard * case.seq_len,
+            global_batch_tokens=case.rows * case.seq_len,
             micro_batch_size=case.rows,
             dtype=dtype,
             weights=case.weights,
@@ -98,23 +86,18 @@ def run_config(
             activation_checkpointing=case.activation_checkpointing,
             device=device.type,
         ),
-        parallel=parallel,
     )
 
 
 class RandomLoader:
-    """Random tokens in the form of the trainer's loader; with packing "reset" every row is a document.
+    """Random tokens in the form of the trainer's loader; with packing "reset" every row is a document."""
 
-    Rank `data_rank` of the run's data ranks reads its rows of batches that all ranks draw alike.
-    """
-
-    def __init__(self, config: RunConfig, seed: int = 0, data_rank: int = 0) -> None:
-        self.config, self.data_rank = config, data_rank
+    def __init__(self, config: RunConfig, seed: int = 0) -> None:
+        self.config = config
         rows, length = config.train.micro_batch_size, config.data.seq_len
         generator = torch.Generator().manual_seed(seed)
         # Four batches in turn: the loss of a single one, seen again and again, would soon be no usual one.
-        ids = torch.randint(1, config.model.vocab_size, (4, rows * config.data_ranks, length + 1), generator=generator)
-        ids = ids[:, data_rank * rows : (data_rank + 1) * rows]
+        ids = torch.randint(1, config.model.vocab_size, (4, rows, length + 1), generator=generator)
         self._batches = [self._batch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
         self._turn = 0
 
@@ -127,10 +110,8 @@ class RandomLoader:
         return Batch(tokens, labels, cu_seqlens, 0, labels.numel())
 
     def rank_samples(self, first_sample: int) -> range:
-        """This rank's samples of a step."""
-        rows = self.config.train.micro_batch_size
-        first_sample += self.data_rank * rows
-        return range(first_sample, first_sample + rows)
+        """The samples of a step; this is the only rank."""
+        return range(first_sample, first_sample + self.config.train.micro_batch_size)
 
     def batch(self, first_sample: int, num_rows: int) -> Batch:
         """The next batch."""
@@ -148,10 +129,10 @@ class _Losses(Meter):
 
 
 class Step:
-    """The trainer's step of `config`, ready to be called again and again; with `mesh`, by all its ranks alike."""
+    """The trainer's step of `config`, ready to be called again and again."""
 
-    def __init__(self, config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> None:
-        self.trainer = trainer(config, device, mesh)
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.trainer = trainer(config, device)
         self._state, self._signals = TrainState(), StopSignals()
         self._meter = _Losses(self.trainer, None)
         self._meter.losses = []
@@ -165,10 +146,9 @@ class Step:
         return torch.stack(self._meter.losses).tolist()
 
 
-def trainer(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Trainer:
+def trainer(config: RunConfig, device: torch.device) -> Trainer:
     """The trainer's own model, optimizer and loss over random tokens."""
-    loader = RandomLoader(config, data_rank=mesh.data_rank if mesh else 0)
-    return make_trainer(config, loader, device, mesh)  # type: ignore[arg-type]
+    return make_trainer(config, RandomLoader(config), device)  # type: ignore[arg-type]
 
 
 def fastest_softmax(device: torch.device) -> AbstractContextManager[Any]:
@@ -251,7 +231,7 @@ def gate(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[s
     changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
     small = full.model_copy(update={**changes, "pad_token_id": 0})
     part = replace(case, seq_len=_GATE_LENGTH, rows=2)
-    forget(device)
+    _forget(device)
     exact = build_model(small, "cpu", torch.float32, seed=1)
     config = run_config(part, device, compiled, dtype, small)
     step = trainer(config, device)
@@ -285,7 +265,7 @@ def time_case(
     case: Case, device: torch.device, dtype: str, compiled: bool, steps: int, warmup: int, peak: float | None
 ) -> dict[str, Any]:
     """One row of results; see `bench_training`."""
-    forget(device)
+    _forget(device)
     config = run_config(case, device, compiled, dtype)
     tokens = case.rows * case.seq_len
     row: dict[str, Any] = {**asdict(case), "parameters": count_parameters(config.model), "tokens": tokens}
@@ -311,14 +291,14 @@ def _measure(config: RunConfig, device: torch.device, steps: int, warmup: int) -
         started = time.perf_counter()
         step = Step(config, device)
         step()
-        wait(device)
+        _wait(device)
         first_s = time.perf_counter() - started
         for _ in range(warmup):
             step()
-        wait(device)
+        _wait(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = sorted(step_times(step, device, steps))
+        times = sorted(_step_times(step, device, steps))
     median, low, high = (times[min(steps - 1, int(steps * share))] for share in (0.5, 0.2, 0.8))
     losses = step.losses
     return {
@@ -332,7 +312,7 @@ def _measure(config: RunConfig, device: torch.device, steps: int, warmup: int) -
     }
 
 
-def step_times(step: Callable[[], None], device: torch.device, steps: int) -> list[float]:
+def _step_times(step: Callable[[], None], device: torch.device, steps: int) -> list[float]:
     """Milliseconds of each step, the host running ahead of the device as it does in training."""
     if device.type != "cuda":
         times = []
@@ -350,13 +330,12 @@ def step_times(step: Callable[[], None], device: torch.device, steps: int) -> li
     return [before.elapsed_time(after) for before, after in pairwise(marks)]
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def forget(device: torch.device) -> None:
+def _forget(device: torch.device) -> None:
     """Free the case before, and its compiled code: a second length must not be compiled as one of varying shape."""
     torch._dynamo.reset()
     gc.collect()

@@ -31,7 +31,6 @@ COMMANDS = (
     "bench-attn",
     "bench-norm",
     "bench-train",
-    "bench-scale",
     "bench-decode",
     "bench-stream",
     "bench-eval",

@@ -121,11 +121,8 @@ def open_mesh(
         "batch": grid[:, :, :, p],
         "replica": grid[r],
     }
-    # The description is what a profile calls the group by.
     groups = {
-        name: dist.new_group(
-            ranks.flatten().tolist(), timeout=timeout, use_local_synchronization=fake is None, group_desc=name
-        )
+        name: dist.new_group(ranks.flatten().tolist(), timeout=timeout, use_local_synchronization=fake is None)
         for name, ranks in members.items()
     }
     # A checkpoint written in the background must not mix its messages with those of the steps, nor run out of time.
