@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.flops import flops_per_token
@@ -130,13 +132,11 @@ def mesh_axes(text: str, ranks: int) -> dict[str, int] | None:
 def run_config(job: Job, plan: Plan, model: ModelConfig | None = None) -> RunConfig:
     """The run whose step is timed or checked. Raises UserError where model and mesh do not fit."""
     data_ranks = job.axes["replicate"] * job.axes["shard"]
-    # Adam moves a weight by about the learning rate whatever the gradient's size: ten steps should change the loss.
-    rate = 1e-3 if job.kind == "gate" else 3e-4
     try:
         return RunConfig(
             model=model or get_preset(job.preset),
             data=DataSection(seq_len=job.seq_len, packing="concat"),
-            optimizer=OptimizerSection(learning_rate=rate),
+            optimizer=OptimizerSection(learning_rate=3e-4),
             schedule=ScheduleSection(kind="constant", warmup_steps=0, horizon_steps=1_000_000),
             train=TrainSection(
                 max_steps=1_000_000,
@@ -149,9 +149,8 @@ def run_config(job: Job, plan: Plan, model: ModelConfig | None = None) -> RunCon
             ),
             parallel=ParallelSection(**job.axes, timeout_s=plan.timeout_s),
         )
-    except ValueError as error:
-        text = str(error).splitlines()
-        reason = text[2].strip().removeprefix("Value error, ").partition(" [type=")[0] if len(text) > 2 else text[0]
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"{job.preset} on {job.mesh}: {reason}") from None
 
 
@@ -220,7 +219,8 @@ def bench_scaling(
     per_gpu (tokens/s and GPU), efficiency (per_gpu over that of `base_gpus` GPUs), mfu, peak_gib (the largest of all
     ranks, allocated by torch in steady steps), comm_ms and comm_exposed_ms (a step's time in collectives, waiting for
     other ranks included; and that part of it in which nothing else ran), ms_AXIS and sent_AXIS (bytes a rank sends in a
-    step, counted), computed_bytes (the same by formula), compile_s. Null where it could not be measured.
+    step, counted), computed_bytes (the same by formula), compile_s (what the first step took beyond a steady one, the
+    model's set-up included), left_gib (allocated before the case began). Null where it could not be measured.
     """
     jobs = make_jobs(plan)
     results: dict[str, Any] = {"environment": {}, "accuracy": [], "rows": [], "longest": []}
@@ -258,7 +258,7 @@ def bench_scaling(
                     passed[job.name] = False
             ready = [job for job in left if _ready(job, passed)]
             for job in left:
-                if job.kind == "time" and job not in ready:
+                if job not in ready:
                     take(job, {"status": "wrong", "reason": "its check was not passed"})
             left = [job for job in ready if not (job.kind == "gate" and job.mesh != ONE and job.expected is None)]
             if not left:
@@ -290,11 +290,19 @@ def bench_scaling(
                 take(job, {"status": "failed", "reason": ended, **kept.get(job.name, {})})
                 if "status" not in kept.get(job.name, {}):
                     note(f"{job.name}: {ended}")
+                for search in [other for other in left if other.kind == "longest" and _same_work(other, job)]:
+                    # It would begin with what has just failed.
+                    take(search, {"status": "failed", "reason": "its first length did not run"})
+                    left.remove(search)
     return results
 
 
 def _ready(job: Job, passed: dict[str, bool]) -> bool:
     return job.needs is None or passed.get(job.needs, True)
+
+
+def _same_work(one: Job, other: Job) -> bool:
+    return (one.preset, one.axes, one.seq_len, one.rows) == (other.preset, other.axes, other.seq_len, other.rows)
 
 
 def timed_row(
@@ -330,6 +338,7 @@ def timed_row(
         **dict.fromkeys(names),
         "computed_bytes": sum(communication(config, plan.device == "cuda" and plan.dtype != "fp32").values()),
         "compile_s": None,
+        "left_gib": None,
         **found,
     }
     if row["status"] != "ok":
@@ -421,11 +430,11 @@ def _launch(number: int, jobs: list[Job], plan: Plan) -> Iterator[dict[str, Any]
 
 def _why(log: str, code: int) -> str:
     """What torchrun's log says about the rank that failed first."""
-    cause = log.rpartition("Root Cause")[2]
-    rank = re.search(r"rank\s*: (\d+)", cause)
-    exit_code = re.search(r"exitcode\s*: (-?\d+)", cause)
-    if rank and exit_code and int(exit_code[1]) < 0:
-        return f"rank {rank[1]} was lost ({signal.Signals(-int(exit_code[1])).name})"
+    ended = re.findall(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", log, re.DOTALL)
+    # SIGTERM is how torchrun stops the ranks that were still well.
+    lost = [(rank, -int(number)) for rank, number in ended if int(number) < 0 and -int(number) != signal.SIGTERM]
+    if lost:
+        return f"rank {lost[0][0]} was lost ({signal.Signals(lost[0][1]).name})"
     told = [
         line.strip() for line in log.splitlines() if re.match(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|tnllm): ", line)
     ]

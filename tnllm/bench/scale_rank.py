@@ -28,8 +28,10 @@ from tnllm.parallel.traffic import Traffic, axis_names
 from tnllm.training.loop import compute_dtype
 from tnllm.training.metrics import matmul_rate
 
-# Largest relative difference of a loss, and of a gradient's norm, from one GPU's in any of ten steps. docs/numerics.md
-LIMITS = {torch.float32: (2e-5, 5e-4), torch.bfloat16: (2e-3, 2e-2)}
+# Largest relative difference of a loss, and of a gradient's norm, from one GPU's in any of ten steps. fp32: sums in
+# another order, as in tests/parallel. bf16: a mesh rounds other partial sums to 8 bits, and ten updates carry that on;
+# two layers of 385m in bf16 on a CPU differ by 4e-4 and 4e-4 (docs/parallel.md).
+LIMITS = {torch.float32: (2e-5, 5e-4), torch.bfloat16: (2e-3, 1e-2)}
 _PROFILED = 2
 
 
@@ -73,7 +75,7 @@ def main(task: Path) -> None:
     wrong: set[str] = set()
     for job in jobs:
         if job.needs in wrong:
-            if ranks.rank == 0 and job.kind == "time":
+            if ranks.rank == 0:
                 ranks.say({"job": job.name, "result": {"status": "wrong", "reason": "its check was not passed"}})
             continue
         if ranks.rank == 0:
@@ -164,6 +166,7 @@ def time_steps(job: Job, ranks: Ranks) -> dict[str, Any]:
     """Whole training steps, timed; then a few more, watched for what is sent and how long it takes."""
     forget(ranks.device)
     plan, device = ranks.plan, ranks.device
+    left = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else None
     config = run_config(job, plan)
     mesh = ranks.mesh(job)
     everyone = OneRank() if mesh is None else ManyRanks(mesh)
@@ -187,6 +190,7 @@ def time_steps(job: Job, ranks: Ranks) -> dict[str, Any]:
         "high_ms": high,
         "compile_s": max(0.0, first_s - median / 1e3),
         "peak_gib": None if peak is None else max(everyone.spread(peak)),
+        "left_gib": left,
     }
     if mesh is not None:
         found |= watch(step, mesh)
@@ -213,22 +217,26 @@ def watch(step: Step, mesh: Mesh) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "trace.json"
             profile.export_chrome_trace(str(file))
-            found |= times_of_collectives(json.loads(file.read_text())["traceEvents"], axis_names(mesh), _PROFILED)
+            events = json.loads(file.read_text())["traceEvents"]
+            if mesh.device.type == "cuda":
+                found |= times_of_nccl(events, axis_names(mesh), _PROFILED)
+            else:
+                # gloo's events name no group, so only their sum is known.
+                found["comm_ms"] = sum(e["dur"] for e in events if e["name"].startswith("gloo:")) / _PROFILED / 1e3
     return found
 
 
-def times_of_collectives(events: list[dict[str, Any]], axes: dict[str, str], steps: int) -> dict[str, float | None]:
-    """Milliseconds a step of a profiler's trace spends in collectives: comm_ms, comm_exposed_ms, ms_AXIS.
+def times_of_nccl(events: list[dict[str, Any]], axes: dict[str, str], steps: int) -> dict[str, float]:
+    """Milliseconds a step of a profiler's trace spends in NCCL's kernels: comm_ms, comm_exposed_ms, ms_AXIS.
 
-    `axes` maps names of process groups to axes. On a GPU NCCL's kernels are counted; the exposed part is that in which
-    no other kernel ran. gloo's events on a CPU name no group and run beside others, so only their sum is known.
+    `axes` maps names of process groups to axes. The exposed part is that in which no other kernel ran. What the trace
+    does not tell is left out.
     """
     spans = [event for event in events if event.get("ph") == "X"]
     kernels = [event for event in spans if event.get("cat") == "kernel"]
     nccl = [event for event in kernels if event["name"].startswith("nccl")]
     if not nccl:
-        gloo = [event["dur"] for event in spans if event["name"].startswith("gloo:")]
-        return {"comm_ms": sum(gloo) / steps / 1e3 if gloo else None}
+        return {}
     # Where a kernel does not name its group, the call that launched it does.
     calls = {
         event["args"]["External id"]: event["args"]
@@ -289,4 +297,5 @@ def _close(mesh: Mesh | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # By its name, so that what a plugin changes in this module is changed for the run too.
+    importlib.import_module("tnllm.bench.scale_rank").main(Path(sys.argv[1]))
