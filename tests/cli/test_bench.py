@@ -1,4 +1,4 @@
-"""`tnllm bench-attn`, `bench-norm` and `bench-train` as typed."""
+"""`tnllm bench-attn`, `bench-norm`, `bench-train` and `bench-scale` as typed."""
 
 import json
 
@@ -83,3 +83,42 @@ def test_bench_train_bad_input(capfd, args, message):
     code, out, err = run(capfd, "bench-train", *args)
     assert code == 2 and out == ""
     assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
+
+
+def test_bench_scale_on_cpu(capfd, tmp_path):
+    file = tmp_path / "s.json"
+    args = ("--gpus", "1", "--seq-len", "32", "--rows", "1", "--steps", "1", "--json", str(file))
+    code, out, err = run(capfd, "bench-scale", "--device", "cpu", *args)
+    assert code == 0
+    assert "processes of this CPU in their place, which say nothing about GPUs" in err and f"wrote {file}" in err
+    found = json.loads(file.read_text())
+    assert [(row["mesh"], row["tokens"], row["status"]) for row in found["rows"]] == [("one", 32, "ok")]
+    assert found["environment"]["dtype"] == "float32" and "per GPU / one" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--preset", "386m"], "did you mean '385m'?"),
+        (["--meshes", "fsdp,pp"], "--meshes has 'pp'; write fsdp, sp, tp, ddp, joined by +"),
+        (
+            ["--meshes", "shard=2+sequence=2"],
+            "--meshes has 'shard=2+sequence=2', which fits none of the numbers of GPUs",
+        ),
+        (["--meshes", "tp", "--gpus", "4"], "tiny on tp: parallel.tensor is 4; it must divide model.num_heads 2"),
+        (["--gpus", "two"], "--gpus is 'two'; write numbers of GPUs such as 1,2,4"),
+        (["--longest"], "--longest looks for the end of a GPU's memory; it does not go with a CPU"),
+        (["--activation-checkpointing", "some"], "--activation-checkpointing is 'some'; allowed: none, full"),
+        (["--plot", "t.gif"], "its name must end in .png, .svg or .pdf"),
+    ],
+)
+def test_bench_scale_bad_input(capfd, args, message):
+    code, out, err = run(capfd, "bench-scale", "--device", "cpu", *args)
+    assert code == 2 and out == ""
+    assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
+
+
+def test_bench_scale_counts_gpus(capfd, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    code, _, err = run(capfd, "bench-scale", "--gpus", "1,4")
+    assert code == 2 and "--gpus is 1,4, but torch sees 2; give at most that many" in err

@@ -430,7 +430,7 @@ def _launch(number: int, jobs: list[Job], plan: Plan) -> Iterator[dict[str, Any]
 
 def _why(log: str, code: int) -> str:
     """What torchrun's log says about the rank that failed first."""
-    ended = re.findall(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", log, re.DOTALL)
+    ended = re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)", log)
     # SIGTERM is how torchrun stops the ranks that were still well.
     lost = [(rank, -int(number)) for rank, number in ended if int(number) < 0 and -int(number) != signal.SIGTERM]
     if lost:

@@ -25,6 +25,7 @@ from tnllm.bench.train import Step, forget, step_times, wait
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
 from tnllm.parallel.ranks import ManyRanks, OneRank
 from tnllm.parallel.traffic import Traffic, axis_names
+from tnllm.training.launch import is_lost_rank
 from tnllm.training.loop import compute_dtype
 from tnllm.training.metrics import matmul_rate
 
@@ -100,9 +101,8 @@ def _announce(job: Job) -> str:
 
 def _leave(ranks: Ranks, job: Job, status: str, error: Exception) -> None:
     """Say what happened and end this process without waiting for collectives that will never be joined."""
-    lost = isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
     # Who only heard of another's end has nothing to tell.
-    if not lost:
+    if status == "out of memory" or not (isinstance(error, RuntimeError) and is_lost_rank(error)):
         reason = f"rank {ranks.rank}: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
         ranks.say({"job": job.name, "failed": {"status": status, "reason": reason}})
     if status != "out of memory":
