@@ -85,15 +85,36 @@ def test_bench_train_bad_input(capfd, args, message):
     assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
 
 
-def test_bench_scale_on_cpu(capfd, tmp_path):
+def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
+    """What is asked for and what is written; tests/bench/test_scale.py starts the ranks."""
+    from tnllm.bench import scale
+
+    asked = []
+
+    def bench(plan, note, on_environment, on_check, on_row):
+        asked.append(plan)
+        device = {"device": "cpu", "dtype": "float32", "matmul_tflop_per_s": None}
+        results = {"environment": device, "accuracy": [], "rows": [], "longest": []}
+        on_environment(results)
+        for job in (job for jobs in scale.make_jobs(plan).values() for job in jobs if job.kind == "time"):
+            row = scale.timed_row(
+                job, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
+            )
+            results["rows"].append(row)
+            on_row(row, results)
+            assert len(json.loads(file.read_text())["rows"]) == len(results["rows"])  # a run cut short leaves its rows
+        return results
+
+    monkeypatch.setattr(scale, "bench_scaling", bench)
     file = tmp_path / "s.json"
-    args = ("--gpus", "1", "--seq-len", "32", "--rows", "1", "--steps", "1", "--json", str(file))
-    code, out, err = run(capfd, "bench-scale", "--device", "cpu", *args)
+    code, out, err = run(
+        capfd, "bench-scale", "--device", "cpu", "--json", str(file), "--gpus", "2,4", "--meshes", "fsdp,sp"
+    )
     assert code == 0
     assert "processes of this CPU in their place, which say nothing about GPUs" in err and f"wrote {file}" in err
-    found = json.loads(file.read_text())
-    assert [(row["mesh"], row["tokens"], row["status"]) for row in found["rows"]] == [("one", 32, "ok")]
-    assert found["environment"]["dtype"] == "float32" and "per GPU / one" in out
+    assert (asked[0].presets, asked[0].gpus, asked[0].compiled) == (["tiny"], [1, 2, 4], False)
+    assert [row["mesh"] for row in json.loads(file.read_text())["rows"]] == ["one", "one", "fsdp", "sp", "fsdp", "sp"]
+    assert "tiny sp: a row 4 times as long on 4 ranks takes 1.00 times one rank's time per token of a rank" in out
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,8 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         if row["sequence"] == row["gpus"] and row["base_gpus"] == 1:
             ratio = 1 / row["efficiency"]
             lines.append(
-                f"{row['preset']} {row['mesh']}: a row {row['gpus']} times as long on {row['gpus']} GPUs takes "
-                f"{ratio:.2f} times one GPU's time per token and GPU"
+                f"{row['preset']} {row['mesh']}: a row {row['gpus']} times as long on {row['gpus']} ranks takes "
+                f"{ratio:.2f} times one rank's time per token of a rank"
             )
     return lines
 
