@@ -1,4 +1,4 @@
-"""`tnllm bench-attn`, `bench-norm` and `bench-train` as typed."""
+"""`tnllm bench-attn`, `bench-norm`, `bench-train` and `bench-scale` as typed."""
 
 import json
 
@@ -86,3 +86,63 @@ def test_bench_train_bad_input(capfd, args, message):
     code, out, err = run(capfd, "bench-train", *args)
     assert code == 2 and out == ""
     assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
+
+
+def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
+    """What is asked for and what is written; tests/bench/test_scale.py starts the ranks."""
+    from tnllm.bench import scale
+
+    asked = []
+
+    def bench(plan, note, on_environment, on_check, on_row):
+        asked.append(plan)
+        device = {"device": "cpu", "dtype": "float32", "matmul_tflop_per_s": None}
+        results = {"environment": device, "accuracy": [], "rows": [], "longest": []}
+        on_environment(results)
+        for job in (job for jobs in scale.make_jobs(plan).values() for job in jobs if job.kind == "time"):
+            row = scale.timed_row(
+                job, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
+            )
+            results["rows"].append(row)
+            on_row(row, results)
+            assert len(json.loads(file.read_text())["rows"]) == len(results["rows"])  # a run cut short leaves its rows
+        return results
+
+    monkeypatch.setattr(scale, "bench_scaling", bench)
+    file = tmp_path / "s.json"
+    code, out, err = run(
+        capfd, "bench-scale", "--device", "cpu", "--json", str(file), "--gpus", "2,4", "--meshes", "fsdp,sp"
+    )
+    assert code == 0
+    assert "processes of this CPU in their place, which say nothing about GPUs" in err and f"wrote {file}" in err
+    assert (asked[0].presets, asked[0].gpus, asked[0].compiled) == (["tiny"], [1, 2, 4], False)
+    assert [row["mesh"] for row in json.loads(file.read_text())["rows"]] == ["one", "one", "fsdp", "sp", "fsdp", "sp"]
+    assert "tiny sp: a row 4 times as long on 4 ranks takes 1.00 times one rank's time per token of a rank" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--preset", "386m"], "did you mean '385m'?"),
+        (["--meshes", "fsdp,pp"], "--meshes has 'pp'; write fsdp, sp, tp, ddp, joined by +"),
+        (
+            ["--meshes", "shard=2+sequence=2"],
+            "--meshes has 'shard=2+sequence=2', which fits none of the numbers of GPUs",
+        ),
+        (["--meshes", "tp", "--gpus", "4"], "tiny on tp: parallel.tensor is 4; it must divide model.num_heads 2"),
+        (["--gpus", "two"], "--gpus is 'two'; write numbers of GPUs such as 1,2,4"),
+        (["--longest"], "--longest looks for the end of a GPU's memory; it does not go with a CPU"),
+        (["--activation-checkpointing", "some"], "--activation-checkpointing is 'some'; allowed: none, full"),
+        (["--plot", "t.gif"], "its name must end in .png, .svg or .pdf"),
+    ],
+)
+def test_bench_scale_bad_input(capfd, args, message):
+    code, out, err = run(capfd, "bench-scale", "--device", "cpu", *args)
+    assert code == 2 and out == ""
+    assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
+
+
+def test_bench_scale_counts_gpus(capfd, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    code, _, err = run(capfd, "bench-scale", "--gpus", "1,4")
+    assert code == 2 and "--gpus is 1,4, but torch sees 2; give at most that many" in err

@@ -26,6 +26,7 @@ from tnllm.data.loader import Batch
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import build_model
+from tnllm.parallel.mesh import Mesh
 from tnllm.training.checkpoint import TrainState
 from tnllm.training.config import DataSection, RunConfig, ScheduleSection, TrainSection
 from tnllm.training.loop import Meter, Trainer, compute_dtype, make_trainer, train_step
@@ -90,16 +91,18 @@ def run_config(case: Case, device: torch.device, compiled: bool, dtype: str = "a
 
 
 class RandomLoader:
-    """Random tokens in the form of the trainer's loader; with packing "reset" every row is a document."""
+    """Random tokens in the form of the trainer's loader; with packing "reset" every row is a document.
 
-    def __init__(self, config: RunConfig, seed: int = 0) -> None:
-        self.config = config
-        rows, length = config.train.micro_batch_size, config.data.seq_len
+    A step's rows are the same on any mesh; data rank `data_rank` of `data_size` reads its part of them.
+    """
+
+    def __init__(self, config: RunConfig, seed: int = 0, data_rank: int = 0, data_size: int = 1) -> None:
+        self.config, self._rank, self._part = config, data_rank, config.global_batch_rows // data_size
+        rows, length = config.global_batch_rows, config.data.seq_len
         generator = torch.Generator().manual_seed(seed)
         # Four batches in turn: the loss of a single one, seen again and again, would soon be no usual one.
         ids = torch.randint(1, config.model.vocab_size, (4, rows, length + 1), generator=generator)
-        self._batches = [self._batch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
-        self._turn = 0
+        self._ids = ids
 
     def _batch(self, tokens: Tensor, labels: Tensor) -> Batch:
         cu_seqlens = None
@@ -110,32 +113,34 @@ class RandomLoader:
         return Batch(tokens, labels, cu_seqlens, 0, labels.numel())
 
     def rank_samples(self, first_sample: int) -> range:
-        """The samples of a step; this is the only rank."""
-        return range(first_sample, first_sample + self.config.train.micro_batch_size)
+        """This rank's samples of the step that begins at `first_sample`."""
+        first = first_sample + self._rank * self._part
+        return range(first, first + self._part)
 
     def batch(self, first_sample: int, num_rows: int) -> Batch:
-        """The next batch."""
-        self._turn += 1
-        return self._batches[self._turn % len(self._batches)]
+        """Rows `first_sample` and the next; steps take the four batches in turn."""
+        step, row = divmod(first_sample, self.config.global_batch_rows)
+        part = self._ids[step % len(self._ids), row : row + num_rows]
+        return self._batch(part[:, :-1].contiguous(), part[:, 1:].contiguous())
 
 
 class _Losses(Meter):
-    """Keeps the losses on the device; nothing waits for the host."""
+    """Keeps losses and gradient norms on the device; nothing waits for the host."""
 
-    losses: list[Tensor]
+    seen: list[Tensor]
 
     def add(self, loss: Tensor, norm: Tensor, rate: float, waited: float, state: TrainState) -> None:
-        self.losses.append(loss)
+        self.seen.append(torch.stack([loss, norm]))
 
 
 class Step:
-    """The trainer's step of `config`, ready to be called again and again."""
+    """The trainer's step of `config`, alone or on a mesh, ready to be called again and again."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.trainer = trainer(config, device)
+    def __init__(self, config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> None:
+        self.trainer = trainer(config, device, mesh)
         self._state, self._signals = TrainState(), StopSignals()
         self._meter = _Losses(self.trainer, None)
-        self._meter.losses = []
+        self._meter.seen = []
 
     def __call__(self) -> None:
         train_step(self.trainer, self._state, self._meter, self._signals)
@@ -143,12 +148,20 @@ class Step:
     @property
     def losses(self) -> list[float]:
         """Of every step so far; waits for the device."""
-        return torch.stack(self._meter.losses).tolist()
+        return torch.stack(self._meter.seen)[:, 0].tolist()
+
+    @property
+    def norms(self) -> list[float]:
+        """The gradients' norm in every step so far; waits for the device."""
+        return torch.stack(self._meter.seen)[:, 1].tolist()
 
 
-def trainer(config: RunConfig, device: torch.device) -> Trainer:
+def trainer(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Trainer:
     """The trainer's own model, optimizer and loss over random tokens."""
-    return make_trainer(config, RandomLoader(config), device)  # type: ignore[arg-type]
+    if mesh is None:
+        return make_trainer(config, RandomLoader(config), device)  # type: ignore[arg-type]
+    loader = RandomLoader(config, 0, mesh.data_rank, mesh.data_size)
+    return make_trainer(config, loader, device, mesh)  # type: ignore[arg-type]
 
 
 def fastest_softmax(device: torch.device) -> AbstractContextManager[Any]:
@@ -231,7 +244,7 @@ def gate(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[s
     changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
     small = full.model_copy(update={**changes, "pad_token_id": 0})
     part = replace(case, seq_len=_GATE_LENGTH, rows=2)
-    _forget(device)
+    forget(device)
     exact = build_model(small, "cpu", torch.float32, seed=1)
     config = run_config(part, device, compiled, dtype, small)
     step = trainer(config, device)
@@ -265,7 +278,7 @@ def time_case(
     case: Case, device: torch.device, dtype: str, compiled: bool, steps: int, warmup: int, peak: float | None
 ) -> dict[str, Any]:
     """One row of results; see `bench_training`."""
-    _forget(device)
+    forget(device)
     config = run_config(case, device, compiled, dtype)
     tokens = case.rows * case.seq_len
     row: dict[str, Any] = {**asdict(case), "parameters": count_parameters(config.model), "tokens": tokens}
@@ -291,14 +304,14 @@ def _measure(config: RunConfig, device: torch.device, steps: int, warmup: int) -
         started = time.perf_counter()
         step = Step(config, device)
         step()
-        _wait(device)
+        wait(device)
         first_s = time.perf_counter() - started
         for _ in range(warmup):
             step()
-        _wait(device)
+        wait(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = sorted(_step_times(step, device, steps))
+        times = sorted(step_times(step, device, steps))
     median, low, high = (times[min(steps - 1, int(steps * share))] for share in (0.5, 0.2, 0.8))
     losses = step.losses
     return {
@@ -312,7 +325,7 @@ def _measure(config: RunConfig, device: torch.device, steps: int, warmup: int) -
     }
 
 
-def _step_times(step: Callable[[], None], device: torch.device, steps: int) -> list[float]:
+def step_times(step: Callable[[], None], device: torch.device, steps: int) -> list[float]:
     """Milliseconds of each step, the host running ahead of the device as it does in training."""
     if device.type != "cuda":
         times = []
@@ -330,12 +343,13 @@ def _step_times(step: Callable[[], None], device: torch.device, steps: int) -> l
     return [before.elapsed_time(after) for before, after in pairwise(marks)]
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _forget(device: torch.device) -> None:
+def forget(device: torch.device) -> None:
     """Free the case before, and its compiled code: a second length must not be compiled as one of varying shape."""
     torch._dynamo.reset()
     gc.collect()

@@ -31,6 +31,7 @@ COMMANDS = (
     "bench-attn",
     "bench-norm",
     "bench-train",
+    "bench-scale",
     "bench-decode",
     "bench-stream",
     "bench-eval",

@@ -13,6 +13,7 @@ should stay within a machine. Weights are spread over shard and sequence togethe
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,13 +81,22 @@ def launched() -> bool:
 
 
 def open_mesh(
-    replicate: int, shard: int, sequence: int, tensor: int, device_type: str, timeout_s: float, fake: int | None = None
+    replicate: int,
+    shard: int,
+    sequence: int,
+    tensor: int,
+    device_type: str,
+    timeout_s: float,
+    fake: int | None = None,
+    store: dist.Store | None = None,
 ) -> Mesh:
     """Join the other ranks (torchrun's environment says how) and form the groups.
 
     `device_type` "cuda" speaks NCCL and takes the GPU of its LOCAL_RANK; "cpu" speaks gloo. A collective that others do
     not join within `timeout_s` raises. `fake` builds the mesh as rank 0 of that many imaginary ranks, in one process,
-    where collectives do nothing. Raises UserError where the axes do not multiply to the number of ranks.
+    where collectives do nothing. `store` is where ranks find each other, None: as the environment says; a process that
+    opens one mesh after another needs a fresh one each time, or it finds the addresses of the mesh before.
+    Raises UserError where the axes do not multiply to the number of ranks.
     """
     sizes = dict(zip(AXES, (replicate, shard, sequence, tensor), strict=True))
     product = replicate * shard * sequence * tensor
@@ -96,6 +106,9 @@ def open_mesh(
         axes = " * ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise UserError(f"{world} ranks were started, but the parallel section asks for {product} ({axes})")
     device = torch.device(device_type)
+    meet: dict[str, Any] = {"timeout": timeout}
+    if store is not None:
+        meet |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
     if fake is not None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -108,9 +121,9 @@ def open_mesh(
                 "start as many ranks on each machine as it has GPUs"
             )
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout)
+        dist.init_process_group("nccl", **meet)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", **meet)
     rank = dist.get_rank()
     grid = torch.arange(world).view(replicate, shard, sequence, tensor)
     r, s, q, p = (int(n) for n in (grid == rank).nonzero()[0])
@@ -122,7 +135,9 @@ def open_mesh(
         "replica": grid[r],
     }
     groups = {
-        name: dist.new_group(ranks.flatten().tolist(), timeout=timeout, use_local_synchronization=fake is None)
+        name: dist.new_group(
+            ranks.flatten().tolist(), timeout=timeout, use_local_synchronization=fake is None, group_desc=name
+        )
         for name, ranks in members.items()
     }
     # A checkpoint written in the background must not mix its messages with those of the steps, nor run out of time.
@@ -139,6 +154,9 @@ def open_mesh(
 
 def close_mesh(mesh: Mesh) -> None:
     """Leave the groups, once all ranks are here: one that left early would break the others' last exchange."""
+    if mesh.device.type == "cuda":
+        # The host runs ahead: what it enqueued may still be travelling.
+        torch.cuda.synchronize(mesh.device)
     if dist.get_backend() != "fake":
         dist.barrier(mesh.groups["files"])
     dist.destroy_process_group()

@@ -98,7 +98,9 @@ class ManyRanks(OneRank):
         return total // self._copies
 
     def sum_loss(self, loss: Tensor) -> Tensor:
-        dist.all_reduce(loss, group=self.mesh.groups["batch"])
+        group = self.mesh.groups["batch"]
+        if group.size() > 1:
+            dist.all_reduce(loss, group=group)
         return loss
 
     def sum_counts(self, loss: float, labels: int, num_bytes: int) -> tuple[float, int, int]:

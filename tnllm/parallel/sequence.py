@@ -154,8 +154,9 @@ def _forward(
         o, _ = lightning_attention(q, k, v, log_decay, None, _clip(cu_seqlens, q), need_state=False)
         if work is not None:
             work.wait()
-        state = torch.einsum("ph,pbhde->bhde", reach.weight[rank], everyone)
-        return o + _apply(q, state, reach.head), state
+        # torch.compile is promised plain strides; einsum and sums with transposed tensors choose their own.
+        state = torch.einsum("ph,pbhde->bhde", reach.weight[rank], everyone).contiguous()
+        return (o + _apply(q, state, reach.head)).contiguous(), state
 
 
 @_forward.register_fake
@@ -194,7 +195,8 @@ def _backward(
         if work is not None:
             work.wait()
         grad = torch.einsum("ph,pbhde->bhde", reach.weight[:, rank], everyone)
-        return dq, dk + _apply(v, grad.mT, reach.tail), dv + _apply(k, grad, reach.tail)
+        dk, dv = dk + _apply(v, grad.mT, reach.tail), dv + _apply(k, grad, reach.tail)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @_backward.register_fake

@@ -107,7 +107,7 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
         # A rank that fails leaves at once: closing would wait for the others.
         close_mesh(mesh)
     except RuntimeError as error:
-        if not _is_lost_rank(error):
+        if not is_lost_rank(error):
             raise
         late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         what = f"silent for {config.parallel.timeout_s:g} s (parallel.timeout_s)" if late else "lost"
@@ -116,7 +116,8 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
         ) from error
 
 
-def _is_lost_rank(error: RuntimeError) -> bool:
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed, which mostly means that another rank is gone."""
     if isinstance(error, torch.distributed.DistError):
         return True
     text = str(error)
