@@ -132,7 +132,10 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
         (["--meshes", "tp", "--gpus", "4"], "tiny on tp: parallel.tensor is 4; it must divide model.num_heads 2"),
         (["--gpus", "two"], "--gpus is 'two'; write numbers of GPUs such as 1,2,4"),
         (["--longest"], "--longest looks for the end of a GPU's memory; it does not go with a CPU"),
-        (["--activation-checkpointing", "some"], "--activation-checkpointing is 'some'; allowed: none, full"),
+        (
+            ["--activation-checkpointing", "some"],
+            "--activation-checkpointing is 'some'; allowed: none, selective, full",
+        ),
         (["--plot", "t.gif"], "its name must end in .png, .svg or .pdf"),
     ],
 )
@@ -146,3 +149,13 @@ def test_bench_scale_counts_gpus(capfd, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     code, _, err = run(capfd, "bench-scale", "--gpus", "1,4")
     assert code == 2 and "--gpus is 1,4, but torch sees 2; give at most that many" in err
+
+
+@pytest.mark.parametrize("command", ["bench-attn", "bench-decode", "bench-train", "bench-scale"])
+def test_files_are_checked_before_anything_is_timed(capfd, command):
+    for args, message in (
+        (["--json", "no/such/t.json"], "there is no folder no/such to write t.json into"),
+        (["--plot", "chart.txt"], "--plot is chart.txt; its name must end in .png"),
+    ):
+        code, _, err = run(capfd, command, *args)
+        assert code == 2 and message in err

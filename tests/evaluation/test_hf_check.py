@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tnllm.convert.run import Options, convert
-from tnllm.evaluation.hf_check import check_against_hf, pick
+from tnllm.evaluation.hf_check import _choice, check_against_hf
 from tnllm.evaluation.tasks import choose, load_tasks
 
 
@@ -52,5 +52,5 @@ def test_other_weights_are_told_with_margins(folder):
 
 def test_what_the_harness_would_take():
     logprobs = np.array([-4.0, -5.0, -9.0])
-    assert pick(logprobs, [2, 10, 10], normed=False) == (0, 1.0)
-    assert pick(logprobs, [2, 10, 10], normed=True) == (1, pytest.approx(0.4))
+    assert _choice(logprobs, [2, 10, 10], normed=False) == (0, 1.0)
+    assert _choice(logprobs, [2, 10, 10], normed=True) == (1, pytest.approx(0.4))

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tnllm.bench.report import COLOURS, MARKERS, length_label
-from tnllm.errors import MissingExtra
+from tnllm.bench.report import COLOURS, MARKERS, length_label, pyplot
 
 
 def print_decode(results: dict[str, Any]) -> None:
@@ -58,13 +57,7 @@ def print_decode(results: dict[str, Any]) -> None:
 
 def plot_decode(results: dict[str, Any], path: Path) -> None:
     """Latency by position, tokens per second by batch and memory by batch, as PNG, SVG or PDF by the file's ending."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtra("plot", "matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = results["rows"]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     own = [row for row in rows if row["provider"] == "tnllm"]

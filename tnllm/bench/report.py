@@ -103,8 +103,8 @@ def write_csv(results: dict[str, Any], path: Path) -> None:
     write_text_atomic(path, text.getvalue())
 
 
-def plot_attention(results: dict[str, Any], path: Path) -> None:
-    """Time and memory against length, log axes, as PNG, SVG or PDF by the file's ending."""
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files. Raises MissingExtra."""
     try:
         import matplotlib
     except ImportError:
@@ -112,6 +112,12 @@ def plot_attention(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot_attention(results: dict[str, Any], path: Path) -> None:
+    """Time and memory against length, log axes, as PNG, SVG or PDF by the file's ending."""
+    plt = pyplot()
     rows = results["rows"]
     panels = [("fwd_ms", "forward (ms)"), ("fwd_bwd_ms", "forward + backward (ms)")]
     if any(row["extra_mib"] is not None for row in rows):
@@ -237,13 +243,7 @@ def compare_training(rows: list[dict[str, Any]]) -> list[str]:
 
 def plot_training(results: dict[str, Any], path: Path) -> None:
     """Tokens/s, utilisation and memory against length, as PNG, SVG or PDF by the file's ending."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtra("plot", "matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = [row for row in results["rows"] if row["status"] == "ok"]
     panels = [("tokens_per_s", "training speed (tokens/s)")]
     for key, label in (("mfu", "FLOP utilisation"), ("peak_gib", "peak memory (GiB)")):

@@ -28,27 +28,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
+from tnllm.bench import train
+from tnllm.bench.train import Case
 from tnllm.errors import UserError, did_you_mean
-from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.flops import flops_per_token
+from tnllm.parallel.mesh import AXES
+from tnllm.parallel.traffic import TRAFFIC_AXES
 from tnllm.training.communication import communication
-from tnllm.training.config import (
-    DataSection,
-    OptimizerSection,
-    ParallelSection,
-    RunConfig,
-    ScheduleSection,
-    TrainSection,
-)
+from tnllm.training.config import ParallelSection, RunConfig
 
 # Short name → the axis of the mesh.
 SHORT = {"fsdp": "shard", "sp": "sequence", "tp": "tensor", "ddp": "replicate"}
-AXES = ("replicate", "shard", "sequence", "tensor")
 ONE = "one"
 GATE_STEPS = 10
-_GATE_LAYERS, _GATE_VOCAB, _GATE_TOKENS = 2, 2048, 256
+_GATE_TOKENS = 256
 # A search for the longest row gives up beyond this many tokens a GPU.
 LONGEST = 1 << 24
 
@@ -129,36 +125,21 @@ def mesh_axes(text: str, ranks: int) -> dict[str, int] | None:
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
-def run_config(job: Job, plan: Plan, model: ModelConfig | None = None) -> RunConfig:
-    """The run whose step is timed or checked. Raises UserError where model and mesh do not fit."""
-    data_ranks = job.axes["replicate"] * job.axes["shard"]
+def run_config(job: Job, plan: Plan) -> RunConfig:
+    """The run whose step is timed or, of a smaller model, checked. Raises UserError where model and mesh do not fit."""
+    case = Case(job.preset, "transnormer", job.seq_len, job.rows, plan.activation_checkpointing)
     try:
-        return RunConfig(
-            model=model or get_preset(job.preset),
-            data=DataSection(seq_len=job.seq_len, packing="concat"),
-            optimizer=OptimizerSection(learning_rate=3e-4),
-            schedule=ScheduleSection(kind="constant", warmup_steps=0, horizon_steps=1_000_000),
-            train=TrainSection(
-                max_steps=1_000_000,
-                global_batch_tokens=job.rows * job.seq_len,
-                micro_batch_size=job.rows // data_ranks,
-                dtype=plan.dtype,
-                compile="on" if plan.compiled else "off",
-                activation_checkpointing=plan.activation_checkpointing,
-                device=plan.device,
-            ),
-            parallel=ParallelSection(**job.axes, timeout_s=plan.timeout_s),
+        return train.run_config(
+            case,
+            torch.device(plan.device),
+            plan.compiled,
+            plan.dtype,
+            train.gate_model(case.model) if job.kind == "gate" else None,
+            ParallelSection(**job.axes, timeout_s=plan.timeout_s),
         )
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"{job.preset} on {job.mesh}: {reason}") from None
-
-
-def gate_model(preset: str) -> ModelConfig:
-    """The preset cut to a few layers and a small vocabulary: the same widths and heads."""
-    full = get_preset(preset)
-    changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
-    return full.model_copy(update={**changes, "pad_token_id": 0})
 
 
 def make_jobs(plan: Plan) -> dict[int, list[Job]]:
@@ -201,7 +182,7 @@ def make_jobs(plan: Plan) -> dict[int, list[Job]]:
                     name = f"{preset} longest {mesh} {number}"
                     jobs[number].append(Job(name, "longest", preset, mesh, axes, *shape, needs=check.name))
     for job in (job for part in jobs.values() for job in part):
-        run_config(job, plan, gate_model(job.preset) if job.kind == "gate" else None)
+        run_config(job, plan)
     return jobs
 
 
@@ -322,7 +303,7 @@ def timed_row(
         "mfu",
         "peak_gib",
     )
-    names += ("comm_ms", "comm_exposed_ms", *(f"{what}_{axis}" for what in ("ms", "sent") for axis in TRAFFIC))
+    names += ("comm_ms", "comm_exposed_ms", *(f"{what}_{axis}" for what in ("ms", "sent") for axis in TRAFFIC_AXES))
     row: dict[str, Any] = {
         "preset": job.preset,
         "gpus": job.ranks,
@@ -350,10 +331,6 @@ def timed_row(
     base = _base(row, [*before, row])
     row["base_gpus"], row["efficiency"] = base["gpus"], row["per_gpu"] / base["per_gpu"]
     return row
-
-
-# Parts of what is sent; "weights" is shard and sequence together, "other" the loss, norms and counts.
-TRAFFIC = ("weights", "replicate", "sequence", "tensor", "other")
 
 
 def _base(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

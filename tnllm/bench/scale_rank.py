@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tnllm.bench.scale import GATE_STEPS, LONGEST, ONE, TRAFFIC, Job, Plan, gate_model, run_config
+from tnllm.bench.scale import GATE_STEPS, LONGEST, ONE, Job, Plan, run_config
 from tnllm.bench.timing import describe_device
-from tnllm.bench.train import Step, forget, step_times, wait
+from tnllm.bench.train import Step, forget, timed_step, wait
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
 from tnllm.parallel.ranks import ManyRanks, OneRank
-from tnllm.parallel.traffic import Traffic, axis_names
+from tnllm.parallel.traffic import TRAFFIC_AXES, Traffic, axis_names
 from tnllm.training.launch import is_lost_rank
 from tnllm.training.loop import compute_dtype
 from tnllm.training.metrics import matmul_rate
@@ -132,7 +131,7 @@ def _environment(plan: Plan, job: Job, device: torch.device) -> dict[str, Any]:
 def gate(job: Job, ranks: Ranks) -> dict[str, Any]:
     """Ten steps of a small model in the precision that will be timed: losses and norms, beside one GPU's if expected."""
     forget(ranks.device)
-    config = run_config(job, ranks.plan, gate_model(job.preset))
+    config = run_config(job, ranks.plan)
     mesh = ranks.mesh(job)
     step = Step(config, ranks.device, mesh)
     for _ in range(GATE_STEPS):
@@ -170,28 +169,10 @@ def time_steps(job: Job, ranks: Ranks) -> dict[str, Any]:
     config = run_config(job, plan)
     mesh = ranks.mesh(job)
     everyone = OneRank() if mesh is None else ManyRanks(mesh)
-    started = time.perf_counter()
-    step = Step(config, device, mesh)
-    step()
-    wait(device)
-    first_s = time.perf_counter() - started
-    for _ in range(plan.warmup):
-        step()
-    wait(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    times = sorted(step_times(step, device, plan.steps))
-    median, low, high = (times[min(plan.steps - 1, int(plan.steps * share))] for share in (0.5, 0.2, 0.8))
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    found: dict[str, Any] = {
-        "status": "ok",
-        "step_ms": median,
-        "low_ms": low,
-        "high_ms": high,
-        "compile_s": max(0.0, first_s - median / 1e3),
-        "peak_gib": None if peak is None else max(everyone.spread(peak)),
-        "left_gib": left,
-    }
+    step, times = timed_step(config, device, plan.steps, plan.warmup, mesh)
+    if times["peak_gib"] is not None:
+        times["peak_gib"] = max(everyone.spread(times["peak_gib"]))
+    found: dict[str, Any] = {"status": "ok", **times, "left_gib": left}
     if mesh is not None:
         found |= watch(step, mesh)
     if not all(map(math.isfinite, step.losses)):
@@ -243,7 +224,7 @@ def times_of_nccl(events: list[dict[str, Any]], axes: dict[str, str], steps: int
         for event in spans
         if event["name"] == "record_param_comms" and "External id" in event.get("args", {})
     }
-    found = dict.fromkeys(TRAFFIC, 0.0)
+    found = dict.fromkeys(TRAFFIC_AXES, 0.0)
     named = False
     for event in nccl:
         args = event.get("args", {})

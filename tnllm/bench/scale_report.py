@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tnllm.bench.report import COLOURS, MARKERS, length_label
-from tnllm.bench.scale import ONE, TRAFFIC
-from tnllm.errors import MissingExtra
+from tnllm.bench.report import COLOURS, MARKERS, length_label, pyplot
+from tnllm.bench.scale import ONE
 from tnllm.files import format_bytes
+from tnllm.parallel.traffic import TRAFFIC_AXES
 
 _COLUMNS = (
     ("preset", 6),
@@ -68,7 +68,7 @@ def print_row(row: dict[str, Any]) -> None:
         _print_cells([*cells, f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]])
         return
     share = f"{row['efficiency']:.0%}" + ("" if row["base_gpus"] == 1 else f" of {row['base_gpus']}")
-    sent = sum(row[f"sent_{axis}"] or 0 for axis in TRAFFIC)
+    sent = sum(row[f"sent_{axis}"] or 0 for axis in TRAFFIC_AXES)
     comm = "-" if row["comm_ms"] is None else f"{row['comm_ms']:.1f}"
     comm += "" if row["comm_exposed_ms"] is None else f" ({row['comm_exposed_ms']:.1f})"
     _print_cells(
@@ -118,7 +118,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     for row in done:
         name = f"{row['preset']} {row['mesh']} on {row['gpus']}"
         parts = []
-        for axis in TRAFFIC:
+        for axis in TRAFFIC_AXES:
             sent, ms = row[f"sent_{axis}"], row[f"ms_{axis}"]
             if sent and axis != "other":
                 parts.append(f"{axis} {format_bytes(sent)}" + ("" if ms is None else f", {ms:.1f} ms"))
@@ -137,13 +137,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 def plot_scaling(results: dict[str, Any], path: Path) -> None:
     """Throughput per GPU beside one GPU's, length of a row and memory, against GPUs; as PNG, SVG or PDF."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtra("plot", "matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = [row for row in results["rows"] if row["status"] == "ok"]
     numbers = sorted({row["gpus"] for row in results["rows"]})
     long = any(row.get("longest") for row in results["longest"])

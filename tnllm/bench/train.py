@@ -28,7 +28,7 @@ from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import build_model
 from tnllm.parallel.mesh import Mesh
 from tnllm.training.checkpoint import TrainState
-from tnllm.training.config import DataSection, RunConfig, ScheduleSection, TrainSection
+from tnllm.training.config import DataSection, ParallelSection, RunConfig, ScheduleSection, TrainSection
 from tnllm.training.loop import Meter, Trainer, compute_dtype, make_trainer, train_step
 from tnllm.training.metrics import matmul_rate
 from tnllm.training.signals import StopSignals
@@ -71,8 +71,22 @@ class Case:
         return other
 
 
-def run_config(case: Case, device: torch.device, compiled: bool, dtype: str = "auto", model: Any = None) -> RunConfig:
-    """The run whose step is timed: constant learning rate, clipping, one pass a step."""
+def gate_model(full: ModelConfig) -> ModelConfig:
+    """`full` cut to a few layers and a small vocabulary: the same widths and heads."""
+    changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
+    return full.model_copy(update={**changes, "pad_token_id": 0})
+
+
+def run_config(
+    case: Case,
+    device: torch.device,
+    compiled: bool,
+    dtype: str = "auto",
+    model: ModelConfig | None = None,
+    parallel: ParallelSection | None = None,
+) -> RunConfig:
+    """The run whose step is timed: constant learning rate, clipping, one pass a step; the case's rows over all ranks."""
+    parallel = parallel or ParallelSection()
     return RunConfig(
         model=model or case.model,
         data=DataSection(seq_len=case.seq_len, packing=case.packing),
@@ -80,13 +94,14 @@ def run_config(case: Case, device: torch.device, compiled: bool, dtype: str = "a
         train=TrainSection(
             max_steps=1_000_000,
             global_batch_tokens=case.rows * case.seq_len,
-            micro_batch_size=case.rows,
+            micro_batch_size=case.rows // (parallel.replicate * parallel.shard),
             dtype=dtype,
             weights=case.weights,
             compile="on" if compiled else "off",
             activation_checkpointing=case.activation_checkpointing,
             device=device.type,
         ),
+        parallel=parallel,
     )
 
 
@@ -240,9 +255,7 @@ def gate(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[s
     The model is the case's, cut to a few layers and a small vocabulary; the step is the one that will be timed:
     compiled, in the same precision, with the same recomputation and packing.
     """
-    full = case.model
-    changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
-    small = full.model_copy(update={**changes, "pad_token_id": 0})
+    small = gate_model(case.model)
     part = replace(case, seq_len=_GATE_LENGTH, rows=2)
     forget(device)
     exact = build_model(small, "cpu", torch.float32, seed=1)
@@ -301,31 +314,36 @@ def time_case(
 
 def _measure(config: RunConfig, device: torch.device, steps: int, warmup: int) -> dict[str, Any]:
     with fastest_softmax(device):
-        started = time.perf_counter()
-        step = Step(config, device)
+        step, times = timed_step(config, device, steps, warmup)
+    return {**times, "first_loss": step.losses[0], "last_loss": step.losses[-1]}
+
+
+def timed_step(
+    config: RunConfig, device: torch.device, steps: int, warmup: int, mesh: Mesh | None = None
+) -> tuple[Step, dict[str, Any]]:
+    """A step, and its times: step_ms (median), low_ms, high_ms, compile_s, peak_gib; see `bench_training`."""
+    started = time.perf_counter()
+    step = Step(config, device, mesh)
+    step()
+    wait(device)
+    first_s = time.perf_counter() - started
+    for _ in range(warmup):
         step()
-        wait(device)
-        first_s = time.perf_counter() - started
-        for _ in range(warmup):
-            step()
-        wait(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        times = sorted(step_times(step, device, steps))
+    wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = sorted(_step_times(step, device, steps))
     median, low, high = (times[min(steps - 1, int(steps * share))] for share in (0.5, 0.2, 0.8))
-    losses = step.losses
-    return {
+    return step, {
         "step_ms": median,
         "low_ms": low,
         "high_ms": high,
         "compile_s": max(0.0, first_s - median / 1e3),
         "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
     }
 
 
-def step_times(step: Callable[[], None], device: torch.device, steps: int) -> list[float]:
+def _step_times(step: Callable[[], None], device: torch.device, steps: int) -> list[float]:
     """Milliseconds of each step, the host running ahead of the device as it does in training."""
     if device.type != "cuda":
         times = []

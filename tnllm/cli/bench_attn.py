@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from tnllm.cli.lengths import length, lengths
+from tnllm.cli.outputs import check_outputs
 from tnllm.errors import UserError
 
 EPILOG = "Example:  tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png"
@@ -41,6 +42,7 @@ def command(
     if shapes and (seqlen is not None or seqlens is not None or fixed_tokens is not None):
         raise UserError("--shape gives lengths itself; leave out --seqlen, --seqlens and --fixed-tokens")
     tokens = length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
+    check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.attention import Shape, bench_attention

@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from tnllm.cli.lengths import lengths
+from tnllm.cli.outputs import check_outputs
 from tnllm.errors import UserError
 
 EPILOG = "Example:  tnllm bench-decode --preset 385m --json decode.json --plot decode.png"
@@ -33,6 +34,7 @@ def command(
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
 ) -> None:
     """Check the decoding step against the full forward pass, then time it by position and by batch."""
+    check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.decode import bench_decode

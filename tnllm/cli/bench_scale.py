@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from tnllm.cli.lengths import length
+from tnllm.cli.outputs import check_outputs
 from tnllm.errors import UserError
 
 EPILOG = (
@@ -26,7 +27,7 @@ def command(
     ),
     seq_len: str | None = typer.Option(None, help="Tokens in a row of one GPU. Default 4k on GPUs, 128 on CPU."),
     rows: int | None = typer.Option(None, min=1, help="Rows of one GPU in a step. Default 8 on GPUs, 2 on CPU."),
-    activation_checkpointing: str = typer.Option("none", help="none or full."),
+    activation_checkpointing: str = typer.Option("none", help="none, selective or full."),
     dtype: str = typer.Option("auto", help="auto (bf16 on GPUs, fp32 on CPU), bf16 or fp32; the compute type."),
     compile: bool | None = typer.Option(None, help="torch.compile. Default: on GPUs."),
     steps: int | None = typer.Option(None, min=1, help="Steps timed. Default 10 on GPUs, 3 on CPU."),
@@ -44,15 +45,11 @@ def command(
     for flag, value, allowed in (
         ("--device", device, ("auto", "cuda", "cpu")),
         ("--dtype", dtype, ("auto", "bf16", "fp32")),
-        ("--activation-checkpointing", activation_checkpointing, ("none", "full")),
+        ("--activation-checkpointing", activation_checkpointing, ("none", "selective", "full")),
     ):
         if value not in allowed:
             raise UserError(f"{flag} is {value!r}; allowed: {', '.join(allowed)}")
-    for file in (json_file, csv_file, plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"there is no folder {file.parent} to write {file.name} into; make it first")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot is {plot}; its name must end in .png, .svg or .pdf")
+    check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.report import write_csv, write_json

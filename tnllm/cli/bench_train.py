@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from tnllm.cli.lengths import length, lengths
+from tnllm.cli.outputs import check_outputs
 from tnllm.errors import UserError
 
 EPILOG = "Example:  tnllm bench-train --preset 385m --seqlens 1k:64k --json training.json --plot training.png"
@@ -55,11 +56,7 @@ def command(
     modes = _words(activation_checkpointing, "--activation-checkpointing", ("none", "selective", "full"))
     tokens = length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
     chosen_lengths = lengths(seqlens, "--seqlens") if seqlens else None
-    for file in (json_file, csv_file, plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"there is no folder {file.parent} to write {file.name} into; make it first")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--plot is {plot}; its name must end in .png, .svg or .pdf")
+    check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.report import (

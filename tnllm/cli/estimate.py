@@ -78,8 +78,7 @@ def _print(recipe: str, answer: dict[str, Any]) -> None:
         rows,
         right=list(rank),
         note=f"Columns: train.activation_checkpointing, which the recipe sets to {answer['activation_checkpointing']}. "
-        f"Computed, not "
-        f"measured; to fit, {answer['reserve']:.0%} of a card stays free for what is not counted.",
+        f"Computed, not measured; to fit, {answer['reserve']:.0%} of a card stays free for what is not counted.",
     )
     per_s = answer["tokens_per_s"]
     grows = f" at {answer['seq_len']} tokens" if answer["kind"] == "transformer" else ", at any length"

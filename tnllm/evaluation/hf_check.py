@@ -21,7 +21,7 @@ from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.task import Task
 
 from tnllm.errors import MissingExtra
-from tnllm.evaluation.bench import TOLERANCE
+from tnllm.evaluation.bench import TOLERANCE, pick
 from tnllm.evaluation.harness import Report, TransNormerLM
 from tnllm.evaluation.requests import ask
 from tnllm.evaluation.tasks import Loaded
@@ -145,7 +145,7 @@ def _compare(name: str, questions: list[Question], runs: dict[str, tuple[list[An
                 continue
             for way in WAYS:
                 correct.setdefault(metric, {}).setdefault(way, []).append(float(scores[way]))
-            picks = {way: pick(logprobs[way], lengths, metric == "acc_norm") for way in WAYS}
+            picks = {way: _choice(logprobs[way], lengths, metric == "acc_norm") for way in WAYS}
             if picks["tnllm"][0] != picks["hf"][0]:
                 changed.append(
                     {
@@ -165,13 +165,7 @@ def _compare(name: str, questions: list[Question], runs: dict[str, tuple[list[An
     }  # fmt: skip
 
 
-def pick(logprobs: Any, lengths: Sequence[int], normed: bool) -> tuple[int, float]:
-    """The choice that the harness's acc (or, by characters, acc_norm) takes, and its lead over the second.
-
-    The lead is in nats, or nats per character. `lengths`: characters of each choice.
-    """
+def _choice(logprobs: Any, lengths: Sequence[int], normed: bool) -> tuple[int, float]:
+    """What the harness's acc (or, by characters, acc_norm) takes, and its lead in nats (or nats per character)."""
     with np.errstate(divide="ignore"):
-        values = logprobs[: len(lengths)] / (np.array(lengths, np.float64) if normed else 1.0)
-    best = int(np.argmax(values))
-    others = np.delete(values, best)
-    return best, float(values[best] - others.max()) if len(others) else float("inf")
+        return pick(logprobs[: len(lengths)] / (np.array(lengths, np.float64) if normed else 1.0))

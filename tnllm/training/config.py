@@ -277,8 +277,7 @@ class RunConfig(BaseModel):
             near = f"{below} or {below + unit}" if below else f"{unit}"
             rows = train.global_batch_tokens // self.data.seq_len // self.data_ranks
             if rows and train.global_batch_tokens % (self.data.seq_len * self.data_ranks) == 0:
-                fewer = next(n for n in range(min(rows, train.micro_batch_size), 0, -1) if rows % n == 0)
-                near += f"; or set train.micro_batch_size={fewer}"
+                near += f"; or set train.micro_batch_size={most_rows(rows, train.micro_batch_size)}"
             raise ValueError(
                 f"train.global_batch_tokens is {train.global_batch_tokens}; it must be a multiple of {unit} = "
                 f"data.seq_len {self.data.seq_len} * train.micro_batch_size {train.micro_batch_size} * "
@@ -416,6 +415,11 @@ def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
         raise _explain(error, origins, name) from None
 
 
+def most_rows(rows: int, most: int) -> int:
+    """The most rows a rank can take at a time, at most `most`, to go through `rows` of them in equal passes."""
+    return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
+
+
 def fit_rows(name: str, sets: list[str] | tuple[str, ...] = ()) -> list[str]:
     """`--set` items that make `name` load on its mesh: fewer rows at a time, where a step has too few for it."""
     values = _merge(read_recipe(name)[0], _read_sets(sets)[0])
@@ -428,8 +432,7 @@ def fit_rows(name: str, sets: list[str] | tuple[str, ...] = ()) -> list[str]:
     rows, left = divmod(train.global_batch_tokens, data.seq_len * mesh.replicate * mesh.shard)
     if left or rows % train.micro_batch_size == 0:
         return []
-    fewer = next(n for n in range(min(rows, train.micro_batch_size), 0, -1) if rows % n == 0)
-    return [f"train.micro_batch_size={fewer}"]
+    return [f"train.micro_batch_size={most_rows(rows, train.micro_batch_size)}"]
 
 
 def read_recipe(name: str) -> tuple[dict[str, Any], dict[str, str]]:

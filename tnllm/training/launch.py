@@ -18,7 +18,7 @@ import torch
 
 from tnllm.errors import RunError, UserError
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
-from tnllm.training.config import RunConfig
+from tnllm.training.config import RunConfig, most_rows
 from tnllm.training.loop import pick_device, train
 
 # After SIGTERM, the time ranks have to finish their pass and write a checkpoint before they are killed.
@@ -75,8 +75,7 @@ def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
     if config.world_size == 1:
         rows, left = divmod(config.global_batch_rows, world_size)
         most = config.train.micro_batch_size
-        fitting = [size for size in range(min(most, rows), 0, -1) if rows % size == 0]
-        fewer = {"train.micro_batch_size": fitting[0]} if fitting and not left and fitting[0] < most else {}
+        fewer = {} if left or not rows or rows % most == 0 else {"train.micro_batch_size": most_rows(rows, most)}
         return {"parallel.shard": world_size, **fewer}
     mesh = config.parallel
     raise UserError(
