@@ -12,13 +12,12 @@ import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.files import parse_count
 from tnllm.modeling.config import PRESETS, LoraConfig, ModelConfig, get_preset
-from tnllm.training.recipes import find_recipe, parse_yaml, read_text
+from tnllm.training.recipes import dump_yaml, find_recipe, parse_yaml, read_text
 
 
 def _count(value: Any) -> Any:
@@ -361,7 +360,7 @@ class RunConfig(BaseModel):
             for key, value in keys.items():
                 if doc:
                     lines += [f"  # {line}" for line in textwrap.wrap(docs[f"{section}.{key}"], 110)]
-                text = yaml.safe_dump({key: value}, allow_unicode=True, width=110)
+                text = dump_yaml({key: value})
                 lines += [f"  {line}" for line in text.rstrip("\n").split("\n")]
         return "\n".join(lines) + "\n"
 

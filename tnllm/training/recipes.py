@@ -25,6 +25,25 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "true": True, "True": True, "false": False, "False": False}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `parse_yaml` would take for a number and PyYAML would not, such as 1e5 or 08."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML writes these line ends plain and reads them as a space.
+    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
+
+
+def dump_yaml(value: Any) -> str:
+    """`value` as YAML, which `parse_yaml` reads back as it was."""
+    return yaml.dump(value, Dumper=_Dumper, allow_unicode=True, width=110)
+
+
 def packaged_recipes() -> list[Path]:
     """The recipes that ship, by name."""
     return sorted(FOLDER.glob("*.yaml"))
