@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from tnllm.kernels import gated_attention as op
+from tnllm.kernels.lightning_attention.launch import triton_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # fp32: three tf32 products (1e-6) and sums over a row. 16 bits: the result and three intermediates are rounded once each;
@@ -37,12 +38,37 @@ def error(found, expected):
 )
 def test_triton(B, T, H, D, lengths, dtype):
     qkvu, dy, log_decay, cu_seqlens = inputs(B, T, H, D, dtype, lengths)
-    y, qk, o = op.launch_forward(qkvu, log_decay, 1e-6, cu_seqlens)
+    y, qk, o, _ = op.launch_forward(qkvu, log_decay, 1e-6, cu_seqlens)
     dqkvu = op.launch_backward(dy, qkvu, qk, o, log_decay, 1e-6, cu_seqlens)
     expected = exact(qkvu, dy, log_decay, cu_seqlens)
     assert error(y, expected[0]) < LIMIT[dtype]
     for part, true in zip(dqkvu.chunk(4, dim=-1), expected[1].chunk(4, dim=-1), strict=True):
         assert error(part, true) < LIMIT[dtype]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_two_slices_are_the_whole():
+    """The second slice starts from the state that the first leaves, and the first gets its gradient back."""
+    qkvu, dy, log_decay, _ = inputs(2, 70, 2, 32, torch.float32)
+    expected = exact(qkvu, dy, log_decay, None)
+    x, dx = zip((qkvu[:, :41], dy[:, :41]), (qkvu[:, 41:], dy[:, 41:]), strict=True)
+    left = []
+
+    def first(k, v):
+        left.append(triton_state(k, v, log_decay))
+        return torch.zeros_like(left[0])
+
+    def second(q, do):
+        left.append(triton_state(q, do, log_decay, reverse=True))
+        return torch.zeros_like(left[1])
+
+    y_1, *saved_1 = op.launch_forward(x[0], log_decay, 1e-6, None, first)
+    y_2, *saved_2 = op.launch_forward(x[1], log_decay, 1e-6, None, lambda k, v: left[0])
+    d_2 = op.launch_backward(dx[1], x[1], *saved_2[:2], log_decay, 1e-6, None, saved_2[2], second)
+    d_1 = op.launch_backward(dx[0], x[0], *saved_1[:2], log_decay, 1e-6, None, saved_1[2], lambda q, do: left[1])
+    assert error(torch.cat([y_1, y_2], 1), expected[0]) < LIMIT[torch.float32]
+    for part, true in zip(torch.cat([d_1, d_2], 1).chunk(4, dim=-1), expected[1].chunk(4, dim=-1), strict=True):
+        assert error(part, true) < LIMIT[torch.float32]
 
 
 def test_on_cpu_it_is_its_parts():

@@ -60,6 +60,19 @@ def test_head_dims(D, E):
     check(make(1, 40, 2, D, E, torch.float32))
 
 
+@pytest.mark.parametrize("T", [1, 64, 65, 600, 1040])  # 1040: four pieces, the first of 272 tokens
+@pytest.mark.parametrize("reverse", [False, True])
+def test_state_of_a_slice(T, reverse):
+    """What a rank tells the others of its tokens: the final state alone, or the gradient of the first."""
+    do, _, q, k, v, log_decay, *_ = make(1, T, 5, 32, 64, torch.float32)
+    a, b = (q, do) if reverse else (k, v)
+    distance = torch.arange(T)[:, None] + 1 if reverse else T - 1 - torch.arange(T)[:, None]
+    weight = (log_decay.cpu().double() * distance).exp()[..., None]
+    exact = torch.einsum("bthd,bthe->bhde", a.cpu().double() * weight, b.cpu().double())
+    found = launch.triton_state(a, b, log_decay, reverse)
+    assert float((found.cpu().double() - exact).norm() / exact.norm()) <= TOLERANCE[torch.float32]
+
+
 def test_half_precision():
     check(make(1, 130, 2, 64, 64, torch.float16))
 

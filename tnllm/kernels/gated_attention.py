@@ -9,6 +9,8 @@ wants them, so that nothing is joined afterwards: one pass over memory for each 
 Source: TransNormerLLM (arXiv 2307.14995) Eq. 3-4 and 8; the order is the released code's.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,14 +19,21 @@ from tnllm.kernels.lightning_attention import lightning_attention
 from tnllm.kernels.srms_norm import srms_norm
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return lightning_attention(q, k, v, log_decay, None, cu_seqlens, need_state=False)[0]
+
+
 def gated_attention_reference(
-    qkvu: Tensor, log_decay: Tensor, eps: float = 1e-6, cu_seqlens: Tensor | None = None
+    qkvu: Tensor,
+    log_decay: Tensor,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = _attend,
 ) -> Tensor:
-    """The parts, one after another; arguments as in `gated_attention`."""
+    """The parts, one after another; arguments as in `gated_attention`, and what attends in the middle."""
     q, k, v, u = qkvu.chunk(4, dim=-1)
     q, k, v = (x.unflatten(-1, (log_decay.shape[0], -1)) for x in (F.silu(q), F.silu(k), v))
-    o, _ = lightning_attention(q, k, v, log_decay, None, cu_seqlens, need_state=False)
-    return srms_norm(o.flatten(-2), eps) * u
+    return srms_norm(attend(q, k, v, log_decay, cu_seqlens).flatten(-2), eps) * u
 
 
 def gated_attention(qkvu: Tensor, log_decay: Tensor, eps: float = 1e-6, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -44,9 +53,14 @@ def _heads(x: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def launch_forward(
-    qkvu: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and what the backward pass reads: silu(q) beside silu(k) [B, T, 2M], and attention's output [B, T, M]."""
+    qkvu: Tensor,
+    log_decay: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None,
+    enters: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y, and what the backward pass reads: silu(q) beside silu(k) [B, T, 2M], attention's output [B, T, M], and the state
+    before the first token, which is `enters(k, v)` [B, H, D, E], or None for zero."""
     from tnllm.kernels.fused.gate import norm_gate, silu
     from tnllm.kernels.lightning_attention.launch import triton_forward
 
@@ -54,14 +68,23 @@ def launch_forward(
     width = qkvu.shape[-1] // 4
     qk = silu(qkvu[..., : 2 * width])
     q, k, v = (_heads(x, log_decay) for x in (*qk.chunk(2, dim=-1), qkvu[..., 2 * width : 3 * width]))
-    o = triton_forward(q, k, v, log_decay, None, cu_seqlens, need_state=False)[0].flatten(-2)
-    return norm_gate(o, qkvu[..., 3 * width :], eps), qk, o
+    initial = None if enters is None else enters(k, v)
+    o = triton_forward(q, k, v, log_decay, initial, cu_seqlens, need_state=False)[0].flatten(-2)
+    return norm_gate(o, qkvu[..., 3 * width :], eps), qk, o, initial
 
 
 def launch_backward(
-    dy: Tensor, qkvu: Tensor, qk: Tensor, o: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None
+    dy: Tensor,
+    qkvu: Tensor,
+    qk: Tensor,
+    o: Tensor,
+    log_decay: Tensor,
+    eps: float,
+    cu_seqlens: Tensor | None,
+    initial: Tensor | None = None,
+    returns: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The gradient of qkvu."""
+    """The gradient of qkvu; `initial` as `launch_forward` gave it, `returns(q, do)` the gradient of the last state."""
     from tnllm.kernels.fused.gate import norm_gate_backward, silu_backward_
     from tnllm.kernels.lightning_attention.launch import triton_backward
 
@@ -70,14 +93,16 @@ def launch_backward(
     do = norm_gate_backward(dy.contiguous(), o, qkvu[..., 3 * width :], dqkvu[..., 3 * width :], eps)
     q, k, v = (_heads(x, log_decay) for x in (*qk.chunk(2, dim=-1), qkvu[..., 2 * width : 3 * width]))
     dq, dk, dv, _ = (_heads(x, log_decay) for x in dqkvu.chunk(4, dim=-1))
-    triton_backward(_heads(do, log_decay), None, q, k, v, log_decay, None, cu_seqlens, into=(dq, dk, dv))
+    do = _heads(do, log_decay)
+    dfinal = None if returns is None else returns(q, do)
+    triton_backward(do, dfinal, q, k, v, log_decay, initial, cu_seqlens, into=(dq, dk, dv))
     silu_backward_(dqkvu[..., : 2 * width], qkvu[..., : 2 * width])
     return dqkvu
 
 
 @torch.library.custom_op("tnllm::gated_attention", mutates_args=(), device_types="cuda")
 def _forward(qkvu: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(qkvu, log_decay, eps, cu_seqlens)
+    return launch_forward(qkvu, log_decay, eps, cu_seqlens)[:3]
 
 
 @_forward.register_fake

@@ -41,8 +41,8 @@ class GatedLinearAttention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=False)
         self.norm = make_norm(config, width)
         self.lrpe = LRPE(config) if config.uses_lrpe(layer) else None
-        # Training without a state goes through here; a rank that holds a slice of the text puts its own in this place.
-        self.attend = attend
+        # Training without a state goes through these; a rank that holds a slice of the text puts its own in their place.
+        self.attend, self.gated_attention = attend, gated_attention
         self._heads = slice(None)
         self.register_buffer("log_decay", log_decay(config, layer), persistent=False)
 
@@ -63,8 +63,7 @@ class GatedLinearAttention(nn.Module):
         """Whether all between the projections is the released form without LRPE, which has an operator of its own."""
         config = self.config
         released = (config.gate, config.activation, config.value_activation) == ("full", "silu", "none")
-        here = self.attend is attend and type(self.norm) is SRMSNorm
-        return released and self.lrpe is None and here
+        return released and self.lrpe is None and type(self.norm) is SRMSNorm
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, M] → q, k [B, T, H, D], v [B, T, H, E] and the gate [B, T, M]."""
@@ -100,8 +99,8 @@ class GatedLinearAttention(nn.Module):
         Without a state the text starts here and nobody asks how it ends: training, where None comes back.
         """
         if state is None and self._one_operator:
-            projected = self.qkvu_proj(x)
-            return self.out_proj(gated_attention(projected, self.log_decay, self.config.norm_eps, cu_seqlens)), None
+            y = self.gated_attention(self.qkvu_proj(x), self.log_decay, self.config.norm_eps, cu_seqlens)
+            return self.out_proj(y), None
         q, k, v, gate = self._project(x, positions)
         if state is None:
             attended = self.attend(q, k, v, self.log_decay, cu_seqlens)

@@ -29,7 +29,7 @@ logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 MODES = ("none", "selective", "full")
 _PRODUCTS = {"aten::mm", "aten::addmm"}
-_KEPT = {"tnllm::all_reduce", "tnllm::sequence_attention"}
+_KEPT = {"tnllm::all_reduce", "tnllm::sequence_attention", "tnllm::sequence_gated_attention"}
 _SOFTMAX_ATTENTION = ("scaled_dot_product", "varlen_attn")
 
 

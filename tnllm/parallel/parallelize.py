@@ -28,7 +28,7 @@ from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.model import LanguageModel
 from tnllm.parallel.layout import Layout
 from tnllm.parallel.mesh import Mesh
-from tnllm.parallel.sequence import sequence_attention
+from tnllm.parallel.sequence import sequence_attention, sequence_gated_attention
 from tnllm.parallel.tensor import shard_heads
 
 
@@ -160,15 +160,13 @@ def share_rows(model: LanguageModel, mesh: Mesh) -> None:
             f"parallel.sequence is {mesh.sizes['sequence']}, but softmax attention has no state to pass on; "
             "set parallel.sequence=1 for model.kind transformer"
         )
-    attend = partial(
-        sequence_attention,
-        rank=mesh.place["sequence"],
-        size=mesh.sizes["sequence"],
-        group=mesh.groups["sequence"].group_name,
-    )
+    place, size = mesh.place["sequence"], mesh.sizes["sequence"]
+    group = mesh.groups["sequence"].group_name
     for block in model.blocks:
-        assert isinstance(block.token_mixer, GatedLinearAttention)
-        block.token_mixer.attend = attend
+        mixer = block.token_mixer
+        assert isinstance(mixer, GatedLinearAttention)
+        mixer.attend = partial(sequence_attention, rank=place, size=size, group=group)
+        mixer.gated_attention = partial(sequence_gated_attention, rank=place, size=size, group=group)
 
 
 def _shard_weights(model: LanguageModel, mesh: Mesh, low_precision: bool) -> None:

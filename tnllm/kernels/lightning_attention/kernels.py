@@ -124,6 +124,7 @@ def _chunk(
     token,
     state,
     g,
+    exact,
     rows,
     cols,
     MASK_ROWS: tl.constexpr,
@@ -134,9 +135,14 @@ def _chunk(
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     TMA: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it."""
+    """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it.
+
+    With `exact` (and EXACT) c is not rounded on its way into the state. Where a and b point the same way, as k and q of dv
+    do, rounding c with its decay costs half the error of the result; rounding b would not, but takes as long as this.
+    """
     MASK_A: tl.constexpr = BA != A
     MASK_C: tl.constexpr = N % BC != 0
     r = tl.arange(0, CHUNK)
@@ -162,8 +168,14 @@ def _chunk(
     out = tl.dot(a, narrow, input_precision=PRECISION) * from_start[:, None]
     out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
     _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
-    late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
-    return tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
+    late = c.to(tl.float32) * to_end[:, None]
+    c = late.to(dtype)
+    state *= over_chunk
+    if EXACT:  # noqa: SIM102 (the outer test is made by the compiler)
+        if exact:
+            # What rounding took from c, as a second product.
+            state = tl.dot(tl.trans(b), (late - c.to(tl.float32)).to(dtype), state, input_precision=PRECISION)
+    return tl.dot(tl.trans(b), c, state, input_precision=PRECISION)
 
 
 @triton.jit
@@ -184,6 +196,7 @@ def _walk(
     T,
     state,
     g,
+    exact,
     cols,
     RAGGED: tl.constexpr,
     A: tl.constexpr,
@@ -193,6 +206,7 @@ def _walk(
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     TMA: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend over tokens t to stop of one sequence."""
@@ -216,6 +230,7 @@ def _walk(
             token,
             state,
             g,
+            exact,
             CHUNK,
             cols,
             False,
@@ -226,6 +241,7 @@ def _walk(
             CHUNK,
             REVERSE,
             TMA,
+            EXACT,
             PRECISION,
         )
     if RAGGED:
@@ -247,6 +263,7 @@ def _walk(
                 token,
                 state,
                 g,
+                exact,
                 rows,
                 cols,
                 True,
@@ -257,6 +274,7 @@ def _walk(
                 CHUNK,
                 REVERSE,
                 TMA,
+                EXACT,
                 PRECISION,
             )
     return state
@@ -313,6 +331,7 @@ def attend_kernel(
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     TMA: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (heads x column splits, segments, batch). o = attend(a, b, c).
@@ -328,8 +347,10 @@ def attend_kernel(
     program = tl.program_id(0)
     transposed = STATE_TRANSPOSED
     first_of_dual = True
+    exact = True
     if DUAL:
         first_of_dual = program % 2 == 0
+        exact = not first_of_dual
         program = program // 2
         if not first_of_dual:
             transposed = not STATE_TRANSPOSED
@@ -391,6 +412,7 @@ def attend_kernel(
                 T,
                 state,
                 g,
+                exact,
                 cols,
                 RAGGED,
                 A,
@@ -400,6 +422,7 @@ def attend_kernel(
                 CHUNK,
                 REVERSE,
                 TMA,
+                EXACT,
                 PRECISION,
             )
             if STORE_FINAL:  # noqa: SIM102 (the outer test is made by the compiler)
@@ -427,6 +450,7 @@ def attend_kernel(
             T,
             state,
             g,
+            exact,
             cols,
             RAGGED,
             A,
@@ -436,6 +460,7 @@ def attend_kernel(
             CHUNK,
             REVERSE,
             TMA,
+            EXACT,
             PRECISION,
         )
         if STORE_FINAL:  # noqa: SIM102
@@ -443,7 +468,7 @@ def attend_kernel(
                 tl.store(final_ptr + slot + offsets, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "H", "piece", "num_seqs"])
+@triton.jit(do_not_specialize=["T", "H", "piece", "offset", "num_seqs"])
 def piece_states_kernel(
     b_ptr,
     c_ptr,
@@ -461,6 +486,7 @@ def piece_states_kernel(
     T,
     H,
     piece,
+    offset,
     num_seqs,
     A: tl.constexpr,
     N: tl.constexpr,
@@ -471,13 +497,14 @@ def piece_states_kernel(
     STATE_TRANSPOSED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (heads x column splits, pieces - 1, batch): what each piece of tokens but the last adds to the
-    state.
+    """Grid (heads x column splits, pieces, batch): what each piece of tokens adds to the state.
 
-    added [B, H, pieces, D, E]: slot i + 1 gets the state after piece i had the state before it been zero.
-    carries [pieces]: 1 where the sequence at the piece's end began before the piece, else 0.
+    The first piece is `offset` tokens shorter (RAGGED; 0 else). added [B, H, pieces + 1, D, E]: slot i + 1 gets the state
+    after piece i had the state before it been zero. carries [pieces + 1]: 1 where the sequence at the piece's end began
+    before the piece, else 0.
     """
     SPLITS: tl.constexpr = tl.cdiv(N, BC)
     head = tl.program_id(0) // SPLITS
@@ -485,8 +512,8 @@ def piece_states_kernel(
     index = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     g = tl.load(log_decay_ptr + head) * LOG2E
-    begin = index * piece
-    end = begin + piece
+    end = index * piece + piece - offset
+    begin = tl.maximum(end - piece, 0)
     fresh = False
     start = begin
     if PACKED:
@@ -496,7 +523,7 @@ def piece_states_kernel(
         tl.store(carries_ptr + index, tl.where(fresh, 0, 1))
     # Only tokens whose share has not decayed to nothing by the piece's end; whole chunks of them.
     window = tl.minimum(NEGLIGIBLE_LOG2 / tl.maximum(-g, 1e-9), piece * 1.0).to(tl.int32)
-    window = tl.cdiv(window, CHUNK) * CHUNK
+    window = tl.cdiv(window + 1, CHUNK) * CHUNK
     first = tl.maximum(tl.maximum(begin, start), end - window)
 
     b_ptr += row * b_b + head * b_h
@@ -505,7 +532,7 @@ def piece_states_kernel(
     r = tl.arange(0, CHUNK)
     state = tl.zeros([BA, BC], tl.float32)
     rows = 0
-    if PACKED:
+    if RAGGED:
         rows = (end - first) % CHUNK
         if rows > 0:
             token = T - first - rows if REVERSE else first

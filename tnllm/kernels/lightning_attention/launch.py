@@ -134,16 +134,29 @@ def _precision(x: Tensor) -> str:
 def _states_before(
     walk: _Walk, cut: Plan, b: Tensor, c: Tensor, initial: Tensor | None, transposed: bool
 ) -> Tensor | None:
-    """The state before each piece [B, H, pieces, D, E], or None where one segment is all."""
+    """The state before each piece [B, H, pieces, D * E], or None where one segment is all."""
     if cut.segment >= walk.T:
         return None
+    return _states(walk, cut.piece, triton.cdiv(walk.T, cut.piece) - 1, 0, b, c, initial, transposed)
+
+
+def _states(
+    walk: _Walk,
+    piece: int,
+    num_pieces: int,
+    offset: int,
+    b: Tensor,
+    c: Tensor,
+    initial: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    """The state before each of `num_pieces` pieces, and after the last [B, H, num_pieces + 1, D * E]."""
     B, _, H, A = b.shape
     N = c.shape[-1]
     config = attend_config(A, b.element_size(), _device(b))
-    num_slots = triton.cdiv(walk.T, cut.piece)
-    states = torch.empty(B, H, num_slots, A * N, device=b.device, dtype=torch.float32)
-    carries = torch.empty(num_slots, device=b.device, dtype=torch.int32) if walk.packed else None
-    piece_states_kernel[(H * triton.cdiv(N, config.cols), num_slots - 1, B)](
+    states = torch.empty(B, H, num_pieces + 1, A * N, device=b.device, dtype=torch.float32)
+    carries = torch.empty(num_pieces + 1, device=b.device, dtype=torch.int32) if walk.packed else None
+    piece_states_kernel[(H * triton.cdiv(N, config.cols), num_pieces, B)](
         b,
         c,
         walk.log_decay,
@@ -155,7 +168,8 @@ def _states_before(
         *c.stride()[:3],
         walk.T,
         H,
-        cut.piece,
+        piece,
+        offset,
         walk.num_seqs,
         A=A,
         N=N,
@@ -166,6 +180,7 @@ def _states_before(
         STATE_TRANSPOSED=transposed,
         HAS_INITIAL=initial is not None,
         PACKED=walk.packed,
+        RAGGED=walk.packed or offset > 0,
         PRECISION=_precision(b),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -176,8 +191,8 @@ def _states_before(
         initial,
         carries,
         H,
-        cut.piece,
-        num_slots,
+        piece,
+        num_pieces + 1,
         SIZE=A * N,
         BLOCK=128,
         GROUP=8,
@@ -198,8 +213,9 @@ def _attend(
     final: Tensor | None,
     transposed: bool,
     second: tuple[Tensor, Tensor] | None = None,
+    exact: bool = False,
 ) -> None:
-    """out = attend(a, b, c), and with `second` = (a2, out2) also out2 = attend(a2, c, b)."""
+    """out = attend(a, b, c), and with `second` = (a2, out2) also out2 = attend(a2, c, b), the last of them `exact`."""
     B, T, H, A = a.shape
     N = c.shape[-1]
     a2, out2 = second or (a, out)
@@ -249,6 +265,7 @@ def _attend(
         PACKED=walk.packed,
         RAGGED=walk.packed or T % config.chunk != 0,
         TMA=config.tma,
+        EXACT=exact and a.element_size() == 2,
         PRECISION=_precision(a),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -296,6 +313,24 @@ def triton_forward(
     return o, final
 
 
+def triton_state(b: Tensor, c: Tensor, log_decay: Tensor, reverse: bool = False) -> Tensor:
+    """What the tokens of a row leave in a state that was zero before them, fp32 [B, H, D, E], from b and c alone.
+
+    The sum over t of decay^(T - 1 - t) b_t c_t^T; in reverse that of decay^(t + 1) b_t c_t^T.
+    """
+    b, c = _readable(b), _readable(c)
+    B, T, H, A = b.shape
+    N, device = c.shape[-1], _device(b)
+    walk = _Walk(log_decay.contiguous(), None, B, T, reverse)
+    config = attend_config(A, b.element_size(), device)
+    programs = B * H * triton.cdiv(N, config.cols)
+    most = max(1, min(4 * device.num_sms // programs, T // (8 * config.chunk)))
+    piece = triton.cdiv(triton.cdiv(T, most), config.chunk) * config.chunk
+    num_pieces = triton.cdiv(T, piece)
+    states = _states(walk, piece, num_pieces, num_pieces * piece - T, b, c, None, False)
+    return states[:, :, -1].unflatten(-1, (A, N))
+
+
 def triton_backward(
     do: Tensor,
     dfinal: Tensor | None,
@@ -315,8 +350,8 @@ def triton_backward(
     dinitial = None if initial is None else backward.new_final(dfinal, q, tuple(initial.shape))
     _attend(forward, do, v, k, dq, initial, None, transposed=True)
     if q.shape[-1] == v.shape[-1]:
-        _attend(backward, v, do, q, dk, dfinal, dinitial, transposed=True, second=(k, dv))
+        _attend(backward, v, do, q, dk, dfinal, dinitial, transposed=True, second=(k, dv), exact=True)
     else:
         _attend(backward, v, do, q, dk, dfinal, dinitial, transposed=True)
-        _attend(backward, k, q, do, dv, dfinal, None, transposed=False)
+        _attend(backward, k, q, do, dv, dfinal, None, transposed=False, exact=True)
     return dq, dk, dv, dinitial
