@@ -8,6 +8,7 @@ import torch
 from tests.generation.small_models import small_model
 from tnllm import assets
 from tnllm.cli.evaluation_view import show_results
+from tnllm.evaluation import bench
 from tnllm.modeling.weights import save_model
 
 
@@ -89,13 +90,18 @@ def test_perplexity_of_a_file(tnllm, folder, tmp_path):
     assert code == 0 and "bits per byte" in stdout and "0 to 63" in stdout
 
 
-def test_requests_and_their_benchmark(tnllm, folder, tmp_path):
+def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
     file = tmp_path / "requests.xz"
     code, stdout, _ = tnllm("eval", "requests", file, "--tasks", "mmlu", "--limit", 1, "-n", 5)
     assert code == 0 and "5 questions, 20 requests" in stdout and "x fewer" in stdout
     code, stdout, _ = tnllm("bench-eval", file, "--model", folder, "--json", tmp_path / "bench.json")
     assert code == 0 and "0 of 5 answers differ" in stdout
     assert json.loads((tmp_path / "bench.json").read_text())["token_ratio"] > 4
+    # Too far apart is an error, but not before all is shown and written.
+    monkeypatch.setitem(bench.TOLERANCE, torch.float32, -1.0)
+    code, stdout, stderr = tnllm("bench-eval", file, "--model", folder, "--json", tmp_path / "far.json")
+    assert code == 1 and "0 of 5 answers differ" in stdout and "its speeds do not count" in stderr
+    assert json.loads((tmp_path / "far.json").read_text())["agreement"]["tolerance"] == -1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from tnllm.cli.evaluation_view import reporter
-from tnllm.errors import UserError
+from tnllm.errors import RunError, UserError
 
 EPILOG = """Example:  tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data
 
@@ -69,6 +69,14 @@ def command(
     _show(results)
     if json_file is not None:
         write_json(results, json_file)
+    # Written so that NaN fails.
+    agreement = results.get("agreement")
+    if agreement and not agreement["largest_difference"] <= agreement["tolerance"]:
+        raise RunError(
+            f"shared and plain log-probabilities differ by {agreement['largest_difference']:.3g} at question "
+            f"{agreement['question_of_largest']}, above the tolerance of {agreement['tolerance']:g}: "
+            "its speeds do not count"
+        )
 
 
 def _show(results: dict[str, Any]) -> None:
@@ -103,6 +111,9 @@ def _show(results: dict[str, Any]) -> None:
             "difference"
         )
         for row in changed[:20]:
-            print(f"  question {row['question']}: the two likeliest choices are {row['margin']:.2g} apart")
+            print(
+                f"  question {row['question']}: choice {row['plain']} the plain way, {row['shared']} shared; "
+                f"the plain way's two likeliest are {row['margin']:.2g} apart"
+            )
         if len(changed) > 20:
             print(f"  and {len(changed) - 20} more (all with --json)")

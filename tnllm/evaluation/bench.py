@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnllm.errors import RunError
 from tnllm.evaluation.bundle import Bundle, count_tokens
 from tnllm.evaluation.scoring import Scorer
 from tnllm.modeling.model import LanguageModel
@@ -31,7 +30,7 @@ def bench_sharing(
 ) -> dict[str, Any]:
     """Score the first `questions` both ways; times exclude a warm-up that compiles the kernels.
 
-    Raises RunError when an answer differs by more than the tolerance.
+    Whether the log-probabilities agree within the tolerance is in "agreement": without that, times mean nothing.
     """
     count = len(bundle.answers) if questions is None else min(questions, len(bundle.answers))
     number = sum(question < count for question in bundle.questions)
@@ -55,17 +54,20 @@ def bench_sharing(
         results["agreement"] = {
             "largest_difference": float(gap.max()), "mean_difference": float(gap.mean()),
             "tolerance": TOLERANCE[model.head_weight.dtype],
-            "changed": [{"question": int(index), "margin": float(margins[index])} for index in changed],
+            "changed": [
+                {
+                    "question": int(index),
+                    "plain": int(picked["plain"][0][index]),
+                    "shared": int(picked["shared"][0][index]),
+                    "margin": float(margins[index]),
+                }
+                for index in changed
+            ],
+            "question_of_largest": int(asked[gap.argmax()]),
             "margins_within_difference": int((margins <= 2 * gap.max()).sum()),
         }  # fmt: skip
         results["token_ratio"] = results["ways"][1]["tokens"] / results["ways"][0]["tokens"]
         results["time_ratio"] = results["ways"][1]["seconds"] / results["ways"][0]["seconds"]
-        # Written so that NaN fails.
-        if not gap.max() <= TOLERANCE[model.head_weight.dtype]:
-            raise RunError(
-                f"shared and plain log-probabilities differ by {gap.max():.3g}, above the tolerance of "
-                f"{TOLERANCE[model.head_weight.dtype]:g}: not comparing their speed"
-            )
     return results
 
 
