@@ -124,7 +124,6 @@ def _chunk(
     token,
     state,
     g,
-    exact,
     rows,
     cols,
     MASK_ROWS: tl.constexpr,
@@ -135,14 +134,9 @@ def _chunk(
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     TMA: tl.constexpr,
-    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it.
-
-    With `exact` (and EXACT) c is not rounded on its way into the state. Where a and b point the same way, as k and q of dv
-    do, rounding c with its decay costs half the error of the result; rounding b would not, but takes as long as this.
-    """
+    """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it."""
     MASK_A: tl.constexpr = BA != A
     MASK_C: tl.constexpr = N % BC != 0
     r = tl.arange(0, CHUNK)
@@ -168,14 +162,8 @@ def _chunk(
     out = tl.dot(a, narrow, input_precision=PRECISION) * from_start[:, None]
     out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
     _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
-    late = c.to(tl.float32) * to_end[:, None]
-    c = late.to(dtype)
-    state *= over_chunk
-    if EXACT:  # noqa: SIM102 (the outer test is made by the compiler)
-        if exact:
-            # What rounding took from c, as a second product.
-            state = tl.dot(tl.trans(b), (late - c.to(tl.float32)).to(dtype), state, input_precision=PRECISION)
-    return tl.dot(tl.trans(b), c, state, input_precision=PRECISION)
+    late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
+    return tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
 
 
 @triton.jit
@@ -196,7 +184,6 @@ def _walk(
     T,
     state,
     g,
-    exact,
     cols,
     RAGGED: tl.constexpr,
     A: tl.constexpr,
@@ -206,7 +193,6 @@ def _walk(
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     TMA: tl.constexpr,
-    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend over tokens t to stop of one sequence."""
@@ -230,7 +216,6 @@ def _walk(
             token,
             state,
             g,
-            exact,
             CHUNK,
             cols,
             False,
@@ -241,7 +226,6 @@ def _walk(
             CHUNK,
             REVERSE,
             TMA,
-            EXACT,
             PRECISION,
         )
     if RAGGED:
@@ -263,7 +247,6 @@ def _walk(
                 token,
                 state,
                 g,
-                exact,
                 rows,
                 cols,
                 True,
@@ -274,7 +257,6 @@ def _walk(
                 CHUNK,
                 REVERSE,
                 TMA,
-                EXACT,
                 PRECISION,
             )
     return state
@@ -331,7 +313,6 @@ def attend_kernel(
     PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     TMA: tl.constexpr,
-    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (heads x column splits, segments, batch). o = attend(a, b, c).
@@ -347,10 +328,8 @@ def attend_kernel(
     program = tl.program_id(0)
     transposed = STATE_TRANSPOSED
     first_of_dual = True
-    exact = True
     if DUAL:
         first_of_dual = program % 2 == 0
-        exact = not first_of_dual
         program = program // 2
         if not first_of_dual:
             transposed = not STATE_TRANSPOSED
@@ -412,7 +391,6 @@ def attend_kernel(
                 T,
                 state,
                 g,
-                exact,
                 cols,
                 RAGGED,
                 A,
@@ -422,7 +400,6 @@ def attend_kernel(
                 CHUNK,
                 REVERSE,
                 TMA,
-                EXACT,
                 PRECISION,
             )
             if STORE_FINAL:  # noqa: SIM102 (the outer test is made by the compiler)
@@ -450,7 +427,6 @@ def attend_kernel(
             T,
             state,
             g,
-            exact,
             cols,
             RAGGED,
             A,
@@ -460,7 +436,6 @@ def attend_kernel(
             CHUNK,
             REVERSE,
             TMA,
-            EXACT,
             PRECISION,
         )
         if STORE_FINAL:  # noqa: SIM102

@@ -213,9 +213,8 @@ def _attend(
     final: Tensor | None,
     transposed: bool,
     second: tuple[Tensor, Tensor] | None = None,
-    exact: bool = False,
 ) -> None:
-    """out = attend(a, b, c), and with `second` = (a2, out2) also out2 = attend(a2, c, b), the last of them `exact`."""
+    """out = attend(a, b, c), and with `second` = (a2, out2) also out2 = attend(a2, c, b)."""
     B, T, H, A = a.shape
     N = c.shape[-1]
     a2, out2 = second or (a, out)
@@ -265,7 +264,6 @@ def _attend(
         PACKED=walk.packed,
         RAGGED=walk.packed or T % config.chunk != 0,
         TMA=config.tma,
-        EXACT=exact and a.element_size() == 2,
         PRECISION=_precision(a),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -350,8 +348,8 @@ def triton_backward(
     dinitial = None if initial is None else backward.new_final(dfinal, q, tuple(initial.shape))
     _attend(forward, do, v, k, dq, initial, None, transposed=True)
     if q.shape[-1] == v.shape[-1]:
-        _attend(backward, v, do, q, dk, dfinal, dinitial, transposed=True, second=(k, dv), exact=True)
+        _attend(backward, v, do, q, dk, dfinal, dinitial, transposed=True, second=(k, dv))
     else:
         _attend(backward, v, do, q, dk, dfinal, dinitial, transposed=True)
-        _attend(backward, k, q, do, dv, dfinal, None, transposed=False, exact=True)
+        _attend(backward, k, q, do, dv, dfinal, None, transposed=False)
     return dq, dk, dv, dinitial
