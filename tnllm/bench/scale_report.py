@@ -189,7 +189,7 @@ def plot_scaling(results: dict[str, Any], path: Path) -> None:
             axis.set_yticks(found, [length_label(value) for value in found])
             axis.minorticks_off()
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.06 * axis.get_ylim()[1])
         if key == "per_gpu":
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.grid(alpha=0.25, linewidth=0.6)
