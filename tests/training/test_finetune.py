@@ -137,7 +137,10 @@ def test_the_tokenizer_and_template_come_with_the_weights(chat, base, tmp_path):
         ),
         (["model.num_layers=3"], "but the weights of train.init"),
         (["lora.rank=4", "train.weights=bf16"], "do not go together"),
-        (["lora.rank=4", "parallel.replicate=2"], "lora trains on one device"),
+        (
+            ["lora.rank=4", "parallel.tensor=2"],
+            "parallel.tensor is 2, but an adapter's matrices",
+        ),
         (["data.packing=concat"], "data.packing concat does not go with data.format chat"),
         (["lora.targets=[qkv]"], "lora.targets.0 is 'qkv': input should be 'qkvu_proj'"),
         (["data.path=/no/such.jsonl"], "no such file or folder: /no/such.jsonl"),

@@ -60,11 +60,12 @@ def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
     from tnllm.parallel.mesh import close_mesh
     from tnllm.parallel.parallelize import parallelize
     from tnllm.training.launch import config_mesh
+    from tnllm.training.setup import make_outline
 
     axes, world = config.parallel, config.world_size
     mesh = config_mesh(config, "cpu", fake=world)
     try:
-        sharded = parallelize(build_model(config.model, "meta"), mesh, config.train.activation_checkpointing)
+        sharded = parallelize(make_outline(config, low=False), mesh, config.train.activation_checkpointing)
         sharded.find_parts()
         held = sum(part.numel() for part in sharded.parameters())
     finally:
