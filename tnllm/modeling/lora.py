@@ -50,7 +50,9 @@ class LoraLinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + self.scale * self.lora_B(self.lora_A(x))
+        # Text is sampled from a bf16 base outside of autocast, beside which A and B are fp32.
+        a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, a), b)
 
     def product(self) -> Tensor:
         """What is to be added to the weight: [out, in] fp32."""
