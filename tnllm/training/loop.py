@@ -30,9 +30,9 @@ from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.ranks import ManyRanks, OneRank
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.checkpoint import Saver, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, step_name
+from tnllm.training.communication import lora_parameters
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import AnyLoader, open_loaders, open_tokenizer
-from tnllm.training.estimate import lora_parameters
 from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
 from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
 from tnllm.training.plan import fit_memory, free_bytes

@@ -16,10 +16,10 @@ from tnllm.files import format_bytes, format_count
 from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.flops import flops_per_token
 from tnllm.modeling.model import build_model
-from tnllm.training.communication import communication
+from tnllm.training.communication import communication, lora_parameters
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import open_tokenizer
-from tnllm.training.estimate import GPUS, RESERVE, estimate_memory, lora_parameters
+from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
 
 MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all of the machine's memory counts as free
 
