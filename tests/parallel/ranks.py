@@ -49,6 +49,7 @@ CASES = {
     "replicate 2, adapter": (2, (2, 1, 1, 1), UNTIED, False, "none"),
     "sp 2, adapter": (2, (1, 1, 2, 1), {}, True, "full"),
     "replicate 2 x fsdp 2, adapter": (4, (2, 2, 1, 1), {}, False, "none"),
+    "fsdp 2 x sp 2, adapter": (4, (1, 2, 2, 1), {}, False, "none"),
 }
 # Three rows of A on two ranks and on four: parts differ, and one is empty.
 ADAPTER = LoraConfig(rank=3, alpha=6)

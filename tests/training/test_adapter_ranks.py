@@ -11,6 +11,7 @@ from torch import multiprocessing
 from torch.distributed import TCPStore
 
 from tests.training.test_finetune import base, chat, rows  # noqa: F401 (fixtures)
+from tnllm.errors import UserError
 from tnllm.modeling import load_model
 from tnllm.parallel.mesh import close_mesh
 from tnllm.training.config import load_recipe
@@ -21,7 +22,7 @@ from tnllm.training.loop import train
 LOSS = 2e-5
 ADAPTER = ["lora.rank=4", "eval.sample_prompts=[]", "train.micro_batch_size=1", "eval.every_steps=4"]
 LOW = [*ADAPTER, "train.dtype=bf16", "train.max_steps=3", "eval.sample_prompts=the quick"]
-SHORT = [*ADAPTER, "train.max_steps=3", "optimizer.grad_clip=0.05"]
+SHORT = [*ADAPTER, "train.max_steps=3", "optimizer.grad_clip=0.05", "lora.targets=[l1]"]
 # run → its parts: what is set, on how many processes
 RUNS = {
     "mesh": [
@@ -29,24 +30,31 @@ RUNS = {
         ([*ADAPTER, "train.max_steps=8"], 1),
         ([*ADAPTER, "parallel.replicate=2"], 2),
     ],
-    "sequence": [([*SHORT, "parallel.sequence=2", "lora.targets=[l1]"], 2)],
-    "low": [([*LOW, "parallel.shard=2"], 2)],
+    "sequence": [([*SHORT, "parallel.sequence=2"], 2)],
+    "low": [([*LOW, "parallel.shard=2"], 2), ([*LOW, "parallel.shard=2", "lora.rank=2"], 2)],
 }
+ALONE = {"mesh alone": ADAPTER, "sequence alone": SHORT, "low alone": LOW}
 
 
 def rank_main(rank: int, recipe: str, folder: Path, ports: list[int]) -> None:
+    """All of RUNS; while the first process goes on alone, the second makes what they are compared with."""
     torch.set_num_threads(1)
     for run, parts in RUNS.items():
         for number, (sets, processes) in enumerate(parts):
             config, resume = load_recipe(recipe, sets), "auto" if number else None
-            if processes == 1:
-                if rank == 0:
-                    train(config, folder / run, resume)
-                continue
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(ports.pop())}
-            mesh = config_mesh(config, "cpu")
-            train(config, folder / run, resume, mesh)
-            close_mesh(mesh)
+            if processes == 1 and rank == 0:
+                train(config, folder / run, resume)
+            elif processes == 1:
+                for name, reference in ALONE.items():
+                    train(load_recipe(recipe, reference), folder / name)
+            else:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(ports.pop())}
+                mesh = config_mesh(config, "cpu")
+                try:
+                    train(config, folder / run, resume, mesh)
+                except UserError as error:
+                    (folder / f"rank-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+                close_mesh(mesh)
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +64,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def runs(chat, folder, monkeypatch):  # noqa: F811
-    """All of RUNS by two processes, and the same by this one."""
-    if not (folder / "alone").exists():
-        for name, value in {
-            "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }.items():
+    """The folder of all runs, made once by two processes."""
+    if not (folder / "mesh").exists():
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}.items():
             monkeypatch.setenv(name, value)
-        stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(4)]
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # the stores live here, one for each mesh
+        meshes = sum(processes == 2 for parts in RUNS.values() for _, processes in parts)
+        stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(meshes)]
         multiprocessing.spawn(rank_main, (chat, folder, [store.port for store in stores]), nprocs=2)
-        train(load_recipe(chat, [*SHORT, "lora.targets=[l1]"]), folder / "sequence alone")
-        train(load_recipe(chat, LOW), folder / "low alone")
-        train(load_recipe(chat, ADAPTER), folder / "alone")
     return folder
 
 
 def test_a_run_that_changes_its_mesh_has_the_losses_of_one_process(runs):
     for key in ("loss", "val_loss", "grad_norm"):
-        ours, expected = rows(runs / "mesh", key), rows(runs / "alone", key)
+        ours, expected = rows(runs / "mesh", key), rows(runs / "mesh alone", key)
         assert ours == pytest.approx(expected, rel=LOSS if key != "grad_norm" else 5e-4), key
     losses = rows(runs / "mesh")
     assert len(losses) == 12 and losses[-1] < losses[0] - 0.2
@@ -87,13 +90,15 @@ def test_ranks_that_share_a_row_clip_as_one_process_does(runs):
 
 
 def test_adapter_and_merged_weights_are_written_alike(runs):
-    settings = [json.loads((runs / name / "adapter/adapter_config.json").read_text()) for name in ("mesh", "alone")]
+    settings = [
+        json.loads((runs / name / "adapter/adapter_config.json").read_text()) for name in ("mesh", "mesh alone")
+    ]
     assert settings[0] == settings[1] and settings[0]["r"] == 4
-    ours, expected = (load_file(runs / name / "adapter/adapter_model.safetensors") for name in ("mesh", "alone"))
+    ours, expected = (load_file(runs / name / "adapter/adapter_model.safetensors") for name in ("mesh", "mesh alone"))
     assert list(ours) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=5e-6)
-    ours, expected = (load_model(runs / name).state_dict() for name in ("mesh", "alone"))
+    ours, expected = (load_model(runs / name).state_dict() for name in ("mesh", "mesh alone"))
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=5e-6)
         if "proj" not in name and "channel_mixer" not in name:
@@ -112,3 +117,9 @@ def test_frozen_weights_are_in_bf16_where_products_are(runs):
         assert value.dtype == (torch.float32 if "lora_" in key or "theta" in key else torch.bfloat16)
         if "lora_" not in key:
             assert torch.equal(stored["low"][key], value), key
+
+
+def test_another_adapter_is_refused_once(runs):
+    said = [(runs / f"rank-{rank}.txt").read_text() for rank in range(2)]
+    assert said[0].startswith("UserError: lora is not as in step-00000003; a resumed run keeps its adapter")
+    assert said[1].startswith("SharedError: ")

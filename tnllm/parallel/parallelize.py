@@ -73,7 +73,7 @@ class ShardedModel:
         generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
         whole = self._whole()
         for path, module in whole.named_modules():
-            if any(True for _ in module.parameters(recurse=False)):
+            if dict(module.named_parameters(recurse=False)):
                 module.to_empty(device=device, recurse=False)
                 whole.init_module(module, generator)
                 self._keep_own(path, module)

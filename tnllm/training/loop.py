@@ -29,7 +29,15 @@ from tnllm.modeling.weights import TOKENIZER, load_model
 from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.ranks import ManyRanks, OneRank
 from tnllm.tokenizer import Tokenizer
-from tnllm.training.checkpoint import Saver, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, step_name
+from tnllm.training.checkpoint import (
+    Saver,
+    TrainState,
+    check_same_model,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    step_name,
+)
 from tnllm.training.communication import lora_parameters
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import AnyLoader, open_loaders, open_tokenizer
@@ -418,6 +426,7 @@ def load(checkpoint: Path, trainer: Trainer) -> TrainState:
     from tnllm.training.sharded import load_sharded
 
     assert isinstance(trainer.parameters, ShardedModel)
+    trainer.ranks.share(lambda: check_same_model(checkpoint, trainer.model))
     return load_sharded(checkpoint, trainer.parameters, trainer.optimizer)
 
 

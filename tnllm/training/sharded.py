@@ -37,7 +37,6 @@ from tnllm.training.checkpoint import (
     MANIFEST,
     STATE,
     TrainState,
-    check_same_model,
     file_sums,
     list_checkpoints,
     optimizer_tensors,
@@ -202,8 +201,10 @@ def _layout_at(layout: Layout, mesh: Mesh, rank: int) -> Layout:
 
 
 def load_sharded(folder: Path, sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Fill this rank's part of model and optimizer from a checkpoint of any mesh; returns where the run was."""
-    check_same_model(folder, sharded.model)
+    """Fill this rank's part of model and optimizer from a checkpoint of any mesh; returns where the run was.
+
+    The checkpoint must be of the same model (`check_same_model`).
+    """
     for name, tensors in zip(FOLDERS, _tensors(sharded, optimizer), strict=True):
         _fill(tensors, folder / name)
     return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
