@@ -82,6 +82,15 @@ def test_dry_run_spreads_the_model_over_imaginary_ranks(tnllm):
     assert "weights" in lines["sends"] and "tensor" in lines["sends"]
 
 
+def test_dry_run_of_an_adapter(tnllm):
+    flags = ["--dry-run", "--world-size", "64", "--set"]
+    whole, adapter = (tnllm("train", "7b", *flags, f"lora.rank={rank}")[1] for rank in (0, 16))
+    whole, adapter = (dict(line.split(maxsplit=1) for line in out.splitlines()) for out in (whole, adapter))
+    assert "with an adapter of" in adapter["model"] and "= 64 ranks" in adapter["mesh"]
+    assert "optimizer 6.37 GiB" in whole["rank"] and "MiB, optimizer" in adapter["rank"]
+    assert float(adapter["sends"].split()[0]) < float(whole["sends"].split()[0])
+
+
 def test_dry_run_shards_a_recipe_of_one_rank(tnllm):
     sets = ["--set", "train.global_batch_tokens=1M"]
     code, out, _ = tnllm(
@@ -96,6 +105,11 @@ def test_dry_run_shards_a_recipe_of_one_rank(tnllm):
         ("7b", [], "asks for 64 ranks (replicate 8 * shard 8 * sequence 1 * tensor 1), and 3 are here"),
         ("tiny", ["parallel.tensor=3"], "parallel.tensor is 3; it must divide model.num_heads 2"),
         ("tiny", ["parallel.sequence=3"], "parallel.sequence is 3; it must divide data.seq_len 256"),
+        (
+            "tiny",
+            ["parallel.tensor=2", "lora.rank=4"],
+            "matrices are not split; with lora set parallel.tensor=1",
+        ),
         ("tiny-transformer", ["parallel.sequence=2"], "softmax attention has no state to pass on"),
     ],
 )

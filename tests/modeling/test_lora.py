@@ -69,6 +69,17 @@ def test_merged_equals_beside():
     assert list(model.state_dict()) == list(build().state_dict())
 
 
+def test_a_base_in_bf16_runs_outside_of_autocast():
+    """So text is sampled while an adapter is trained on a GPU."""
+    model, exact = build().bfloat16(), trained()
+    add_lora(model, LoraConfig(rank=4, alpha=6.0))
+    model.load_state_dict(exact.state_dict())
+    logits, state = model(TOKENS)
+    assert {layer.lora_A.weight.dtype for layer in lora_layers(model).values()} == {torch.float32}
+    torch.testing.assert_close(logits, exact(TOKENS)[0], rtol=0.1, atol=0.05)
+    assert model.step(TOKENS[:, 0], state).isfinite().all()
+
+
 def test_targets():
     model = build()
     add_lora(model, LoraConfig(rank=2, targets=("out_proj",)))

@@ -11,7 +11,8 @@ import torch
 from torch import multiprocessing
 from torch.distributed import TCPStore
 
-from tnllm.modeling.config import ModelConfig, get_preset
+from tnllm.modeling.config import LoraConfig, ModelConfig, get_preset
+from tnllm.modeling.lora import add_lora
 from tnllm.modeling.model import build_model
 from tnllm.modeling.weights import load_model
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
@@ -44,7 +45,14 @@ CASES = {
     "fsdp 2 x sp 2": (4, (1, 2, 2, 1), {}, False, "full"),
     "fsdp 2 x tp 2": (4, (1, 2, 1, 2), V3, False, "selective"),
     "replicate 2 x fsdp 2": (4, (2, 2, 1, 1), {}, False, "none"),
+    "fsdp 2, adapter": (2, (1, 2, 1, 1), {}, False, "selective"),
+    "replicate 2, adapter": (2, (2, 1, 1, 1), UNTIED, False, "none"),
+    "sp 2, adapter": (2, (1, 1, 2, 1), {}, True, "full"),
+    "replicate 2 x fsdp 2, adapter": (4, (2, 2, 1, 1), {}, False, "none"),
+    "fsdp 2 x sp 2, adapter": (4, (1, 2, 2, 1), {}, False, "none"),
 }
+# Three rows of A on two ranks and on four: parts differ, and one is empty.
+ADAPTER = LoraConfig(rank=3, alpha=6)
 # Each group of processes meets at an address of its own.
 HAND_OVER = [f"hand over {number}" for number in range(4)]
 
@@ -74,14 +82,16 @@ def counted(step: int, packed: bool) -> int:
 class Alone:
     """One process: the reference."""
 
-    def __init__(self, config: ModelConfig, packed: bool) -> None:
+    def __init__(self, config: ModelConfig, packed: bool, lora: LoraConfig | None = None) -> None:
         self.model, self.packed = build_model(config, seed=0), packed
+        if lora is not None:
+            add_lora(self.model, lora, seed=0)
         self.optimizer = make_optimizer(self.model, OptimizerSection())
 
     def step(self, step: int) -> tuple[float, float]:
         loss = self.model.loss(*batch(step, self.packed)) / counted(step, self.packed)
         loss.backward()
-        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad}
         norm = clip_and_step(self.model, self.optimizer, 1e-2, 1.0, loss.detach())
         return loss.item(), norm.item()
 
@@ -89,9 +99,14 @@ class Alone:
 class Together:
     """The same on a mesh."""
 
-    def __init__(self, config: ModelConfig, packed: bool, mesh: Mesh, checkpointing: str = "none") -> None:
+    def __init__(
+        self, config: ModelConfig, packed: bool, mesh: Mesh, checkpointing: str = "none", lora: LoraConfig | None = None
+    ) -> None:
         self.mesh, self.packed, self.ranks = mesh, packed, ManyRanks(mesh)
-        self.sharded = parallelize(build_model(config, "meta"), mesh, checkpointing)
+        model = build_model(config, "meta")
+        if lora is not None:
+            add_lora(model, lora)
+        self.sharded = parallelize(model, mesh, checkpointing)
         self.sharded.materialize(torch.device("cpu"), seed=0)
         self.optimizer = make_optimizer(self.sharded, OptimizerSection())
 
@@ -102,7 +117,7 @@ class Together:
         loss.backward()
         total = self.ranks.sum_loss(loss.detach())
         norm = self.sharded.reduce()
-        self.gradients = {name: p.grad.clone() for name, p in self.sharded.named_parameters()}
+        self.gradients = {name: p.grad.clone() for name, p in self.sharded.named_parameters() if p.requires_grad}
         clip_and_step(self.sharded, self.optimizer, 1e-2, 1.0, total, norm)
         return total.item(), norm.item()
 
@@ -110,8 +125,11 @@ class Together:
 def difference(parts: dict, sharded: ShardedModel, whole: dict) -> float:
     """The largest relative difference of any parameter's part from the same part of the whole."""
     worst = 0.0
-    for name, part in sharded.parts.items():
+    for name in whole:
+        part = sharded.parts[name]
         for mine, slices in part.layout.pieces():
+            if not parts[name][mine].any() and not whole[name].any():
+                continue  # an adapter's A has no gradient before its B has a value
             # Against the whole tensor's size: a part may hold next to nothing.
             scale = whole[name].norm() * (parts[name][mine].numel() / whole[name].numel()) ** 0.5
             worst = max(worst, float((parts[name][mine] - whole[name][slices]).norm() / scale))
@@ -123,7 +141,13 @@ def compare(name: str) -> dict:
     _, axes, choices, packed, checkpointing = CASES[name]
     config = model_config(choices)
     mesh = open_mesh(*axes, "cpu", timeout_s=60)
-    alone, together = Alone(config, packed), Together(config, packed, mesh, checkpointing)
+    lora = ADAPTER if "adapter" in name else None
+    alone, together = Alone(config, packed, lora), Together(config, packed, mesh, checkpointing, lora)
+    started = difference(
+        {name: p.detach() for name, p in together.sharded.named_parameters()},
+        together.sharded,
+        {name: p.detach() for name, p in alone.model.named_parameters()},
+    )
     rows = []
     for step in range(STEPS):
         rows.append((*alone.step(step), *together.step(step)))
@@ -133,7 +157,7 @@ def compare(name: str) -> dict:
     last = difference(weights, together.sharded, {name: p.detach() for name, p in alone.model.named_parameters()})
     kept = sum(p.numel() for p in together.sharded.parameters())
     close_mesh(mesh)
-    return {"rows": rows, "gradient": first, "weights": last, "kept": kept}
+    return {"rows": rows, "gradient": first, "started": started, "weights": last, "kept": kept}
 
 
 def whole_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tnllm.modeling.model import build_model
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.parallel.sequence import cut
@@ -11,6 +10,7 @@ from tnllm.parallel.traffic import Traffic
 from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig, load_recipe
 from tnllm.training.launch import config_mesh
+from tnllm.training.setup import make_outline
 
 SETS = ["data.seq_len=64", "train.micro_batch_size=2", "train.global_batch_tokens=512", "model.num_layers=3"]
 SETS += ["data.packing=concat", "train.device=cpu"]
@@ -20,7 +20,7 @@ def one_pass(config: RunConfig) -> dict[str, float]:
     """Bytes by axis of forward and backward of one micro-batch as rank 0 of imaginary ranks."""
     mesh = config_mesh(config, "cpu", fake=config.world_size)
     try:
-        model = build_model(config.model, "meta")
+        model = make_outline(config, low=False)
         sharded = parallelize(model, mesh, config.train.activation_checkpointing)
         sharded.materialize(torch.device("cpu"), seed=0)
         tokens = torch.ones(2, 64, dtype=torch.int64)
@@ -34,10 +34,20 @@ def one_pass(config: RunConfig) -> dict[str, float]:
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    "axes", ["shard=4", "tensor=2", "sequence=4", "replicate=2", "replicate=2 shard=2", "shard=2 sequence=2 tensor=2"]
+    "axes",
+    [
+        "shard=4",
+        "tensor=2",
+        "sequence=4",
+        "replicate=2",
+        "replicate=2 shard=2",
+        "shard=2 sequence=2 tensor=2",
+        "shard=4 lora",
+        "replicate=2 shard=2 lora",
+    ],
 )
 def test_bytes_sent_in_a_step(axes, checkpointing):
-    mesh = [f"parallel.{axis}" for axis in axes.split()]
+    mesh = ["lora.rank=8" if axis == "lora" else f"parallel.{axis}" for axis in axes.split()]
     config = load_recipe("tiny", [*SETS, *mesh, f"train.activation_checkpointing={checkpointing}"])
     # Left out of the formulas: padding to equal parts, theta's own sum, the gradient's norm.
     sent = one_pass(config)

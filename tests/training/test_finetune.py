@@ -13,11 +13,15 @@ import torch
 from tnllm.errors import UserError
 from tnllm.modeling import load_model
 from tnllm.modeling.lora import merge_adapter
+from tnllm.parallel.mesh import close_mesh
+from tnllm.parallel.parallelize import parallelize
+from tnllm.training.communication import lora_parameters
 from tnllm.training.config import load_recipe
 from tnllm.training.corpus import open_loaders, open_tokenizer
-from tnllm.training.estimate import estimate_memory, lora_parameters
+from tnllm.training.estimate import estimate_memory
+from tnllm.training.launch import config_mesh
 from tnllm.training.loop import train
-from tnllm.training.setup import make_model
+from tnllm.training.setup import make_model, make_outline
 
 CHAT = """
 tokenizer: {path: TOKENIZER}
@@ -137,7 +141,10 @@ def test_the_tokenizer_and_template_come_with_the_weights(chat, base, tmp_path):
         ),
         (["model.num_layers=3"], "but the weights of train.init"),
         (["lora.rank=4", "train.weights=bf16"], "do not go together"),
-        (["lora.rank=4", "parallel.replicate=2"], "lora trains on one device"),
+        (
+            ["lora.rank=4", "parallel.tensor=2"],
+            "parallel.tensor is 2, but an adapter's matrices",
+        ),
         (["data.packing=concat"], "data.packing concat does not go with data.format chat"),
         (["lora.targets=[qkv]"], "lora.targets.0 is 'qkv': input should be 'qkvu_proj'"),
         (["data.path=/no/such.jsonl"], "no such file or folder: /no/such.jsonl"),
@@ -160,6 +167,23 @@ def test_an_adapter_saves_memory(chat):
     assert narrow.optimizer == 8 * trained < wide.optimizer
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     assert narrow.weights - 4 * trained == pytest.approx(frozen, rel=0.01)
+
+
+@pytest.mark.parametrize("axes", ["replicate=2", "shard=4", "shard=2 sequence=2"])
+def test_memory_of_a_rank_is_what_it_holds(axes):
+    mesh = [f"parallel.{axis}" for axis in axes.split()]
+    batch = ["data.seq_len=64", "train.global_batch_tokens=4096", "train.micro_batch_size=1"]
+    config = load_recipe("tiny", [*mesh, *batch, "lora.rank=16", "train.dtype=bf16"])
+    mesh = config_mesh(config, "cpu", fake=config.world_size)
+    sharded = parallelize(make_outline(config, low=True), mesh)
+    sharded.find_parts()
+    close_mesh(mesh)
+    held = [(p.requires_grad, p.numel() * p.element_size()) for p in sharded.parameters()]
+    trained = sum(size for learned, size in held if learned)
+    memory = estimate_memory(config, low_precision=True)
+    # Rows do not divide evenly, and theta is whole and fp32 everywhere.
+    assert memory.gradients == pytest.approx(trained, rel=0.01) and memory.optimizer == 2 * memory.gradients
+    assert memory.weights == pytest.approx(sum(size for _, size in held), rel=0.01)
 
 
 def test_two_ranks_start_from_the_same_weights(chat, tmp_path):

@@ -44,8 +44,15 @@ class LoraLinear(nn.Linear):
         self.lora_A = nn.Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
 
+    def reset(self, generator: torch.Generator | None) -> None:
+        """The adapter's initial values: A uniform by its fan-in, B zero. Nothing is drawn for the weight."""
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.lora_B.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + self.scale * self.lora_B(self.lora_A(x))
+        # Text is sampled from a bf16 base outside of autocast, beside which A and B are fp32.
+        a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, a), b)
 
     def product(self) -> Tensor:
         """What is to be added to the weight: [out, in] fp32."""
@@ -60,7 +67,7 @@ def lora_layers(model: LanguageModel) -> dict[str, LoraLinear]:
 def add_lora(model: LanguageModel, config: LoraConfig, seed: int = 0) -> None:
     """Freeze `model` and put an adapter beside every target. A is uniform by its fan-in, B zero: nothing changes yet.
 
-    Raises UserError for a target the model does not have.
+    On the meta device nothing is filled in. Raises UserError for a target the model does not have.
     """
     model.requires_grad_(False)
     linears = [
@@ -84,8 +91,7 @@ def add_lora(model: LanguageModel, config: LoraConfig, seed: int = 0) -> None:
             continue
         layer = LoraLinear(module, config.rank, config.alpha)
         if generator is not None:
-            nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5), generator=generator)
-            nn.init.zeros_(layer.lora_B.weight)
+            layer.reset(generator)
         setattr(model.get_submodule(parent), kind, layer)
     model.lora = config
 

@@ -149,10 +149,12 @@ def load_model(
     folder: Path | str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    merge: bool = True,
 ) -> LanguageModel:
     """Load a weights folder or run folder (None: the model that ships in the package), ready for inference.
 
-    `dtype` None keeps the stored one. An adapter in a training checkpoint is merged. Raises UserError for a folder that
+    `dtype` None keeps the stored one. An adapter in a training checkpoint is merged, or with `merge` False left beside the
+    weights. Raises UserError for a folder that
     is no model, RunError for damaged files.
     """
     folder = resolve_model(folder)
@@ -167,7 +169,7 @@ def load_model(
         _load_checkpoint(wanted, folder / CHECKPOINT)
     else:
         _load_files(wanted, folder)
-    if lora is not None:
+    if lora is not None and merge:
         merge_lora(model)
     return model.eval().requires_grad_(False)
 

@@ -10,7 +10,8 @@ Order: tensor parallelism, sequence parallelism, activation checkpointing, compi
 before left, so FSDP shards what tensor parallelism kept, and a compiled block holds no collective of FSDP.
 
 The optimizer sees `sharded.parameters()`: plain tensors that share memory with what FSDP keeps. So AdamW, clipping and
-checkpoints work on ordinary tensors, and `Layout` says where each lies in the whole.
+checkpoints work on ordinary tensors, and `Layout` says where each lies in the whole. Of a model with an adapter
+(`tnllm.modeling.lora`) the frozen weights are spread too; they have no gradients, and only the adapter's are sent.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from tnllm.errors import UserError
 from tnllm.modeling.attention import GatedLinearAttention
-from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.lora import add_lora, lora_layers
+from tnllm.modeling.model import LanguageModel, build_model
 from tnllm.parallel.layout import Layout
 from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.sequence import sequence_attention, sequence_gated_attention
@@ -63,30 +65,49 @@ class ShardedModel:
     def materialize(self, device: torch.device, seed: int | None) -> None:
         """Allocate this rank's part on `device` and fill it: with a seed, as one process would fill the whole.
 
-        Every rank draws the whole model's numbers, one module at a time, and keeps its part.
+        Every rank draws the whole model's numbers, one module at a time, and keeps its part. An adapter is drawn after
+        the weights it hangs on, from the same seed anew.
         """
         self.model.to_empty(device=device)
         self.find_parts()
         generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
-        with torch.device("meta"):
-            whole = LanguageModel(self.model.config)
+        whole = self._whole()
         for path, module in whole.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if not own:
-                continue
-            module.to_empty(device=device, recurse=False)
-            whole.init_module(module, generator)
-            with torch.no_grad():
-                for name, parameter in module.named_parameters(recurse=False):
-                    part = self.parts[f"{path}.{name}"]
-                    for mine, slices in part.layout.pieces():
-                        part.local[mine].copy_(parameter[slices])
-            module.to_empty(device=torch.device("meta"), recurse=False)
+            if dict(module.named_parameters(recurse=False)):
+                module.to_empty(device=device, recurse=False)
+                whole.init_module(module, generator)
+                self._keep_own(path, module)
+        if self.model.lora is None:
+            return
+        generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+        add_lora(whole, self.model.lora)
+        for path, layer in lora_layers(whole).items():
+            pair = {f"{path}.lora_A": layer.lora_A, f"{path}.lora_B": layer.lora_B}
+            for module in pair.values():
+                module.to_empty(device=device)
+            layer.reset(generator)
+            for name, module in pair.items():
+                self._keep_own(name, module)
+
+    def _whole(self) -> LanguageModel:
+        """The model as one process would have it, on the meta device and without its adapter."""
+        return build_model(self.model.config, "meta", self.model.embed_tokens.weight.dtype)
+
+    def _keep_own(self, path: str, module: nn.Module) -> None:
+        """Copy this rank's part of the parameters of `module`, which is whole and then emptied again."""
+        with torch.no_grad():
+            for name, parameter in module.named_parameters(recurse=False):
+                part = self.parts[f"{path}.{name}"]
+                for mine, slices in part.layout.pieces():
+                    part.local[mine].copy_(parameter[slices])
+        module.to_empty(device=torch.device("meta"), recurse=False)
 
     def find_parts(self) -> None:
         """Fill `parts`; on the meta device too, where it says what a rank would hold."""
-        with torch.device("meta"):
-            whole = {name: tuple(p.shape) for name, p in LanguageModel(self.model.config).named_parameters()}
+        model = self._whole()
+        if self.model.lora is not None:
+            add_lora(model, self.model.lora)
+        whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.parts = {}
         for name, source in self.model.named_parameters():
             layout = Layout.of(name, whole[name], self.mesh.tensor)
@@ -94,7 +115,7 @@ class ShardedModel:
             local = source
             if isinstance(source, DTensor):
                 layout = layout.with_rows(self.mesh.weights)
-                local = nn.Parameter(source.to_local().detach())
+                local = nn.Parameter(source.to_local().detach(), requires_grad=source.requires_grad)
             assert tuple(local.shape) == layout.local_shape, (name, local.shape, layout)
             counted = (layout.dim is not None or self.mesh.tensor[0] == 0) and (spread or self.mesh.weights[0] == 0)
             self.parts[name] = Part(layout, source, local, counted)
@@ -115,6 +136,8 @@ class ShardedModel:
     def _collect(self) -> None:
         groups = self.mesh.groups
         for part in self.parts.values():
+            if not part.source.requires_grad:
+                continue
             gradient = part.source.grad
             assert gradient is not None, part.layout.name
             if isinstance(gradient, DTensor):
@@ -136,10 +159,12 @@ def parallelize(
 ) -> ShardedModel:
     """Spread `model`, on the meta device, over `mesh`. Raises UserError for a model that an axis cannot split.
 
-    `low_precision`: blocks are gathered in bf16, while weights, gradients' sums, embedding and head stay fp32.
+    `low_precision`: blocks are gathered in bf16, while weights, gradients' sums, embedding and head stay fp32. An adapter
+    is put on before (`add_lora` on the meta device), and does not go with tensor parallelism.
     """
     assert all(parameter.is_meta for parameter in model.parameters()), "build the model on the meta device"
     if mesh.sizes["tensor"] > 1:
+        assert model.lora is None, "RunConfig refuses it"
         shard_heads(model, *mesh.tensor, mesh.groups["tensor"].group_name)
     if mesh.sizes["sequence"] > 1:
         share_rows(model, mesh)

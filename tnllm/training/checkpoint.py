@@ -27,7 +27,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from tnllm.errors import RunError, UserError
 from tnllm.files import replace_dir, write_text_atomic
-from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors, read_lora
 from tnllm.training.optim import Parameters
@@ -217,11 +216,7 @@ def _latest(run: Path) -> Path | None:
 
 def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Fill model, optimizer and random state in place; returns where the run was."""
-    check_same_model(folder, model.config)
-    if read_lora(folder) != model.lora:
-        raise UserError(
-            f"lora is not as in {folder.name}; a resumed run keeps its adapter (start a new one with another --out)"
-        )
+    check_same_model(folder, model)
     with torch.no_grad():
         tensors = dict(model.state_dict())
         moments = optimizer_tensors(model, optimizer)
@@ -232,14 +227,18 @@ def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.O
     return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
-def check_same_model(folder: Path, model: ModelConfig) -> None:
-    """Raise UserError where the checkpoint `folder` was trained with another model."""
+def check_same_model(folder: Path, model: LanguageModel) -> None:
+    """Raise UserError where the checkpoint `folder` was trained with another model or another adapter."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
-    ours = model.model_dump()
+    ours = model.config.model_dump()
     changed = [key for key in ours if config.get(key, ours[key]) != ours[key]]
     if changed:
         key = changed[0]
         raise UserError(
             f"model.{key} is {ours[key]!r}, but {folder.name} was trained with {config[key]!r}; "
             "a resumed run keeps its model (start a new one with another --out)"
+        )
+    if read_lora(folder) != model.lora:
+        raise UserError(
+            f"lora is not as in {folder.name}; a resumed run keeps its adapter (start a new one with another --out)"
         )

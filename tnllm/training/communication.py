@@ -6,7 +6,8 @@ With n ranks, a ring sends (n - 1) / n of a tensor from each rank to gather or t
 one pass over N tokens of a rank, with P parameters of the blocks and V M of embedding and head on a tensor rank:
 
     weights    blocks are gathered twice (forward, backward) in the compute type, embedding and head once in fp32; all
-               gradients are summed and scattered in fp32. Does not depend on N.
+               gradients are summed and scattered in fp32. Does not depend on N. Beside an adapter embedding and head are
+               kept in the compute type, and the adapter's are the only gradients.
     replicate  each rank's part of the gradients is summed in fp32.
     tensor     four sums of N M numbers a block (two forward, two backward; full recomputation repeats the mixer's,
                not the last one), one number a token for the norm over heads each way; in fp32 N M numbers for the
@@ -31,11 +32,15 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
     again = 1 if train.activation_checkpointing == "full" else 0
     root = root_parameters(model) / parallel.tensor
     blocks = count_parameters(model) / parallel.tensor - root
+    trained, kept = blocks + root, 4
+    if config.lora.rank:
+        trained, kept = lora_parameters(config), item
+        blocks += trained
     holders = parallel.shard * parallel.sequence
     gather = (holders - 1) / holders
-    weights = gather * (2 * item * blocks + 4 * root + 4 * (blocks + root))
+    weights = gather * (2 * item * blocks + kept * root + 4 * trained)
     copies = parallel.replicate
-    replicate = 2 * (copies - 1) / copies * 4 * (blocks + root) / holders
+    replicate = 2 * (copies - 1) / copies * 4 * trained / holders
     tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
     ring = 2 * (parallel.tensor - 1) / parallel.tensor
     per_block = (4 + again) * item * model.model_dim
@@ -56,3 +61,21 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
 def root_parameters(model: ModelConfig) -> int:
     """Parameters outside of the blocks: embedding, head, learned positions, the last norm."""
     return count_parameters(model.model_copy(update={"num_layers": 0}))
+
+
+def lora_parameters(config: RunConfig) -> int:
+    """Parameters of the recipe's adapter: rank * (in + out) of every projection it hangs on."""
+    model = config.model
+    width, glu = model.model_dim, model.glu_dim
+    fused = (
+        ("qkvu_proj", 4 * width) if model.kind == "transnormer" and model.gate == "full" else ("qkv_proj", 3 * width)
+    )
+    shapes = {
+        fused[0]: width + fused[1],
+        "out_proj": 2 * width,
+        "l1": width + glu,
+        "l2": width + glu,
+        "l3": width + glu,
+    }
+    names: tuple[str, ...] = config.lora.targets or tuple(shapes)
+    return config.lora.rank * model.num_layers * sum(shapes.get(name, 0) for name in names)

@@ -300,9 +300,10 @@ class RunConfig(BaseModel):
             raise ValueError(f"train.weights is bf16, which does not go with {reason}; set train.weights=fp32")
         if self.lora.rank and train.weights == "bf16":
             raise ValueError("train.weights bf16 and lora do not go together: frozen weights are in bf16 anyway")
-        if self.lora.rank and self.world_size > 1:
+        if self.lora.rank and self.parallel.tensor > 1:
             raise ValueError(
-                f"lora trains on one device; the recipe's parallel section asks for {self.world_size} ranks"
+                f"parallel.tensor is {self.parallel.tensor}, but an adapter's matrices are not split; with lora set "
+                "parallel.tensor=1 and use replicate, shard or sequence"
             )
         if self.data.format == "chat" and self.data.packing != "reset":
             raise ValueError(

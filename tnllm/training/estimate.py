@@ -17,7 +17,7 @@ from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.flops import count_parameters, flops_per_token, recomputed_flops_per_token, state_bytes
-from tnllm.training.communication import root_parameters
+from tnllm.training.communication import lora_parameters, root_parameters
 from tnllm.training.config import RunConfig
 
 # Share of a card left for what is not counted: the CUDA context, workspaces and the allocator's gaps.
@@ -72,8 +72,9 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
     Weights, gradients and AdamW's two moments are fp32 (or bf16: train.weights) and divided over parallel.shard,
     parallel.sequence and parallel.tensor. The low-precision copies autocast makes of the weights live through a pass.
     Where weights are spread, what is whole at a time takes their place: two blocks and their gradients, one block's
-    gradients in fp32 on their way, embedding and head with their gradients in fp32. `checkpointing` and `low_precision`
-    (bf16) default to the recipe's; bf16 is what `train.dtype: auto` means on a GPU.
+    gradients in fp32 on their way, embedding and head with their gradients in fp32. Beside an adapter the rest is frozen
+    and kept as it is computed with; only the adapter, spread alike, has gradients and moments. `checkpointing` and
+    `low_precision` (bf16) default to the recipe's; bf16 is what `train.dtype: auto` means on a GPU.
     """
     model, parallel, train = config.model, config.parallel, config.train
     checkpointing = checkpointing or train.activation_checkpointing
@@ -94,8 +95,12 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         casts = item * parameters // parallel.tensor
     trained, frozen = local, 0
     if config.lora.rank:
-        # The base is kept as it is computed with, and needs neither gradients nor moments.
-        trained, frozen, casts = lora_parameters(config), item * local, 0
+        adapter, casts = lora_parameters(config), 0
+        trained, frozen = -(-adapter // holders), item * local
+        if holders * parallel.replicate > 1:
+            root, two = root_parameters(model), min(2, model.num_layers)
+            own = adapter // model.num_layers
+            casts = two * item * ((parameters - root) // model.num_layers + 2 * own) + 4 * own + item * root
     tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
     return Memory(
         weights=frozen + kept * trained,
@@ -105,24 +110,6 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor, parallel.sequence),
         head=head_bytes(model, tokens, item, parallel.tensor),
     )
-
-
-def lora_parameters(config: RunConfig) -> int:
-    """Parameters of the recipe's adapter: rank * (in + out) of every projection it hangs on."""
-    model = config.model
-    width, glu = model.model_dim, model.glu_dim
-    fused = (
-        ("qkvu_proj", 4 * width) if model.kind == "transnormer" and model.gate == "full" else ("qkv_proj", 3 * width)
-    )
-    shapes = {
-        fused[0]: width + fused[1],
-        "out_proj": 2 * width,
-        "l1": width + glu,
-        "l2": width + glu,
-        "l3": width + glu,
-    }
-    names: tuple[str, ...] = config.lora.targets or tuple(shapes)
-    return config.lora.rank * model.num_layers * sum(shapes.get(name, 0) for name in names)
 
 
 def activation_bytes(

@@ -24,21 +24,29 @@ from tnllm.data.loader import Batch
 from tnllm.errors import RunError, UserError
 from tnllm.files import format_count, format_duration, write_text_atomic
 from tnllm.modeling.flops import count_parameters, flops_per_token
-from tnllm.modeling.model import LanguageModel, build_model
+from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import TOKENIZER, load_model
 from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.ranks import ManyRanks, OneRank
 from tnllm.tokenizer import Tokenizer
-from tnllm.training.checkpoint import Saver, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, step_name
+from tnllm.training.checkpoint import (
+    Saver,
+    TrainState,
+    check_same_model,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    step_name,
+)
+from tnllm.training.communication import lora_parameters
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import AnyLoader, open_loaders, open_tokenizer
-from tnllm.training.estimate import lora_parameters
 from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
 from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
 from tnllm.training.plan import fit_memory, free_bytes
 from tnllm.training.profile import Profile
 from tnllm.training.schedule import learning_rate
-from tnllm.training.setup import chat_template, fill_parts, init_folder, make_model, publish
+from tnllm.training.setup import chat_template, fill_parts, init_folder, make_model, make_outline, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
 from tnllm.training.view import View
@@ -170,7 +178,7 @@ def train(
             model = trainer.model
             if ranks.size > 1:
                 # The last checkpoint holds whole tensors; no rank does.
-                model = load_model(out / "checkpoints" / step_name(state.step), "cpu")
+                model = load_model(out / "checkpoints" / step_name(state.step), "cpu", merge=False)
             publish(model, out, config, tokenizer, compute_dtype(config, device))
         how = "--chat" if config.data.format == "chat" else "--prompt '...'"
         view.say(f"weights in {out / 'weights'}; try: tnllm generate --model {out} {how}")
@@ -206,7 +214,7 @@ def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> T
 
     device, low = mesh.device, compute_dtype(config, mesh.device) == torch.bfloat16
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
-    model = build_model(config.model, "meta")
+    model = make_outline(config, low)
     sharded = parallelize(model, mesh, config.train.activation_checkpointing, compiled, low)
     sharded.materialize(device, config.train.seed)
     folder = init_folder(config)
@@ -418,6 +426,7 @@ def load(checkpoint: Path, trainer: Trainer) -> TrainState:
     from tnllm.training.sharded import load_sharded
 
     assert isinstance(trainer.parameters, ShardedModel)
+    trainer.ranks.share(lambda: check_same_model(checkpoint, trainer.model))
     return load_sharded(checkpoint, trainer.parameters, trainer.optimizer)
 
 

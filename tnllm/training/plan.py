@@ -16,10 +16,10 @@ from tnllm.files import format_bytes, format_count
 from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.flops import flops_per_token
 from tnllm.modeling.model import build_model
-from tnllm.training.communication import communication
+from tnllm.training.communication import communication, lora_parameters
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import open_tokenizer
-from tnllm.training.estimate import GPUS, RESERVE, estimate_memory, lora_parameters
+from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
 
 MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all of the machine's memory counts as free
 
@@ -60,11 +60,12 @@ def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
     from tnllm.parallel.mesh import close_mesh
     from tnllm.parallel.parallelize import parallelize
     from tnllm.training.launch import config_mesh
+    from tnllm.training.setup import make_outline
 
     axes, world = config.parallel, config.world_size
     mesh = config_mesh(config, "cpu", fake=world)
     try:
-        sharded = parallelize(build_model(config.model, "meta"), mesh, config.train.activation_checkpointing)
+        sharded = parallelize(make_outline(config, low=False), mesh, config.train.activation_checkpointing)
         sharded.find_parts()
         held = sum(part.numel() for part in sharded.parameters())
     finally:

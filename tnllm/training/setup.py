@@ -1,6 +1,7 @@
 """The model a run starts from: new weights, those of a folder, or those with an adapter beside them.
 
-model = make_model(config, device)            # train.init, train.weights, lora and recomputation applied
+model = make_model(config, device, low)       # train.init, train.weights, lora and recomputation applied
+model = make_outline(config, low)             # the same shapes and dtypes on the meta device, for a mesh
 publish(model, out, config, tokenizer)        # weights/, and adapter/ where there is one
 """
 
@@ -33,7 +34,7 @@ def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageMo
 
     With an adapter the base is frozen; `low` (products run in bf16) keeps it in bf16 then, since nothing is added to it.
     """
-    kept = torch.bfloat16 if config.train.weights == "bf16" or (config.lora.rank and low) else torch.float32
+    kept = kept_dtype(config, low)
     folder = init_folder(config)
     if folder is None:
         model = build_model(config.model, device, kept, seed=config.train.seed)
@@ -45,11 +46,31 @@ def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageMo
     return model
 
 
+def make_outline(config: RunConfig, low: bool) -> LanguageModel:
+    """What `make_model` makes, on the meta device; `parallelize` takes it from there."""
+    model = build_model(config.model, "meta", kept_dtype(config, low))
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    return model
+
+
+def kept_dtype(config: RunConfig, low: bool) -> torch.dtype:
+    """How the model's own weights are kept: fp32; bf16 as train.weights says, or frozen where products run in bf16."""
+    return torch.bfloat16 if config.train.weights == "bf16" or (config.lora.rank and low) else torch.float32
+
+
 def fill_parts(sharded: "ShardedModel", folder: Path) -> None:
-    """Give this rank its parts of the weights in `folder`, which it reads whole, as they are stored, into host memory."""
-    whole = dict(load_model(folder, "cpu").named_parameters())
+    """Give this rank its parts of the weights in `folder`, which it reads whole into host memory.
+
+    They are read as they are stored; beside an adapter, in the dtype they are kept in. The adapter's parts stay.
+    """
+    lora = sharded.model.lora
+    dtype = None if lora is None else sharded.model.embed_tokens.weight.dtype
+    whole = dict(load_model(folder, "cpu", dtype).named_parameters())
     with torch.no_grad():
         for name, part in sharded.parts.items():
+            if lora is not None and name not in whole:
+                continue
             for mine, slices in part.layout.pieces():
                 part.local[mine].copy_(whole[name][slices])
 

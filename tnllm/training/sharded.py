@@ -37,7 +37,6 @@ from tnllm.training.checkpoint import (
     MANIFEST,
     STATE,
     TrainState,
-    check_same_model,
     file_sums,
     list_checkpoints,
     optimizer_tensors,
@@ -66,7 +65,8 @@ class ShardedSaver:
         owned = {folder: dict(tensors) for folder, tensors in zip(FOLDERS, _gather(sharded, optimizer), strict=True)}
         if self.mesh.rank == 0:
             owned["optimizer"]["rng.cpu"] = torch.get_rng_state()
-        config = config_json(sharded.model.config, torch.float32)
+        model = sharded.model
+        config = config_json(model.config, model.head_weight.dtype, model.lora)
         snapshot = TrainState(**asdict(state))
         if self.background:
             self._thread = threading.Thread(target=self._write, args=(snapshot, owned, config), name="checkpoint")
@@ -201,8 +201,10 @@ def _layout_at(layout: Layout, mesh: Mesh, rank: int) -> Layout:
 
 
 def load_sharded(folder: Path, sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Fill this rank's part of model and optimizer from a checkpoint of any mesh; returns where the run was."""
-    check_same_model(folder, sharded.model.config)
+    """Fill this rank's part of model and optimizer from a checkpoint of any mesh; returns where the run was.
+
+    The checkpoint must be of the same model (`check_same_model`).
+    """
     for name, tensors in zip(FOLDERS, _tensors(sharded, optimizer), strict=True):
         _fill(tensors, folder / name)
     return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
