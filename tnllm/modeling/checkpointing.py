@@ -4,8 +4,8 @@
 
 Norms, activations, gates, LRPE, the product of the GLU's halves and linear attention cost next to no FLOPs beside matrix
 products, and their results are half of what a backward pass reads. Kept besides: softmax attention, whose work grows with
-the length, and what came from other ranks, so that nothing is sent twice. The block's last product is not kept, since
-nothing in the block's backward pass reads it.
+the length, and sums over tensor-parallel ranks, which are as large as the residual. The states that ranks of one row
+exchange are small and sent again. The block's last product is not kept: nothing in the block's backward pass reads it.
 
 Works inside torch.compile, whose partitioner follows the same policy, and under FSDP, whose hooks stay outside.
 """
@@ -29,7 +29,7 @@ logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 MODES = ("none", "selective", "full")
 _PRODUCTS = {"aten::mm", "aten::addmm"}
-_KEPT = {"tnllm::all_reduce", "tnllm::sequence_attention", "tnllm::sequence_gated_attention"}
+_KEPT = {"tnllm::all_reduce"}
 _SOFTMAX_ATTENTION = ("scaled_dot_product", "varlen_attn")
 
 

@@ -31,6 +31,8 @@ from tnllm.kernels.gated_attention import gated_attention_reference, launch_back
 from tnllm.kernels.lightning_attention import lightning_attention
 from tnllm.parallel.collectives import group_named
 
+# torch 2.13 renamed it. Called by its name, so that `Traffic` can count it.
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 _local_backward = torch.ops.tnllm.lightning_attention_backward
 
 
@@ -168,7 +170,8 @@ def _apply(x: Tensor, state: Tensor, decay: Tensor) -> Tensor:
 def _gather(state: Tensor, size: int, group: str) -> tuple[Tensor, dist.Work | None]:
     """Start to collect every rank's state: [W, B, H, D, E]."""
     everyone = state.new_empty(size, *state.shape)
-    work = dist.all_gather_into_tensor(everyone.flatten(0, 1), state.contiguous(), group_named(group), async_op=True)
+    gather = getattr(dist, _ALL_GATHER)
+    work = gather(everyone.flatten(0, 1), state.contiguous(), group_named(group), async_op=True)
     return everyone, work
 
 

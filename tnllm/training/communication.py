@@ -13,9 +13,9 @@ one pass over N tokens of a rank, with P parameters of the blocks and V M of emb
                not the last one), one number a token for the norm over heads each way; in fp32 N M numbers for the
                embedding and for the head.
     sequence   one state [H, D, E] fp32 a row and layer to each other rank, forward and backward (and once more with
-               full recomputation). Does not depend on N.
+               recomputation of either kind). Does not depend on N.
 
-Selective recomputation repeats nothing that is sent: what came from other ranks is kept.
+Selective recomputation repeats none of the large sums: those of `tensor` are kept.
 """
 
 from tnllm.modeling.config import ModelConfig
@@ -30,6 +30,7 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
         low_precision = train.dtype != "fp32" and train.device != "cpu"
     item = 2 if low_precision else 4
     again = 1 if train.activation_checkpointing == "full" else 0
+    exchanges = 2 if train.activation_checkpointing == "none" else 3
     root = root_parameters(model) / parallel.tensor
     blocks = count_parameters(model) / parallel.tensor - root
     trained, kept = blocks + root, 4
@@ -53,7 +54,7 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
     return {
         "weights": passes * weights,
         "replicate": passes * replicate,
-        "sequence": passes * (parallel.sequence - 1) * (2 + again) * rows * states,
+        "sequence": passes * (parallel.sequence - 1) * exchanges * rows * states,
         "tensor": passes * ring * tokens * (model.num_layers * per_block + ends),
     }
 

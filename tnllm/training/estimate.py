@@ -107,13 +107,13 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         gradients=kept * trained,
         optimizer=2 * kept * trained,
         casts=casts,
-        activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor, parallel.sequence),
+        activations=activation_bytes(model, tokens, item, checkpointing, parallel.tensor),
         head=head_bytes(model, tokens, item, parallel.tensor),
     )
 
 
 def activation_bytes(
-    model: ModelConfig, num_tokens: int, itemsize: int, checkpointing: str = "none", tensor: int = 1, sequence: int = 1
+    model: ModelConfig, num_tokens: int, itemsize: int, checkpointing: str = "none", tensor: int = 1
 ) -> int:
     """Bytes kept for the backward pass of `num_tokens` tokens, outside the head.
 
@@ -125,29 +125,26 @@ def activation_bytes(
     F for SwiGLU's activation. Heads and F are divided over tensor-parallel ranks, the residual is not.
 
     With checkpointing `full` every block keeps its input (M), with `selective` also the results of its products but the
-    last (M and 2 F, the projection's, a low-rank gate's); one block at a time is whole again. Ranks that share a row
-    (`sequence`) keep attention's output too (M).
+    last (M and 2 F, the projection's, a low-rank gate's); one block at a time is whole again.
     """
     M, L = model.model_dim, model.num_layers
     layers = [_block_numbers(model, layer, tensor) for layer in range(L)]
     norms = 4 * (3 if model.kind == "transnormer" else 2)
     final = M * itemsize + 4
     if checkpointing != "none":
-        kept = M if checkpointing == "full" else _kept_products(model, tensor, sequence)
+        kept = M if checkpointing == "full" else _kept_products(model, tensor)
         again = (max(layers) - kept) * itemsize + norms + (M * itemsize if checkpointing == "full" else 0)
         return round(num_tokens * (L * kept * itemsize + again + final))
     return round(num_tokens * (sum(layers) * itemsize + L * norms + final))
 
 
-def _kept_products(model: ModelConfig, tensor: int, sequence: int) -> float:
+def _kept_products(model: ModelConfig, tensor: int) -> float:
     """Numbers kept for each token by one block under selective checkpointing; see `activation_bytes`."""
     M, shared = model.model_dim, 3 * model.model_dim + 2 * model.glu_dim
     if model.kind == "transformer":
         shared += M  # attention's output: softmax attention is not computed again
     elif model.gate != "none":
         shared += M + (model.gate_dim if model.gate == "low-rank" else 0)
-    if sequence > 1:
-        shared += M
     return 2 * M + shared / tensor
 
 
