@@ -19,7 +19,8 @@ from tnllm.kernels.lightning_attention import lightning_attention
 from tnllm.kernels.srms_norm import srms_norm
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Attention over text that starts here and whose end state nobody asks for: training."""
     return lightning_attention(q, k, v, log_decay, None, cu_seqlens, need_state=False)[0]
 
 
@@ -28,7 +29,7 @@ def gated_attention_reference(
     log_decay: Tensor,
     eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = _attend,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = attend,
 ) -> Tensor:
     """The parts, one after another; arguments as in `gated_attention`, and what attends in the middle."""
     q, k, v, u = qkvu.chunk(4, dim=-1)

@@ -9,16 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnllm.kernels.gated_attention import gated_attention
+from tnllm.kernels.gated_attention import attend, gated_attention
 from tnllm.kernels.lightning_attention import lightning_attention, lightning_attention_step
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.decay import log_decay
 from tnllm.modeling.layers import LRPE, SRMSNorm, activate, make_norm
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Attention over text that starts here and whose end state nobody asks for: training."""
-    return lightning_attention(q, k, v, log_decay, None, cu_seqlens, need_state=False)[0]
 
 
 class GatedLinearAttention(nn.Module):

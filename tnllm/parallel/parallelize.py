@@ -17,6 +17,7 @@ checkpoints work on ordinary tensors, and `Layout` says where each lies in the w
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -185,13 +186,16 @@ def share_rows(model: LanguageModel, mesh: Mesh) -> None:
             f"parallel.sequence is {mesh.sizes['sequence']}, but softmax attention has no state to pass on; "
             "set parallel.sequence=1 for model.kind transformer"
         )
-    place, size = mesh.place["sequence"], mesh.sizes["sequence"]
-    group = mesh.groups["sequence"].group_name
+    here: dict[str, Any] = {
+        "rank": mesh.place["sequence"],
+        "size": mesh.sizes["sequence"],
+        "group": mesh.groups["sequence"].group_name,
+    }
     for block in model.blocks:
         mixer = block.token_mixer
         assert isinstance(mixer, GatedLinearAttention)
-        mixer.attend = partial(sequence_attention, rank=place, size=size, group=group)
-        mixer.gated_attention = partial(sequence_gated_attention, rank=place, size=size, group=group)
+        mixer.attend = partial(sequence_attention, **here)
+        mixer.gated_attention = partial(sequence_gated_attention, **here)
 
 
 def _shard_weights(model: LanguageModel, mesh: Mesh, low_precision: bool) -> None:

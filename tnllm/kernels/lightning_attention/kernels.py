@@ -496,7 +496,8 @@ def piece_states_kernel(
         start = _start(cu_ptr, n, num_seqs, T, REVERSE)
         fresh = start >= begin
         tl.store(carries_ptr + index, tl.where(fresh, 0, 1))
-    # Only tokens whose share has not decayed to nothing by the piece's end; whole chunks of them.
+    # Only tokens whose share has not decayed to nothing by the piece's end; whole chunks of them. At least one: the last
+    # token's share has not decayed at all.
     window = tl.minimum(NEGLIGIBLE_LOG2 / tl.maximum(-g, 1e-9), piece * 1.0).to(tl.int32)
     window = tl.cdiv(window + 1, CHUNK) * CHUNK
     first = tl.maximum(tl.maximum(begin, start), end - window)
