@@ -1,10 +1,10 @@
-"""The persistent decoding step against the model's own, under Triton's interpreter with one program (GPU: all of them)."""
+"""The persistent decoding steps against the model's own, under Triton's interpreter with one program (GPU: all of them)."""
 
 import pytest
 import torch
 
 from tnllm.generation.graph import persistent_step
-from tnllm.kernels.fused import decode
+from tnllm.kernels.fused import decode, decode_rows
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.model import build_model
 
@@ -43,19 +43,37 @@ def gaps(model, batch, steps=2):
 LIMIT = 2e-5
 
 
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.fixture(params=["rows", "tiles"])
+def kernel(request, monkeypatch):
+    """Every test with the kernel of small models and with that of large ones."""
+    if request.param == "tiles":
+        monkeypatch.setattr(decode_rows, "fits", lambda *_: False)
+    return request.param
+
+
+@pytest.mark.usefixtures("poisoned_memory", "kernel")
 @pytest.mark.parametrize(
     ("batch", "changes"),
     [
         (1, {}),
+        (1, {"glu_activation": "silu", "value_activation": "silu", "glu_dim": 600}),
         (3, {"scale_embedding": False, "glu_activation": "silu", "value_activation": "silu"}),
         (1, {"position": "lrpe-d", "activation": "none", "model_dim": 64, "num_heads": 1, "tie_embeddings": False}),
+        (1, {"model_dim": 520, "num_heads": 5, "num_layers": 1}),
     ],
 )
 def test_one_kernel_equals_the_model(batch, changes, monkeypatch):
     monkeypatch.setattr(decode, "MAX_BATCH", 8)  # right for several rows too, though no faster
     logits, states = gaps(model_of(**changes), batch)
     assert logits < LIMIT and states < LIMIT
+
+
+def test_the_kernel_of_small_models_is_for_widths_that_fit_into_registers():
+    assert [decode_rows.fits(width, 2) for width in (96, 1024, 2048, 2560, 4096)] == [True, True, True, False, False]
+    assert decode_rows.chunks(1024, 2) == (4, 1) and decode_rows.chunks(2048, 2) == (4, 2)
+    for width, expected in ((1024, decode_rows.RowDecodeStep), (1280, decode.DecodeStep)):  # fp32: half as wide
+        model = model_of(model_dim=width, num_heads=8, num_layers=1)
+        assert type(persistent_step(model, model.init_state(1))) is expected
 
 
 def test_other_models_and_large_batches_have_none():
@@ -70,11 +88,14 @@ def test_other_models_and_large_batches_have_none():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("width", [1024, 2048])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_large_on_gpu(batch, dtype, monkeypatch):
+def test_large_on_gpu(batch, width, dtype, monkeypatch):
     monkeypatch.setattr(decode, "MAX_BATCH", 8)
-    model = model_of(vocab_size=5003, num_layers=6, model_dim=1024, num_heads=8, glu_dim=2816).to(dtype)
+    sizes = {"model_dim": width, "num_heads": width // 128, "glu_dim": width * 11 // 4}
+    model = model_of(vocab_size=5003, num_layers=6, **sizes).to(dtype)
     # bf16: the model rounds every activation to 8 bits, the kernel none.
     limit = 2e-4 if dtype == torch.float32 else 0.2
     logits, states = gaps(model, batch, steps=20)

@@ -3,7 +3,8 @@
 step = CapturedStep(model, state)
 logits = step(tokens)          # as model.step(tokens, state); logits are overwritten by the next call
 
-The graph of a few rows holds one persistent kernel (`kernels/fused/decode.py`), that of many the model's own kernels.
+The graph of one row holds one persistent kernel (`kernels/fused/decode_rows.py` for small models, `decode.py` for large
+ones), that of many the model's own kernels.
 """
 
 import math
@@ -17,6 +18,7 @@ from tnllm.modeling.state import State
 
 if TYPE_CHECKING:
     from tnllm.kernels.fused.decode import DecodeStep
+    from tnllm.kernels.fused.decode_rows import RowDecodeStep
 
 # Capturing costs about as much as four plain steps (385M on an H100: 88 ms; 24 ms a plain step, 1.3 ms a replay).
 MIN_STEPS = 8
@@ -33,12 +35,13 @@ def can_capture(model: LanguageModel, num_steps: int) -> bool:
     return model.device.type == "cuda" and fixed and num_steps >= MIN_STEPS
 
 
-def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
+def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | RowDecodeStep | None":
     """The whole step as one kernel on `state`, or None where the batch is large or the model not of the released form."""
     from tnllm.kernels.fused.decode import MAX_BATCH, DecodeStep, Layer
+    from tnllm.kernels.fused.decode_rows import RowDecodeStep, fits
 
     config = model.config
-    fits = (
+    released = (
         state.batch <= MAX_BATCH
         and (config.kind, config.gate, config.norm) == ("transnormer", "full", "srmsnorm")
         and config.position != "ape"
@@ -47,8 +50,8 @@ def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
     )
     layers: list[Layer] = []
     mixers: list[Any] = [block.token_mixer for block in model.blocks]
-    block: Any  # its parts are of the classes `fits` stands for
-    for block, memory in zip(model.blocks, state.layers, strict=True) if fits else ():
+    block: Any  # its parts are of the classes `released` stands for
+    for block, memory in zip(model.blocks, state.layers, strict=True) if released else ():
         mixer, channel = block.token_mixer, block.channel_mixer
         linears = (mixer.qkvu_proj, mixer.out_proj, channel.l1, channel.l2, channel.l3)
         # A wrapped projection (an adapter, say) computes something else.
@@ -59,7 +62,8 @@ def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | None":
         layers.append(Layer(qkvu, out, up, gate, down, memory, theta))
     if not layers or model.embed_tokens.weight.dtype == torch.float64:
         return None
-    return DecodeStep(
+    small = state.batch == 1 and fits(config.model_dim, model.embed_tokens.weight.element_size())
+    return (RowDecodeStep if small else DecodeStep)(
         layers,
         model.embed_tokens.weight.data,
         model.head_weight.data,
