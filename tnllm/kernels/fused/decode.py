@@ -7,7 +7,8 @@ rows r = p mod P of every matrix, and all wait for each other where a vector mus
     embed | q k v u = W y | state, o | x += W_o (norm(o) * u) | h = (W_1 y) * (W_2 y) | x += W_3 h | ... | logits
 
 Weights do not depend on activations, so a program asks for its first tile of the next matrix before it waits: the memory
-bus stays busy meanwhile. The vectors between the phases are fp32 and live in the L2 cache.
+bus stays busy meanwhile. The vectors between the phases are fp32 and live in the L2 cache. Models whose vectors fit into
+registers have a faster one, `decode_rows.py`.
 """
 
 from dataclasses import dataclass
