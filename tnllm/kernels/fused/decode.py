@@ -265,6 +265,15 @@ class Layer:
     theta: Tensor | None
 
 
+def addresses(layers: list[Layer]) -> list[list[int]]:
+    """The table of addresses, a row for each layer."""
+    return [
+        [x.data_ptr() for x in (part.qkvu, part.out, part.up, part.gate, part.down, part.state)]
+        + [0 if part.theta is None else part.theta.data_ptr()]
+        for part in layers
+    ]
+
+
 class DecodeStep:
     """`step()` reads `tokens`, writes `logits` and moves every state and `position` on, all in place.
 
@@ -291,15 +300,11 @@ class DecodeStep:
         self.tokens = torch.zeros(B, dtype=torch.int64, device=device)
         self.logits = torch.zeros(B, V, dtype=torch.float32, device=device)
         self._tensors = [layers, embedding, head]  # the table below holds bare addresses
-        rows = [
-            [x.data_ptr() for x in (part.qkvu, part.out, part.up, part.gate, part.down, part.state)]
-            + [0 if part.theta is None else part.theta.data_ptr()]
-            for part in layers
-        ]
         vectors = [torch.zeros(B, width, dtype=torch.float32, device=device) for width in (M, 4 * M, M, F)]
         self._arguments = (
-            self.tokens, position, embedding, head, log_decay.contiguous(), torch.tensor(rows, device=device), *vectors,
-            self.logits, torch.zeros(self.programs * B, dtype=torch.float32, device=device),
+            self.tokens, position, embedding, head, log_decay.contiguous(),
+            torch.tensor(addresses(layers), device=device), *vectors, self.logits,
+            torch.zeros(self.programs * B, dtype=torch.float32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device), len(layers), H, V, self.programs, scale, eps,
         )  # fmt: skip
         power = triton.next_power_of_2

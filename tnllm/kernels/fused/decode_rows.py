@@ -1,4 +1,4 @@
-"""One decoding step of a small model (rows of up to 2,048) in one persistent Triton kernel, batch 1.
+"""One decoding step of a small model (rows of up to 2,048 in bf16) in one persistent Triton kernel, batch 1.
 
 Like `decode.py` one program per multiprocessor stays for the whole step, and all need each other's results five times a
 layer. At this size a phase lasts two or three microseconds, so what counts is everything between the phases:
@@ -8,7 +8,7 @@ layer. At this size a phase lasts two or three microseconds, so what counts is e
   64-bit word: its fp32 value, and the number of the phase that wrote it. Readers look until the number is right.
 - Weights depend on nothing, so every unit of them (8 rows, or a chunk of them) is loaded into registers `N` units before
   its use, and into the second-level cache `X` units before that, whatever phase it belongs to. Not more: a
-  multiprocessor answers loads in order, and looks would queue behind the weights.
+  multiprocessor seems to answer loads in order, so that looks queue behind the weights.
 
 A word is not overwritten before all who need it have read it: the writer of the next value has read, through others,
 something of everybody who owns rows of the phase that reads this one.
@@ -32,6 +32,7 @@ from tnllm.kernels.fused.decode import (
     _address,
     _decay_less_one,
     _silu,
+    addresses,
 )
 
 _NUM_WARPS = 8
@@ -50,8 +51,8 @@ def chunks(width: int, itemsize: int) -> tuple[int, int]:
 
 
 def fits(model_dim: int, itemsize: int) -> bool:
-    """Whether a vector of the model's width fits into registers beside the weights."""
-    return chunks(model_dim, itemsize)[1] in _DEPTH
+    """Whether a vector of the model's width fits into registers beside the weights, and the assembly is the GPU's."""
+    return chunks(model_dim, itemsize)[1] in _DEPTH and torch.version.hip is None
 
 
 def _look(n: int) -> tuple[str, str, int]:
@@ -241,6 +242,15 @@ def _put(out, number, own_x, r, result, num_rows, PLAIN: tl.constexpr, R: tl.con
 
 
 @triton.jit
+def _put_gated(h, number, r, acc, acc_gate, inverse, F, SILU: tl.constexpr, R: tl.constexpr):
+    """h[r] = act(acc) * acc_gate, both summed and of the normalized vector."""
+    up = tl.sum(acc, 1) * inverse
+    if SILU:
+        up = _silu(up)
+    _put(h, number, None, r, up * tl.sum(acc_gate, 1) * inverse, F, False, R)
+
+
+@triton.jit
 def _update_state(
     p_state, theta, log_decay, position, qkvu, o, number, item, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BE: tl.constexpr, SILU: tl.constexpr, SILU_VALUE: tl.constexpr, ALONE: tl.constexpr, LOOK_1: tl.constexpr,
@@ -364,11 +374,8 @@ def _decode_rows_kernel(
                 else:
                     acc_gate = _partial(ring[0], ys[j // 2 % NC], acc_gate, j // 2 % NC)
                     if j // 2 % NC == NC - 1:
-                        up = tl.sum(acc, 1) * inverse
-                        if SILU_GLU:
-                            up = _silu(up)
                         r = _rows((base + j) // 2 // NC, P, R)
-                        _put(h, number + 3, None, r, up * tl.sum(acc_gate, 1) * inverse, F, False, R)
+                        _put_gated(h, number + 3, r, acc, acc_gate, inverse, F, SILU_GLU, R)
                 if X > 0:
                     _ask(w if (j + X) % 2 == 0 else w_gate, F, (base + j + N + X) // 2, P, C, R, M, 0)
                 ring = ring[1:] + (_load(w if j % 2 == 0 else w_gate, F, (base + j + N) // 2, P, C, R, M, 0),)
@@ -378,12 +385,7 @@ def _decode_rows_kernel(
             else:
                 acc_gate = _partial(ring[0], ys[j // 2 % NC], acc_gate, j // 2 % NC)
                 if j // 2 % NC == NC - 1:
-                    up = tl.sum(acc, 1) * inverse
-                    if SILU_GLU:
-                        up = _silu(up)
-                    _put(
-                        h, number + 3, None, _rows(j // 2 // NC, P, R), up * tl.sum(acc_gate, 1) * inverse, F, False, R
-                    )
+                    _put_gated(h, number + 3, _rows(j // 2 // NC, P, R), acc, acc_gate, inverse, F, SILU_GLU, R)
             ring = _advance(ring, A + B + j, X, table, layer, num_layers, V, P, DTYPE, A, B, U, W, C, R, M, F)
 
         # x += W_3 h, chunk by chunk of h, as it is too long for registers.
@@ -452,11 +454,7 @@ class RowDecodeStep:
         self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits = torch.zeros(1, V, dtype=torch.float32, device=device)
         self._tensors = [layers, embedding, head]  # the table below holds bare addresses
-        rows = [
-            [x.data_ptr() for x in (part.qkvu, part.out, part.up, part.gate, part.down, part.state)]
-            + [0 if part.theta is None else part.theta.data_ptr()]
-            for part in layers
-        ]
+        rows = addresses(layers)
         rows.append([head.data_ptr()] + [0] * (len(rows[0]) - 1))
         words = [torch.zeros(width, dtype=torch.int64, device=device) for width in (M, 4 * M, M, F)]
         self._arguments = (
@@ -467,11 +465,13 @@ class RowDecodeStep:
         power, cdiv, P, R = triton.next_power_of_2, triton.cdiv, self.programs, _NUM_WARPS
         C, NC = chunks(M, embedding.element_size())
         N, X = _DEPTH[NC]
-        aligned = (M * embedding.element_size()) % 16 == 0 == (F * embedding.element_size()) % 16
+        # Asking takes compute capability 9.0, and rows at multiples of 16 bytes.
+        asks = embedding.is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+        asks = asks and all(width * embedding.element_size() % 16 == 0 for width in (M, F))
         tiles = cdiv(M, P * R)
         self._sizes = {
             "P": P, "M": M, "F": F, "D": D, "BD": power(D), "BE": min(power(cdiv(H * D, P)), D & -D),
-            "N": N, "X": X if P > 1 and aligned else 0, "A": max(N, cdiv(4 * M, P * R) * NC), "B": tiles * NC,
+            "N": N, "X": X if asks and P > 1 else 0, "A": max(N, cdiv(4 * M, P * R) * NC), "B": tiles * NC,
             "U": 2 * cdiv(F, P * R) * NC, "W": tiles * cdiv(F, 256 * C), "C": C, "R": R,
             "ALONE": P == 1, "LOOK": _look(C), "LOOK_1": _look(1),
             "SILU": silu[0], "SILU_VALUE": silu[1], "SILU_GLU": silu[2],
