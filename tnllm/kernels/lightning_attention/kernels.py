@@ -20,8 +20,10 @@ sequence numbers here count in the direction of the walk.
 import triton
 import triton.language as tl
 
-# A term that decayed by 2^-32 is 256 times below the rounding of an fp32 sum of fresh terms: it is left out.
-NEGLIGIBLE_LOG2 = tl.constexpr(32.0)
+# Terms that decayed by this power of two are left out of a state. The sum of fresh terms rounds at 2^-24 in fp32; where it
+# came from 16-bit inputs, by whose rounding results are off by 2^-9, that is enough.
+NEGLIGIBLE_LOG2_16_BIT = tl.constexpr(24.0)
+NEGLIGIBLE_LOG2_32_BIT = tl.constexpr(32.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -110,20 +112,13 @@ def _state_tile(first_col, transposed, A: tl.constexpr, N: tl.constexpr, BA: tl.
 
 @triton.jit
 def _chunk(
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    o_ptr,
-    a_t,
-    b_t,
-    c_t,
-    o_t,
-    a_desc,
-    b_desc,
-    c_desc,
+    ptrs,
+    row_strides,
+    descriptors,
     token,
     state,
     g,
+    b_decay,
     rows,
     cols,
     MASK_ROWS: tl.constexpr,
@@ -136,9 +131,15 @@ def _chunk(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it."""
+    """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it.
+
+    ptrs, row_strides, descriptors: of a, b, c and o. b_decay [CHUNK]: `to_end` of a whole chunk (used with TMA).
+    """
     MASK_A: tl.constexpr = BA != A
     MASK_C: tl.constexpr = N % BC != 0
+    a_ptr, b_ptr, c_ptr, o_ptr = ptrs
+    a_t, b_t, c_t, o_t = row_strides
+    a_desc, b_desc, c_desc, o_desc = descriptors
     r = tl.arange(0, CHUNK)
     if REVERSE:
         r = rows - 1 - r
@@ -161,29 +162,29 @@ def _chunk(
     scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * decay
     out = tl.dot(a, narrow, input_precision=PRECISION) * from_start[:, None]
     out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
-    _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
+    if TMA and not MASK_ROWS:
+        o_desc.store([token, 0], out.to(dtype))
+    else:
+        _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_C, CHUNK, BC)
+    state *= over_chunk
+    if TMA:
+        late = (tl.trans(b).to(tl.float32) * (to_end if MASK_ROWS else b_decay)[None, :]).to(dtype)
+        return tl.dot(late, c, state, input_precision=PRECISION)
     late = (c.to(tl.float32) * to_end[:, None]).to(dtype)
-    return tl.dot(tl.trans(b), late, state * over_chunk, input_precision=PRECISION)
+    return tl.dot(tl.trans(b), late, state, input_precision=PRECISION)
 
 
 @triton.jit
 def _walk(
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    o_ptr,
-    a_t,
-    b_t,
-    c_t,
-    o_t,
-    a_desc,
-    b_desc,
-    c_desc,
+    ptrs,
+    row_strides,
+    descriptors,
     t,
     stop,
     T,
     state,
     g,
+    b_decay,
     cols,
     RAGGED: tl.constexpr,
     A: tl.constexpr,
@@ -202,20 +203,13 @@ def _walk(
         if REVERSE:
             token = T - CHUNK - token
         state = _chunk(
-            a_ptr,
-            b_ptr,
-            c_ptr,
-            o_ptr,
-            a_t,
-            b_t,
-            c_t,
-            o_t,
-            a_desc,
-            b_desc,
-            c_desc,
+            ptrs,
+            row_strides,
+            descriptors,
             token,
             state,
             g,
+            b_decay,
             CHUNK,
             cols,
             False,
@@ -233,20 +227,13 @@ def _walk(
         if rows > 0:
             token = T - stop if REVERSE else stop - rows
             state = _chunk(
-                a_ptr,
-                b_ptr,
-                c_ptr,
-                o_ptr,
-                a_t,
-                b_t,
-                c_t,
-                o_t,
-                a_desc,
-                b_desc,
-                c_desc,
+                ptrs,
+                row_strides,
+                descriptors,
                 token,
                 state,
                 g,
+                b_decay,
                 rows,
                 cols,
                 True,
@@ -271,6 +258,7 @@ def attend_kernel(
     a2_ptr,
     o2_ptr,
     log_decay_ptr,
+    b_decay_ptr,
     initial_ptr,
     before_ptr,
     final_ptr,
@@ -323,6 +311,7 @@ def attend_kernel(
 
     initial, final [num_seqs, H, D, E] fp32: states before and after each sequence (None unless HAS_, STORE_).
     before [B, H, num_slots, D, E] fp32, from scan_states_kernel: every slots_per_segment-th is a segment's.
+    b_decay [H, CHUNK] fp32, scratch; None without TMA.
     """
     SPLITS: tl.constexpr = tl.cdiv(N, BC)
     program = tl.program_id(0)
@@ -346,11 +335,24 @@ def attend_kernel(
     b_ptr += row * b_b + head * b_h
     c_ptr += row * c_b + head * c_h + first_col
     o_ptr += row * o_b + head * o_h + first_col
-    a_desc, b_desc, c_desc = a_ptr, b_ptr, c_ptr
+    ptrs = (a_ptr, b_ptr, c_ptr, o_ptr)
+    row_strides = (a_t, b_t, c_t, o_t)
+    descriptors = ptrs
+    b_decay = g
     if TMA:
-        a_desc = tl.make_tensor_descriptor(a_ptr, [T, A], [a_t, 1], [CHUNK, BA])
-        b_desc = tl.make_tensor_descriptor(b_ptr, [T, A], [b_t, 1], [CHUNK, BA])
-        c_desc = tl.make_tensor_descriptor(c_ptr, [T, cols], [c_t, 1], [CHUNK, BC])
+        descriptors = (
+            tl.make_tensor_descriptor(a_ptr, [T, A], [a_t, 1], [CHUNK, BA]),
+            tl.make_tensor_descriptor(b_ptr, [T, A], [b_t, 1], [CHUNK, BA]),
+            tl.make_tensor_descriptor(c_ptr, [T, cols], [c_t, 1], [CHUNK, BC]),
+            tl.make_tensor_descriptor(o_ptr, [T, cols], [o_t, 1], [CHUNK, BC]),
+        )
+        # Through memory, since Triton takes a left operand straight from shared memory into registers only if all that
+        # it is computed from was loaded. All programs of a head write the same.
+        r = tl.arange(0, CHUNK)
+        to_end = r + 1 if REVERSE else CHUNK - 1 - r
+        tl.store(b_decay_ptr + head * CHUNK + r, tl.exp2(g * to_end.to(tl.float32)))
+        tl.debug_barrier()
+        b_decay = tl.load(b_decay_ptr + head * CHUNK + r)
 
     offsets, mask = _state_tile(first_col, transposed, A, N, BA, BC)
     begin = seg * segment
@@ -375,22 +377,15 @@ def attend_kernel(
                 else:
                     state = tl.zeros_like(state)
             state = _walk(
-                a_ptr,
-                b_ptr,
-                c_ptr,
-                o_ptr,
-                a_t,
-                b_t,
-                c_t,
-                o_t,
-                a_desc,
-                b_desc,
-                c_desc,
+                ptrs,
+                row_strides,
+                descriptors,
                 t,
                 stop,
                 T,
                 state,
                 g,
+                b_decay,
                 cols,
                 RAGGED,
                 A,
@@ -411,22 +406,15 @@ def attend_kernel(
         if HAS_INITIAL and not HAS_BEFORE:
             state = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
         state = _walk(
-            a_ptr,
-            b_ptr,
-            c_ptr,
-            o_ptr,
-            a_t,
-            b_t,
-            c_t,
-            o_t,
-            a_desc,
-            b_desc,
-            c_desc,
+            ptrs,
+            row_strides,
+            descriptors,
             begin,
             end,
             T,
             state,
             g,
+            b_decay,
             cols,
             RAGGED,
             A,
@@ -498,7 +486,10 @@ def piece_states_kernel(
         tl.store(carries_ptr + index, tl.where(fresh, 0, 1))
     # Only tokens whose share has not decayed to nothing by the piece's end; whole chunks of them. At least one: the last
     # token's share has not decayed at all.
-    window = tl.minimum(NEGLIGIBLE_LOG2 / tl.maximum(-g, 1e-9), piece * 1.0).to(tl.int32)
+    NEGLIGIBLE: tl.constexpr = (
+        NEGLIGIBLE_LOG2_32_BIT if b_ptr.dtype.element_ty == tl.float32 else NEGLIGIBLE_LOG2_16_BIT
+    )
+    window = tl.minimum(NEGLIGIBLE / tl.maximum(-g, 1e-9), piece * 1.0).to(tl.int32)
     window = tl.cdiv(window + 1, CHUNK) * CHUNK
     first = tl.maximum(tl.maximum(begin, start), end - window)
 

@@ -223,6 +223,7 @@ def _attend(
     if config.tma:
         # Triton writes descriptors to memory that it asks for here.
         triton.set_allocator(lambda size, align, stream: torch.empty(size, device=a.device, dtype=torch.int8))
+    b_decay = torch.empty(H, config.chunk, device=a.device, dtype=torch.float32) if config.tma else None
     programs = H * triton.cdiv(N, config.cols) * (2 if second else 1)
     cut = plan(T, B * programs, device.num_sms, config.chunk)
     before = _states_before(walk, cut, b, c, initial, transposed)
@@ -234,6 +235,7 @@ def _attend(
         a2,
         out2,
         walk.log_decay,
+        b_decay,
         initial,
         before,
         final,
