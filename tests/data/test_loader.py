@@ -230,6 +230,6 @@ def test_bad_sources_are_refused(corpus, tmp_path, change, message):
 
 def test_a_batch_moves_as_a_whole(corpus):
     batch = Loader([Source(corpus)], 16, 4).batch(0, 2)
-    moved = batch.to("meta")
+    moved = batch.to(torch.device("meta"))
     assert {moved.tokens.device.type, moved.labels.device.type, moved.cu_seqlens.device.type} == {"meta"}
     assert (moved.num_bytes, moved.num_labels) == (batch.num_bytes, batch.num_labels)

@@ -52,7 +52,7 @@ class Block(nn.Module):
     @property
     def num_products(self) -> int:
         """Matrix products of a training pass."""
-        return sum(isinstance(module, nn.Linear) for module in self.modules())
+        return sum(isinstance(module, nn.Linear) for module in self.modules()) - self.channel_mixer.joins
 
     def _train(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return self._mix(x, positions, None, cu_seqlens)[0]

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program holds: as for the norm.
-_ELEMENTS = 8192
+# Elements a program holds. On an H100 the backward pass of norm and gate took 115 us with 4,096 of them, 134 with 8,192.
+_ELEMENTS = 4096
 _NUM_WARPS = 8
 
 
