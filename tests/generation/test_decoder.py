@@ -1,5 +1,7 @@
 """Decoding gives what the full forward pass gives, and a sample depends on its prompt, options and seed alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -275,7 +277,9 @@ def test_rows_of_a_captured_step_end_one_by_one(model, tokenizer, monkeypatch):
     batches = []
 
     class FakeCapture:
-        def __init__(self, model, state):
+        likeliest = None
+
+        def __init__(self, model, state, num_choices):
             self.step = lambda tokens: model.step(tokens, state)
             batches.append(state.batch)
 
@@ -292,11 +296,42 @@ def test_rows_of_a_captured_step_end_one_by_one(model, tokenizer, monkeypatch):
     assert batches == [4, 2, 1] * 2
 
 
+@pytest.mark.parametrize("options", [{}, {"logprobs": 2}, {"repetition_penalty": 1.3}, {"temperature": 0.5, "seed": 1}])
+def test_a_captured_step_may_choose_the_token(model, tokenizer, monkeypatch, options):
+    """Only the likeliest token: any other wish is for the sampler."""
+    params = [SamplingParams(**{"temperature": 0.0, "max_tokens": 20, **options})]
+    plain = results(model, tokenizer, PROMPTS[:1], params)
+    calls = []
+
+    class FakeCapture:
+        def __init__(self, model, state, num_choices):
+            self.model, self.state, self.num_choices = model, state, num_choices
+            self.likeliest, self.logits = torch.zeros(1, dtype=torch.int64), None
+
+        @property
+        def top(self):
+            calls.append(self.state.position)
+            return self.logits.amax(dim=-1)
+
+        def __call__(self, tokens):
+            self.logits = self.model.step(tokens, self.state)
+            self.likeliest.copy_(self.logits[:, : self.num_choices].argmax(dim=-1))
+            return self.logits
+
+    monkeypatch.setattr(decoder, "CapturedStep", FakeCapture)
+    monkeypatch.setattr(decoder, "can_capture", lambda *_: True)
+    captured = results(model, tokenizer, PROMPTS[:1], params)
+    for key, result in plain.items():
+        assert captured[key].tokens == result.tokens
+    assert bool(calls) is not bool(options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_step_equals_a_plain_one(tokenizer, monkeypatch, dtype):
     model = small_model(dtype, model_dim=128).cuda()
     params = [SamplingParams(seed=row, max_tokens=30 + 20 * row, n=1 + row, **FREE) for row in range(4)]
+    params[0] = replace(params[0], temperature=0.0)
     captured = results(model, tokenizer, PROMPTS, params)
     again = results(model, tokenizer, PROMPTS, params)
     monkeypatch.setattr(decoder, "can_capture", lambda model, num_steps: False)

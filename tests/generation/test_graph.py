@@ -34,6 +34,8 @@ def gaps(model, batch, steps=2):
         step.tokens.copy_(tokens)
         step()
         worst = max(worst, float((step.logits - logits).abs().max() / logits.std()))
+        top, likeliest = step.logits.max(dim=-1)
+        assert torch.equal(step.tokens, likeliest) and torch.equal(step.top, top)
     assert torch.equal(state.position, mine.position)
     pairs = zip(state.layers, mine.layers, strict=True)
     return worst, max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
@@ -66,6 +68,25 @@ def test_one_kernel_equals_the_model(batch, changes, monkeypatch):
     monkeypatch.setattr(decode, "MAX_BATCH", 8)  # right for several rows too, though no faster
     logits, states = gaps(model_of(**changes), batch)
     assert logits < LIMIT and states < LIMIT
+
+
+@torch.no_grad()
+def test_the_likeliest_token_is_one_that_may_be_chosen(kernel):
+    model = model_of()
+    with torch.no_grad():
+        model.head_weight[90:] = 40 * model.head_weight[7]  # far ahead, but padding of the vocabulary
+        model.head_weight[[20, 60]] = 5 * model.head_weight[7]  # equal ones: the first is taken
+    state = model.init_state(1)
+    step = persistent_step(model, state, num_choices=90)
+    step.tokens.fill_(3)
+    for _ in range(4):
+        step()
+        expected = step.logits[0, :90].argmax()
+        assert int(step.tokens) == int(expected) and float(step.top) == float(step.logits[0, expected])
+    assert torch.isfinite(step.top).all()
+    model.head_weight[41] = torch.nan
+    step()
+    assert int(step.tokens) == 41 and step.top.isnan().all()
 
 
 def test_the_kernel_of_small_models_is_for_widths_that_fit_into_registers():

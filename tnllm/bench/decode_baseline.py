@@ -51,6 +51,7 @@ class FixedStep:
     def __init__(self, model: LanguageModel, cache: Tensor, compiled: bool) -> None:
         self._model, self._cache = model, cache
         self._tokens = torch.zeros(cache.shape[2], dtype=torch.int64, device=cache.device)
+        self._top = torch.zeros(cache.shape[2], device=cache.device)
         self._positions = torch.full((cache.shape[2], 1), cache.shape[4] - 1, device=cache.device)
         self._layer = _layer
         if compiled:
@@ -70,7 +71,14 @@ class FixedStep:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._logits = self._step()
+                if cache.shape[2] == 1:
+                    torch.max(self._logits, dim=-1, out=(self._top, self._tokens))
             self._graph = graph
+
+    @property
+    def likeliest(self) -> Tensor | None:
+        """[1] the likeliest token after the last call, chosen in the graph; None for several rows and on CPU."""
+        return self._tokens if self._graph is not None and len(self._tokens) == 1 else None
 
     def _hidden(self) -> Tensor:
         x = self._model.embed_tokens(self._tokens)
@@ -84,7 +92,8 @@ class FixedStep:
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [B] int64 → logits [B, V] fp32, valid until the next call."""
-        self._tokens.copy_(tokens)
+        if tokens is not self._tokens:
+            self._tokens.copy_(tokens)
         if self._graph is None:
             return self._step()
         self._graph.replay()

@@ -157,9 +157,13 @@ class _Batch:
     def _draw(self, num_tokens: int) -> tuple[Drawn, Tensor]:
         """The next `num_tokens` tokens of every row, and the last ones [B] on the device, which are not read yet."""
         columns: list[list[Tensor]] = []
+        plain = not (self.options.draws or self.options.repetition or self.options.counts) and self.num_top is None
         for _ in range(num_tokens):
             if columns:
                 self._read(columns[-1][0])
+            if plain and self.step and self.step.likeliest is not None and self.logits is self.step.logits:
+                columns.append([self.step.likeliest.clone(), self.step.top.isfinite()])
+                continue
             position, vocab_size = self.state.position, self.tokenizer.vocab_size
             columns.append(draw(self.logits, self.options, position, self.seen, self.counts, vocab_size, self.num_top))
         drawn = Drawn.of(columns)
@@ -196,4 +200,4 @@ class _Batch:
             self.counts = None if self.counts is None else self.counts[index]
             self.options = self._options()
         if self.step is None and can_capture(self.model, max(row.left for row in self.rows if not row.reason)):
-            self.step = CapturedStep(self.model, self.state)
+            self.step = CapturedStep(self.model, self.state, self.tokenizer.vocab_size)

@@ -2,6 +2,7 @@
 
 step = CapturedStep(model, state)
 logits = step(tokens)          # as model.step(tokens, state); logits are overwritten by the next call
+logits = step(step.likeliest)  # greedy decoding of one row: the graph has chosen the token, nothing is copied
 
 The graph of one row holds one persistent kernel (`kernels/fused/decode_rows.py` for small models, `decode.py` for large
 ones), that of many the model's own kernels.
@@ -35,8 +36,13 @@ def can_capture(model: LanguageModel, num_steps: int) -> bool:
     return model.device.type == "cuda" and fixed and num_steps >= MIN_STEPS
 
 
-def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | RowDecodeStep | None":
-    """The whole step as one kernel on `state`, or None where the batch is large or the model not of the released form."""
+def persistent_step(
+    model: LanguageModel, state: State, num_choices: int | None = None
+) -> "DecodeStep | RowDecodeStep | None":
+    """The whole step as one kernel on `state`, or None where the batch is large or the model not of the released form.
+
+    After it `tokens` [B] and `top` [B] are the likeliest of the first `num_choices` tokens (None: of all) and its logit.
+    """
     from tnllm.kernels.fused.decode import MAX_BATCH, DecodeStep, Layer
     from tnllm.kernels.fused.decode_rows import RowDecodeStep, fits
 
@@ -72,6 +78,7 @@ def persistent_step(model: LanguageModel, state: State) -> "DecodeStep | RowDeco
         math.sqrt(config.model_dim) if config.scale_embedding else 1.0,
         config.norm_eps,
         (config.activation == "silu", config.value_activation == "silu", config.glu_activation == "silu"),
+        config.vocab_size if num_choices is None else min(num_choices, config.vocab_size),
     )
 
 
@@ -79,12 +86,14 @@ class CapturedStep:
     """`model.step` for the tensors of one `state`, which it updates in place."""
 
     @torch.no_grad()
-    def __init__(self, model: LanguageModel, state: State) -> None:
+    def __init__(self, model: LanguageModel, state: State, num_choices: int | None = None) -> None:
+        """`num_choices`: tokens that `likeliest` may be, from id 0 on; None: all."""
         self._tokens = torch.zeros(state.batch, dtype=torch.int64, device=model.device)
         # Kernels are compiled and workspaces allocated on a copy, on a stream of its own: neither may happen
         # during capture.
         copy, stream = state.clone(), torch.cuda.Stream()
-        self._persistent, rehearsal = persistent_step(model, state), persistent_step(model, copy)
+        self._persistent = persistent_step(model, state, num_choices)
+        rehearsal = persistent_step(model, copy, num_choices)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -94,12 +103,24 @@ class CapturedStep:
         with torch.cuda.graph(self._graph):
             if self._persistent:
                 self._persistent()
-                self._tokens, self._logits = self._persistent.tokens, self._persistent.logits
+                self._tokens, self.logits = self._persistent.tokens, self._persistent.logits
             else:
-                self._logits = model.step(self._tokens, state)
+                self.logits = model.step(self._tokens, state)
+
+    @property
+    def likeliest(self) -> Tensor | None:
+        """[B] the likeliest token of each row after the last call, until the next; None where the graph does not choose."""
+        return self._tokens if self._persistent else None
+
+    @property
+    def top(self) -> Tensor:
+        """[B] fp32, the logit of `likeliest`."""
+        assert self._persistent
+        return self._persistent.top
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [B] int64 → logits [B, V] fp32, valid until the next call."""
-        self._tokens.copy_(tokens)
+        if tokens is not self._tokens:
+            self._tokens.copy_(tokens)
         self._graph.replay()
-        return self._logits
+        return self.logits

@@ -278,7 +278,8 @@ class DecodeStep:
     """`step()` reads `tokens`, writes `logits` and moves every state and `position` on, all in place.
 
     embedding and head [V, M] in the weights' dtype (bf16, fp16 or fp32); log_decay [L, H] fp32; position [B] int64.
-    `scale` multiplies the embedding. The tensors must stay where they are.
+    `scale` multiplies the embedding. The tensors must stay where they are. After it `tokens` is the likeliest of the first
+    `num_choices` tokens, `top` [B] its logit.
     """
 
     def __init__(
@@ -291,6 +292,7 @@ class DecodeStep:
         scale: float,
         eps: float,
         silu: tuple[bool, bool, bool],
+        num_choices: int,
     ) -> None:
         """`silu`: whether q and k, v, and the first half of the channel mixer go through SiLU."""
         device = embedding.device
@@ -299,6 +301,8 @@ class DecodeStep:
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if embedding.is_cuda else 1
         self.tokens = torch.zeros(B, dtype=torch.int64, device=device)
         self.logits = torch.zeros(B, V, dtype=torch.float32, device=device)
+        self.top = torch.zeros(B, dtype=torch.float32, device=device)
+        self._num_choices = num_choices
         self._tensors = [layers, embedding, head]  # the table below holds bare addresses
         vectors = [torch.zeros(B, width, dtype=torch.float32, device=device) for width in (M, 4 * M, M, F)]
         self._arguments = (
@@ -320,3 +324,4 @@ class DecodeStep:
         """One step. The programs wait for each other, so all must fit on the GPU at once: the launch says if not."""
         more = {"launch_cooperative_grid": True} if self.tokens.is_cuda else {}
         _decode_kernel[(self.programs,)](*self._arguments, **self._sizes, num_warps=_NUM_WARPS, num_stages=1, **more)
+        torch.max(self.logits[:, : self._num_choices], dim=-1, out=(self.top, self.tokens))

@@ -292,8 +292,26 @@ def _update_state(
 
 
 @triton.jit
+def _choose(high, row, best, tokens, top, P):
+    """tokens, top = the row of the highest of all programs' `high`, and that; the first of equal ones, NaN before all.
+
+    `best` holds the highest so far in one word that orders as it does, and how many programs have come. The last of them
+    writes the result.
+    """
+    bits = high.to(tl.int32, bitcast=True)
+    bits = tl.where(high != high, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+    tl.atomic_max(best, tl.max((bits.to(tl.int64) << 32) | (0x7FFFFFFF - row).to(tl.int64), 0))
+    if tl.atomic_add(best + 1, 1) == P - 1:
+        word = tl.atomic_xchg(best, -0x7FFFFFFFFFFFFFFF)
+        tl.store(best + 1, 0)
+        bits = (word >> 32).to(tl.int32)
+        tl.store(tokens, 0x7FFFFFFF - (word & 0x7FFFFFFF))
+        tl.store(top, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def _decode_rows_kernel(
-    tokens, position, embedding, head, log_decay, table, x, qkvu, o, h, own_x, logits, steps,
+    tokens, position, embedding, head, log_decay, table, x, qkvu, o, h, own_x, logits, steps, best, top, num_choices,
     num_layers, H, V, scale, eps,
     P: tl.constexpr, M: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     N: tl.constexpr, X: tl.constexpr, A: tl.constexpr, B: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
@@ -415,14 +433,20 @@ def _decode_rows_kernel(
     ys, squares = _read(x, number - 1, C, R, M, ALONE, LOOK)
     inverse = tl.rsqrt(squares / M + eps)
     acc = tl.zeros([R, 256], tl.float32)
+    high, high_row = tl.full([R], float("-inf"), tl.float32), tl.zeros([R], tl.int32)
     for base in range(0, tl.cdiv(V, P * R) * NC, N):
         for j in tl.static_range(N):
             acc = _partial(ring[0], ys[j % NC], acc, j % NC)
             if j % NC == NC - 1:
-                _put(logits, number, None, _rows((base + j) // NC, P, R), tl.sum(acc, 1) * inverse, V, True, R)
+                r = _rows((base + j) // NC, P, R)
+                result = tl.sum(acc, 1) * inverse
+                _put(logits, number, None, r, result, V, True, R)
+                higher = (r < num_choices) & ((result > high) | (result != result))
+                high, high_row = tl.where(higher, result, high), tl.where(higher, r, high_row)
             if X > 0:
                 _ask(head, V, base + j + N + X, P, C, R, M, 0)
             ring = ring[1:] + (_load(head, V, base + j + N, P, C, R, M, 0),)
+    _choose(high, high_row, best, tokens, top, P)
     tl.debug_barrier()
     tl.store(steps + pid, step + 1)
     if pid == 0:
@@ -432,7 +456,8 @@ def _decode_rows_kernel(
 class RowDecodeStep:
     """`step()` reads `tokens`, writes `logits` and moves every state and `position` on, all in place.
 
-    As `decode.DecodeStep`, for a batch of 1 and a model for which `fits` holds.
+    As `decode.DecodeStep`, for a batch of 1 and a model for which `fits` holds. After it `tokens` is the likeliest of the
+    first `num_choices` tokens, `top` [1] its logit.
     """
 
     def __init__(
@@ -445,6 +470,7 @@ class RowDecodeStep:
         scale: float,
         eps: float,
         silu: tuple[bool, bool, bool],
+        num_choices: int,
     ) -> None:
         """`silu`: whether q and k, v, and the first half of the channel mixer go through SiLU."""
         device = embedding.device
@@ -453,6 +479,8 @@ class RowDecodeStep:
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if embedding.is_cuda else 1
         self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits = torch.zeros(1, V, dtype=torch.float32, device=device)
+        self.top = torch.zeros(1, device=device)
+        best = torch.tensor([-(2**63) + 1, 0], device=device)
         self._tensors = [layers, embedding, head]  # the table below holds bare addresses
         rows = addresses(layers)
         rows.append([head.data_ptr()] + [0] * (len(rows[0]) - 1))
@@ -460,7 +488,7 @@ class RowDecodeStep:
         self._arguments = (
             self.tokens, position, embedding, head, log_decay.contiguous(), torch.tensor(rows, device=device), *words,
             torch.zeros(M, device=device), self.logits, torch.zeros(self.programs, dtype=torch.int32, device=device),
-            len(layers), H, V, scale, eps,
+            best, self.top, num_choices, len(layers), H, V, scale, eps,
         )  # fmt: skip
         power, cdiv, P, R = triton.next_power_of_2, triton.cdiv, self.programs, _NUM_WARPS
         C, NC = chunks(M, embedding.element_size())
