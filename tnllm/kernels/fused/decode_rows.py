@@ -304,9 +304,9 @@ def _choose(high, row, best, tokens, top, P):
     if tl.atomic_add(best + 1, 1) == P - 1:
         word = tl.atomic_xchg(best, -0x7FFFFFFFFFFFFFFF)
         tl.store(best + 1, 0)
-        bits = (word >> 32).to(tl.int32)
+        order = (word >> 32).to(tl.int32)
         tl.store(tokens, 0x7FFFFFFF - (word & 0x7FFFFFFF))
-        tl.store(top, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True))
+        tl.store(top, tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True))
 
 
 @triton.jit
