@@ -453,6 +453,21 @@ def _decode_rows_kernel(
         tl.store(position, tl.load(position) + 1)
 
 
+def _words(widths: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """Vectors of zero words, side by side, the first of them 3.5 KB behind a multiple of 2 MB.
+
+    All multiprocessors look at the same few kilobytes, so it matters how these fall on the parts of the second-level cache.
+    On three H100s a step of 385M took 0.448 to 0.452 ms at this place, 0.47 at the multiple itself, and between them where
+    the allocator happens to put the vectors. At 1B it makes no difference.
+    """
+    if device.type == "cpu":
+        return [torch.zeros(width, dtype=torch.int64) for width in widths]
+    page = 1 << 21
+    room = torch.zeros((page + 3584) // 8 + sum(widths), dtype=torch.int64, device=device)
+    first = (-room.data_ptr() % page + 3584) // 8
+    return list(room[first : first + sum(widths)].split(widths))
+
+
 class RowDecodeStep:
     """`step()` reads `tokens`, writes `logits` and moves every state and `position` on, all in place.
 
@@ -484,7 +499,7 @@ class RowDecodeStep:
         self._tensors = [layers, embedding, head]  # the table below holds bare addresses
         rows = addresses(layers)
         rows.append([head.data_ptr()] + [0] * (len(rows[0]) - 1))
-        words = [torch.zeros(width, dtype=torch.int64, device=device) for width in (M, 4 * M, M, F)]
+        words = _words((M, 4 * M, M, F), device)
         self._arguments = (
             self.tokens, position, embedding, head, log_decay.contiguous(), torch.tensor(rows, device=device), *words,
             torch.zeros(M, device=device), self.logits, torch.zeros(self.programs, dtype=torch.int32, device=device),
