@@ -51,7 +51,6 @@ class FixedStep:
     def __init__(self, model: LanguageModel, cache: Tensor, compiled: bool) -> None:
         self._model, self._cache = model, cache
         self._tokens = torch.zeros(cache.shape[2], dtype=torch.int64, device=cache.device)
-        self._top = torch.zeros(cache.shape[2], device=cache.device)
         self._positions = torch.full((cache.shape[2], 1), cache.shape[4] - 1, device=cache.device)
         self._layer = _layer
         if compiled:
@@ -72,7 +71,7 @@ class FixedStep:
             with torch.cuda.graph(graph):
                 self._logits = self._step()
                 if cache.shape[2] == 1:
-                    torch.max(self._logits, dim=-1, out=(self._top, self._tokens))
+                    torch.argmax(self._logits, dim=-1, out=self._tokens)
             self._graph = graph
 
     @property
