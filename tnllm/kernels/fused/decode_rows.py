@@ -457,8 +457,8 @@ def _words(widths: tuple[int, ...], device: torch.device) -> list[Tensor]:
     """Vectors of zero words, side by side, the first of them 3.5 KB behind a multiple of 2 MB.
 
     All multiprocessors look at the same few kilobytes, so it matters how these fall on the parts of the second-level cache.
-    On three H100s a step of 385M took 0.448 to 0.452 ms at this place, 0.47 at the multiple itself, and between them where
-    the allocator happens to put the vectors. At 1B it makes no difference.
+    On an H100 a step of 385M took 0.448 to 0.452 ms at this place and 0.47 at the multiple itself; where the allocator puts
+    them, something between, on three of these GPUs. At 1B it makes no difference.
     """
     if device.type == "cpu":
         return [torch.zeros(width, dtype=torch.int64) for width in widths]
