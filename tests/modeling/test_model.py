@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from tests.modeling.official import forward as official_forward
 from tnllm.errors import UserError
-from tnllm.modeling.config import get_preset
+from tnllm.modeling.config import LoraConfig, get_preset
 from tnllm.modeling.hf_names import official_keys, to_official
+from tnllm.modeling.layers import GLU
+from tnllm.modeling.lora import add_lora
 from tnllm.modeling.model import build_model
 from tnllm.modeling.packing import pack_padded, unpack_padded
 
@@ -204,6 +206,31 @@ def test_activation_checkpointing_changes_no_gradient(name, mode):
     assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))
     with pytest.raises(UserError, match="allowed: none, selective, full"):
         model.set_activation_checkpointing("some")
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["v1", "transformer"])
+def test_both_halves_of_the_glu_in_one_product(name, mode, monkeypatch):
+    """What training does on CUDA, here on CPU: the same function and gradients; adapters on a half keep it apart."""
+    model, tokens = small(name), text(1, 20)
+    loss = model.loss(tokens, tokens)
+    loss.backward()
+    plain = [parameter.grad.clone() for parameter in model.parameters()]
+    products = model.blocks[0].num_products
+    model.zero_grad()
+    add_lora(adapted := small(name), LoraConfig(rank=2, targets=("l2",)))
+    assert not model.blocks[0].channel_mixer.joins
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert model.blocks[0].channel_mixer.joins and model.blocks[0].num_products == products - 1
+    assert not adapted.blocks[0].channel_mixer.joins
+    monkeypatch.undo()
+    monkeypatch.setattr(GLU, "joins", True)
+    model.set_activation_checkpointing(mode)
+    again = model.loss(tokens, tokens)
+    again.backward()
+    close(again, loss)
+    for a, parameter in zip(plain, model.parameters(), strict=True):
+        torch.testing.assert_close(a, parameter.grad, atol=1e-9, rtol=1e-9)
 
 
 def test_selective_recomputation_compiles_in_one_graph():
