@@ -4,8 +4,8 @@
 
 Weights are random: what a step costs does not depend on their values. Nothing is timed before the step's logits were found
 to be those of the full forward pass. A timing is that of a chain of steps, each fed the likeliest token of the one before
-it and all of them kept, as in greedy decoding; on a GPU every step is one CUDA graph, which chooses the token where that is
-faster, and the host stays ahead.
+it and all of them kept, as in greedy decoding; on a GPU every step is one CUDA graph, which for one row also chooses the
+token, and the host stays ahead.
 
 The limit of a step is the bytes it must move over the copy bandwidth measured in the same run: every weight once
 (of an embedding that is not the head only the rows looked up), and per row its state read and written, or its key-value
