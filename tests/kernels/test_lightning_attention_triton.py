@@ -201,14 +201,25 @@ def test_errors_with_silu_and_slow_decay():
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits():
-    T, H, D = 2**20, 20, 128  # 2.7e9 elements
-    q, k, v = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    g = torch.full((H,), -1.0, device="cuda")  # forgets fast: the end alone checks the whole
-    o, final = lightning_attention(q, k, v, g)
-    o_end, final_end = lightning_attention(*(x[:, -1000:] for x in (q, k, v)), g)
+@pytest.mark.parametrize("layout", ["slices of a projection", "heads first"])
+def test_offsets_beyond_32_bits(layout):
+    """4.3e9 and 2.7e9 elements; strides of q, k and v that need 64 bits beside others that do not."""
+    T, D = 2**20, 128
+    if layout == "heads first":
+        q, k, v = (torch.randn(1, 20, T, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    else:
+        q, k, v, _ = torch.randn(1, T, 32, D, device="cuda", dtype=torch.bfloat16).chunk(4, dim=2)
+    do = torch.randn(q.shape, device="cuda", dtype=torch.bfloat16)
+    g = torch.full((q.shape[2],), -1.0, device="cuda")  # forgets fast: the end alone checks the whole
+
+    def run(do, q, k, v):
+        o, final = launch.triton_forward(q, k, v, g, None, None)
+        return final, o, *launch.triton_backward(do, None, q, k, v, g, None, None)[:3]
+
+    final, *whole = run(do, q, k, v)
+    final_end, *end = run(*(x[:, -1000:].contiguous() for x in (do, q, k, v)))
     # Chunks begin elsewhere, so the same sums are rounded in another order.
-    for a, b in ((o[:, -900:], o_end[:, -900:]), (final, final_end)):
+    for a, b in ((final, final_end), *((a[:, -900:], b[:, -900:]) for a, b in zip(whole, end, strict=True))):
         assert float((a - b).float().norm() / b.float().norm()) < TOLERANCE[torch.bfloat16]
 
 

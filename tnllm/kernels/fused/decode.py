@@ -274,6 +274,11 @@ def addresses(layers: list[Layer]) -> list[list[int]]:
     ]
 
 
+def num_programs(device: torch.device) -> int:
+    """One for each multiprocessor; on a CPU, for Triton's interpreter, a single one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 class DecodeStep:
     """`step()` reads `tokens`, writes `logits` and moves every state and `position` on, all in place.
 
@@ -298,7 +303,7 @@ class DecodeStep:
         device = embedding.device
         (V, M), F = head.shape, layers[0].up.shape[0]
         B, H, _, D = layers[0].state.shape
-        self.programs = torch.cuda.get_device_properties(device).multi_processor_count if embedding.is_cuda else 1
+        self.programs = num_programs(device)
         self.tokens = torch.zeros(B, dtype=torch.int64, device=device)
         self.logits = torch.zeros(B, V, dtype=torch.float32, device=device)
         self.top = torch.zeros(B, dtype=torch.float32, device=device)

@@ -33,6 +33,7 @@ from tnllm.kernels.fused.decode import (
     _decay_less_one,
     _silu,
     addresses,
+    num_programs,
 )
 
 _NUM_WARPS = 8
@@ -453,6 +454,11 @@ def _decode_rows_kernel(
         tl.store(position, tl.load(position) + 1)
 
 
+def _can_ask(device: torch.device) -> bool:
+    """Whether lines can be asked into the second-level cache by the thousand bytes: from compute capability 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _words(widths: tuple[int, ...], device: torch.device) -> list[Tensor]:
     """Vectors of zero words, side by side, the first of them 3.5 KB behind a multiple of 2 MB.
 
@@ -491,7 +497,7 @@ class RowDecodeStep:
         device = embedding.device
         (V, M), F = head.shape, layers[0].up.shape[0]
         _, H, _, D = layers[0].state.shape
-        self.programs = torch.cuda.get_device_properties(device).multi_processor_count if embedding.is_cuda else 1
+        self.programs = num_programs(device)
         self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits = torch.zeros(1, V, dtype=torch.float32, device=device)
         self.top = torch.zeros(1, device=device)
@@ -508,9 +514,8 @@ class RowDecodeStep:
         power, cdiv, P, R = triton.next_power_of_2, triton.cdiv, self.programs, _NUM_WARPS
         C, NC = chunks(M, embedding.element_size())
         N, X = _DEPTH[NC]
-        # Asking takes compute capability 9.0, and rows at multiples of 16 bytes.
-        asks = embedding.is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
-        asks = asks and all(width * embedding.element_size() % 16 == 0 for width in (M, F))
+        # Asking needs rows at multiples of 16 bytes.
+        asks = _can_ask(device) and all(width * embedding.element_size() % 16 == 0 for width in (M, F))
         tiles = cdiv(M, P * R)
         self._sizes = {
             "P": P, "M": M, "F": F, "D": D, "BD": power(D), "BE": min(power(cdiv(H * D, P)), D & -D),

@@ -36,7 +36,7 @@ def _fwd_kernel(
     BLOCK: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < DIM
     p_x = x + (row // T) * s_b + (row % T) * s_t + head * s_h
@@ -51,7 +51,7 @@ def _bwd_kernel(
     dy, x, theta, positions, dx, partial, rows, T, s_b, s_t, s_h,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    first, head = tl.program_id(0).to(tl.int64) * TOKENS, tl.program_id(1)
+    first, head = tl.program_id(0).to(tl.int64) * TOKENS, tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < DIM
     # Positions reach 10^6 and the terms change sign: theta's gradient is summed in float64.

@@ -315,17 +315,11 @@ def attend_kernel(
     """
     SPLITS: tl.constexpr = tl.cdiv(N, BC)
     program = tl.program_id(0)
-    transposed = STATE_TRANSPOSED
     first_of_dual = True
     if DUAL:
         first_of_dual = program % 2 == 0
         program = program // 2
-        if not first_of_dual:
-            transposed = not STATE_TRANSPOSED
-            a_ptr, a_b, a_t, a_h = a2_ptr, a2_b, a2_t, a2_h
-            o_ptr, o_b, o_t, o_h = o2_ptr, o2_b, o2_t, o2_h
-            b_ptr, b_b, b_t, b_h, c_ptr, c_b, c_t, c_h = c_ptr, c_b, c_t, c_h, b_ptr, b_b, b_t, b_h
-    head = program // SPLITS
+    head = (program // SPLITS).to(tl.int64)
     first_col = program % SPLITS * BC
     seg = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -333,8 +327,17 @@ def attend_kernel(
     cols = N - first_col
     a_ptr += row * a_b + head * a_h
     b_ptr += row * b_b + head * b_h
-    c_ptr += row * c_b + head * c_h + first_col
-    o_ptr += row * o_b + head * o_h + first_col
+    c_ptr += row * c_b + head * c_h
+    o_ptr += row * o_b + head * o_h
+    transposed = STATE_TRANSPOSED
+    if DUAL:  # noqa: SIM102 (the outer test is made by the compiler)
+        if not first_of_dual:
+            transposed = not STATE_TRANSPOSED
+            a_ptr, a_t = a2_ptr + row * a2_b + head * a2_h, a2_t
+            o_ptr, o_t = o2_ptr + row * o2_b + head * o2_h, o2_t
+            b_ptr, b_t, c_ptr, c_t = c_ptr, c_t, b_ptr, b_t
+    c_ptr += first_col
+    o_ptr += first_col
     ptrs = (a_ptr, b_ptr, c_ptr, o_ptr)
     row_strides = (a_t, b_t, c_t, o_t)
     descriptors = ptrs
@@ -370,7 +373,7 @@ def attend_kernel(
             next_start = _start(cu_ptr, n + 1, num_seqs, T, REVERSE)
             stop = tl.minimum(next_start, end)
             real = num_seqs - 1 - n if REVERSE else n
-            slot = (real * H + head).to(tl.int64) * (A * N)
+            slot = (real * H + head) * (A * N)
             if _start(cu_ptr, n, num_seqs, T, REVERSE) == t:
                 if HAS_INITIAL:
                     state = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
@@ -397,7 +400,7 @@ def attend_kernel(
                 TMA,
                 PRECISION,
             )
-            if STORE_FINAL:  # noqa: SIM102 (the outer test is made by the compiler)
+            if STORE_FINAL:  # noqa: SIM102
                 if stop == next_start and first_of_dual:
                     tl.store(final_ptr + slot + offsets, state, mask=mask)
             t = stop
@@ -470,7 +473,7 @@ def piece_states_kernel(
     before the piece, else 0.
     """
     SPLITS: tl.constexpr = tl.cdiv(N, BC)
-    head = tl.program_id(0) // SPLITS
+    head = (tl.program_id(0) // SPLITS).to(tl.int64)
     first_col = tl.program_id(0) % SPLITS * BC
     index = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -522,7 +525,7 @@ def piece_states_kernel(
     if PACKED and HAS_INITIAL:  # noqa: SIM102
         if fresh:
             real = num_seqs - 1 - n if REVERSE else n
-            slot = (real * H + head).to(tl.int64) * (A * N)
+            slot = (real * H + head) * (A * N)
             initial = tl.load(initial_ptr + slot + offsets, mask=mask, other=0.0)
             state += initial * tl.exp2(g * (end - start).to(tl.float32))
     slot = (row * H + head) * (tl.num_programs(1) + 1) + index + 1
