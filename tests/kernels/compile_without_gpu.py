@@ -95,7 +95,7 @@ def all_decoding() -> None:
 driver.set_active(NoGpu())
 JITFunction.run = compile_only
 decode.num_programs = decode_rows.num_programs = lambda device: 132
-decode_rows._can_ask = lambda device: HOPPER
+decode.can_ask = decode_rows.can_ask = lambda device: HOPPER
 launch._device = lambda x: launch.Device(4, 232448 if HOPPER else 166912, has_tma=HOPPER)
 all_attention()
 all_fused()

@@ -6,9 +6,10 @@ rows r = p mod P of every matrix, and all wait for each other where a vector mus
 
     embed | q k v u = W y | state, o | x += W_o (norm(o) * u) | h = (W_1 y) * (W_2 y) | x += W_3 h | ... | logits
 
-Weights do not depend on activations, so a program asks for its first tile of the next matrix before it waits: the memory
-bus stays busy meanwhile. The vectors between the phases are fp32 and live in the L2 cache. Models whose vectors fit into
-registers have a faster one, `decode_rows.py`.
+Weights do not depend on activations, so a program loads its first tile of the next matrix before it waits, and has the
+second-level cache read the one after: the memory bus stays busy meanwhile. The vectors between the phases are fp32 and
+live in that cache; a phase reads its vector into registers once, and its norm scales the products rather than the vector.
+Narrower models have a faster one, `decode_rows.py`.
 """
 
 from dataclasses import dataclass
@@ -63,36 +64,61 @@ def _tile(w, tile, num_rows, P, R: tl.constexpr, K: tl.constexpr, BK: tl.constex
 
 
 @triton.jit
+def _prefetch(p, size, wanted):
+    """Has the second-level cache read `size` bytes from p on, where `wanted`. This does not queue with loads."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; "
+        "@wanted cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
+        "=r,l,r,r",
+        [p, wanted.to(tl.int32), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _ask(w, tile, num_rows, P, R: tl.constexpr, K: tl.constexpr, ASK: tl.constexpr):
+    """With ASK, has the second-level cache read a tile, a row in four pieces."""
+    if ASK:
+        r, lane = _rows(tile, P, R), tl.arange(0, 32)[None, :]
+        PIECE: tl.constexpr = K // 4
+        p_w = (w + r.to(tl.int64) * K)[:, None] + lane // 8 * PIECE
+        size = PIECE * (w.dtype.element_ty.primitive_bitwidth // 8)
+        _prefetch(p_w, size, (r < num_rows)[:, None] & (lane % 8 == 0))
+
+
+@triton.jit
 def _vector(x, K: tl.constexpr, BK: tl.constexpr):
     k = tl.arange(0, BK)
     return tl.load(x + k, mask=k < K, other=0.0)
 
 
 @triton.jit
-def _roots(x, x_b, inverse, eps, B: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
-    """inverse[b] = 1 / sqrt(mean(x_b^2) + eps), in memory of this program's own."""
+def _vectors(x, x_b, gate, gate_b, eps, NORM: tl.constexpr, B: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """For each row of the batch y = x (* gate), and the factor of products with it: with NORM 1 / sqrt(mean(x^2) + eps)."""
+    ys, scales = (), ()
     for b in tl.static_range(B):
-        b_x = _vector(x + b * x_b, K, BK)
-        tl.store(inverse + b, tl.rsqrt(tl.sum(b_x * b_x, 0) / K + eps))
-    tl.debug_barrier()
+        y = _vector(x + b * x_b, K, BK)
+        scale = tl.rsqrt(tl.sum(y * y, 0) / K + eps) if NORM else tl.full([], 1.0, tl.float32)
+        if gate is not None:
+            y *= _vector(gate + b * gate_b, K, BK)
+        ys = ys + (y,)
+        scales = scales + (scale,)
+    return ys, scales
 
 
 @triton.jit
 def _product(
-    b_w, w, num_rows, x, x_b, inverse, gate, gate_b, out, out_b, P,
+    b_w, w, num_rows, ys, scales, out, out_b, P,
     ADD: tl.constexpr, B: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[r] (+)= w[r] . (x * inverse * gate) over this program's rows; `b_w` is its first tile."""
+    """out[r] (+)= (w[r] . y) * scale over this program's rows; `b_w` is its first tile."""
     for tile in range(tl.cdiv(num_rows, P * R)):
         following = _tile(w, tile + 1, num_rows, P, R, K, BK)
         r = _rows(tile, P, R)
         for b in tl.static_range(B):
-            y = _vector(x + b * x_b, K, BK)
-            if inverse is not None:
-                y *= tl.load(inverse + b)
-            if gate is not None:
-                y *= _vector(gate + b * gate_b, K, BK)
-            result = tl.sum(b_w.to(tl.float32) * y[None, :], 1)
+            result = tl.sum(b_w.to(tl.float32) * ys[b][None, :], 1) * scales[b]
             if ADD:
                 result += tl.load(out + b * out_b + r, mask=r < num_rows, other=0.0)
             tl.store(out + b * out_b + r, result, mask=r < num_rows)
@@ -101,20 +127,20 @@ def _product(
 
 @triton.jit
 def _gated_product(
-    b_w, b_gate, w, w_gate, num_rows, x, x_b, inverse, out, out_b, P,
+    b_w, b_gate, w, w_gate, num_rows, ys, scales, out, out_b, P,
     SILU: tl.constexpr, B: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = act(w[r] . y) * (w_gate[r] . y) with y = x * inverse."""
+    """out[r] = act(w[r] . y * scale) * (w_gate[r] . y * scale)."""
     for tile in range(tl.cdiv(num_rows, P * R)):
         following = _tile(w, tile + 1, num_rows, P, R, K, BK)
         following_gate = _tile(w_gate, tile + 1, num_rows, P, R, K, BK)
         r = _rows(tile, P, R)
         for b in tl.static_range(B):
-            y = _vector(x + b * x_b, K, BK) * tl.load(inverse + b)
-            up = tl.sum(b_w.to(tl.float32) * y[None, :], 1)
+            up = tl.sum(b_w.to(tl.float32) * ys[b][None, :], 1) * scales[b]
             if SILU:
                 up = _silu(up)
-            tl.store(out + b * out_b + r, up * tl.sum(b_gate.to(tl.float32) * y[None, :], 1), mask=r < num_rows)
+            gated = up * (tl.sum(b_gate.to(tl.float32) * ys[b][None, :], 1) * scales[b])
+            tl.store(out + b * out_b + r, gated, mask=r < num_rows)
         b_w, b_gate = following, following_gate
 
 
@@ -146,17 +172,16 @@ def _state_tile(p_state, item, key_width, D: tl.constexpr, BD: tl.constexpr, BE:
 
 @triton.jit
 def _decode_kernel(
-    tokens, position, embedding, head, log_decay, table, x, qkvu, o, h, logits, inverse, counter,
+    tokens, position, embedding, head, log_decay, table, x, qkvu, o, h, logits, counter,
     num_layers, H, V, P, scale, eps,
     B: tl.constexpr, M: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     RX: tl.constexpr, RO: tl.constexpr, RM: tl.constexpr, RU: tl.constexpr, RF: tl.constexpr,
-    SILU: tl.constexpr, SILU_VALUE: tl.constexpr, SILU_GLU: tl.constexpr,
+    SILU: tl.constexpr, SILU_VALUE: tl.constexpr, SILU_GLU: tl.constexpr, ASK: tl.constexpr,
 ):  # fmt: skip
     """Grid (P,), all resident at once; `DecodeStep` says what the arguments are."""
     DTYPE: tl.constexpr = embedding.dtype.element_ty
     pid = tl.program_id(0)
-    inverse += pid * B
     arrivals = P
     _embed(tokens, embedding, x, scale, P, B, M, RX)
     _arrive(counter)
@@ -164,9 +189,10 @@ def _decode_kernel(
     for layer in range(num_layers):
         w = _address(table, layer, QKVU, DTYPE)
         b_w = _tile(w, 0, 4 * M, P, RM, M, BM)
+        _ask(w, 1, 4 * M, P, RM, M, ASK)
         _wait(counter, arrivals)
-        _roots(x, M, inverse, eps, B, M, BM)
-        _product(b_w, w, 4 * M, x, M, inverse, None, 0, qkvu, 4 * M, P, False, B, RM, M, BM)
+        ys, scales = _vectors(x, M, None, 0, eps, True, B, M, BM)
+        _product(b_w, w, 4 * M, ys, scales, qkvu, 4 * M, P, False, B, RM, M, BM)
         _arrive(counter)
         arrivals += P
 
@@ -181,6 +207,8 @@ def _decode_kernel(
         # Past the last item nothing is read: its rows are pushed beyond D.
         m_s = (d + BD * tl.maximum(pid + 1 - items, 0) < D)[:, None]
         b_s = tl.load(_state_tile(p_state, pid, key_width, D, BD, BE), mask=m_s, other=0.0)
+        w = _address(table, layer, OUT, DTYPE)
+        _ask(w, 1, M, P, RO, M, ASK)
         _wait(counter, arrivals)
         for item in range(pid, items, P):
             row, head_of = item // (D // BE) // H, item // (D // BE) % H
@@ -216,34 +244,38 @@ def _decode_kernel(
         _arrive(counter)
         arrivals += P
 
-        w = _address(table, layer, OUT, DTYPE)
         b_w = _tile(w, 0, M, P, RO, M, BM)
         _wait(counter, arrivals)
-        _roots(o, M, inverse, eps, B, M, BM)
-        _product(b_w, w, M, o, M, inverse, qkvu + 3 * M, 4 * M, x, M, P, True, B, RO, M, BM)
+        ys, scales = _vectors(o, M, qkvu + 3 * M, 4 * M, eps, True, B, M, BM)
+        _product(b_w, w, M, ys, scales, x, M, P, True, B, RO, M, BM)
         _arrive(counter)
         arrivals += P
 
         w, w_gate = _address(table, layer, UP, DTYPE), _address(table, layer, GATE, DTYPE)
         b_w = _tile(w, 0, F, P, RU, M, BM)
         b_gate = _tile(w_gate, 0, F, P, RU, M, BM)
+        _ask(w, 1, F, P, RU, M, ASK)
+        _ask(w_gate, 1, F, P, RU, M, ASK)
         _wait(counter, arrivals)
-        _roots(x, M, inverse, eps, B, M, BM)
-        _gated_product(b_w, b_gate, w, w_gate, F, x, M, inverse, h, F, P, SILU_GLU, B, RU, M, BM)
+        ys, scales = _vectors(x, M, None, 0, eps, True, B, M, BM)
+        _gated_product(b_w, b_gate, w, w_gate, F, ys, scales, h, F, P, SILU_GLU, B, RU, M, BM)
         _arrive(counter)
         arrivals += P
 
         w = _address(table, layer, DOWN, DTYPE)
         b_w = _tile(w, 0, M, P, RF, F, BF)
+        _ask(w, 1, M, P, RF, F, ASK)
         _wait(counter, arrivals)
-        _product(b_w, w, M, h, F, None, None, 0, x, M, P, True, B, RF, F, BF)
+        ys, scales = _vectors(h, F, None, 0, eps, False, B, F, BF)
+        _product(b_w, w, M, ys, scales, x, M, P, True, B, RF, F, BF)
         _arrive(counter)
         arrivals += P
 
     b_w = _tile(head, 0, V, P, RM, M, BM)
+    _ask(head, 1, V, P, RM, M, ASK)
     _wait(counter, arrivals)
-    _roots(x, M, inverse, eps, B, M, BM)
-    _product(b_w, head, V, x, M, inverse, None, 0, logits, V, P, False, B, RM, M, BM)
+    ys, scales = _vectors(x, M, None, 0, eps, True, B, M, BM)
+    _product(b_w, head, V, ys, scales, logits, V, P, False, B, RM, M, BM)
     # Nobody waits any more: the last to arrive makes the counter ready for the next step.
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == arrivals + P - 1:
@@ -277,6 +309,11 @@ def addresses(layers: list[Layer]) -> list[list[int]]:
 def num_programs(device: torch.device) -> int:
     """One for each multiprocessor; on a CPU, for Triton's interpreter, a single one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def can_ask(device: torch.device) -> bool:
+    """Whether the second-level cache can be asked for a kilobyte at once: from compute capability 9.0 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class DecodeStep:
@@ -313,7 +350,6 @@ class DecodeStep:
         self._arguments = (
             self.tokens, position, embedding, head, log_decay.contiguous(),
             torch.tensor(addresses(layers), device=device), *vectors, self.logits,
-            torch.zeros(self.programs * B, dtype=torch.float32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device), len(layers), H, V, self.programs, scale, eps,
         )  # fmt: skip
         power = triton.next_power_of_2
@@ -323,6 +359,8 @@ class DecodeStep:
             "RX": owned, "RO": min(owned, wide), "RM": wide, "RU": max(1, wide // 2),
             "RF": min(owned, max(1, _TILE // power(F))),
             "SILU": silu[0], "SILU_VALUE": silu[1], "SILU_GLU": silu[2],
+            # Pieces of a row must be multiples of 16 bytes.
+            "ASK": can_ask(device) and all(width * embedding.element_size() % 64 == 0 for width in (M, F)),
         }  # fmt: skip
 
     def __call__(self) -> None:

@@ -31,8 +31,10 @@ from tnllm.kernels.fused.decode import (
     Layer,
     _address,
     _decay_less_one,
+    _prefetch,
     _silu,
     addresses,
+    can_ask,
     num_programs,
 )
 
@@ -154,21 +156,12 @@ def _load(w, num_rows, unit, P, C: tl.constexpr, R: tl.constexpr, K: tl.constexp
 
 @triton.jit
 def _ask(w, num_rows, unit, P, C: tl.constexpr, R: tl.constexpr, K: tl.constexpr, T: tl.constexpr):
-    """Has the second-level cache read a unit. This does not queue with loads."""
+    """Has the second-level cache read a unit."""
     r, first = _place(unit, P, C, R, K, T)
     lane = tl.arange(0, 32)[None, :]
     p_w = (w + r.to(tl.int64) * K + first)[:, None] + 8 * lane
-    wanted = ((r < num_rows)[:, None] & (lane == 0)).to(tl.int32)
     size = tl.minimum(C * 256, K - first) * (w.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred wanted; setp.ne.s32 wanted, $2, 0; "
-        "@wanted cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
-        "=r,l,r,r",
-        [p_w, wanted, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    _prefetch(p_w, size, (r < num_rows)[:, None] & (lane == 0))
 
 
 @triton.jit
@@ -454,11 +447,6 @@ def _decode_rows_kernel(
         tl.store(position, tl.load(position) + 1)
 
 
-def _can_ask(device: torch.device) -> bool:
-    """Whether lines can be asked into the second-level cache by the thousand bytes: from compute capability 9.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _words(widths: tuple[int, ...], device: torch.device) -> list[Tensor]:
     """Vectors of zero words, side by side, the first of them 3.5 KB behind a multiple of 2 MB.
 
@@ -515,7 +503,7 @@ class RowDecodeStep:
         C, NC = chunks(M, embedding.element_size())
         N, X = _DEPTH[NC]
         # Asking needs rows at multiples of 16 bytes.
-        asks = _can_ask(device) and all(width * embedding.element_size() % 16 == 0 for width in (M, F))
+        asks = can_ask(device) and all(width * embedding.element_size() % 16 == 0 for width in (M, F))
         tiles = cdiv(M, P * R)
         self._sizes = {
             "P": P, "M": M, "F": F, "D": D, "BD": power(D), "BE": min(power(cdiv(H * D, P)), D & -D),
