@@ -86,15 +86,17 @@ def plot_decode(results: dict[str, Any], path: Path) -> None:
                 style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 4.5}
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=2.4 if index == 0 else 1.4, **style)
         ticks = sorted({x for _, points in series for x, _ in points})
-        axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+        values = [y for _, points in series for _, y in points]
+        # Latency from zero, so that flat looks flat; and a logarithmic axis of less than a decade would have no numbers.
+        linear = axis is axes[0] or max(values, default=1.0) < 10 * min(values, default=1.0)
+        axis.set(xscale="log", yscale="linear" if linear else "log", xlabel=xlabel, ylabel=ylabel)
+        if linear:
+            axis.set_ylim(bottom=0)
         axis.set_xticks(ticks, [length_label(x) for x in ticks], rotation=45 if len(ticks) > 8 else 0)
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8.5)
-    # From zero, so that flat looks flat.
-    axes[0].set_yscale("linear")
-    axes[0].set_ylim(bottom=0)
     environment = results["environment"]
     preset = rows[0]["preset"] if rows else ""
     figure.suptitle(f"decoding {preset}, {environment['device']}, {environment['dtype']}", fontsize=10)

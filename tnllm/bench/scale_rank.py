@@ -102,7 +102,10 @@ def _leave(ranks: Ranks, job: Job, status: str, error: Exception) -> None:
     """Say what happened and end this process without waiting for collectives that will never be joined."""
     # Who only heard of another's end has nothing to tell.
     if status == "out of memory" or not (isinstance(error, RuntimeError) and is_lost_rank(error)):
-        reason = f"rank {ranks.rank}: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        first, *more = str(error).strip().splitlines() or [""]
+        # A compiler's first line is the place, its last one the reason.
+        told = f"{first} {more[-1].strip()}" if first.endswith(":") and more else first
+        reason = f"rank {ranks.rank}: {type(error).__name__}: {told[:300]}"
         ranks.say({"job": job.name, "failed": {"status": status, "reason": reason}})
     if status != "out of memory":
         import traceback
