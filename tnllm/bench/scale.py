@@ -265,6 +265,7 @@ def bench_scaling(
                     ended = event["ended"]
                 elif "partial" in event:
                     kept[event["job"]] = event["partial"]
+                    note(f"{event['partial']['longest']} tokens fit")
                 elif "failed" in event:
                     kept.setdefault(event["job"], {}).update(event["failed"])
                 else:
