@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tnllm.modeling.model import Block, LanguageModel
 from tnllm.modeling.state import State
-from tnllm.modeling.transformer import rotate
 
 
 def filled_cache(model: LanguageModel, batch: int, context: int) -> Tensor:
@@ -34,9 +33,7 @@ def cache_of(state: State) -> Tensor:
 def _layer(block: Block, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """One block for one token a row: x [B, M], keys and values [B, H, context, d], whose last slot is written."""
     mixer = block.token_mixer
-    config = mixer.config
-    q, k, v = mixer.qkv_proj(block.token_norm(x)).unflatten(-1, (3, -1, config.head_dim)).unbind(-3)
-    q, k = (rotate(part[:, None], positions, config.rope_base)[:, 0] for part in (q, k))
+    q, k, v = (part[:, 0] for part in mixer.project(block.token_norm(x)[:, None], positions))
     keys[:, :, -1] = k
     values[:, :, -1] = v
     attended = F.scaled_dot_product_attention(q[:, :, None], keys, values)

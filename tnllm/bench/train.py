@@ -125,7 +125,7 @@ class RandomLoader:
             rows, length = tokens.shape
             cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
-        return Batch(tokens, labels, cu_seqlens, 0, labels.numel())
+        return Batch(tokens, labels, cu_seqlens, 0, labels.numel(), length, rows)
 
     def rank_samples(self, first_sample: int) -> range:
         """This rank's samples of the step that begins at `first_sample`."""

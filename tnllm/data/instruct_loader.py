@@ -164,6 +164,8 @@ class InstructLoader:
             torch.from_numpy(ends),
             int(self.packed.token_bytes[learned].sum()),
             len(learned),
+            length,
+            len(found) - 1,
         )
 
     def _items(self, sample: int) -> list[int]:

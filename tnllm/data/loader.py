@@ -13,7 +13,7 @@ the circular token stream at a new offset, so a token is seen once a pass (fewer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ from tnllm.data.shards import TokenStream
 from tnllm.errors import UserError
 
 IGNORE = -100
+# `Batch.trimmed` leaves a multiple of this many sequences, so that few shapes occur and a compiled model keeps its code.
+_TRIMMED_TO = 256
 # Mixing weights are rounded to this many parts; each source gets at least one.
 _SLOTS = 4096
 _MASK = (1 << 64) - 1
@@ -45,7 +47,8 @@ class Batch:
     and document start, padded to a fixed K by repeating its last value. packing "concat": [rows, T] and None.
     A label is the next token; it is -100 where that token belongs to another document ("reset") or has been
     counted already (the end of a pass that is not shuffled). `num_labels` counts the others, and `num_bytes`
-    is the UTF-8 bytes of text they stand for (an end token stands for 0).
+    is the UTF-8 bytes of text they stand for (an end token stands for 0). No sequence is longer than `longest` tokens
+    (None: the row's length), and `num_sequences` of them are not empty (None: unknown).
     """
 
     tokens: Tensor
@@ -53,6 +56,15 @@ class Batch:
     cu_seqlens: Tensor | None
     num_bytes: int
     num_labels: int
+    longest: int | None = None
+    num_sequences: int | None = None
+
+    def trimmed(self) -> "Batch":
+        """The same batch with fewer empty sequences at the end of `cu_seqlens`, whose length then varies in steps."""
+        if self.cu_seqlens is None or self.num_sequences is None:
+            return self
+        kept = -(-self.num_sequences // _TRIMMED_TO) * _TRIMMED_TO + 1
+        return replace(self, cu_seqlens=self.cu_seqlens[:kept])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`. Memory is pinned for a GPU: else a copy would wait until the GPU's work is done."""
@@ -61,7 +73,7 @@ class Batch:
             return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
         cu_seqlens = None if self.cu_seqlens is None else moved(self.cu_seqlens)
-        return Batch(moved(self.tokens), moved(self.labels), cu_seqlens, self.num_bytes, self.num_labels)
+        return replace(self, tokens=moved(self.tokens), labels=moved(self.labels), cu_seqlens=cu_seqlens)
 
 
 class Loader:
@@ -129,11 +141,15 @@ class Loader:
         labels = np.stack([row[1] for row in rows])
         counted = labels[labels != IGNORE]
         num_bytes = int(self._token_bytes[counted].sum())
-        cu_seqlens = None
-        if self.packing == "reset":
-            tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
-            cu_seqlens = torch.from_numpy(self._cu_seqlens([row[2] for row in rows]))
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens, num_bytes, len(counted))
+        tokens, labels = torch.from_numpy(tokens), torch.from_numpy(labels)
+        if self.packing == "concat":
+            return Batch(tokens, labels, None, num_bytes, len(counted))
+        cu_seqlens = torch.from_numpy(self._cu_seqlens([row[2] for row in rows]))
+        # A sequence is a document's part of one row, so a row bounds it.
+        sequences = num_rows + sum(len(row[2][row[2] < self.seq_len]) for row in rows)
+        return Batch(
+            tokens.view(1, -1), labels.view(1, -1), cu_seqlens, num_bytes, len(counted), self.seq_len, sequences
+        )
 
     def _row(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [T], labels [T] and the offsets in [1, T] where a document starts."""

@@ -87,10 +87,16 @@ class GatedLinearAttention(nn.Module):
         return self.norm(y) if where == "output" else y
 
     def forward(
-        self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M], positions [B, T] int64, state [B or N, H, D, E] → y [B, T, M], new state.
 
+        `longest` is for softmax attention; nothing here depends on the length of a sequence.
         Without a state the text starts here and nobody asks how it ends: training, where None comes back.
         """
         if state is None and self._one_operator:

@@ -62,6 +62,9 @@ class ModelConfig(BaseModel):
     pad_token_id: int | None = Field(0, ge=0, description="Its embedding row starts at zero.")
     max_position: int = Field(2048, ge=1, description="Rows of the learned positions; only position=ape reads it.")
     rope_base: float = Field(10_000.0, gt=0, description="Base of the baseline's rotary positions.")
+    qk_norm: bool = Field(
+        False, description="RMSNorm with a weight on the baseline's queries and keys, a head at a time, before rotary."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,6 +72,8 @@ class ModelConfig(BaseModel):
             raise ValueError(f"model_dim {self.model_dim} must be a multiple of num_heads {self.num_heads}")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} must be below vocab_size {self.vocab_size}")
+        if self.qk_norm and self.kind != "transformer":
+            raise ValueError(f"qk_norm does not apply to kind {self.kind}; remove it")
         if self.kind == "transformer":
             if self.head_dim % 2:
                 raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")

@@ -20,6 +20,8 @@ def count_parameters(config: ModelConfig) -> int:
         total += _matrix_parameters(config) + 2 * norm
         if config.kind == "transnormer":
             total += norm + (config.model_dim if config.uses_lrpe(layer) else 0)
+        elif config.qk_norm:
+            total += 2 * config.head_dim
     return total + norm
 
 

@@ -41,5 +41,5 @@ def from_hf_config(values: dict[str, Any]) -> dict[str, Any]:
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The other way round."""
-    own = config.model_dump(exclude={"kind", "tie_embeddings", "rope_base"})
+    own = config.model_dump(exclude={"kind", "tie_embeddings", "rope_base", "qk_norm"})
     return {**own, "tie_word_embeddings": config.tie_embeddings}

@@ -42,25 +42,35 @@ class Block(nn.Module):
         self.selective = False  # of what training keeps for its backward pass, matrix products alone
 
     def forward(
-        self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M] → x [B, T, M], and the layer's new state."""
         if self.selective and state is None and torch.is_grad_enabled():
-            return selectively(self._train, self.num_products, x, positions, cu_seqlens), None
-        return self._mix(x, positions, state, cu_seqlens)
+            return selectively(self._train, self.num_products, x, positions, cu_seqlens, longest), None
+        return self._mix(x, positions, state, cu_seqlens, longest)
 
     @property
     def num_products(self) -> int:
         """Matrix products of a training pass."""
         return sum(isinstance(module, nn.Linear) for module in self.modules()) - self.channel_mixer.joins
 
-    def _train(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return self._mix(x, positions, None, cu_seqlens)[0]
+    def _train(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, longest: int | None) -> Tensor:
+        return self._mix(x, positions, None, cu_seqlens, longest)[0]
 
     def _mix(
-        self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        longest: int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        mixed, state = self.token_mixer(self.token_norm(x), positions, state, cu_seqlens)
+        mixed, state = self.token_mixer(self.token_norm(x), positions, state, cu_seqlens, longest)
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), state
 
@@ -70,8 +80,10 @@ class Block(nn.Module):
         return x + self.channel_mixer(self.channel_norm(x))
 
 
-def _without_state(block: Block, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    return block(x, positions, None, cu_seqlens)[0]
+def _without_state(
+    block: Block, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, longest: int | None
+) -> Tensor:
+    return block(x, positions, None, cu_seqlens, longest)[0]
 
 
 class LanguageModel(nn.Module):
@@ -88,7 +100,7 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.checkpointing = "none"
-        self._block: Callable[[Block, Tensor, Tensor, Tensor | None], Tensor] = _without_state
+        self._block: Callable[[Block, Tensor, Tensor, Tensor | None, int | None], Tensor] = _without_state
         self.lora: LoraConfig | None = None  # set where adapters hang on the projections (tnllm.modeling.lora)
         # The head with its loss; ranks that share the vocabulary put their own in its place.
         self.cross_entropy = linear_cross_entropy
@@ -165,6 +177,7 @@ class LanguageModel(nn.Module):
         layers: list[Tensor] | list[None],
         start: Tensor | None,
         cu_seqlens: Tensor | None,
+        longest: int | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Blocks and final norm. `start` [rows] is each row's position so far; None means zero."""
         batch, length = tokens.shape
@@ -182,9 +195,9 @@ class LanguageModel(nn.Module):
             if layer is not None:
                 x, new = block(x, positions, layer, cu_seqlens)
             elif self.checkpointing == "full" and torch.is_grad_enabled():
-                x = checkpoint(self._block, block, x, positions, cu_seqlens, use_reentrant=False)
+                x = checkpoint(self._block, block, x, positions, cu_seqlens, longest, use_reentrant=False)
             else:
-                x = self._block(block, x, positions, cu_seqlens)
+                x = self._block(block, x, positions, cu_seqlens, longest)
             new_layers.append(new)
         return self.final_norm(x), new_layers
 
@@ -241,14 +254,20 @@ class LanguageModel(nn.Module):
         return self.logits(self.final_norm(x))
 
     def loss(
-        self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, start: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None = None,
+        start: Tensor | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; shapes as `tokens`.
 
-        `start` [B] int64 is the position of each row's first token, zero where it is not given.
+        `start` [B] int64 is the position of each row's first token, zero where it is not given. No packed sequence has
+        more than `longest` tokens: softmax attention is faster where it knows.
         """
         layers: list[None] = [None] * self.config.num_layers
-        x, _ = self._run(tokens, layers, start, cu_seqlens)
+        x, _ = self._run(tokens, layers, start, cu_seqlens, longest)
         return self.cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
 
 

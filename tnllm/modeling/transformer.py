@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.layers import RMSNorm
 from tnllm.modeling.packing import packed_index, unpack_padded
 
 
@@ -20,15 +21,33 @@ class SoftmaxAttention(nn.Module):
         self.config = config
         self.qkv_proj = nn.Linear(config.model_dim, 3 * config.model_dim, bias=False)
         self.out_proj = nn.Linear(config.model_dim, config.model_dim, bias=False)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.key_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, M], positions [B, T] → q, k, v [B, T, H, d]; q and k normalised where the config says so, rotated."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
+        if self.config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = (rotate(part, positions, self.config.rope_base) for part in (q, k))
+        return q, k, v
 
     def forward(
-        self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, M], positions [B, T] → y [B, T, M], cache. Without a state this is plain causal attention."""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
-        q, k = (rotate(part, positions, self.config.rope_base) for part in (q, k))
+        """x [B, T, M], positions [B, T] → y [B, T, M], cache. Without a state this is plain causal attention.
+
+        `longest` bounds the packed sequences; the fused kernel starts as many blocks a sequence as that needs.
+        """
+        q, k, v = self.project(x, positions)
         if state is None:
-            return self.out_proj(_causal(q, k, v, cu_seqlens).flatten(-2)), None
+            return self.out_proj(_causal(q, k, v, cu_seqlens, longest).flatten(-2)), None
         if cu_seqlens is None:
             attended, state = _cached(q, k, v, positions, state)
         else:
@@ -44,11 +63,10 @@ class SoftmaxAttention(nn.Module):
 
     def step(self, x: Tensor, positions: Tensor, state: Tensor) -> Tensor:
         """One token per row; the cache must have room for it and is updated in place."""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
-        q, k = (rotate(part[:, None], positions[:, None], self.config.rope_base) for part in (q, k))
+        q, k, v = self.project(x[:, None], positions[:, None])
         rows = torch.arange(len(x), device=x.device)
         state[0, rows, positions] = k[:, 0].to(state.dtype)
-        state[1, rows, positions] = v.to(state.dtype)
+        state[1, rows, positions] = v[:, 0].to(state.dtype)
         return self.out_proj(_attend(q, state, positions[:, None])[:, 0].flatten(-2))
 
     def new_state(self, batch: int, device: torch.device) -> Tensor:
@@ -77,7 +95,7 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, longest: int | None = None) -> Tensor:
     """Causal softmax attention over [B, T, H, d]; with cu_seqlens (B = 1) it stays inside each sequence."""
     if cu_seqlens is None:
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -85,7 +103,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tenso
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        length = q.shape[1]
+        length = q.shape[1] if longest is None else longest
         out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out[None]

@@ -309,6 +309,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "data.packing concat does not go with data.format chat: conversations must not run together"
             )
+        if self.parallel.tensor > 1 and self.model.qk_norm:
+            raise ValueError(
+                f"parallel.tensor is {self.parallel.tensor}, but the weights of model.qk_norm belong to every head; "
+                "set parallel.tensor=1 or model.qk_norm=false"
+            )
         for key in ("num_heads", "glu_dim", "vocab_size"):
             size, value = self.parallel.tensor, getattr(self.model, key)
             if value % size:

@@ -201,11 +201,16 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
         model.compile_blocks()
 
     def loss_sum(batch: Batch) -> Tensor:
-        batch = batch.to(device)
+        batch = trimmed(batch, config).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            return model.loss(batch.tokens, batch.labels, batch.cu_seqlens)
+            return model.loss(batch.tokens, batch.labels, batch.cu_seqlens, longest=batch.longest)
 
     return Trainer(config, model, model, optimizer, loader, device, loss_sum, compiled)
+
+
+def trimmed(batch: Batch, config: RunConfig) -> Batch:
+    """For softmax attention the batch without most of the empty sequences at its end: each costs its kernel blocks."""
+    return batch.trimmed() if config.model.kind == "transformer" else batch
 
 
 def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> Trainer:
@@ -223,10 +228,10 @@ def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> T
     optimizer = make_optimizer(sharded, config.optimizer)
 
     def loss_sum(batch: Batch) -> Tensor:
-        batch = batch.to(device)
+        batch = trimmed(batch, config).to(device)
         piece = cut(batch.tokens, batch.labels, batch.cu_seqlens, mesh.place["sequence"], mesh.sizes["sequence"])
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            return model.loss(*piece)
+            return model.loss(*piece, longest=batch.longest)
 
     return Trainer(
         config, model, sharded, optimizer, loader, device, loss_sum, compiled, ManyRanks(mesh), sharded.reduce

@@ -1,0 +1,73 @@
+"""The softmax baseline on packed rows, and its normalised queries and keys."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tnllm.data.encode import Options
+from tnllm.data.loader import Loader, Source
+from tnllm.data.shards import TokenStream
+from tnllm.data.tokenize import SAMPLE, prepare
+from tnllm.errors import UserError
+from tnllm.modeling.config import get_preset
+from tnllm.modeling.flops import count_parameters
+from tnllm.modeling.model import build_model
+from tnllm.tokenizer import Tokenizer
+from tnllm import assets
+
+SMALL = {"kind": "transformer", "num_layers": 2, "model_dim": 64, "num_heads": 2, "glu_dim": 96}
+
+
+@pytest.fixture(scope="module")
+def stream() -> TokenStream:
+    tokenizer = Tokenizer.load(assets.tokenizer_model(None))
+    return TokenStream.open(prepare(SAMPLE, tokenizer, options=Options(val_fraction=0.01)), "train")
+
+
+def test_trimmed_batch_has_the_same_loss_and_gradients(stream: TokenStream) -> None:
+    loader = Loader([Source(stream)], seq_len=128, batch_size=4, seed=3)
+    batch = loader.batch(0, 4)
+    trimmed = batch.trimmed()
+    assert batch.cu_seqlens is not None and trimmed.cu_seqlens is not None
+    assert batch.num_sequences == int((batch.cu_seqlens.diff() > 0).sum())
+    assert int(batch.cu_seqlens.diff().max()) <= batch.longest == 128
+    assert trimmed.cu_seqlens[-1] == batch.cu_seqlens[-1] and (trimmed.cu_seqlens.diff() > 0).sum() == batch.num_sequences
+    model = build_model(get_preset("tiny", **SMALL), dtype=torch.float64, seed=1)
+    results = []
+    for item in (batch, trimmed):
+        model.zero_grad()
+        loss = model.loss(item.tokens, item.labels, item.cu_seqlens, longest=item.longest)
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.gpu
+def test_longest_changes_nothing_on_a_gpu(stream: TokenStream) -> None:
+    batch = Loader([Source(stream)], seq_len=512, batch_size=8, seed=3).batch(0, 8).to(torch.device("cuda"))
+    trimmed = batch.trimmed()
+    model = build_model(get_preset("tiny", **SMALL), "cuda", torch.bfloat16, seed=1)
+    whole = model.loss(batch.tokens, batch.labels, batch.cu_seqlens)
+    assert torch.equal(whole, model.loss(trimmed.tokens, trimmed.labels, trimmed.cu_seqlens, longest=trimmed.longest))
+
+
+def test_qk_norm_bounds_scores_and_is_the_same_in_decoding() -> None:
+    config = get_preset("tiny", qk_norm=True, **SMALL)
+    model = build_model(config, dtype=torch.float64, seed=1)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(config)
+    tokens = torch.randint(0, config.vocab_size, (2, 9))
+    logits, _ = model(tokens)
+    state = model.init_state(2)
+    steps = torch.stack([model.step(tokens[:, i], state) for i in range(9)], dim=1)
+    torch.testing.assert_close(steps, logits, rtol=1e-9, atol=1e-9)
+    mixer = model.blocks[0].token_mixer
+    q, k, _ = mixer.project(1000 * torch.randn(2, 9, 64, dtype=torch.float64), torch.arange(9).expand(2, 9))
+    assert q.square().mean(-1).allclose(torch.ones(2, 9, 2, dtype=torch.float64))
+    assert k.square().mean(-1).allclose(torch.ones(2, 9, 2, dtype=torch.float64))
+
+
+def test_qk_norm_is_for_softmax_attention() -> None:
+    with pytest.raises(UserError, match="qk_norm does not apply to kind transnormer"):
+        get_preset("tiny", qk_norm=True)
