@@ -28,7 +28,10 @@ ALLOWED = {
     "convert": MODEL,
     # Self-cleaning trains the model it scores with.
     "cleaning": MODEL | {"data", "generation", "training"},
-    "cli": MODEL | {"parallel", "data", "generation", "training", "evaluation", "bench", "convert", "cleaning"},
+    # It reads recipes as the trainer does; the trainer itself runs in other processes.
+    "sweep": MODEL | {"training"},
+    "cli": MODEL
+    | {"parallel", "data", "generation", "training", "evaluation", "bench", "convert", "cleaning", "sweep"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -1,10 +1,10 @@
 """The softmax baseline on packed rows, and its normalised queries and keys."""
 
-from pathlib import Path
 
 import pytest
 import torch
 
+from tnllm import assets
 from tnllm.data.encode import Options
 from tnllm.data.loader import Loader, Source
 from tnllm.data.shards import TokenStream
@@ -14,7 +14,6 @@ from tnllm.modeling.config import get_preset
 from tnllm.modeling.flops import count_parameters
 from tnllm.modeling.model import build_model
 from tnllm.tokenizer import Tokenizer
-from tnllm import assets
 
 SMALL = {"kind": "transformer", "num_layers": 2, "model_dim": 64, "num_heads": 2, "glu_dim": 96}
 
@@ -32,7 +31,9 @@ def test_trimmed_batch_has_the_same_loss_and_gradients(stream: TokenStream) -> N
     assert batch.cu_seqlens is not None and trimmed.cu_seqlens is not None
     assert batch.num_sequences == int((batch.cu_seqlens.diff() > 0).sum())
     assert int(batch.cu_seqlens.diff().max()) <= batch.longest == 128
-    assert trimmed.cu_seqlens[-1] == batch.cu_seqlens[-1] and (trimmed.cu_seqlens.diff() > 0).sum() == batch.num_sequences
+    assert (
+        trimmed.cu_seqlens[-1] == batch.cu_seqlens[-1] and (trimmed.cu_seqlens.diff() > 0).sum() == batch.num_sequences
+    )
     model = build_model(get_preset("tiny", **SMALL), dtype=torch.float64, seed=1)
     results = []
     for item in (batch, trimmed):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tnllm.modeling.model import Block, LanguageModel
 from tnllm.modeling.state import State
+from tnllm.modeling.transformer import SoftmaxAttention
 
 
 def filled_cache(model: LanguageModel, batch: int, context: int) -> Tensor:
@@ -33,6 +34,7 @@ def cache_of(state: State) -> Tensor:
 def _layer(block: Block, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """One block for one token a row: x [B, M], keys and values [B, H, context, d], whose last slot is written."""
     mixer = block.token_mixer
+    assert isinstance(mixer, SoftmaxAttention)
     q, k, v = (part[:, 0] for part in mixer.project(block.token_norm(x)[:, None], positions))
     keys[:, :, -1] = k
     values[:, :, -1] = v

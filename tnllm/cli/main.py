@@ -18,6 +18,7 @@ from tnllm.errors import UserError
 # In the order people meet them. A module offers `command` (a function) or `app` (a group of functions).
 COMMANDS = (
     "train",
+    "sweep",
     "generate",
     "serve",
     "eval",

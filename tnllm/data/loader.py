@@ -141,15 +141,13 @@ class Loader:
         labels = np.stack([row[1] for row in rows])
         counted = labels[labels != IGNORE]
         num_bytes = int(self._token_bytes[counted].sum())
-        tokens, labels = torch.from_numpy(tokens), torch.from_numpy(labels)
         if self.packing == "concat":
-            return Batch(tokens, labels, None, num_bytes, len(counted))
+            return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, num_bytes, len(counted))
         cu_seqlens = torch.from_numpy(self._cu_seqlens([row[2] for row in rows]))
         # A sequence is a document's part of one row, so a row bounds it.
         sequences = num_rows + sum(len(row[2][row[2] < self.seq_len]) for row in rows)
-        return Batch(
-            tokens.view(1, -1), labels.view(1, -1), cu_seqlens, num_bytes, len(counted), self.seq_len, sequences
-        )
+        flat, targets = torch.from_numpy(tokens.reshape(1, -1)), torch.from_numpy(labels.reshape(1, -1))
+        return Batch(flat, targets, cu_seqlens, num_bytes, len(counted), self.seq_len, sequences)
 
     def _row(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [T], labels [T] and the offsets in [1, T] where a document starts."""

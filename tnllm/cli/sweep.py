@@ -1,0 +1,114 @@
+"""`tnllm sweep`: many runs from one file, and their table."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from tnllm.sweep.plan import Plan
+
+EPILOG = (
+    "Example:  tnllm sweep recipes/evidence/loss.yaml --out runs/evidence --jobs 3 --set data.path=CORPUS   |   "
+    "tnllm sweep recipes/evidence/loss.yaml --report docs/evidence"
+)
+
+
+def command(
+    file: Path = typer.Argument(help="A sweep file: groups of recipes, overrides, grids and seeds."),
+    out: Path | None = typer.Option(
+        None, help="Folder of the sweep; run again to continue. Default: runs/<file name>."
+    ),
+    jobs: int = typer.Option(1, min=1, help="Cells that run at once."),
+    sets: list[str] = typer.Option(
+        [], "--set", help="Override a key in every cell: --set data.path=CORPUS. Repeatable."
+    ),
+    limit_minutes: float | None = typer.Option(
+        None, min=0.0, help="End after this time: running cells save, and the next call continues them."
+    ),
+    keep: bool = typer.Option(False, "--keep", help="Keep checkpoints and weights of finished cells."),
+    list_cells: bool = typer.Option(False, "--list", help="Print the cells and stop; nothing runs."),
+    report: Path | None = typer.Option(
+        None, help="Run nothing: print the table in this folder (results.csv, curves.csv) and draw its charts there."
+    ),
+) -> None:
+    """Train the cells of a sweep file, each in a process of its own, and write one table of them."""
+    from tnllm.errors import RunError, UserError
+    from tnllm.sweep.plan import read_plan
+
+    if report is not None and not report.is_dir():
+        raise UserError(f"--report is {report}, which is not a folder; give one with results.csv in it")
+    plan = read_plan(file, sets)
+    if list_cells:
+        for group in plan.groups.values():
+            for cell in plan.examples(group):
+                after = f"  (after the best of {', '.join(group.best_of)})" if group.best_of else ""
+                print(f"{cell.name}{after}")
+        return
+    if report is not None:
+        _show(plan, report)
+        return
+    from tnllm.sweep.run import run_sweep
+
+    out = out or Path("runs") / file.stem
+    done = run_sweep(
+        plan, out, jobs, sets, None if limit_minutes is None else 60 * limit_minutes, lambda text: _say(text), keep
+    )
+    failed = _show(plan, out)
+    if not done:
+        _say("cells are open; run the same command again to continue")
+    if failed:
+        raise RunError(f"{failed} cells failed; the table names them, console.log in their folders says why")
+
+
+def _say(text: str) -> None:
+    import sys
+    import time
+
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _show(plan: "Plan", folder: Path) -> int:
+    """Print the table of `folder` and draw its charts; returns how many cells failed."""
+    from tnllm.cli.tables import print_table
+    from tnllm.errors import MissingExtra
+    from tnllm.files import format_count, write_bytes_atomic
+    from tnllm.sweep.chart import draw
+    from tnllm.sweep.table import CURVES, RESULTS, read_csv, summarize
+
+    rows, curves = read_csv(folder / RESULTS), read_csv(folder / CURVES)
+    order = list(plan.groups)
+    rows.sort(key=lambda row: order.index(row["group"]) if row["group"] in order else len(order))
+    lines = summarize(rows)
+    table = [
+        [
+            line.group,
+            line.choice,
+            format_count(line.tokens),
+            str(len(line.losses)),
+            "failed" if line.loss is None else f"{line.loss:.4f}",
+            "" if line.spread is None else f"{line.spread:.4f}",
+            "" if not line.bits else f"{sum(line.bits) / len(line.bits):.4f}",
+            format_count(line.tokens_per_s),
+        ]
+        for line in lines
+    ]
+    columns = ["group", "choice", "tokens", "seeds", "val_loss", "spread", "val_bpb", "tokens/s"]
+    print_table("", columns, table, right=columns[2:])
+    names = {row["cell"] for row in rows}
+    cells = [(group, cell.name) for group in plan.groups.values() for cell in plan.examples(group)]
+    left = [name for _, name in cells if name not in names]
+    for row in rows:
+        if row["status"] != "done":
+            print(f"{row['cell']}: {row['status']}")
+    print(f"{len(rows)} cells ran, {len(left)} are open{': ' if left else ''}{'; '.join(left)}")
+    for chart in plan.charts:
+        try:
+            picture = draw(chart, rows, curves)
+        except MissingExtra as error:
+            _say(str(error))
+            break
+        if picture is not None:
+            write_bytes_atomic(folder / f"{chart.name}.png", picture)
+            _say(f"{folder / f'{chart.name}.png'}")
+    return sum(line.failed for line in lines)

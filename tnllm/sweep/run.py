@@ -1,0 +1,258 @@
+"""Running a sweep: each cell is `tnllm train` in a process of its own, several at once.
+
+    finished = run_sweep(plan, Path("runs/evidence"), jobs=3, sets=[], limit_s=570, say=print)
+
+DIR/cells/<cell>/ is the cell's run folder and console.log its output; cell.json, written once the cell ended, is its row.
+DIR/results.csv and DIR/curves.csv are made from those after every cell. A sweep that is stopped or killed loses nothing
+that ended: running it again continues cells from their checkpoint, or repeats them where there is none.
+"""
+
+import ctypes
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tnllm.errors import UserError
+from tnllm.files import write_text_atomic
+from tnllm.modeling.flops import count_parameters
+from tnllm.sweep.plan import Cell, Plan, Row
+from tnllm.sweep.table import CURVES, RESULTS, write_csv
+from tnllm.training.config import load_recipe
+from tnllm.training.metrics import read_metrics
+
+ROW = "cell.json"
+_SAVED = 143  # exit code of a run that a SIGTERM ended after it saved
+_POLL_S = 0.2
+_LOCK_WAIT_S = 60.0
+
+
+@dataclass
+class _Running:
+    cell: Cell
+    process: "subprocess.Popen[bytes]"
+
+
+def run_sweep(
+    plan: Plan,
+    out: Path,
+    jobs: int,
+    sets: Sequence[str] = (),
+    limit_s: float | None = None,
+    say: Callable[[str], None] = print,
+    keep: bool = False,
+) -> bool:
+    """Run what is open of `plan` in `out`; returns whether all of it is done.
+
+    `sets` go to every cell. After `limit_s` seconds the running cells are told to save and the sweep ends; the next call
+    continues them. `keep`: checkpoints and weights of finished cells stay. Raises UserError where `out` is in use or
+    holds cells of another plan.
+    """
+    started = time.monotonic()
+    with _only_writer(out) as lock:
+        rows = read_rows(out)
+        running: list[_Running] = []
+        try:
+            while limit_s is None or time.monotonic() - started < limit_s:
+                waiting = _open_cells(plan, rows, {item.cell.name for item in running})
+                if not waiting and not running:
+                    break
+                for cell in _startable(waiting, [item.cell for item in running], jobs):
+                    say(f"{cell.name}: starts ({len(rows)} cells done)")
+                    running.append(_Running(cell, _start(cell, out, sets, lock)))
+                time.sleep(_POLL_S)
+                running = _collect(running, rows, out, sets, say, keep)
+        finally:
+            # A limit, Ctrl-C or an error: every cell saves what it has.
+            for item in running:
+                item.process.terminate()
+            for item in running:
+                item.process.wait()
+        _collect(running, rows, out, sets, say, keep)
+        _write_tables(out, rows)
+        return not _open_cells(plan, rows, set())
+
+
+def read_rows(out: Path) -> list[Row]:
+    """The rows of all cells in `out` that ended, in the order of their names."""
+    files = sorted((out / "cells").glob(f"*/*/{ROW}"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _open_cells(plan: Plan, rows: Sequence[Row], running: set[str]) -> list[Cell]:
+    """Cells that could start now, in the order of the plan. Raises UserError where a row is of another plan."""
+    by_name = {row["cell"]: row for row in rows}
+    result = []
+    for group in plan.groups.values():
+        for cell in plan.cells(group, rows) or []:
+            row = by_name.get(cell.name)
+            if row is not None and row["overrides"] != _overrides(cell):
+                raise UserError(
+                    f"{cell.name} was run with {row['overrides']} and is planned with {_overrides(cell)}; "
+                    "choose another --out, or remove its folder"
+                )
+            if row is None and cell.name not in running:
+                result.append(cell)
+    return result
+
+
+def _startable(waiting: Sequence[Cell], running: Sequence[Cell], jobs: int) -> list[Cell]:
+    """The cells to start beside `running`; a cell that must be alone waits for an empty machine, in its turn."""
+    chosen: list[Cell] = []
+    for cell in waiting:
+        beside = [*running, *chosen]
+        if len(beside) >= jobs or any(other.alone for other in beside) or (cell.alone and beside):
+            break
+        chosen.append(cell)
+    return chosen
+
+
+def _start(cell: Cell, out: Path, sets: Sequence[str], lock: int) -> "subprocess.Popen[bytes]":
+    folder = out / "cells" / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [part for item in [*cell.sets(), *sets] for part in ("--set", item)]
+    command = [sys.executable, "-m", "tnllm", "train", cell.recipe, *flags, "--out", str(folder), "--resume", "auto"]
+    with open(folder / "console.log", "ab") as log:
+        # The lock is held as long as a cell lives, so no second sweep meets one that outlived its own.
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock], preexec_fn=_end_with_parent
+        )
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the sweep is killed: a cell then saves and ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def _collect(
+    running: list[_Running], rows: list[Row], out: Path, sets: Sequence[str], say: Callable[[str], None], keep: bool
+) -> list[_Running]:
+    """Write the rows of cells that ended; returns those still running."""
+    left = []
+    for item in running:
+        code = item.process.poll()
+        if code is None:
+            left.append(item)
+            continue
+        if code in (_SAVED, -signal.SIGTERM):
+            say(f"{item.cell.name}: stopped; the next call continues it")
+            continue
+        folder = out / "cells" / item.cell.name
+        row = make_row(item.cell, folder, code, sets)
+        write_text_atomic(folder / ROW, json.dumps(row, indent=1) + "\n")
+        rows.append(row)
+        _write_tables(out, rows)
+        result = f"val_loss {row['val_loss']:.4f}" if row["status"] == "done" else row["status"]
+        say(f"{item.cell.name}: {result}")
+        if not keep:
+            for name in ("checkpoints", "weights"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+    return left
+
+
+def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
+    """One line of results.csv from a cell's run folder: what was asked, what came out, on what."""
+    config = load_recipe(cell.recipe, [*cell.sets(), *sets])
+    parameters = count_parameters(config.model)
+    row: Row = {
+        "cell": cell.name,
+        "group": cell.group,
+        "choice": cell.choice,
+        "recipe": Path(cell.recipe).stem,
+        "overrides": _overrides(cell),
+        "seed": cell.seed,
+        "kind": config.model.kind,
+        "parameters": parameters,
+        "parameters_without_embedding": parameters - config.model.vocab_size * config.model.model_dim,
+        "learning_rate": config.optimizer.learning_rate,
+    }
+    metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    steps = [item for item in metrics if item.get("loss") is not None]
+    checks = [item for item in metrics if item.get("val_loss") is not None]
+    done = code == 0 and bool(checks) and checks[-1]["step"] == config.total_steps
+    environment = _environment(folder)
+    # The first row holds the compilation.
+    rates = [item["tokens_per_s"] for item in steps[1:]] or [item["tokens_per_s"] for item in steps]
+    return {
+        **row,
+        "status": "done" if done else f"failed: {_last_line(folder / 'console.log')}",
+        "steps": steps[-1]["step"] if steps else 0,
+        "tokens": steps[-1]["tokens"] if steps else 0,
+        "train_loss": steps[-1]["loss"] if steps else None,
+        "val_loss": checks[-1]["val_loss"] if done else None,
+        "val_bpb": checks[-1]["val_bpb"] if done else None,
+        "tokens_per_s": round(median(rates)) if rates else None,
+        "alone": cell.alone,
+        "memory_gib": round(max(item["mem_gib"] for item in steps), 2) if steps else None,
+        "skipped_updates": steps[-1]["skipped"] if steps else None,
+        "device": environment.get("device"),
+        "torch": environment.get("torch"),
+        "triton": _triton_version(),
+        "tnllm": environment.get("tnllm"),
+        "date": str(environment.get("time", ""))[:10],
+        "curve": [[item["step"], item["tokens"], item["val_loss"]] for item in checks],
+    }
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    file = folder / "env.json"
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return result
+
+
+def _triton_version() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def _overrides(cell: Cell) -> str:
+    return " ".join(f"{key}={value}" for key, value in cell.overrides.items())
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")[:300]
+
+
+def _write_tables(out: Path, rows: Sequence[Row]) -> None:
+    ordered = sorted(rows, key=lambda row: str(row["cell"]))
+    write_csv(out / RESULTS, [{key: value for key, value in row.items() if key != "curve"} for row in ordered])
+    write_csv(
+        out / CURVES,
+        [
+            {"cell": row["cell"], "step": step, "tokens": tokens, "val_loss": loss}
+            for row in ordered
+            for step, tokens, loss in row["curve"]
+        ],
+    )
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[int]:
+    """Hold the lock of `out`, which its cells share: it is free once the last of them has ended."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a", encoding="utf-8") as file:
+        until = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(f"another sweep works in {out}; wait for it, or choose another --out") from None
+                time.sleep(_POLL_S)
+        yield file.fileno()
