@@ -2,8 +2,9 @@
 
     picture = draw(chart, plan, rows, curves)      # bytes of a .png
 
-`x: tokens` and `x: time` draw the validation loss along the best cell of each group; time is tokens over the speed of a
-cell of the same recipe that ran alone. `x: cell` draws one dot a choice with its seeds; any other x is a key of the grid.
+`x: tokens` and `x: time` draw the validation loss along the best cell of each group; where none is done, tokens shows an
+unfinished one. Time is tokens over the speed of a cell of the same recipe that ran alone. `x: cell` draws a dot a seed and
+a bar at the mean for each choice; any other x is a key of the grid.
 """
 
 import io
@@ -34,7 +35,8 @@ def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row]) -> bytes | No
     except ImportError:
         raise MissingExtra("plot", "matplotlib") from None
     done = [row for row in rows if row["group"] in chart.groups and row["status"] == "done"]
-    if not done:
+    started = [row for row in curves if _group(row) in chart.groups] if chart.x == "tokens" else []
+    if not done and not started:
         return None
     with rc_context(_LOOK):
         height = max(2.0, 0.26 * len(summarize(done)) + 1.0) if chart.x == "cell" else 4.2
@@ -47,6 +49,8 @@ def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row]) -> bytes | No
             _lines(axes, chart, done, curves, alone_speeds(rows) if chart.x == "time" else None)
         else:
             _against(axes, chart, done)
+        if not axes.lines:
+            return None
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
         buffer = io.BytesIO()
@@ -63,9 +67,11 @@ def alone_speeds(rows: Sequence[Row]) -> dict[str, float]:
 
 def _dots(axes: Any, rows: Sequence[Row]) -> None:
     lines = summarize(rows)
+    kind = {row["group"]: row["kind"] for row in rows}
+    kinds = sorted(set(kind.values()))
     labels = [f"{line.group}: {line.choice}" if line.choice else line.group for line in lines]
     for index, line in enumerate(lines):
-        color = COLORS[index % 2]
+        color = COLORS[kinds.index(kind[line.group])]
         axes.plot(line.losses, [index] * len(line.losses), "o", color=color, markersize=4, alpha=0.5)
         axes.plot([line.loss], [index], "|", color=color, markersize=12)
     axes.set_yticks(range(len(labels)), labels)
@@ -78,17 +84,35 @@ def _lines(
 ) -> None:
     for index, group in enumerate(chart.groups):
         cells = [row for row in rows if row["group"] == group]
-        if not cells:
-            continue
-        best = min(cells, key=lambda row: row["val_loss"])
-        if speeds is not None and best["recipe"] not in speeds:
-            continue
-        scale = 1e6 if speeds is None else speeds[best["recipe"]]
-        points = [(row["tokens"] / scale, row["val_loss"]) for row in curves if row["cell"] == best["cell"]]
-        axes.plot(*zip(*points, strict=True), "-o", color=COLORS[index % len(COLORS)], markersize=3, label=group)
-    axes.set_xscale("log")
+        best = min(cells, key=lambda row: row["val_loss"]) if cells else None
+        scale, label = 1e6, group
+        if best is not None:
+            name = best["cell"]
+        elif speeds is None:
+            name, label = next((row["cell"] for row in curves if _group(row) == group), None), f"{group} (unfinished)"
+        if speeds is not None:
+            if best is None or best["recipe"] not in speeds:
+                continue
+            scale = speeds[best["recipe"]]
+        points = [(row["tokens"] / scale, row["val_loss"]) for row in curves if row["cell"] == name]
+        if points:
+            axes.plot(*zip(*points, strict=True), "-o", color=COLORS[index % len(COLORS)], markersize=3, label=label)
+    _log_axis(axes)
     axes.set_xlabel("tokens (millions)" if speeds is None else "time on one GPU, the cell alone (s)")
     axes.set_ylabel("validation loss (nats per token)")
+
+
+def _log_axis(axes: Any) -> None:
+    """A logarithmic x axis with plain numbers; between the powers of ten too where there is hardly one."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if high < 12 * low else "")
+
+
+def _group(row: Row) -> str:
+    """The group that a row of curves.csv belongs to."""
+    return str(row["cell"]).partition("/")[0]
 
 
 def _against(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
@@ -99,8 +123,8 @@ def _against(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
             choices = dict(part.split("=", 1) for part in line.choice.split(",") if "=" in part)
             if key in choices:
                 points.append((float(choices[key]), line.loss))
-        if points:
+        if len(points) > 1:
             axes.plot(*zip(*sorted(points), strict=True), "-o", color=COLORS[index % len(COLORS)], label=group)
-    axes.set_xscale("log")
+    _log_axis(axes)
     axes.set_xlabel(key.replace("_", " "))
     axes.set_ylabel("validation loss (nats per token)")

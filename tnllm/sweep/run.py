@@ -3,7 +3,8 @@
     finished = run_sweep(plan, Path("runs/evidence"), jobs=3, sets=[], limit_s=570, say=print)
 
 DIR/cells/<cell>/ is the cell's run folder and console.log its output; cell.json, written once the cell ended, is its row.
-DIR/results.csv and DIR/curves.csv are made from those after every cell. A sweep that is stopped or killed loses nothing
+DIR/results.csv and DIR/curves.csv are made from those after every cell; curves.csv has the validations of unfinished cells
+too. A sweep that is stopped or killed loses nothing
 that ended: running it again continues cells from their checkpoint, or repeats them where there is none.
 """
 
@@ -200,7 +201,7 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
         "triton": _triton_version(),
         "tnllm": environment.get("tnllm"),
         "date": str(environment.get("time", ""))[:10],
-        "curve": [[item["step"], item["tokens"], item["val_loss"]] for item in checks],
+        "curve": curve(metrics),
     }
 
 
@@ -231,14 +232,24 @@ def _last_line(log: Path) -> str:
 def _write_tables(out: Path, rows: Sequence[Row]) -> None:
     ordered = sorted(rows, key=lambda row: str(row["cell"]))
     write_csv(out / RESULTS, [{key: value for key, value in row.items() if key != "curve"} for row in ordered])
+    curves = {row["cell"]: row["curve"] for row in ordered}
+    for file in sorted((out / "cells").glob("*/*/metrics.jsonl")):
+        name = str(file.parent.relative_to(out / "cells"))
+        curves.setdefault(name, curve(read_metrics(file)))
+    done = {row["cell"] for row in ordered if row["status"] == "done"}
     write_csv(
         out / CURVES,
         [
-            {"cell": row["cell"], "step": step, "tokens": tokens, "val_loss": loss}
-            for row in ordered
-            for step, tokens, loss in row["curve"]
+            {"cell": name, "finished": name in done, "step": step, "tokens": tokens, "val_loss": loss}
+            for name, points in sorted(curves.items())
+            for step, tokens, loss in points
         ],
     )
+
+
+def curve(metrics: Sequence[Row]) -> list[list[Any]]:
+    """Step, tokens and loss of every validation in rows of metrics.jsonl."""
+    return [[item["step"], item["tokens"], item["val_loss"]] for item in metrics if item.get("val_loss") is not None]
 
 
 @contextmanager
