@@ -1,6 +1,5 @@
 """The softmax baseline on packed rows, and its normalised queries and keys."""
 
-
 import pytest
 import torch
 
