@@ -121,8 +121,8 @@ class RandomLoader:
 
     def _batch(self, tokens: Tensor, labels: Tensor) -> Batch:
         cu_seqlens = None
+        rows, length = tokens.shape
         if self.config.data.packing == "reset":
-            rows, length = tokens.shape
             cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
         return Batch(tokens, labels, cu_seqlens, 0, labels.numel(), length, rows)
