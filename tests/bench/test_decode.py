@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm.bench import decode
 from tnllm.bench.decode_baseline import FixedStep, cache_of
 from tnllm.cli.main import main

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from tests.generation.serving import running
-from tests.generation.small_models import make_ready, small_model
+from tests.serving.serving import running
+from tests.small_models import make_ready, small_model
 from tnllm.cli.main import main
-from tnllm.generation.guard import Settings
-from tnllm.generation.rows import Row
+from tnllm.generation.samples import Row
+from tnllm.serving.guard import Settings
 from tnllm.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.data.cleaning.texts import CHINESE, ENGLISH
+from tests.cleaning.texts import CHINESE, ENGLISH
 from tnllm.cli.data_clean import separation
 from tnllm.errors import UserError
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm import assets
 from tnllm.cli.evaluation_view import show_results
 from tnllm.evaluation import bench

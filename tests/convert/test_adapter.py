@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.convert import official_files
-from tnllm.convert.remote.configuration_tnllm import TnllmConfig
-from tnllm.convert.remote.modeling_tnllm import TnllmForCausalLM
+from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
+from tnllm.convert.hf_code.modeling_tnllm import TnllmForCausalLM
 from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.hf_names import from_official, to_hf_config

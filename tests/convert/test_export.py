@@ -14,8 +14,8 @@ from tests.convert import official_files
 from tnllm import assets
 from tnllm.convert import hub
 from tnllm.convert.fast_tokenizer import CHECK_TEXTS, tokenizer_files
-from tnllm.convert.remote.configuration_tnllm import TnllmConfig
-from tnllm.convert.remote.modeling_tnllm import TnllmForCausalLM, TnllmState
+from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
+from tnllm.convert.hf_code.modeling_tnllm import TnllmForCausalLM, TnllmState
 from tnllm.generation.decoder import generate_text
 from tnllm.generation.loading import load
 from tnllm.modeling.config import get_preset

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm.errors import RunError, UserError
 from tnllm.generation.context import load_context, read, save_context, weights_hash
 

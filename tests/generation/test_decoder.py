@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm.errors import RunError, UserError
 from tnllm.generation import decoder
 from tnllm.generation.context import load_context, read, save_context, weights_hash

@@ -16,8 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tnllm.generation.graph import persistent_step
-from tnllm.kernels.fused import decode, decode_rows, gate, glu, lrpe, norm, softmax
+from tnllm.generation.captured_step import persistent_step
+from tnllm.kernels import gated_attention_triton as gate
+from tnllm.kernels import glu_triton as glu
+from tnllm.kernels import linear_cross_entropy_triton as softmax
+from tnllm.kernels import lrpe_triton as lrpe
+from tnllm.kernels import srms_norm_triton as norm
+from tnllm.kernels.decode_step import narrow as decode_rows
+from tnllm.kernels.decode_step import wide as decode
 from tnllm.kernels.lightning_attention import launch, step
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.model import build_model

@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 from tnllm.kernels import linear_cross_entropy as module
-from tnllm.kernels.fused import softmax as kernels
+from tnllm.kernels import linear_cross_entropy_triton as kernels
 from tnllm.kernels.linear_cross_entropy import _forward, linear_cross_entropy, linear_cross_entropy_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset
+from tnllm.recipe import dump_yaml, find_recipe, parse_yaml, read_header
 from tnllm.training.config import RunConfig, describe_keys, fit_rows, load_recipe
-from tnllm.training.recipes import dump_yaml, find_recipe, parse_yaml, read_header
 
 SMALL = "model:\n  preset: tiny\ndata:\n  seq_len: 64\ntrain:\n  max_steps: 200\n  global_batch_tokens: 512\n"
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tnllm.bench.decode_baseline import FixedStep, cache_of, filled_cache
 from tnllm.bench.timing import copy_bandwidth, describe_device, measure
 from tnllm.errors import RunError
-from tnllm.generation.graph import CapturedStep, can_capture
+from tnllm.generation.captured_step import CapturedStep, can_capture
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import LanguageModel, build_model
 

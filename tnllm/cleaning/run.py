@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnllm import assets
-from tnllm.cleaning.selfclean import self_clean
-from tnllm.data.cleaning.report import build_report, self_clean_report, write_report
-from tnllm.data.cleaning.settings import CleanSettings
-from tnllm.data.cleaning.shards import Lines, locked, read_lines
+from tnllm.cleaning.report import build_report, self_clean_report, write_report
+from tnllm.cleaning.self_clean import self_clean
+from tnllm.cleaning.settings import CleanSettings
+from tnllm.cleaning.shards import Lines, locked, read_lines
 from tnllm.data.corpus import find_files, read_documents
 from tnllm.errors import MissingExtra, UserError
 from tnllm.files import write_text_atomic
 
 if TYPE_CHECKING:
     # Self-cleaning alone runs where datatrove is not installed, on a GPU machine say.
-    from tnllm.data.cleaning.executor import ExecutorName, Watch
+    from tnllm.cleaning.executor import ExecutorName, Watch
 
 _SHARD_CHARS = 64 << 20
 
@@ -42,8 +42,8 @@ def clean(
     RunError for damage and lost workers; finished shards stay in every case.
     """
     try:
-        from tnllm.data.cleaning.executor import run_stages
-        from tnllm.data.cleaning.pipeline import open_run
+        from tnllm.cleaning.executor import run_stages
+        from tnllm.cleaning.pipeline import open_run
     except ImportError as error:
         raise MissingExtra("data", error.name or "datatrove") from None
     if not settings.input.path:

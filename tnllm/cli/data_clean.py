@@ -50,7 +50,7 @@ def clean(
     keys: bool = typer.Option(False, "--keys", help="Print every key of a recipe with its meaning and stop."),
 ) -> None:
     """Clean a corpus: mend, filter, drop duplicates and evaluation text, and what a model finds unlikely."""
-    from tnllm.cleaning.config import describe, load_clean_recipe
+    from tnllm.cleaning.recipe import describe, load_clean_recipe
 
     if keys:
         print(describe())
@@ -88,7 +88,7 @@ def dedup(
     """Drop exact and near duplicates and nothing else; texts stay as they are."""
     from pydantic import ValidationError
 
-    from tnllm.data.cleaning.settings import only_dedup
+    from tnllm.cleaning.settings import only_dedup
 
     chosen = {
         "threshold": threshold,
@@ -118,9 +118,9 @@ def self_clean(
     as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
 ) -> None:
     """Train a small model on a corpus, drop what it finds unlikely, repeat; needs no extra, so it runs on a GPU node."""
-    from tnllm.cleaning.config import load_clean_recipe
+    from tnllm.cleaning.recipe import load_clean_recipe
+    from tnllm.cleaning.report import render
     from tnllm.cleaning.run import self_clean_alone
-    from tnllm.data.cleaning.report import render
 
     recipe, paths = _split(inputs)
     more = ["self_clean.rounds=1"] if recipe is None else []
@@ -214,8 +214,8 @@ def _is_packaged(name: str) -> bool:
 
 
 def _run(settings: Any, out: Path, workers: int | None, executor: Executor, as_json: bool, **options: Any) -> None:
+    from tnllm.cleaning.report import HTML, render
     from tnllm.cleaning.run import clean as run_clean
-    from tnllm.data.cleaning.report import HTML, render
     from tnllm.data.tokenize import num_cores
     from tnllm.files import format_duration
 
@@ -262,7 +262,7 @@ def _watching() -> Iterator[Any]:
 
 
 def _list_pairs(out: Path, path: Path | None, truth: Path | None, threshold: float) -> None:
-    from tnllm.data.cleaning.dedup import near_pairs
+    from tnllm.cleaning.dedup import near_pairs
     from tnllm.files import write_text_atomic
 
     found = list(near_pairs(out / "work" / "groups.npz", out / "work" / "signatures"))
@@ -294,8 +294,8 @@ def _read_pairs(path: Path, threshold: float) -> Iterator[frozenset[str]]:
 
 def show_run(folder: Path, reason: str | None, samples: int, as_json: bool) -> None:
     """What `tnllm data inspect` prints of a cleaning run's folder."""
-    from tnllm.data.cleaning.rejected import rejected_samples
-    from tnllm.data.cleaning.report import read_report, render
+    from tnllm.cleaning.rejected import rejected_samples
+    from tnllm.cleaning.report import read_report, render
 
     if reason is None:
         report = read_report(folder)

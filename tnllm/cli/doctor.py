@@ -174,8 +174,8 @@ def _assets() -> list[Check]:
 
 
 def _recipes() -> list[Check]:
+    from tnllm.recipe import FOLDER, packaged_recipes
     from tnllm.training.config import load_recipe
-    from tnllm.training.recipes import FOLDER, packaged_recipes
 
     names = [path.stem for path in packaged_recipes()]
     for name in names:

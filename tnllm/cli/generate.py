@@ -12,8 +12,8 @@ from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, say, 
 from tnllm.errors import UserError
 
 if TYPE_CHECKING:
-    from tnllm.generation.rows import Piece, Result
     from tnllm.generation.sampler import SamplingParams
+    from tnllm.generation.samples import Piece, Result
 
 EPILOG = """Examples:
 
@@ -122,8 +122,8 @@ def command(
     if chat_template and source != "--chat":
         raise UserError("--chat-template is for --chat; write the whole text into the prompt instead")
 
-    from tnllm.generation.chat import Conversation
     from tnllm.generation.context import load_context, save_context, weights_hash
+    from tnllm.generation.conversation import Conversation
     from tnllm.generation.decoder import generate
     from tnllm.generation.jsonl import read_requests
     from tnllm.generation.loading import load

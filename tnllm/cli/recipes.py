@@ -21,8 +21,8 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
     from tnllm.cli.tables import print_table
     from tnllm.files import format_count
     from tnllm.modeling.flops import count_parameters
+    from tnllm.recipe import packaged_recipes, read_header
     from tnllm.training.config import load_recipe
-    from tnllm.training.recipes import packaged_recipes, read_header
 
     found: list[dict[str, Any]] = []
     for path in packaged_recipes():
@@ -66,8 +66,8 @@ def show(
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Print every key of a recipe with its value. What is printed is a recipe itself."""
+    from tnllm.recipe import find_recipe, read_comment
     from tnllm.training.config import load_recipe
-    from tnllm.training.recipes import find_recipe, read_comment
 
     config = load_recipe(recipe, sets)
     if as_json:

@@ -56,9 +56,9 @@ def command(
     except ImportError:
         raise MissingExtra("serve", "fastapi or uvicorn") from None
 
-    from tnllm.generation.engine import Engine
     from tnllm.generation.loading import load
-    from tnllm.generation.server import Settings, make_app
+    from tnllm.serving.app import Settings, make_app
+    from tnllm.serving.engine import Engine
 
     if model is None:
         _say("no --model given: using the demo model that ships with tnllm")

@@ -13,9 +13,9 @@ from tnllm.errors import UserError
 from tnllm.files import format_duration
 
 if TYPE_CHECKING:
-    from tnllm.generation.chat import Conversation
+    from tnllm.generation.conversation import Conversation
     from tnllm.generation.jsonl import Request
-    from tnllm.generation.rows import Piece, Result
+    from tnllm.generation.samples import Piece, Result
 
     Events = Iterable[Piece | Result]
 
@@ -45,7 +45,7 @@ class Meter:
 
     def watch(self, events: "Events") -> Iterator["Piece | Result"]:
         """The same events, counted."""
-        from tnllm.generation.rows import Result
+        from tnllm.generation.samples import Result
 
         for event in events:
             if isinstance(event, Result):
@@ -77,7 +77,7 @@ class Meter:
 
 def stream_text(events: "Events", echo: str) -> "Result":
     """Print `echo` and the text of one sample as it comes, and a newline whatever happens."""
-    from tnllm.generation.rows import Piece
+    from tnllm.generation.samples import Piece
 
     try:
         show(echo)
@@ -93,7 +93,7 @@ def stream_text(events: "Events", echo: str) -> "Result":
 
 def in_order(events: "Events", samples: Sequence[int]) -> "Iterator[Result]":
     """Results by prompt, then by sample, each as soon as all before it are there; `samples` counts each prompt's."""
-    from tnllm.generation.rows import Result
+    from tnllm.generation.samples import Result
 
     waiting: dict[tuple[int, int], Result] = {}
     keys = ((index, sample) for index, count in enumerate(samples) for sample in range(count))

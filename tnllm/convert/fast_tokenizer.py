@@ -11,8 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from tnllm.errors import MissingExtra
-from tnllm.tiktoken_model import PATTERN, SPECIAL_TOKENS, TiktokenModel
-from tnllm.tokenizer import Tokenizer
+from tnllm.tokenizer import TIKTOKEN_PATTERN, TIKTOKEN_SPECIAL_TOKENS, TiktokenModel, Tokenizer
 
 CHECK_TEXTS = (
     "Once upon a time there was a king; he had 3 sons, and 1,024 sheep.",
@@ -144,18 +143,18 @@ def _from_tiktoken(model: TiktokenModel) -> Any:
     vocab = {spell(token): rank for token, rank in model.ranks.items()}
     merges = [_parts(token, rank, model.ranks) for token, rank in sorted(model.ranks.items(), key=lambda item: item[1])]
     # Ids must have no holes: those between ranks and control tokens, and between these, get names nobody writes.
-    names = {id: name for name, id in SPECIAL_TOKENS.items()}
+    names = {id: name for name, id in TIKTOKEN_SPECIAL_TOKENS.items()}
     taken = set(vocab.values())
     extra = {id: names.get(id, f"<|unused_{id}|>") for id in range(model.vocab_size()) if id not in taken}
     vocab.update({name: id for id, name in extra.items()})
     pairs = [(spell(parts[0]), spell(parts[1])) for parts in merges if parts]
     fast = Fast(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(TIKTOKEN_PATTERN), behavior="isolated")
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
+    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in TIKTOKEN_SPECIAL_TOKENS])
     return fast
 
 

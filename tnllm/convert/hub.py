@@ -4,7 +4,7 @@
     values = config_values(config, dtype, settings)       # config.json
     text = model_card(source, dtype, facts, quantized=False)
 
-The model code is this package's own: `remote/` and the Lightning Attention kernels, with `from tnllm...` made into imports
+The model code is this package's own: `hf_code/` and the Lightning Attention kernels, with `from tnllm...` made into imports
 from the folder. There is one source for both, and the folder needs torch and transformers alone.
 """
 
@@ -24,8 +24,8 @@ from tnllm.modeling.hf_names import to_hf_config
 
 # Module of ours → file in the folder. The kernels first need Triton; the rest is torch alone.
 CODE = {
-    "tnllm.convert.remote.configuration_tnllm": "configuration_tnllm.py",
-    "tnllm.convert.remote.modeling_tnllm": "modeling_tnllm.py",
+    "tnllm.convert.hf_code.configuration_tnllm": "configuration_tnllm.py",
+    "tnllm.convert.hf_code.modeling_tnllm": "modeling_tnllm.py",
     "tnllm.kernels.lightning_attention.chunk": "lightning_attention_chunk.py",
     "tnllm.kernels.lightning_attention.launch": "lightning_attention_launch.py",
     "tnllm.kernels.lightning_attention.kernels": "lightning_attention_kernels.py",

@@ -17,8 +17,7 @@ from tnllm.convert.source import Source, read_json
 from tnllm.errors import UserError
 from tnllm.files import format_count
 from tnllm.modeling.weights import CONFIG, GENERATION, GENERATION_DEFAULTS, TOKENIZER, config_json
-from tnllm.tiktoken_model import SUFFIX
-from tnllm.tokenizer import Tokenizer
+from tnllm.tokenizer import TIKTOKEN_SUFFIX, Tokenizer
 
 # Tokenizers of other kinds (the released ablations have GPT-2's): copied where a Hugging Face folder is made.
 _OTHER_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -34,10 +33,12 @@ def folder_files(
     copies: dict[str, Path] = {}
     if loaded is None:
         notes.append(
-            f"{source.folder} has no {TOKENIZER} and no *{SUFFIX}; the result has none either (see --tokenizer)"
+            f"{source.folder} has no {TOKENIZER} and no *{TIKTOKEN_SUFFIX}; the result has none either (see --tokenizer)"
         )
     else:
-        copies[f"transnormer_100k{SUFFIX}" if loaded.path.suffix == SUFFIX else TOKENIZER] = loaded.path
+        copies[f"transnormer_100k{TIKTOKEN_SUFFIX}" if loaded.path.suffix == TIKTOKEN_SUFFIX else TOKENIZER] = (
+            loaded.path
+        )
         if loaded.vocab_size > source.config.vocab_size:
             raise UserError(
                 f"{loaded.path} has {loaded.vocab_size} tokens, the model {source.config.vocab_size}; "
@@ -74,7 +75,7 @@ def folder_files(
 def _find_tokenizer(folder: Path) -> Path | None:
     if (folder / TOKENIZER).is_file():
         return folder / TOKENIZER
-    found = sorted(folder.glob(f"*{SUFFIX}"))
+    found = sorted(folder.glob(f"*{TIKTOKEN_SUFFIX}"))
     return found[0] if len(found) == 1 else None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tnllm.evaluation.bundle import Bundle, count_tokens
-from tnllm.evaluation.scoring import Scorer
+from tnllm.generation.scoring import Scorer
 from tnllm.modeling.model import LanguageModel
 
 # What two ways of computing the same log-probability may differ by, in nats: see docs/numerics.md.

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from tnllm.errors import UserError
-from tnllm.evaluation.prefix_tree import PrefixTree, Request
 from tnllm.files import write_bytes_atomic
+from tnllm.generation.prefix_tree import PrefixTree, Request
 
 
 @dataclass(frozen=True)

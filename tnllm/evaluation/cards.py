@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tnllm import assets
 from tnllm.errors import UserError
-from tnllm.evaluation.rows import is_kind, read_rows, to_document
+from tnllm.evaluation.datasets import is_kind, read_rows, to_document
 
 FOLDER = Path(__file__).parent / "tasks"
 # The paper's tables (arXiv 2405.17381, Table 2): seven sets without examples, three with five. SIQA is in its text.

@@ -28,12 +28,12 @@ from tnllm import __version__
 from tnllm.errors import UserError, did_you_mean
 from tnllm.evaluation.cache import AnswerCache
 from tnllm.evaluation.encoding import LineEncoder
-from tnllm.evaluation.prefix_tree import MIN_SAVED_TOKENS, Request
-from tnllm.evaluation.scoring import Scorer
 from tnllm.generation.context import Context, read, weights_hash
 from tnllm.generation.decoder import BATCH_SIZE, Result, generate
 from tnllm.generation.loading import Ready, load
+from tnllm.generation.prefix_tree import MIN_SAVED_TOKENS, Request
 from tnllm.generation.sampler import SamplingParams
+from tnllm.generation.scoring import Scorer
 
 # The harness's settings of `generate_until`, and ours.
 _GENERATION = {

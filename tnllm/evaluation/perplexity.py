@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from tnllm.errors import UserError
-from tnllm.evaluation.prefix_tree import Request
-from tnllm.evaluation.scoring import Report, Scorer
 from tnllm.generation.loading import Ready
+from tnllm.generation.prefix_tree import Request
+from tnllm.generation.scoring import Report, Scorer
 
 
 def perplexity(

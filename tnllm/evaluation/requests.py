@@ -14,8 +14,8 @@ from tnllm.errors import UserError
 from tnllm.evaluation.bundle import Bundle
 from tnllm.evaluation.encoding import LineEncoder
 from tnllm.evaluation.harness import encode_pairs
-from tnllm.evaluation.prefix_tree import Request
 from tnllm.evaluation.tasks import Loaded
+from tnllm.generation.prefix_tree import Request
 from tnllm.tokenizer import Tokenizer
 
 

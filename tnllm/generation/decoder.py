@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from tnllm.errors import RunError, UserError
+from tnllm.generation.captured_step import CapturedStep, can_capture
 from tnllm.generation.context import CHUNK_TOKENS, Context, read
-from tnllm.generation.graph import CapturedStep, can_capture
-from tnllm.generation.rows import Drawn, Piece, Result, Row, draw, most_logprobs, non_finite, start_rows
 from tnllm.generation.sampler import Options, SamplingParams
+from tnllm.generation.samples import Drawn, Piece, Result, Row, draw, most_logprobs, non_finite, start_rows
 from tnllm.generation.text import TAIL_TOKENS
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.state import State

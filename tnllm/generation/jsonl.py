@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 from tnllm.errors import UserError
 from tnllm.generation.loading import Ready
-from tnllm.generation.rows import Result, TokenLogprob
 from tnllm.generation.sampler import SamplingParams
+from tnllm.generation.samples import Result, TokenLogprob
 
 
 @dataclass(frozen=True)

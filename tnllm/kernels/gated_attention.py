@@ -62,7 +62,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, and what the backward pass reads: silu(q) beside silu(k) [B, T, 2M], attention's output [B, T, M], and the state
     before the first token, which is `enters(k, v)` [B, H, D, E], or None for zero."""
-    from tnllm.kernels.fused.gate import norm_gate, silu
+    from tnllm.kernels.gated_attention_triton import norm_gate, silu
     from tnllm.kernels.lightning_attention.launch import triton_forward
 
     qkvu = qkvu.contiguous()
@@ -86,7 +86,7 @@ def launch_backward(
     returns: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The gradient of qkvu; `initial` as `launch_forward` gave it, `returns(q, do)` the gradient of the last state."""
-    from tnllm.kernels.fused.gate import norm_gate_backward, silu_backward_
+    from tnllm.kernels.gated_attention_triton import norm_gate_backward, silu_backward_
     from tnllm.kernels.lightning_attention.launch import triton_backward
 
     dqkvu = torch.empty(qkvu.shape, dtype=qkvu.dtype, device=qkvu.device)

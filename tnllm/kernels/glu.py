@@ -29,7 +29,7 @@ def glu_product(ab: Tensor, silu: bool = False) -> Tensor:
 
 @torch.library.custom_op("tnllm::glu_product", mutates_args=(), device_types="cuda")
 def _forward(ab: Tensor, silu: bool) -> Tensor:
-    from tnllm.kernels.fused.glu import launch_forward
+    from tnllm.kernels.glu_triton import launch_forward
 
     return launch_forward(ab, silu)
 
@@ -41,7 +41,7 @@ def _(ab: Tensor, silu: bool) -> Tensor:
 
 @torch.library.custom_op("tnllm::glu_product_backward", mutates_args=(), device_types="cuda")
 def _backward(dy: Tensor, ab: Tensor, silu: bool) -> Tensor:
-    from tnllm.kernels.fused.glu import launch_backward
+    from tnllm.kernels.glu_triton import launch_backward
 
     return launch_backward(dy, ab, silu)
 

@@ -80,7 +80,7 @@ def _chunks(
         part, target = x[start : start + rows], labels[start : start + rows]
         logits = _product(part, low.t())
         if x.is_cuda:
-            from tnllm.kernels.fused.softmax import launch_softmax
+            from tnllm.kernels.linear_cross_entropy_triton import launch_softmax
 
             losses, dlogits = launch_softmax(logits, target, ignore_index, wanted, x.dtype)
         else:

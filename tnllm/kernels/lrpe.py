@@ -55,7 +55,7 @@ def _cos_sin(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tens
 @torch.library.custom_op("tnllm::lrpe", mutates_args=())
 def _forward(x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> Tensor:
     if x.is_cuda:
-        from tnllm.kernels.fused.lrpe import launch_forward
+        from tnllm.kernels.lrpe_triton import launch_forward
 
         return launch_forward(x, theta, positions, silu)
     a = F.silu(_wide(x)) if silu else _wide(x)
@@ -71,7 +71,7 @@ def _(x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> Tensor:
 @torch.library.custom_op("tnllm::lrpe_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
-        from tnllm.kernels.fused.lrpe import launch_backward
+        from tnllm.kernels.lrpe_triton import launch_backward
 
         return launch_backward(dy, x, theta, positions, silu)
     wide = _wide(x)

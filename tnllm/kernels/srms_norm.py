@@ -34,7 +34,7 @@ def srms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 @torch.library.custom_op("tnllm::srms_norm", mutates_args=())
 def _forward(x: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
-        from tnllm.kernels.fused.norm import launch_forward
+        from tnllm.kernels.srms_norm_triton import launch_forward
 
         return launch_forward(x, eps)
     return srms_norm_reference(x, eps)
@@ -49,7 +49,7 @@ def _(x: Tensor, eps: float) -> Tensor:
 def _backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
     """dx = r (dy - y mean(y dy)) with r = 1 / sqrt(mean(x^2) + eps) and y = r x."""
     if x.is_cuda:
-        from tnllm.kernels.fused.norm import launch_backward
+        from tnllm.kernels.srms_norm_triton import launch_backward
 
         return launch_backward(dy, x, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from tnllm.errors import UserError, did_you_mean
 from tnllm.files import parse_count
 from tnllm.modeling.config import PRESETS, LoraConfig, ModelConfig, get_preset
-from tnllm.training.recipes import dump_yaml, find_recipe, parse_yaml, read_text
+from tnllm.recipe import dump_yaml, find_recipe, parse_yaml, read_text
 
 
 def _count(value: Any) -> Any:

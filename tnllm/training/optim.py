@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tnllm.training.bf16_adamw import Bf16AdamW
 from tnllm.training.config import OptimizerSection
-from tnllm.training.rounding import Bf16AdamW
 
 
 class Parameters(Protocol):

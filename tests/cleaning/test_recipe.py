@@ -1,0 +1,47 @@
+import pytest
+
+from tnllm.cleaning.recipe import describe, load_clean_recipe
+from tnllm.cleaning.settings import CleanSettings
+from tnllm.errors import UserError
+
+
+def test_defaults_and_the_packaged_recipe():
+    assert load_clean_recipe(None) == CleanSettings()
+    sample = load_clean_recipe("data/sample")
+    assert sample == load_clean_recipe("sample") and sample.input.path == ("dirty-sample",)
+    assert sample.rules.limits("zh")["length"] == (40, 200_000) and sample.rules.limits("en")["length"] == (50, 100_000)
+    assert load_clean_recipe("data/sample", ["dedup.threshold=0.5", "input.path=a.txt"]).input.path == ("a.txt",)
+
+
+def test_one_figure_can_be_set():
+    found = load_clean_recipe("data/sample", ["rules.zh.end_marks=[null, null]"])
+    assert found.rules.zh == {"length": (40, 200_000), "end_marks": (None, None)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dedup:\n  treshold: 0.5\n", r"dedup.treshold: no such key; did you mean 'threshold'\? \(.*r.yaml:2\)"),
+        ("dedupe:\n  x: 1\n", r"dedupe: no such key; did you mean 'dedup'\?"),
+        ("dedup:\n  threshold: 2\n", r"dedup.threshold is 2: input should be less than or equal to 1 \(.*:2\)"),
+        ("rules:\n  en:\n    lenght: [1, 2]\n", r"rules.en is .*no figure 'lenght'; did you mean 'length'\?"),
+        ("- 1\n", "expected sections such as input: and dedup:, found list"),
+        ("dedup: {\n", "not YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_clean_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_unknown_recipe_and_set():
+    with pytest.raises(UserError, match=r"no cleaning recipe data/sampel: .*did you mean 'data/sample'\?"):
+        load_clean_recipe("data/sampel")
+    with pytest.raises(UserError, match="such as dedup"):
+        load_clean_recipe(None, ["threshold=1"])
+
+
+def test_described_keys_are_a_recipe(tmp_path):
+    (tmp_path / "all.yaml").write_text(describe())
+    assert load_clean_recipe(str(tmp_path / "all.yaml")) == CleanSettings()

@@ -1,0 +1,213 @@
+"""What a cleaning run does, as frozen values: the sections of a recipe such as `recipes/data/sample.yaml`.
+
+settings = CleanSettings.model_validate({"input": {"path": ["web/"]}, "dedup": {"threshold": 0.7}})
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from tnllm.cleaning.rules import DEFAULTS, FIGURES, Range
+from tnllm.errors import did_you_mean
+from tnllm.files import parse_count
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, (str, float)) else value)]
+
+
+class InputSection(BaseModel):
+    """What is read."""
+
+    model_config = _FROZEN
+
+    path: Paths = Field((), description="Files or folders; 'dirty-sample' is the sample that ships in the package.")
+    field: str = Field("text", description="Field or column that holds the text.")
+    id_field: str = Field("id", description="Field that names a document; without it file:line does.")
+    source_field: str = Field("source", description="Field that names where a document comes from; else the file does.")
+    split_on: Literal["none", "blank-line", "line"] = Field("none", description="Where text files are cut.")
+    on_error: Literal["stop", "skip"] = Field("skip", description="At what cannot be read; skip keeps a note of each.")
+    max_line_mb: float = Field(16, gt=0, description="A longer line is no document.")
+    shard_mb: float = Field(64, gt=0, description="Input of one shard, the unit of work and of resuming.")
+
+
+class RepairSection(BaseModel):
+    """Encodings, HTML remnants, punctuation, special characters."""
+
+    model_config = _FROZEN
+
+    enabled: bool = Field(True, description="Mend text before anything looks at it.")
+    urls: bool = Field(True, description="Strip URLs.")
+    collapse: bool = Field(True, description="One mark for repeated ones; Markdown and LaTeX structure stays.")
+    exempt: tuple[str, ...] = Field((), description="Sources left as they are (code).")
+
+
+class LanguageSection(BaseModel):
+    """Which languages stay."""
+
+    model_config = _FROZEN
+
+    keep: tuple[str, ...] = Field(("en", "zh"), description="ISO 639 codes; empty keeps all.")
+    min_confidence: float = Field(0.3, ge=0, le=1, description="Of py3langid, over the whole text.")
+
+
+class BoilerplateSection(BaseModel):
+    """Lines of navigation, cookie notices, copyright."""
+
+    model_config = _FROZEN
+
+    enabled: bool = Field(True, description="Drop such lines.")
+    max_share: float = Field(0.5, gt=0, le=1, description="A text with a larger share of such lines goes whole.")
+
+
+class RulesSection(BaseModel):
+    """Ranges of figures; `tnllm data clean --keys` lists each with its defaults."""
+
+    model_config = _FROZEN
+
+    enabled: bool = Field(True, description="Apply the rules.")
+    en: dict[str, Range] = Field({}, description="Figure: [lowest, highest], over the defaults for English.")
+    zh: dict[str, Range] = Field({}, description="The same for Chinese.")
+    other: dict[str, Range] = Field({}, description="The same for any other language.")
+    exempt: tuple[str, ...] = Field((), description="Sources that no rule applies to, such as code.")
+
+    @field_validator("en", "zh", "other")
+    @classmethod
+    def _known(cls, value: dict[str, Range]) -> dict[str, Range]:
+        for name in value:
+            if name not in FIGURES:
+                raise ValueError(f"no figure {name!r}{did_you_mean(name, FIGURES)}")
+        return value
+
+    def limits(self, language: str) -> dict[str, Range]:
+        """The ranges that apply to a language."""
+        name = language if language in ("en", "zh") else "other"
+        return {**DEFAULTS[name], **getattr(self, name)}
+
+
+class BlocklistSection(BaseModel):
+    """Words and hosts that are not wanted."""
+
+    model_config = _FROZEN
+
+    words: Paths = Field((), description="Files of terms, one a line. None ship.")
+    min_hits: int = Field(2, ge=1, description="Different terms of the list that make a text unwanted.")
+    hosts: Paths = Field((), description="Files of host names, one a line; also their subdomains (field url).")
+
+
+class PersonalSection(BaseModel):
+    """Personal data."""
+
+    model_config = _FROZEN
+
+    mask: tuple[Literal["email", "ip", "phone"], ...] = Field(
+        ("email", "ip", "phone"), description="What is masked. []: nothing."
+    )
+
+
+class DedupSection(BaseModel):
+    """Duplicates, exact and near."""
+
+    model_config = _FROZEN
+
+    enabled: bool = Field(True, description="Keep one document of each group of duplicates: the first in input order.")
+    threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of n-grams; 1: exact duplicates only.")
+    words: int = Field(5, ge=1, description="Words in an n-gram.")
+    characters: int = Field(5, ge=1, description="Characters in an n-gram of Chinese, Japanese or Korean text.")
+    num_hashes: int = Field(256, ge=16, description="MinHash values of a document; 4 bytes each on disk.")
+    rows: int = Field(5, ge=1, description="Values that must agree in a band; fewer find less similar pairs, slower.")
+    verify: Literal["exact", "estimate"] = Field(
+        "exact", description="Similarity that decides: of the n-grams themselves, or the share of equal MinHash values."
+    )
+    memory_mb: float = Field(1024, gt=0, description="Most memory for matching; more documents take more passes.")
+    seed: int = Field(0, ge=0, description="Of the hash functions.")
+
+
+class DecontaminateSection(BaseModel):
+    """Overlap with evaluation sets."""
+
+    model_config = _FROZEN
+
+    path: Paths = Field((), description="Files or folders of evaluation sets (.jsonl .json .csv .tsv .txt). None: off.")
+    words: int = Field(13, ge=5, description="Words in a row that are no accident.")
+    characters: int = Field(24, ge=8, description="Characters in a row, in Chinese.")
+    min_hits: int = Field(1, ge=1, description="Shared n-grams that reject a document.")
+
+
+class SelfCleanSection(BaseModel):
+    """Rounds of training a small model, scoring every document with it and dropping the least likely."""
+
+    model_config = _FROZEN
+
+    rounds: int = Field(0, ge=0, description="0: off.")
+    seed_path: Paths = Field((), description="Clean text that round 1 learns from. None: everything kept so far.")
+    drop_highest: float = Field(0.1, ge=0, lt=1, description="Share of each source dropped a round, worst scores.")
+    drop_lowest: float = Field(0.0, ge=0, lt=1, description="Share with the lowest scores: endless repetition.")
+    max_score: float | None = Field(None, gt=0, description="Bits per byte above which a document goes, besides.")
+    recipe: str = Field("tiny", description="Training recipe of the scoring model.")
+    set: Paths = Field((), description="Changes to that recipe, as --set takes them: train.max_steps=200.")
+    held_out: Paths = Field((), description="Clean text for the loss of each round. None: a share of round 1's text.")
+    held_out_fraction: float = Field(0.02, gt=0, lt=0.5, description="That share; it is never learned from.")
+    compare: bool = Field(False, description="Also train on a random subset of the same size, to compare losses.")
+
+
+class OutputSection(BaseModel):
+    """What is written."""
+
+    model_config = _FROZEN
+
+    keep_rejected: bool = Field(True, description="Keep every rejected document with its reason and figures.")
+    tally_field: str | None = Field(None, description="Field whose values are counted in and out of each step.")
+
+
+class SlurmSection(BaseModel):
+    """Executor slurm; the names are datatrove's."""
+
+    model_config = _FROZEN
+
+    partition: str = Field("cpu", description="Slurm partition.")
+    time: str = Field("20:00:00", description="Time limit of a task.")
+    cpus_per_task: int = Field(1, ge=1, description="Cores of a task.")
+    mem_per_cpu_gb: int = Field(2, ge=1, description="GiB for each core.")
+    env_command: str | None = Field(None, description="Shell line that activates the environment.")
+    sbatch_args: dict[str, Any] = Field({}, description="More options of sbatch.")
+
+
+class CleanSettings(BaseModel):
+    """All sections."""
+
+    model_config = _FROZEN
+
+    input: InputSection = InputSection()
+    repair: RepairSection = RepairSection()
+    language: LanguageSection = LanguageSection()
+    boilerplate: BoilerplateSection = BoilerplateSection()
+    rules: RulesSection = RulesSection()
+    blocklist: BlocklistSection = BlocklistSection()
+    personal: PersonalSection = PersonalSection()
+    decontaminate: DecontaminateSection = DecontaminateSection()
+    dedup: DedupSection = DedupSection()
+    self_clean: SelfCleanSection = SelfCleanSection()
+    output: OutputSection = OutputSection()
+    slurm: SlurmSection = SlurmSection()
+
+
+def only_dedup(**changes: Any) -> CleanSettings:
+    """Settings that change and drop nothing but duplicates; `changes` are fields of the dedup and input sections."""
+    dedup = {key: value for key, value in changes.items() if key in DedupSection.model_fields}
+    given = {key: value for key, value in changes.items() if key in InputSection.model_fields}
+    return CleanSettings(
+        input=InputSection(**given),
+        repair=RepairSection(enabled=False),
+        language=LanguageSection(keep=()),
+        boilerplate=BoilerplateSection(enabled=False),
+        rules=RulesSection(enabled=False),
+        personal=PersonalSection(mask=()),
+        dedup=DedupSection(**dedup),
+    )

@@ -1,0 +1,32 @@
+"""Which device a name means.
+
+    device = pick_device("auto")        # torch.device("cuda") where there is a GPU, else torch.device("cpu")
+
+torch is imported inside, since commands that need no device must not pay for it.
+"""
+
+from typing import TYPE_CHECKING
+
+from tnllm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pick_device(name: str, option: str = "device") -> "torch.device":
+    """Return the device that `name` means: `auto`, `cpu`, `cuda` or `cuda:N`; `option` names it in messages.
+
+    Raises UserError for any other name, and for a CUDA device that torch does not see.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not (number.isascii() and number.isdigit()))):
+        raise UserError(f"{option} is {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and int(number or 0) >= count:
+        allowed = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(count))])
+        raise UserError(f"{option} is {name!r}, and torch sees {count} CUDA devices here; allowed: {allowed}")
+    return torch.device(name)

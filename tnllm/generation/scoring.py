@@ -1,0 +1,245 @@
+"""Log-probabilities of continuations, every shared beginning read once and its state forked.
+
+    for result in Scorer(model).score(requests):               # as they are finished, in no order
+        result.index, sum(result.logprobs), result.greedy
+    scorer.num_tokens, scorer.plain_tokens                     # computed, and one request at a time
+
+Pieces of the prefix tree are packed as ragged rows by tokens, each with the state its parent left; padding never enters
+a state. The deepest ready pieces go first, so few states are alive at a time. A document longer than a pass is a chain of
+pieces, so its length costs no memory and nothing is cut off.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tnllm.errors import RunError, UserError
+from tnllm.generation.prefix_tree import Node, PrefixTree, Request
+from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.state import State
+
+# Tokens of one pass, and bytes for the states it starts from and for its logits.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+_STATE_BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}
+_LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One finished request."""
+
+    index: int
+    logprobs: NDArray[np.float64]  # natural logarithm, one for each token of the continuation
+    greedy: bool  # every token of the continuation was the likeliest one
+
+
+@dataclass
+class _Source:
+    """States that pieces start from, one row for each parent; `serial` keeps pieces of one source together."""
+
+    serial: int
+    state: State
+    waiting: int  # pieces that still start from here
+
+
+@dataclass
+class _Pending:
+    """Results on the device, fetched after the next pass was launched."""
+
+    numbers: list[int]
+    logprobs: Tensor
+    likeliest: Tensor
+
+
+class Scorer:
+    """Scores requests with a model. `share` False computes each request for itself, as a plain harness does."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        share: bool = True,
+        batch_tokens: int | None = None,
+        batch_rows: int | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`batch_tokens` and `batch_rows` bound one pass (None: by device and memory). `note` is told of changes."""
+        self.model, self.share, self.note = model, share, note
+        device = model.device.type
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[device]
+        self.batch_rows = batch_rows
+        self._logits_rows = max(1, _LOGITS_BYTES[device] // (4 * model.config.vocab_size))
+        self.num_tokens = self.plain_tokens = 0
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[Request], report: Report = lambda done, total: None) -> Iterator[Score]:
+        """Yield a Score per request. `report` gets the tokens computed so far and in all.
+
+        Raises UserError for an id outside the vocabulary, RunError when one piece does not fit into memory or the
+        model gives non-finite logits.
+        """
+        vocab_size = self.model.config.vocab_size
+        checked: set[int] = set()
+        for request in requests:
+            assert request.context and request.continuation, "a prediction needs a token before it"
+            for ids in (request.context, request.continuation):
+                if id(ids) not in checked:
+                    checked.add(id(ids))
+                    if not 0 <= min(ids) <= max(ids) < vocab_size:
+                        raise UserError(
+                            f"a token id lies outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
+                        )
+        if not requests:
+            return
+        tree = PrefixTree(requests, self.share, max_piece=self.batch_tokens)
+        self.num_tokens += tree.num_tokens
+        self.plain_tokens += tree.plain_tokens
+        first = tree.first_target
+        logprobs = np.empty(first[-1], np.float64)
+        likeliest = np.empty(first[-1], np.bool_)
+        owner = np.repeat(np.arange(len(requests)), np.diff(first))
+        missing = np.diff(first)
+
+        def arrived(pending: _Pending) -> Iterator[Score]:
+            numbers = np.array(pending.numbers, np.int64)
+            logprobs[numbers] = pending.logprobs.double().cpu().numpy()
+            likeliest[numbers] = pending.likeliest.cpu().numpy()
+            if not np.isfinite(logprobs[numbers]).all():
+                raise RunError(
+                    "the model gives non-finite log-probabilities; are the weights whole? try --dtype float32"
+                )
+            touched, counts = np.unique(owner[numbers], return_counts=True)
+            missing[touched] -= counts
+            for index in touched[missing[touched] == 0].tolist():
+                part = slice(first[index], first[index + 1])
+                yield Score(index, logprobs[part].copy(), bool(likeliest[part].all()))
+
+        before: _Pending | None = None
+        done = 0
+        for tokens, pending in self._passes(tree, self._rows(requests)):
+            if before is not None:
+                yield from arrived(before)
+            before = pending
+            done += tokens
+            report(done, tree.num_tokens)
+        if before is not None:
+            yield from arrived(before)
+
+    def _rows(self, requests: Sequence[Request]) -> int:
+        """How many pieces one pass may hold, by the size of a state."""
+        model = self.model
+        row_bytes = model.init_state(1).nbytes
+        if model.config.kind == "transformer":
+            longest = max(len(request.context) + len(request.continuation) for request in requests)
+            row_bytes = 2 * model.config.num_layers * model.config.model_dim * longest * model.head_weight.itemsize
+        rows = max(1, _STATE_BYTES[model.device.type] // max(row_bytes, 1))
+        return min(rows, self.batch_rows or rows)
+
+    def _passes(self, tree: PrefixTree, max_rows: int) -> Iterator[tuple[int, _Pending | None]]:
+        """Run the tree; yields each pass's number of tokens and its results."""
+        sources: dict[Node, tuple[_Source, int]] = {}
+        ready = [(0, number, node) for number, node in enumerate(tree.top)]
+        heapq.heapify(ready)
+        serial = len(ready)
+        budget, held = self.batch_tokens, 0
+        while ready:
+            pack = _take(ready, budget, max_rows, held)
+            pack.sort(key=lambda entry: (sources[entry[2]][0].serial if entry[2] in sources else 0, entry[1]))
+            nodes = [node for _, _, node in pack]
+            try:
+                pending, after = self._run(nodes, sources)
+            except torch.OutOfMemoryError:
+                if len(nodes) == 1:
+                    raise RunError(
+                        f"a piece of {len(nodes[0])} tokens does not fit into the GPU's memory; lower --batch-tokens"
+                    ) from None
+                for entry in pack:
+                    heapq.heappush(ready, entry)
+                budget, max_rows = max(1, budget // 2), max(1, len(nodes) // 2)
+                torch.cuda.empty_cache()
+                self.note(f"out of GPU memory: going on with {budget} tokens and {max_rows} pieces at a time")
+                continue
+            for node in nodes:
+                if node in sources:
+                    origin, _ = sources.pop(node)
+                    origin.waiting -= 1
+                    held -= origin.state.batch if origin.waiting == 0 else 0
+            inner = [node for node in nodes if node.children]
+            if inner:
+                rows = [row for row, node in enumerate(nodes) if node.children]
+                serial += 1
+                kept = after if len(inner) == len(nodes) else after.select(rows)
+                source = _Source(serial, kept, sum(len(node.children) for node in inner))
+                held += kept.batch
+                for row, node in enumerate(inner):
+                    for child in node.children:
+                        serial += 1
+                        sources[child] = (source, row)
+                        heapq.heappush(ready, (-child.depth, serial, child))
+            yield sum(map(len, nodes)), pending
+
+    def _run(self, nodes: list[Node], sources: dict[Node, tuple[_Source, int]]) -> tuple[_Pending | None, State]:
+        """One pass over a pack of pieces: their predictions and the states after them."""
+        model = self.model
+        tokens = torch.from_numpy(np.concatenate([node.tokens for node in nodes]).astype(np.int64))
+        tokens = tokens[None].to(model.device)
+        state = self._states(nodes, sources)
+        starts = np.concatenate([[0], np.cumsum([len(node) for node in nodes])])
+        if len(nodes) == 1:
+            hidden, after = model.hidden(tokens, state)
+        else:
+            cu_seqlens = torch.from_numpy(starts.astype(np.int32)).to(model.device)
+            hidden, after = model.hidden(tokens, state, cu_seqlens)
+        targets = sorted(
+            (int(start) + position - node.start, token, number)
+            for start, node in zip(starts, nodes, strict=False)
+            for position, token, number in node.targets
+        )
+        return (self._predictions(hidden[0], targets) if targets else None), after
+
+    def _predictions(self, hidden: Tensor, targets: list[tuple[int, int, int]]) -> _Pending:
+        """hidden [T, M]; targets sorted by position. Logits only where something is asked, some rows at a time."""
+        positions, tokens, numbers = map(list, zip(*targets, strict=True))
+        places, rows = np.unique(np.array(positions), return_inverse=True)
+        logprobs, likeliest = [], []
+        for low in range(0, len(places), self._logits_rows):
+            high = min(len(places), low + self._logits_rows)
+            logits = self.model.logits(hidden[torch.from_numpy(places[low:high]).to(hidden.device)])
+            begin, end = np.searchsorted(rows, [low, high])
+            row = torch.from_numpy(rows[begin:end] - low).to(hidden.device)
+            token = torch.tensor(tokens[begin:end], device=hidden.device)
+            logprobs.append(logits[row, token] - logits.logsumexp(-1)[row])
+            likeliest.append(logits.argmax(-1)[row] == token)
+        return _Pending(numbers, torch.cat(logprobs), torch.cat(likeliest))
+
+    def _states(self, nodes: list[Node], sources: dict[Node, tuple[_Source, int]]) -> State:
+        """The state each piece starts from; pieces of one source stand together."""
+        parts: list[tuple[State | None, list[int]]] = []
+        for node in nodes:
+            source, row = sources.get(node, (None, 0))
+            state = None if source is None else source.state
+            if not parts or parts[-1][0] is not state:
+                parts.append((state, []))
+            parts[-1][1].append(row)
+        states = [self.model.init_state(len(rows)) if state is None else state.select(rows) for state, rows in parts]
+        return states[0] if len(states) == 1 else State.cat(states)
+
+
+def _take(ready: list[tuple[int, int, Node]], budget: int, max_rows: int, held: int) -> list[tuple[int, int, Node]]:
+    """The deepest pieces first, shallower ones to fill the pass as long as their states find room."""
+    pack: list[tuple[int, int, Node]] = []
+    deepest, tokens = ready[0][0], 0
+    while ready and len(pack) < max_rows:
+        depth, _, node = ready[0]
+        crowded = depth != deepest and bool(node.children) and held + len(pack) >= max_rows
+        if pack and (tokens + len(node) > budget or crowded):
+            break
+        pack.append(heapq.heappop(ready))
+        tokens += len(node)
+    return pack

@@ -1,0 +1,1 @@
+"""A whole decoding step as one persistent Triton kernel: `wide` for large models, `narrow` for small ones."""
