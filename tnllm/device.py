@@ -1,10 +1,13 @@
-"""Which device a name means.
+"""Which device a name means, and what a report says of it.
 
     device = pick_device("auto")        # torch.device("cuda") where there is a GPU, else torch.device("cpu")
+    describe_device(device)             # {"torch": "2.13.0+cpu", "device": "cpu (x86_64), 2 threads", ...}
 
 torch is imported inside, since commands that need no device must not pay for it.
 """
 
+import platform
+import time
 from typing import TYPE_CHECKING
 
 from tnllm.errors import UserError
@@ -30,3 +33,19 @@ def pick_device(name: str, option: str = "device") -> "torch.device":
         allowed = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(count))])
         raise UserError(f"{option} is {name!r}, and torch sees {count} CUDA devices here; allowed: {allowed}")
     return torch.device(name)
+
+
+def describe_device(device: "torch.device") -> dict[str, str]:
+    """Device, versions and date, for the head of a report."""
+    import torch
+
+    description = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    if device.type != "cuda":
+        return description | {"device": f"cpu ({platform.machine()}), {torch.get_num_threads()} threads"}
+    import triton
+
+    return description | {
+        "device": torch.cuda.get_device_name(device),
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+    }

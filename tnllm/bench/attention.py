@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tnllm.bench.providers import PROVIDERS, Provider, softmax_reference
-from tnllm.bench.timing import copy_bandwidth, describe_device, extra_memory, measure
+from tnllm.bench.timing import copy_bandwidth, extra_memory, measure
+from tnllm.device import describe_device
 from tnllm.errors import UserError, did_you_mean
 from tnllm.kernels.lightning_attention.reference import quadratic
 

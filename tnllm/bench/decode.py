@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from tnllm.bench.decode_baseline import FixedStep, cache_of, filled_cache
-from tnllm.bench.timing import copy_bandwidth, describe_device, measure
+from tnllm.bench.timing import copy_bandwidth, measure
+from tnllm.device import describe_device
 from tnllm.errors import RunError
 from tnllm.generation.captured_step import CapturedStep, can_capture
 from tnllm.modeling.config import get_preset

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnllm.bench.timing import copy_bandwidth, describe_device, measure
+from tnllm.bench.timing import copy_bandwidth, measure
+from tnllm.device import describe_device
 from tnllm.kernels.srms_norm import srms_norm, srms_norm_reference
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from tnllm.bench.scale import GATE_STEPS, LONGEST, ONE, Job, Plan, run_config
-from tnllm.bench.timing import describe_device
 from tnllm.bench.train import Step, forget, timed_step, wait
+from tnllm.device import describe_device
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
 from tnllm.parallel.ranks import ManyRanks, OneRank
 from tnllm.parallel.traffic import TRAFFIC_AXES, Traffic, axis_names

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnllm.bench.timing import describe_device
+from tnllm.device import describe_device
 from tnllm.kernels.lightning_attention import lightning_attention_step
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import LanguageModel, build_model

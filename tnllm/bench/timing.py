@@ -4,7 +4,6 @@ timing = measure(lambda: f(x), device)     # Timing(median_ms, low_ms, high_ms, 
 bandwidth = copy_bandwidth(device)         # bytes/s, reads and writes counted
 """
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,17 +98,3 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.randn(count, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     return 2 * source.nbytes / (measure(lambda: target.copy_(source), device).median_ms / 1e3)
-
-
-def describe_device(device: torch.device) -> dict[str, str]:
-    """Device and versions, for the head of every report."""
-    found = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["cuda"] = str(torch.version.cuda)
-        import triton
-
-        found["triton"] = triton.__version__
-    else:
-        found["device"] = f"cpu ({platform.machine()}), {torch.get_num_threads()} threads"
-    return found

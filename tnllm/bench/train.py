@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tnllm.bench.timing import describe_device
 from tnllm.data.loader import Batch
+from tnllm.device import describe_device
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import build_model

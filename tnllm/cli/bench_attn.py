@@ -71,7 +71,7 @@ def command(
         from tnllm.bench.accuracy import SLOPES, decay_errors
         from tnllm.bench.attention import choose
         from tnllm.bench.report import print_errors
-        from tnllm.bench.timing import describe_device
+        from tnllm.device import describe_device
 
         rows = decay_errors(
             choose(names, where, dtypes[name], _note), chosen, SLOPES, dtypes[name], where, heads, head_dim

@@ -33,10 +33,10 @@ def command(
     import torch
 
     from tnllm.bench.report import write_json
-    from tnllm.bench.timing import describe_device
+    from tnllm.device import describe_device, pick_device
     from tnllm.evaluation.bench import bench_sharing
     from tnllm.evaluation.bundle import load_bundle
-    from tnllm.generation.loading import DTYPES, load, pick_device
+    from tnllm.generation.loading import DTYPES, load
 
     where = pick_device(device)
     if dtype != "auto" and dtype not in DTYPES:

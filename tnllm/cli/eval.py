@@ -250,12 +250,11 @@ def check_against_harness(
     with quiet_transformers():
         say("loading")
         quiet_libraries(names, online=False)
-        from tnllm.bench.timing import describe_device
         from tnllm.convert.quantize import quiet_import
         from tnllm.convert.run import Options, convert
+        from tnllm.device import describe_device, pick_device
         from tnllm.evaluation.hf_check import check_against_hf, need_transformers
         from tnllm.evaluation.tasks import choose, load_tasks
-        from tnllm.generation.loading import pick_device
 
         need_transformers()
         quiet_import()
