@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def pick_device(name: str, option: str = "device") -> "torch.device":
     """Return the device that `name` means: `auto`, `cpu`, `cuda` or `cuda:N`; `option` names it in messages.
 
-    Raises UserError for any other name, and for a CUDA device that torch does not see.
+    `cuda:N` becomes the process's current device too, since Triton launches kernels on that one, wherever the tensors
+    are. Raises UserError for any other name, and for a CUDA device that torch does not see.
     """
     import torch
 
@@ -31,7 +32,9 @@ def pick_device(name: str, option: str = "device") -> "torch.device":
         raise UserError(f"{option} is {name!r}; allowed: auto, cpu, cuda, cuda:N")
     if kind == "cuda" and int(number or 0) >= count:
         allowed = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(count))])
-        raise UserError(f"{option} is {name!r}, and torch sees {count} CUDA devices here; allowed: {allowed}")
+        raise UserError(f"{option} is {name!r}, but torch sees {count} CUDA devices here; allowed: {allowed}")
+    if number:
+        torch.cuda.set_device(int(number))
     return torch.device(name)
 
 

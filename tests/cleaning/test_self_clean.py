@@ -96,6 +96,18 @@ def test_other_settings_are_refused(cleaned, corpus):
         self_clean_alone(settings(corpus, rounds=1), cleaned[0], "cpu")
 
 
+def test_training_takes_the_device_that_is_named(corpus, tmp_path, monkeypatch):
+    class Trained(Exception):
+        pass
+
+    def train(config, out, resume):
+        raise Trained(config.train.device)
+
+    monkeypatch.setattr("tnllm.cleaning.self_clean.train", train)
+    with pytest.raises(Trained, match=r"^cuda:1$"):
+        self_clean_alone(settings(corpus), tmp_path / "out", "cuda:1")
+
+
 def test_no_rounds_is_a_mistake(corpus, tmp_path):
     with pytest.raises(UserError, match=r"self_clean\.rounds is 0"):
         self_clean_alone(settings(corpus, rounds=0), tmp_path / "out", "cpu")

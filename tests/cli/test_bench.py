@@ -41,7 +41,7 @@ def test_constant_tokens(capfd, tmp_path):
         (["--shape", "1x2x3x4", "--seqlen", "5"], "--shape gives lengths itself"),
         (["--dtype", "int8"], "--dtype is 'int8'; allowed: bf16, fp16, fp32"),
         (["--providers", "tnlm"], "did you mean 'tnllm'?"),
-        (["--device", "tpu"], "--device is 'tpu'; allowed: auto, cuda, cpu"),
+        (["--device", "tpu"], "--device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
     ],
 )
 def test_bad_input(capfd, args, message):

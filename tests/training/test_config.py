@@ -117,6 +117,11 @@ def test_scalars_follow_yaml_1_2() -> None:
     assert lines["l"] == 12
 
 
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:13"])
+def test_devices(recipe: Path, name: str) -> None:
+    assert load_recipe(str(recipe), [f"train.device={name}"]).train.device == name
+
+
 @pytest.mark.parametrize(("written", "meant"), [("on", "on"), ("off", "off"), ("true", "on"), ("false", "off")])
 def test_switches(recipe: Path, written: str, meant: str) -> None:
     assert load_recipe(str(recipe), [f"train.compile={written}"]).train.compile == meant
@@ -156,6 +161,8 @@ def test_data_path_forms(recipe: Path) -> None:
         ("log.tensorboard=maybe", "log.tensorboard is 'maybe': expected true or false (--set)"),
         ("tokenizer.path=3", "tokenizer.path is 3: expected a string (quote it) (--set)"),
         ("train.dtype=fp16", "train.dtype is 'fp16': input should be 'auto', 'fp32' or 'bf16' (--set)"),
+        ("train.device=tpu", "train.device is 'tpu': expected auto, cpu, cuda or cuda:N (--set)"),
+        ("train.device=cuda:x", "train.device is 'cuda:x': expected auto, cpu, cuda or cuda:N (--set)"),
         ("data.path=[]", "data.path is []: expected more items (--set)"),
         ("train.max_steps={", "--set train.max_steps:1: not YAML: "),
         ("train.max_steps", "--set is 'train.max_steps'; write section.key=value, such as train.max_steps=100"),

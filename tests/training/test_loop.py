@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_overwritten(config, tmp_path):
         (["model.vocab_size=300"], "has 320 pieces, more than model.vocab_size 300"),
         (["data.path=/no/such/file"], "/no/such/file"),
         (["tokenizer.path=/no/such/file"], "/no/such/file"),
-        (["train.device=cuda"], "train.device is 'cuda', but torch sees no CUDA device"),
+        (["train.device=cuda"], "train.device is 'cuda', but torch sees 0 CUDA devices here; allowed: auto, cpu"),
     ],
 )
 def test_bad_input_is_one_line(recipe, tmp_path, sets, message):

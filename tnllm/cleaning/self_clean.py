@@ -157,12 +157,12 @@ def _train(settings: SelfCleanSection, text: Path, folder: Path, device: str) ->
     run = folder / "run"
     if (run / "weights" / "config.json").exists():
         return run
-    config = load_recipe(settings.recipe, [*settings.set, f"train.device={device.split(':')[0]}"])
+    config = load_recipe(settings.recipe, [*settings.set, f"train.device={device}"])
     tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
     tokens = folder / "tokens"
     tokenize_corpus([text], tokens, tokenizer, Options(val_fraction=0), workers=1)
     changes = [f"data.path={tokens}", f"tokenizer.path={tokenizer.path}", "eval.every_steps=0"]
-    sets = [*settings.set, *changes, f"train.device={device.split(':')[0]}"]
+    sets = [*settings.set, *changes, f"train.device={device}"]
     train(load_recipe(settings.recipe, sets), run, resume="auto")
     return run
 

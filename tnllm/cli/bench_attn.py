@@ -28,7 +28,7 @@ def command(
     head_dim: int | None = typer.Option(None, min=1, help="Width of a head. Default 128 on a GPU, 64 on CPU."),
     dtype: str | None = typer.Option(None, help="bf16, fp16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
     providers: str | None = typer.Option(None, help=f"Among {_GPU_PROVIDERS}; on CPU {_CPU_PROVIDERS}."),
-    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     accuracy: bool = typer.Option(False, "--accuracy", help="Only errors against float64, by decay and length."),
     seconds: float = typer.Option(0.5, min=0.01, help="Time spent on each measurement."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
@@ -47,13 +47,11 @@ def command(
 
     from tnllm.bench.attention import Shape, bench_attention
     from tnllm.bench.report import plot_attention, print_results, write_csv, write_json
+    from tnllm.device import pick_device
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if device not in ("auto", "cuda", "cpu"):
-        raise UserError(f"--device is {device!r}; allowed: auto, cuda, cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
-    on_gpu = torch.cuda.is_available() and device != "cpu"
+    where = pick_device(device, "--device")
+    on_gpu = where.type == "cuda"
     default_lengths, default_heads, default_dim, default_dtype = _GPU if on_gpu else _CPU
     if not on_gpu:
         _note("no GPU in use: the chunked torch form against the quadratic one and SDPA, at sizes for a CPU")
@@ -66,7 +64,6 @@ def command(
         Shape(max(1, tokens // count) if tokens else batch, heads, count, head_dim) for count in chosen
     ]
     names = [part.strip() for part in (providers or (_GPU_PROVIDERS if on_gpu else _CPU_PROVIDERS)).split(",")]
-    where = torch.device("cuda" if on_gpu else "cpu")
     if accuracy:
         from tnllm.bench.accuracy import SLOPES, decay_errors
         from tnllm.bench.attention import choose

@@ -26,7 +26,7 @@ def command(
         None, help="Tokens in the Transformer's cache, several with commas; none leaves it out. Default 1k,16k."
     ),
     dtype: str | None = typer.Option(None, help="bf16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
-    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
     compile_: bool = typer.Option(True, "--compile/--no-compile", help="Compile the Transformer's step (GPU only)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
@@ -40,13 +40,11 @@ def command(
     from tnllm.bench.decode import bench_decode
     from tnllm.bench.decode_report import plot_decode, print_decode
     from tnllm.bench.report import write_csv, write_json
+    from tnllm.device import pick_device
 
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if device not in ("auto", "cuda", "cpu"):
-        raise UserError(f"--device is {device!r}; allowed: auto, cuda, cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
-    on_gpu = torch.cuda.is_available() and device != "cpu"
+    where = pick_device(device, "--device")
+    on_gpu = where.type == "cuda"
     defaults = _GPU if on_gpu else _CPU
     if not on_gpu:
         _note("no GPU in use: small defaults that take under a minute; steps are plain torch, the baseline eager")
@@ -65,7 +63,7 @@ def command(
         lengths(batches or defaults[2], "--batches"),
         [] if cached == "none" else lengths(cached, "--contexts"),
         dtypes[name],
-        torch.device("cuda" if on_gpu else "cpu"),
+        where,
         seconds or defaults[5],
         compile_,
         _note,

@@ -38,7 +38,7 @@ def command(
     from tnllm.evaluation.bundle import load_bundle
     from tnllm.generation.loading import DTYPES, load
 
-    where = pick_device(device)
+    where = pick_device(device, "--device")
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     bundle = load_bundle(file)

@@ -14,7 +14,7 @@ def command(
     widths: str = typer.Option("1024,2048,4096,5120,8192", help="Channels of a row, several with commas."),
     rows: int | None = typer.Option(None, min=1, help="Rows. Default 32768 on a GPU, 2048 on CPU."),
     step: str | None = typer.Option(None, help="Also time a whole training step of this preset with each norm."),
-    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
 ) -> None:
     """Check the norms against float64, then time them alone and in a training step."""
@@ -26,9 +26,9 @@ def command(
 
     from tnllm.bench.norm import bench_norm
     from tnllm.bench.report import write_json
-    from tnllm.training.loop import pick_device
+    from tnllm.device import pick_device
 
-    where = pick_device(device)
+    where = pick_device(device, "--device")
     on_gpu = where.type == "cuda"
     results = bench_norm(
         [int(part) for part in widths.split(",")],

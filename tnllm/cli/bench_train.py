@@ -35,14 +35,13 @@ def command(
     weights: str = typer.Option("fp32", help="fp32; or bf16: weights and moments kept in 8 bytes instead of 16."),
     steps: int | None = typer.Option(None, min=1, help="Steps timed. Default 10 on a GPU, 3 on CPU."),
     warmup: int | None = typer.Option(None, min=0, help="Steps before, after the first. Default 3 on a GPU, 1 on CPU."),
-    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
 ) -> None:
     """Check the training step, then time it: tokens/s, FLOP utilisation and memory by size, length and batch."""
     for flag, value, allowed in (
-        ("--device", device, ("auto", "cuda", "cpu")),
         ("--dtype", dtype, ("auto", "bf16", "fp32")),
         ("--weights", weights, ("fp32", "bf16")),
         ("--packing", packing, ("concat", "reset")),
@@ -57,8 +56,6 @@ def command(
     tokens = length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
     chosen_lengths = lengths(seqlens, "--seqlens") if seqlens else None
     check_outputs(json_file, csv_file, plot=plot)
-    import torch
-
     from tnllm.bench.report import (
         compare_training,
         plot_training,
@@ -68,11 +65,11 @@ def command(
         write_json,
     )
     from tnllm.bench.train import Case, bench_training
+    from tnllm.device import pick_device
     from tnllm.errors import RunError
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
-    on_gpu = torch.cuda.is_available() and device != "cpu"
+    where = pick_device(device, "--device")
+    on_gpu = where.type == "cuda"
     default_preset, default_lengths, default_tokens, default_steps = _GPU if on_gpu else _CPU
     if not on_gpu:
         _note("no GPU in use: sizes for a CPU, which say nothing about a GPU; expect up to a minute")
@@ -95,7 +92,7 @@ def command(
 
     results = bench_training(
         cases,
-        torch.device("cuda" if on_gpu else "cpu"),
+        where,
         dtype,
         on_gpu if compile is None else compile,
         steps or default_steps,

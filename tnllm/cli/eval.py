@@ -258,7 +258,7 @@ def check_against_harness(
 
         need_transformers()
         quiet_import()
-        where = pick_device(device)
+        where = pick_device(device, "--device")
         choices = choose(names, num_fewshot, say)
         sets = {choice.name: load_tasks([choice], data_dir, False, say) for choice in choices}
         if model is None:

@@ -23,7 +23,7 @@ def command(
         None, help="Start from these weights: a weights folder, a run folder, or `packaged`; sets train.init."
     ),
     resume: str | None = typer.Option(None, help="auto, a run folder or a step folder."),
-    device: str | None = typer.Option(None, help="auto, cpu or cuda; overrides train.device."),
+    device: str | None = typer.Option(None, help="auto, cpu, cuda or cuda:N; overrides train.device."),
     nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one a GPU; on several machines use torchrun."),
     max_restarts: int = typer.Option(0, min=0, help="With --nproc: start again after a lost rank, this many times."),
     profile: bool = typer.Option(

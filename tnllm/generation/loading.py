@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tnllm.device import pick_device
 from tnllm.errors import UserError
 from tnllm.generation.sampler import SamplingParams
 from tnllm.modeling.lora import merge_adapter
@@ -110,16 +111,3 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold a JSON object; fix it or remove it")
     return settings
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` → device. Raises UserError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
-        raise UserError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:N")
-    count = torch.cuda.device_count()
-    if kind == "cuda" and int(number or 0) >= count:
-        raise UserError(f"device is {name!r}, but torch sees {count} CUDA devices here; allowed: auto, cpu")
-    return torch.device(name)

@@ -8,11 +8,12 @@ config.to_yaml()               # every key; load_recipe of that text is equal to
 Precedence: defaults here < the recipe's `base` < the recipe < `--set`. Sizes may be written 5000, 0.5M or 300B.
 """
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.files import parse_count
@@ -40,6 +41,13 @@ def _as_sources(value: Any) -> Any:
 
 def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _device(name: str) -> str:
+    # Whether the machine has it is checked when training starts: a recipe may be read on another one.
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
+        raise ValueError("expected auto, cpu, cuda or cuda:N")
+    return name
 
 
 PACKAGED = "packaged"  # train.init: the model that ships
@@ -178,7 +186,10 @@ class TrainSection(BaseModel):
         "stop",
         description="On a loss or gradient that is NaN or infinite: stop, or skip the step; both name the batch.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one.")
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        "auto",
+        description="auto (a GPU if there is one), cpu, cuda, cuda:N. Under torchrun a rank takes the GPU of its LOCAL_RANK.",
+    )
 
 
 class EvalSection(BaseModel):

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from tnllm.device import pick_device
 from tnllm.errors import RunError, UserError
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
 from tnllm.training.config import RunConfig, most_rows
-from tnllm.training.loop import pick_device, train
+from tnllm.training.loop import train
 
 # After SIGTERM, the time ranks have to finish their pass and write a checkpoint before they are killed.
 _SHUTDOWN_S = 300
@@ -101,7 +102,9 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
         resume = "auto"
     rank = os.environ["RANK"]
     try:
-        mesh = config_mesh(config, pick_device(config.train.device).type)
+        # Without an index: the mesh gives each rank the GPU of its LOCAL_RANK.
+        device = pick_device(config.train.device.partition(":")[0], "train.device")
+        mesh = config_mesh(config, device.type)
         train(config, out, resume, mesh)
         # A rank that fails leaves at once: closing would wait for the others.
         close_mesh(mesh)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tnllm import __version__
 from tnllm.data.loader import Batch
+from tnllm.device import pick_device
 from tnllm.errors import RunError, UserError
 from tnllm.files import format_count, format_duration, write_text_atomic
 from tnllm.modeling.flops import count_parameters, flops_per_token
@@ -92,7 +93,7 @@ def train(
     """
     if config.eval.tasks and score is None and mesh is None:
         raise UserError("eval.tasks are set, and nothing to score them with was given; train with `tnllm train`")
-    device = pick_device(config.train.device) if mesh is None else mesh.device
+    device = pick_device(config.train.device, "train.device") if mesh is None else mesh.device
     ranks = OneRank() if mesh is None else ManyRanks(mesh)
     tokenizer = ranks.first(lambda: open_tokenizer(config))
     loader, validation = ranks.first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
@@ -396,17 +397,6 @@ def sample_lines(trainer: Trainer, tokenizer: Tokenizer, step: int) -> list[str]
         text = generate_text(trainer.model, tokenizer, asked, max_tokens=count, seed=trainer.config.train.seed)
         lines.append(f"sample at step {step}: {prompt}{text}")
     return lines
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`: the GPU where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "train.device is 'cuda', but torch sees no CUDA device; set train.device=cpu or run tnllm doctor"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
