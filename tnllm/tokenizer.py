@@ -77,6 +77,13 @@ class Tokenizer:
         byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = byte_ids if all(map(self._processor.is_byte, byte_ids)) else None
 
+    def check_vocabulary(self, vocab_size: int, advice: str = "they do not belong together") -> None:
+        """Raises UserError, which ends with `advice`, if there are more ids than a model's `vocab_size` embedding rows."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer {self.path} has {self.vocab_size} pieces, more than model.vocab_size {vocab_size}; {advice}"
+            )
+
     @property
     def backend(self) -> Any:
         """The library's model behind it: a SentencePieceProcessor, or a TiktokenModel."""

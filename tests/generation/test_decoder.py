@@ -258,7 +258,9 @@ def test_faults_of_the_caller(model, tokenizer):
         generate_text(model, tokenizer, "a", temperature=-1)
     with pytest.raises(UserError, match="n is 2; generate_text gives one text"):
         generate_text(model, tokenizer, "a", n=2)
-    with pytest.raises(UserError, match="the tokenizer has 340 tokens, the model 100; they do not belong together"):
+    with pytest.raises(
+        UserError, match=r"has 340 pieces, more than model\.vocab_size 100; they do not belong together"
+    ):
         generate(small_model(vocab_size=100), tokenizer, ["a"])
 
 
@@ -275,7 +277,7 @@ def test_rows_of_a_captured_step_end_one_by_one(model, tokenizer, monkeypatch):
     batches = []
 
     class FakeCapture:
-        likeliest = None
+        top_token = None
 
         def __init__(self, model, state, num_choices):
             self.step = lambda tokens: model.step(tokens, state)
@@ -296,7 +298,7 @@ def test_rows_of_a_captured_step_end_one_by_one(model, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"logprobs": 2}, {"repetition_penalty": 1.3}, {"temperature": 0.5, "seed": 1}])
 def test_a_captured_step_may_choose_the_token(model, tokenizer, monkeypatch, options):
-    """Only the likeliest token: any other wish is for the sampler."""
+    """Only the argmax: every other option needs the sampler."""
     params = [SamplingParams(**{"temperature": 0.0, "max_tokens": 20, **options})]
     plain = results(model, tokenizer, PROMPTS[:1], params)
     calls = []
@@ -304,16 +306,16 @@ def test_a_captured_step_may_choose_the_token(model, tokenizer, monkeypatch, opt
     class FakeCapture:
         def __init__(self, model, state, num_choices):
             self.model, self.state, self.num_choices = model, state, num_choices
-            self.likeliest, self.logits = torch.zeros(1, dtype=torch.int64), None
+            self.top_token, self.logits = torch.zeros(1, dtype=torch.int64), None
 
         @property
-        def top(self):
+        def top_logit(self):
             calls.append(self.state.position)
             return self.logits.amax(dim=-1)
 
         def __call__(self, tokens):
             self.logits = self.model.step(tokens, self.state)
-            self.likeliest.copy_(self.logits[:, : self.num_choices].argmax(dim=-1))
+            self.top_token.copy_(self.logits[:, : self.num_choices].argmax(dim=-1))
             return self.logits
 
     monkeypatch.setattr(decoder, "CapturedStep", FakeCapture)

@@ -12,10 +12,10 @@ import torch
 
 from tnllm.errors import UserError
 from tnllm.modeling import load_model
+from tnllm.modeling.flops import lora_parameters
 from tnllm.modeling.lora import merge_adapter
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
-from tnllm.training.communication import lora_parameters
 from tnllm.training.config import load_recipe
 from tnllm.training.corpus import open_loaders, open_tokenizer
 from tnllm.training.estimate import estimate_memory
@@ -162,7 +162,7 @@ def test_an_adapter_saves_memory(chat):
     config, small = load_recipe(chat), load_recipe(chat, ["lora.rank=4"])
     model = make_model(small, torch.device("cpu"), low=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert lora_parameters(small) == trained
+    assert lora_parameters(small.model, small.lora) == trained
     wide, narrow = (estimate_memory(c, low_precision=True) for c in (config, small))
     assert narrow.optimizer == 8 * trained < wide.optimizer
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)

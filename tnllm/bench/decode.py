@@ -186,10 +186,10 @@ def _own_step(model: LanguageModel, state: Any, num_steps: int) -> Step:
 
 
 def _next(step: Step, tokens: Tensor) -> Tensor:
-    """The likeliest token after `tokens`: the step's own choice where its graph makes one."""
+    """The argmax token after `tokens`, from the step's own graph where that computes it."""
     logits = step(tokens)
-    chosen = getattr(step, "likeliest", None)
-    return logits.argmax(dim=-1) if chosen is None else chosen
+    top_token = getattr(step, "top_token", None)
+    return logits.argmax(dim=-1) if top_token is None else top_token
 
 
 @torch.no_grad()

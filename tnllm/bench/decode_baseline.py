@@ -75,8 +75,8 @@ class FixedStep:
             self._graph = graph
 
     @property
-    def likeliest(self) -> Tensor | None:
-        """[1] the likeliest token after the last call, chosen in the graph; None for several rows and on CPU."""
+    def top_token(self) -> Tensor | None:
+        """[1] argmax of the last call's logits, taken inside the graph; None for several rows and on CPU."""
         return self._tokens if self._graph is not None and len(self._tokens) == 1 else None
 
     def _hidden(self) -> Tensor:

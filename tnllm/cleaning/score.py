@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.packing import pack
 from tnllm.tokenizer import Tokenizer
 
 CHUNK_TOKENS = 4096
@@ -74,13 +75,11 @@ def _scores(documents: list[Tensor], nats: list[float], lengths: Tensor) -> Iter
 
 def _packed_nats(model: LanguageModel, documents: list[Tensor]) -> list[float]:
     """Nats of short documents, all in one pass."""
-    tokens = torch.cat(documents)
-    ends = torch.tensor([len(ids) for ids in documents]).cumsum(0)
-    cu_seqlens = F.pad(ends, (1, 0)).to(model.device, torch.int32)
-    hidden, _ = model.hidden(tokens[None].to(model.device), None, cu_seqlens)
-    nats = _token_nats(model, hidden[0, :-1], tokens[1:].to(model.device)) if len(tokens) > 1 else tokens.new_zeros(0)
+    tokens, cu_seqlens = pack(documents)
+    tokens, starts, ends = tokens.to(model.device), cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    hidden, _ = model.hidden(tokens, None, cu_seqlens.to(model.device))
+    nats = _token_nats(model, hidden[0, :-1], tokens[0, 1:]) if tokens.numel() > 1 else torch.zeros(0)
     sums = F.pad(nats.double().cumsum(0), (1, 0))
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     # Position p of `nats` predicts token p + 1; a document of n tokens has n - 1 of them.
     return (sums[ends - 1] - sums[starts]).tolist()
 

@@ -14,7 +14,6 @@ from tnllm.convert.fast_tokenizer import tokenizer_files
 from tnllm.convert.official import to_official_config
 from tnllm.convert.plan import Plan
 from tnllm.convert.source import Source, read_json
-from tnllm.errors import UserError
 from tnllm.files import format_count
 from tnllm.modeling.weights import CONFIG, GENERATION, GENERATION_DEFAULTS, TOKENIZER, config_json
 from tnllm.tokenizer import TIKTOKEN_SUFFIX, Tokenizer
@@ -39,11 +38,7 @@ def folder_files(
         copies[f"transnormer_100k{TIKTOKEN_SUFFIX}" if loaded.path.suffix == TIKTOKEN_SUFFIX else TOKENIZER] = (
             loaded.path
         )
-        if loaded.vocab_size > source.config.vocab_size:
-            raise UserError(
-                f"{loaded.path} has {loaded.vocab_size} tokens, the model {source.config.vocab_size}; "
-                "they do not belong together"
-            )
+        loaded.check_vocabulary(source.config.vocab_size)
     settings = _settings(source, loaded)
     files = {GENERATION: hub.json_text(settings)}
     if plan.to == "tnllm":

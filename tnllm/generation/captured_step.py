@@ -2,7 +2,7 @@
 
 step = CapturedStep(model, state)
 logits = step(tokens)          # as model.step(tokens, state); logits are overwritten by the next call
-logits = step(step.likeliest)  # greedy decoding of one row: the graph has chosen the token, nothing is copied
+logits = step(step.top_token)  # greedy decoding of one row: the argmax is part of the graph, nothing is copied
 
 The graph of one row holds one persistent kernel (`kernels/decode_step/narrow.py` for small models, `decode.py` for large
 ones), that of many the model's own kernels.
@@ -87,7 +87,7 @@ class CapturedStep:
 
     @torch.no_grad()
     def __init__(self, model: LanguageModel, state: State, num_choices: int | None = None) -> None:
-        """`num_choices`: tokens that `likeliest` may be, from id 0 on; None: all."""
+        """`num_choices`: `top_token` is below this id; None: the full vocabulary."""
         self._tokens = torch.zeros(state.batch, dtype=torch.int64, device=model.device)
         # Kernels are compiled and workspaces allocated on a copy, on a stream of its own: neither may happen
         # during capture.
@@ -108,13 +108,13 @@ class CapturedStep:
                 self.logits = model.step(self._tokens, state)
 
     @property
-    def likeliest(self) -> Tensor | None:
-        """[B] the likeliest token of each row after the last call, until the next; None where the graph does not choose."""
+    def top_token(self) -> Tensor | None:
+        """[B] argmax of each row of the last logits, valid until the next call; None if the graph does not compute it."""
         return self._tokens if self._persistent else None
 
     @property
-    def top(self) -> Tensor:
-        """[B] fp32, the logit of `likeliest`."""
+    def top_logit(self) -> Tensor:
+        """[B] fp32, the logit of `top_token`."""
         assert self._persistent
         return self._persistent.top
 

@@ -25,6 +25,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.files import write_bytes_atomic
 from tnllm.generation.text import TAIL_TOKENS
 from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
 
 # Tokens read at once, all prompts together: enough to keep the matrix products busy, small enough that the
@@ -106,14 +107,12 @@ def _chunks(lengths: list[int], chunk_tokens: int) -> list[list[tuple[int, int, 
 
 def _hidden(model: LanguageModel, pieces: list[list[int]], state: State) -> tuple[Tensor, State]:
     """Hidden states [N, M] of the last token of each piece, and the state after it."""
-    flat = torch.tensor([[id for piece in pieces for id in piece]], device=model.device)
+    tokens, cu_seqlens = (tensor.to(model.device) for tensor in pack(pieces))
     if len(pieces) == 1:
-        hidden, state = model.hidden(flat, state)
+        hidden, state = model.hidden(tokens, state)
         return hidden[:, -1], state
-    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
-    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(model.device, torch.int32)
-    hidden, state = model.hidden(flat, state, cu_seqlens)
-    return hidden[0, (ends - 1).to(model.device)], state
+    hidden, state = model.hidden(tokens, state, cu_seqlens)
+    return hidden[0, cu_seqlens[1:].long() - 1], state
 
 
 def after_reading(prompt: Sequence[int], before: Context | None, state: State, logits: Tensor | None) -> Context:

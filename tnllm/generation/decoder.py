@@ -79,11 +79,7 @@ def generate(
     for index, (prompt, before) in enumerate(zip(ids, befores, strict=True)):
         if not prompt and before is None:
             raise UserError(f"prompt {index} is empty; give text, or the begin token to start from nothing")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
-            "they do not belong together"
-        )
+    tokenizer.check_vocabulary(model.config.vocab_size)
     if sync_every is None:
         sync_every = SYNC_EVERY if model.device.type == "cuda" else 1
     ends = frozenset([tokenizer.eos_id] if eos_ids is None else eos_ids)
@@ -161,8 +157,8 @@ class _Batch:
         for _ in range(num_tokens):
             if columns:
                 self._read(columns[-1][0])
-            if plain and self.step and self.step.likeliest is not None and self.logits is self.step.logits:
-                columns.append([self.step.likeliest.clone(), self.step.top.isfinite()])
+            if plain and self.step and self.step.top_token is not None and self.logits is self.step.logits:
+                columns.append([self.step.top_token.clone(), self.step.top_logit.isfinite()])
                 continue
             position, vocab_size = self.state.position, self.tokenizer.vocab_size
             columns.append(draw(self.logits, self.options, position, self.seen, self.counts, vocab_size, self.num_top))

@@ -21,6 +21,7 @@ from torch import Tensor
 from tnllm.errors import RunError, UserError
 from tnllm.generation.prefix_tree import Node, PrefixTree, Request
 from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
 
 # Tokens of one pass, and bytes for the states it starts from and for its logits.
@@ -187,18 +188,13 @@ class Scorer:
     def _run(self, nodes: list[Node], sources: dict[Node, tuple[_Source, int]]) -> tuple[_Pending | None, State]:
         """One pass over a pack of pieces: their predictions and the states after them."""
         model = self.model
-        tokens = torch.from_numpy(np.concatenate([node.tokens for node in nodes]).astype(np.int64))
-        tokens = tokens[None].to(model.device)
+        tokens, cu_seqlens = pack([node.tokens for node in nodes])
         state = self._states(nodes, sources)
-        starts = np.concatenate([[0], np.cumsum([len(node) for node in nodes])])
-        if len(nodes) == 1:
-            hidden, after = model.hidden(tokens, state)
-        else:
-            cu_seqlens = torch.from_numpy(starts.astype(np.int32)).to(model.device)
-            hidden, after = model.hidden(tokens, state, cu_seqlens)
+        lengths = cu_seqlens.to(model.device) if len(nodes) > 1 else None
+        hidden, after = model.hidden(tokens.to(model.device), state, lengths)
         targets = sorted(
-            (int(start) + position - node.start, token, number)
-            for start, node in zip(starts, nodes, strict=False)
+            (start + position - node.start, token, number)
+            for start, node in zip(cu_seqlens[:-1].tolist(), nodes, strict=True)
             for position, token, number in node.targets
         )
         return (self._predictions(hidden[0], targets) if targets else None), after
@@ -233,13 +229,13 @@ class Scorer:
 
 def _take(ready: list[tuple[int, int, Node]], budget: int, max_rows: int, held: int) -> list[tuple[int, int, Node]]:
     """The deepest pieces first, shallower ones to fill the pass as long as their states find room."""
-    pack: list[tuple[int, int, Node]] = []
+    taken: list[tuple[int, int, Node]] = []
     deepest, tokens = ready[0][0], 0
-    while ready and len(pack) < max_rows:
+    while ready and len(taken) < max_rows:
         depth, _, node = ready[0]
-        crowded = depth != deepest and bool(node.children) and held + len(pack) >= max_rows
-        if pack and (tokens + len(node) > budget or crowded):
+        crowded = depth != deepest and bool(node.children) and held + len(taken) >= max_rows
+        if taken and (tokens + len(node) > budget or crowded):
             break
-        pack.append(heapq.heappop(ready))
+        taken.append(heapq.heappop(ready))
         tokens += len(node)
-    return pack
+    return taken

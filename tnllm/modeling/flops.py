@@ -7,7 +7,7 @@ FLOPs count one multiply-add as two. Only work the model defines is counted: rec
 and the optimizer are not, so that a utilisation made from these numbers is comparable between implementations.
 """
 
-from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.config import LoraConfig, ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -21,6 +21,22 @@ def count_parameters(config: ModelConfig) -> int:
         if config.kind == "transnormer":
             total += norm + (config.model_dim if config.uses_lrpe(layer) else 0)
     return total + norm
+
+
+def root_parameters(config: ModelConfig) -> int:
+    """Parameters outside the blocks: embedding, head, learned positions, final norm."""
+    return count_parameters(config.model_copy(update={"num_layers": 0}))
+
+
+def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of an adapter: rank * (in + out) for each projection it is attached to."""
+    width, glu = config.model_dim, config.glu_dim
+    fused = (
+        {"qkvu_proj": 5 * width} if config.kind == "transnormer" and config.gate == "full" else {"qkv_proj": 4 * width}
+    )
+    sizes = {**fused, "out_proj": 2 * width, **dict.fromkeys(("l1", "l2", "l3"), width + glu)}
+    names: tuple[str, ...] = lora.targets or tuple(sizes)
+    return lora.rank * config.num_layers * sum(sizes.get(name, 0) for name in names)
 
 
 def _matrix_parameters(config: ModelConfig) -> int:

@@ -1,12 +1,27 @@
 """Ragged batches as one packed row, so that padding never enters a state.
 
+tokens, cu_seqlens = pack([[5, 6, 7], [8]])             # [1, total], [N + 1], both on the CPU
 packed, cu_seqlens = pack_padded(tokens, lengths)       # [1, total], [B + 1]
 hidden, state = model.hidden(packed, state, cu_seqlens)
 hidden = unpack_padded(hidden, cu_seqlens, tokens.shape[1])
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def pack(sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> tuple[Tensor, Tensor]:
+    """Concatenate token ids, one sequence or more: tokens [1, total] int64 and cu_seqlens [N + 1] int32, on the CPU.
+
+    Sequence i is tokens[0, cu_seqlens[i] : cu_seqlens[i + 1]].
+    """
+    tokens = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return torch.from_numpy(tokens)[None], F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def pack_padded(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

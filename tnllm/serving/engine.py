@@ -29,6 +29,7 @@ from tnllm.generation.context import Context, after_reading, weights_hash
 from tnllm.generation.loading import Ready
 from tnllm.generation.sampler import SamplingParams, log_probabilities
 from tnllm.generation.samples import Piece, Result, Row, TokenLogprob, start_rows, token_logprob
+from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
 from tnllm.serving.metrics import Metrics
 from tnllm.serving.prefix_cache import PrefixCache
@@ -132,11 +133,7 @@ class Engine:
         self.ready, self.num_slots, self.queue_size = ready, num_slots, queue_size
         self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS[model.device.type]
-        if ready.tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {ready.tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
-                "they do not belong together"
-            )
+        ready.tokenizer.check_vocabulary(model.config.vocab_size)
         self.slots = Slots(model, ready.tokenizer, num_slots)
         self.weights = weights_hash(model)
         self.cache = PrefixCache(self.weights, cache_bytes)
@@ -345,18 +342,16 @@ class Engine:
         model = self.ready.model
         pieces = [(job, share) for job, share in self._shares() if share]
         if pieces:
-            flat = [id for job, share in pieces for id in job.ids[job.done : job.done + share]]
-            tokens = torch.tensor([flat], device=model.device)
+            tokens, cu_seqlens = pack([job.ids[job.done : job.done + share] for job, share in pieces])
+            ends = cu_seqlens[1:].tolist()
             states = [job.state for job, _ in pieces if job.state is not None]
-            ends = torch.tensor([share for _, share in pieces]).cumsum(0)
             if len(pieces) == 1:
-                hidden, after = model.hidden(tokens, states[0])
+                hidden, after = model.hidden(tokens.to(model.device), states[0])
             else:
-                cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(model.device, torch.int32)
-                hidden, after = model.hidden(tokens, State.cat(states), cu_seqlens)
-            self.metrics.prompt_tokens += len(flat)
+                hidden, after = model.hidden(tokens.to(model.device), State.cat(states), cu_seqlens.to(model.device))
+            self.metrics.prompt_tokens += ends[-1]
             for index, (job, share) in enumerate(pieces):
-                end = int(ends[index])
+                end = ends[index]
                 if job.prompt_logprobs:
                     self._note_logprobs(job, hidden[0, end - share : end])
                 job.done += share

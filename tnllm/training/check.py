@@ -55,11 +55,8 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
 
 def _check_tokenizer(config: RunConfig) -> Tokenizer:
     tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"tokenizer.path {tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
-            f"{config.model.vocab_size}; set model.vocab_size={tokenizer.vocab_size} or take a smaller tokenizer"
-        )
+    advice = f"set model.vocab_size={tokenizer.vocab_size} or use a smaller tokenizer"
+    tokenizer.check_vocabulary(config.model.vocab_size, advice)
     return tokenizer
 
 

@@ -18,8 +18,7 @@ one pass over N tokens of a rank, with P parameters of the blocks and V M of emb
 Selective recomputation repeats none of the large sums: those of `tensor` are kept.
 """
 
-from tnllm.modeling.config import ModelConfig
-from tnllm.modeling.flops import count_parameters
+from tnllm.modeling.flops import count_parameters, lora_parameters, root_parameters
 from tnllm.training.config import RunConfig
 
 
@@ -35,7 +34,7 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
     blocks = count_parameters(model) / parallel.tensor - root
     trained, kept = blocks + root, 4
     if config.lora.rank:
-        trained, kept = lora_parameters(config), item
+        trained, kept = lora_parameters(model, config.lora), item
         blocks += trained
     holders = parallel.shard * parallel.sequence
     gather = (holders - 1) / holders
@@ -57,26 +56,3 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
         "sequence": passes * (parallel.sequence - 1) * exchanges * rows * states,
         "tensor": passes * ring * tokens * (model.num_layers * per_block + ends),
     }
-
-
-def root_parameters(model: ModelConfig) -> int:
-    """Parameters outside of the blocks: embedding, head, learned positions, the last norm."""
-    return count_parameters(model.model_copy(update={"num_layers": 0}))
-
-
-def lora_parameters(config: RunConfig) -> int:
-    """Parameters of the recipe's adapter: rank * (in + out) of every projection it hangs on."""
-    model = config.model
-    width, glu = model.model_dim, model.glu_dim
-    fused = (
-        ("qkvu_proj", 4 * width) if model.kind == "transnormer" and model.gate == "full" else ("qkv_proj", 3 * width)
-    )
-    shapes = {
-        fused[0]: width + fused[1],
-        "out_proj": 2 * width,
-        "l1": width + glu,
-        "l2": width + glu,
-        "l3": width + glu,
-    }
-    names: tuple[str, ...] = config.lora.targets or tuple(shapes)
-    return config.lora.rank * model.num_layers * sum(shapes.get(name, 0) for name in names)

@@ -13,7 +13,6 @@ from tnllm.data.loader import Loader, Source
 from tnllm.data.progress import progress_on_stderr
 from tnllm.data.shards import TokenStream, is_shard_folder
 from tnllm.data.tokenize import SAMPLE, prepare
-from tnllm.errors import UserError
 from tnllm.files import format_count
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import DataSource, RunConfig
@@ -38,11 +37,8 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
         tokenizer = Tokenizer.load(first)
     else:
         tokenizer = Tokenizer.load(assets.tokenizer_model(given))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
-            f"{config.model.vocab_size}; raise model.vocab_size or use a smaller tokenizer"
-        )
+    advice = f"set model.vocab_size={tokenizer.vocab_size} or use a smaller tokenizer"
+    tokenizer.check_vocabulary(config.model.vocab_size, advice)
     return tokenizer
 
 

@@ -16,8 +16,14 @@ from typing import Any
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.config import ModelConfig
-from tnllm.modeling.flops import count_parameters, flops_per_token, recomputed_flops_per_token, state_bytes
-from tnllm.training.communication import lora_parameters, root_parameters
+from tnllm.modeling.flops import (
+    count_parameters,
+    flops_per_token,
+    lora_parameters,
+    recomputed_flops_per_token,
+    root_parameters,
+    state_bytes,
+)
 from tnllm.training.config import RunConfig
 
 # Share of a card left for what is not counted: the CUDA context, workspaces and the allocator's gaps.
@@ -95,7 +101,7 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         casts = item * parameters // parallel.tensor
     trained, frozen = local, 0
     if config.lora.rank:
-        adapter, casts = lora_parameters(config), 0
+        adapter, casts = lora_parameters(config.model, config.lora), 0
         trained, frozen = -(-adapter // holders), item * local
         if holders * parallel.replicate > 1:
             root, two = root_parameters(model), min(2, model.num_layers)

@@ -24,7 +24,7 @@ from tnllm.data.loader import Batch
 from tnllm.device import pick_device
 from tnllm.errors import RunError, UserError
 from tnllm.files import format_count, format_duration, write_text_atomic
-from tnllm.modeling.flops import count_parameters, flops_per_token
+from tnllm.modeling.flops import count_parameters, flops_per_token, lora_parameters
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import TOKENIZER, load_model
 from tnllm.parallel.mesh import Mesh
@@ -39,7 +39,6 @@ from tnllm.training.checkpoint import (
     load_checkpoint,
     step_name,
 )
-from tnllm.training.communication import lora_parameters
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import AnyLoader, open_loaders, open_tokenizer
 from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
@@ -496,7 +495,7 @@ def _opening(config: RunConfig, loader: AnyLoader, device: torch.device) -> str:
     passes = config.total_steps * config.global_batch_rows / loader.num_rows
     size = f"{format_count(count_parameters(config.model))} parameters"
     if config.lora.rank:
-        size += f", frozen, with an adapter of {format_count(lora_parameters(config))}"
+        size += f", frozen, with an adapter of {format_count(lora_parameters(config.model, config.lora))}"
     return (
         f"{config.model.kind} {size} on {device}; "
         f"{config.total_steps} steps of {format_count(config.train.global_batch_tokens)} tokens = "

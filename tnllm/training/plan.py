@@ -14,9 +14,9 @@ import torch
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count
 from tnllm.modeling.checkpointing import MODES
-from tnllm.modeling.flops import flops_per_token
+from tnllm.modeling.flops import flops_per_token, lora_parameters
 from tnllm.modeling.model import build_model
-from tnllm.training.communication import communication, lora_parameters
+from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
 from tnllm.training.corpus import open_tokenizer
 from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
@@ -35,7 +35,9 @@ def plan(config: RunConfig) -> str:
     sources = ", ".join(source.path for source in config.data.path) if config.data.path else "the packaged sample"
     if config.data.format == "chat":
         sources += ", the answers of its conversations"
-    adapter = f", with an adapter of {format_count(lora_parameters(config))}" if config.lora.rank else ""
+    adapter = (
+        f", with an adapter of {format_count(lora_parameters(config.model, config.lora))}" if config.lora.rank else ""
+    )
     memory = estimate_memory(config)
     held = memory.weights + memory.gradients + memory.optimizer
     lines = {
