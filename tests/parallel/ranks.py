@@ -17,12 +17,12 @@ from tnllm.modeling.model import build_model
 from tnllm.modeling.weights import load_model
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
 from tnllm.parallel.parallelize import ShardedModel, parallelize
-from tnllm.parallel.ranks import ManyRanks
-from tnllm.parallel.sequence import cut
+from tnllm.parallel.ranks import Distributed
+from tnllm.parallel.sequence import shard_sequence
 from tnllm.training.checkpoint import Saver, TrainState, load_checkpoint
 from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, make_optimizer
-from tnllm.training.setup import fill_parts
+from tnllm.training.setup import fill_shards
 from tnllm.training.sharded import ShardedSaver, load_sharded
 
 STEPS = 10
@@ -102,7 +102,7 @@ class Together:
     def __init__(
         self, config: ModelConfig, packed: bool, mesh: Mesh, checkpointing: str = "none", lora: LoraConfig | None = None
     ) -> None:
-        self.mesh, self.packed, self.ranks = mesh, packed, ManyRanks(mesh)
+        self.mesh, self.packed, self.ranks = mesh, packed, Distributed(mesh)
         model = build_model(config, "meta")
         if lora is not None:
             add_lora(model, lora)
@@ -112,11 +112,11 @@ class Together:
 
     def step(self, step: int) -> tuple[float, float]:
         mine = batch(step, self.packed, self.mesh.data_rank, self.mesh.data_size)
-        piece = cut(*mine, self.mesh.place["sequence"], self.mesh.sizes["sequence"])
+        piece = shard_sequence(*mine, self.mesh.index["sequence"], self.mesh.sizes["sequence"])
         loss = self.sharded.model.loss(*piece) / counted(step, self.packed)
         loss.backward()
         total = self.ranks.sum_loss(loss.detach())
-        norm = self.sharded.reduce()
+        norm = self.sharded.reduce_gradients()
         self.gradients = {name: p.grad.clone() for name, p in self.sharded.named_parameters() if p.requires_grad}
         clip_and_step(self.sharded, self.optimizer, 1e-2, 1.0, total, norm)
         return total.item(), norm.item()
@@ -126,8 +126,8 @@ def difference(parts: dict, sharded: ShardedModel, whole: dict) -> float:
     """The largest relative difference of any parameter's part from the same part of the whole."""
     worst = 0.0
     for name in whole:
-        part = sharded.parts[name]
-        for mine, slices in part.layout.pieces():
+        part = sharded.shards[name]
+        for mine, slices in part.layout.slices():
             if not parts[name][mine].any() and not whole[name].any():
                 continue  # an adapter's A has no gradient before its B has a value
             # Against the whole tensor's size: a part may hold next to nothing.
@@ -196,7 +196,7 @@ def hand_over(folder: Path, ports: list[int]) -> dict:
     mesh = open_mesh(1, 1, 4, 1, "cpu", timeout_s=120)
     run = Together(config, False, mesh)
     torch.distributed.barrier()
-    fill_parts(run.sharded, folder / "back/checkpoints/step-00000010")
+    fill_shards(run.sharded, folder / "back/checkpoints/step-00000010")
     started = {name: p.detach().clone() for name, p in run.sharded.named_parameters()}
     state = load_sharded(folder / "back/checkpoints/step-00000010", run.sharded, run.optimizer)
     same += difference(started, run.sharded, whole_weights(folder / "back"))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnllm.parallel.layout import TENSOR_PLAN, Layout
-from tnllm.parallel.sequence import cut
+from tnllm.parallel.sequence import shard_sequence
 
 NAMES = [*(f"layers.3.{end}" for end in TENSOR_PLAN), "layers.0.token_norm.weight"]
 
@@ -28,14 +28,14 @@ def test_the_parts_of_all_ranks_are_the_whole(name, unit, width, tensor, fsdp):
         for fsdp_rank in range(fsdp):
             part = layout.with_rows((fsdp_rank, fsdp))
             local = torch.full(part.local_shape, -1)
-            for mine, slices in part.pieces():
+            for mine, slices in part.slices():
                 local[mine] = full[slices]
                 covered[slices] += 1
             assert (local >= 0).all()
             rows.append(local)
         # FSDP cuts what tensor parallelism left by torch.chunk, without regard to blocks.
         alone = torch.full(layout.shape, -1)
-        for mine, slices in layout.pieces():
+        for mine, slices in layout.slices():
             alone[mine] = full[slices]
         assert torch.equal(torch.cat(rows), alone)
     split = layout.dim is not None
@@ -45,7 +45,7 @@ def test_the_parts_of_all_ranks_are_the_whole(name, unit, width, tensor, fsdp):
 def test_heads_are_taken_from_each_of_q_k_v_u():
     layout = Layout.of("layers.0.token_mixer.qkvu_proj.weight", (16, 3), (1, 2))
     whole = torch.arange(16)
-    assert torch.cat([whole[slices[0]] for _, slices in layout.pieces()]).tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
+    assert torch.cat([whole[slices[0]] for _, slices in layout.slices()]).tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -55,10 +55,10 @@ def test_a_cut_batch_keeps_every_tokens_place_in_its_document(size):
     tokens, labels = torch.arange(32)[None], torch.arange(1, 33)[None]
     cu_seqlens = torch.tensor([0, 3, 3, 21, 32, 32], dtype=torch.int32)
     _, places = packed_index(cu_seqlens, 32)
-    found = [cut(tokens, labels, cu_seqlens, rank, size) for rank in range(size)]
+    found = [shard_sequence(tokens, labels, cu_seqlens, rank, size) for rank in range(size)]
     assert torch.equal(torch.cat([piece[0] for piece in found], 1), tokens)
     assert torch.equal(torch.cat([piece[1] for piece in found], 1), labels)
     assert all(piece[3] is None for piece in found)
     assert torch.cat([packed_index(piece[2], 32 // size)[1] for piece in found]).tolist() == places.tolist()
-    rows = [cut(tokens.view(2, 16), labels.view(2, 16), None, rank, size) for rank in range(size)]
+    rows = [shard_sequence(tokens.view(2, 16), labels.view(2, 16), None, rank, size) for rank in range(size)]
     assert [piece[3].tolist() for piece in rows] == [[rank * 16 // size] * 2 for rank in range(size)]

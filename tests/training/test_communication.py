@@ -5,7 +5,7 @@ import torch
 
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
-from tnllm.parallel.sequence import cut
+from tnllm.parallel.sequence import shard_sequence
 from tnllm.parallel.traffic import Traffic
 from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig, load_recipe
@@ -25,8 +25,8 @@ def one_pass(config: RunConfig) -> dict[str, float]:
         sharded.materialize(torch.device("cpu"), seed=0)
         tokens = torch.ones(2, 64, dtype=torch.int64)
         with Traffic() as traffic:
-            model.loss(*cut(tokens, tokens, None, 0, mesh.sizes["sequence"])).backward()
-            sharded.reduce()
+            model.loss(*shard_sequence(tokens, tokens, None, 0, mesh.sizes["sequence"])).backward()
+            sharded.reduce_gradients()
         return traffic.by_axis(mesh)
     finally:
         close_mesh(mesh)

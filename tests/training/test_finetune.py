@@ -176,7 +176,7 @@ def test_memory_of_a_rank_is_what_it_holds(axes):
     config = load_recipe("tiny", [*mesh, *batch, "lora.rank=16", "train.dtype=bf16"])
     mesh = config_mesh(config, "cpu", fake=config.world_size)
     sharded = parallelize(make_outline(config, low=True), mesh)
-    sharded.find_parts()
+    sharded.locate_shards()
     close_mesh(mesh)
     held = [(p.requires_grad, p.numel() * p.element_size()) for p in sharded.parameters()]
     trained = sum(size for learned, size in held if learned)

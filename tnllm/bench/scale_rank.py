@@ -22,7 +22,7 @@ from tnllm.bench.scale import GATE_STEPS, LONGEST, ONE, Job, Plan, run_config
 from tnllm.bench.train import Step, forget, timed_step, wait
 from tnllm.device import describe_device
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
-from tnllm.parallel.ranks import ManyRanks, OneRank
+from tnllm.parallel.ranks import Distributed, SingleProcess
 from tnllm.parallel.traffic import TRAFFIC_AXES, Traffic, axis_names
 from tnllm.training.launch import is_lost_rank
 from tnllm.training.loop import compute_dtype
@@ -171,10 +171,10 @@ def time_steps(job: Job, ranks: Ranks) -> dict[str, Any]:
     left = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else None
     config = run_config(job, plan)
     mesh = ranks.mesh(job)
-    everyone = OneRank() if mesh is None else ManyRanks(mesh)
+    everyone = SingleProcess() if mesh is None else Distributed(mesh)
     step, times = timed_step(config, device, plan.steps, plan.warmup, mesh)
     if times["peak_gib"] is not None:
-        times["peak_gib"] = max(everyone.spread(times["peak_gib"]))
+        times["peak_gib"] = max(everyone.all_gather(times["peak_gib"]))
     found: dict[str, Any] = {"status": "ok", **times, "left_gib": left}
     if mesh is not None:
         found |= watch(step, mesh)

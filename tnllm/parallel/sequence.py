@@ -1,6 +1,6 @@
 """Sequence parallelism: each rank of a group holds an equal, consecutive slice of the tokens (LASP, arXiv 2404.02882).
 
-    tokens, labels, cu_seqlens, start = cut(batch_tokens, batch_labels, batch_cu_seqlens, rank, size)
+    tokens, labels, cu_seqlens, start = shard_sequence(batch_tokens, batch_labels, batch_cu_seqlens, rank, size)
     o = sequence_attention(q, k, v, log_decay, cu_seqlens, rank=rank, size=size, group=name)
 
 Attention alone looks across slices, and all it needs of the ranks before is one state [H, D, E] a row: the bytes
@@ -36,7 +36,7 @@ _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "al
 _local_backward = torch.ops.tnllm.lightning_attention_backward
 
 
-def cut(
+def shard_sequence(
     tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None, rank: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Rank `rank`'s slice of a batch: tokens and labels [B, T / size], its cu_seqlens, and each row's position so far.
@@ -65,7 +65,7 @@ class _Reach:
 
 
 def _reach(log_decay: Tensor, length: int, rank: int, size: int, borders: Tensor, dtype: torch.dtype) -> _Reach:
-    """`borders` [N + 1] count from this slice's first token, as `cut` gives them."""
+    """`borders` [N + 1] count from this slice's first token, as `shard_sequence` gives them."""
     device = log_decay.device
     g = log_decay.to(dtype)
     place = torch.arange(length, device=device)
@@ -101,7 +101,7 @@ def sequence_attention(
     """Causal linear attention over the slices of all ranks; returns the outputs of this rank's.
 
     q, k [B, L, H, D] and v [B, L, H, E] of one dtype: this rank's slice. log_decay [H] fp32. cu_seqlens [N + 1]
-    int32 as `cut` gives them (then B = 1), or None.
+    int32 as `shard_sequence` gives them (then B = 1), or None.
     Returns o [B, L, H, E] in v's dtype. Differentiable (once) in q, k, v.
     """
     return _forward(q, k, v, log_decay, cu_seqlens, rank, size, group)[0]

@@ -28,7 +28,7 @@ from tnllm.modeling.flops import count_parameters, flops_per_token, lora_paramet
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import TOKENIZER, load_model
 from tnllm.parallel.mesh import Mesh
-from tnllm.parallel.ranks import ManyRanks, OneRank
+from tnllm.parallel.ranks import Distributed, SingleProcess
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.checkpoint import (
     Saver,
@@ -46,7 +46,7 @@ from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
 from tnllm.training.plan import fit_memory, free_bytes
 from tnllm.training.profile import Profile
 from tnllm.training.schedule import learning_rate
-from tnllm.training.setup import chat_template, fill_parts, init_folder, make_model, make_outline, publish
+from tnllm.training.setup import chat_template, fill_shards, init_folder, make_model, make_outline, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
 from tnllm.training.view import View
@@ -71,7 +71,7 @@ class Trainer:
     device: torch.device
     loss_sum: Callable[[Batch], Tensor]
     compiled: bool = False
-    ranks: OneRank = field(default_factory=OneRank)
+    ranks: SingleProcess = field(default_factory=SingleProcess)
     gradient_norm: Callable[[], Tensor] | None = None
 
 
@@ -93,16 +93,16 @@ def train(
     if config.eval.tasks and score is None and mesh is None:
         raise UserError("eval.tasks are set, and nothing to score them with was given; train with `tnllm train`")
     device = pick_device(config.train.device, "train.device") if mesh is None else mesh.device
-    ranks = OneRank() if mesh is None else ManyRanks(mesh)
-    tokenizer = ranks.first(lambda: open_tokenizer(config))
-    loader, validation = ranks.first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
-    ranks.share(lambda: _open_folder(out, config, resume))
+    ranks = SingleProcess() if mesh is None else Distributed(mesh)
+    tokenizer = ranks.main_first(lambda: open_tokenizer(config))
+    loader, validation = ranks.main_first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
+    ranks.broadcast_from_main(lambda: _open_folder(out, config, resume))
     view = View(out / "train.log", config.total_steps, quiet=not ranks.main)
     with view, StopSignals(shared=ranks.size > 1) as signals:
-        config = fit_memory(config, device, view.say, ranks.smallest(free_bytes(device) / _sharing(device)))
+        config = fit_memory(config, device, view.say, ranks.all_reduce_min(free_bytes(device) / _sharing(device)))
         trainer = make_trainer(config, loader, device, mesh)
         state = TrainState()
-        checkpoint = ranks.share(lambda: _usable_checkpoint(out, resume, tokenizer, view))
+        checkpoint = ranks.broadcast_from_main(lambda: _usable_checkpoint(out, resume, tokenizer, view))
         if checkpoint is not None:
             state = load(checkpoint, trainer)
             view.say(f"resumed from {checkpoint} after step {state.step}")
@@ -210,7 +210,7 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
 
 def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> Trainer:
     from tnllm.parallel.parallelize import parallelize
-    from tnllm.parallel.sequence import cut
+    from tnllm.parallel.sequence import shard_sequence
 
     device, low = mesh.device, compute_dtype(config, mesh.device) == torch.bfloat16
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
@@ -219,17 +219,28 @@ def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> T
     sharded.materialize(device, config.train.seed)
     folder = init_folder(config)
     if folder is not None:
-        fill_parts(sharded, folder)
+        fill_shards(sharded, folder)
     optimizer = make_optimizer(sharded, config.optimizer)
 
     def loss_sum(batch: Batch) -> Tensor:
         batch = batch.to(device)
-        piece = cut(batch.tokens, batch.labels, batch.cu_seqlens, mesh.place["sequence"], mesh.sizes["sequence"])
+        piece = shard_sequence(
+            batch.tokens, batch.labels, batch.cu_seqlens, mesh.index["sequence"], mesh.sizes["sequence"]
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             return model.loss(*piece)
 
     return Trainer(
-        config, model, sharded, optimizer, loader, device, loss_sum, compiled, ManyRanks(mesh), sharded.reduce
+        config,
+        model,
+        sharded,
+        optimizer,
+        loader,
+        device,
+        loss_sum,
+        compiled,
+        Distributed(mesh),
+        sharded.reduce_gradients,
     )
 
 
@@ -360,18 +371,18 @@ class Meter:
         self._in_a_row += 1
         if self.config.train.nonfinite == "stop":
             advice = "the update was refused. Lower optimizer.learning_rate or set train.nonfinite=skip"
-            raise self.ranks.shared(RunError(f"{what}; {advice}"))
+            raise self.ranks.as_shared_error(RunError(f"{what}; {advice}"))
         if self._in_a_row >= _MAX_SKIPS_IN_A_ROW:
-            raise self.ranks.shared(
+            raise self.ranks.as_shared_error(
                 RunError(f"{what}; {self._in_a_row} updates in a row were refused, so the run stops")
             )
 
 
-def _straggler(ranks: OneRank, waited: float) -> dict[str, float]:
+def _straggler(ranks: SingleProcess, waited: float) -> dict[str, float]:
     """Which rank the others waited for before steps, and how long at most; nothing for one rank."""
     if ranks.size == 1:
         return {}
-    waits = ranks.spread(waited)
+    waits = ranks.all_gather(waited)
     return {"rank_wait_s": max(waits), "straggler": waits.index(min(waits))}
 
 
@@ -415,7 +426,7 @@ def load(checkpoint: Path, trainer: Trainer) -> TrainState:
     from tnllm.training.sharded import load_sharded
 
     assert isinstance(trainer.parameters, ShardedModel)
-    trainer.ranks.share(lambda: check_same_model(checkpoint, trainer.model))
+    trainer.ranks.broadcast_from_main(lambda: check_same_model(checkpoint, trainer.model))
     return load_sharded(checkpoint, trainer.parameters, trainer.optimizer)
 
 

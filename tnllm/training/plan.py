@@ -68,7 +68,7 @@ def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
     mesh = config_mesh(config, "cpu", fake=world)
     try:
         sharded = parallelize(make_outline(config, low=False), mesh, config.train.activation_checkpointing)
-        sharded.find_parts()
+        sharded.locate_shards()
         held = sum(part.numel() for part in sharded.parameters())
     finally:
         close_mesh(mesh)

@@ -59,20 +59,20 @@ def kept_dtype(config: RunConfig, low: bool) -> torch.dtype:
     return torch.bfloat16 if config.train.weights == "bf16" or (config.lora.rank and low) else torch.float32
 
 
-def fill_parts(sharded: "ShardedModel", folder: Path) -> None:
-    """Give this rank its parts of the weights in `folder`, which it reads whole into host memory.
+def fill_shards(sharded: "ShardedModel", folder: Path) -> None:
+    """Copy this rank's shards of the weights in `folder`; the full weights are loaded into host memory.
 
-    They are read as they are stored; beside an adapter, in the dtype they are kept in. The adapter's parts stay.
+    They keep their stored dtype; with an adapter, they get the dtype of the frozen weights. The adapter is left alone.
     """
     lora = sharded.model.lora
     dtype = None if lora is None else sharded.model.embed_tokens.weight.dtype
-    whole = dict(load_model(folder, "cpu", dtype).named_parameters())
+    weights = dict(load_model(folder, "cpu", dtype).named_parameters())
     with torch.no_grad():
-        for name, part in sharded.parts.items():
-            if lora is not None and name not in whole:
+        for name, shard in sharded.shards.items():
+            if lora is not None and name not in weights:
                 continue
-            for mine, slices in part.layout.pieces():
-                part.local[mine].copy_(whole[name][slices])
+            for local, full in shard.layout.slices():
+                shard.local[local].copy_(weights[name][full])
 
 
 def chat_template(config: RunConfig) -> str:

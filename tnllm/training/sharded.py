@@ -83,7 +83,7 @@ class ShardedSaver:
         if self._error is not None:
             error, self._error = self._error, None
             failed = RunError(f"the checkpoint could not be written ({error}); the one before is intact")
-            raise failed if self.mesh.rank == 0 else SharedError(failed)
+            raise failed if self.mesh.rank == 0 else SharedError(str(failed), failed.exit_code)
 
     def _write(self, state: TrainState, owned: dict[str, dict[str, Tensor]], config: str) -> None:
         """Each rank its files, then rank 0 the rest. A rank's error is told to all, so that none waits for ever."""
@@ -145,11 +145,11 @@ def _make_folders(aside: Path) -> None:
 def _tensors(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> list[dict[str, tuple[Tensor, Layout | None]]]:
     """Local tensors of the model and of the optimizer with their layouts (None: one number, alike on every rank)."""
     model: dict[str, tuple[Tensor, Layout | None]] = {
-        name: (part.local.detach(), part.layout) for name, part in sharded.parts.items()
+        name: (part.local.detach(), part.layout) for name, part in sharded.shards.items()
     }
     moments: dict[str, tuple[Tensor, Layout | None]] = {}
     for key, value in optimizer_tensors(sharded, optimizer).items():
-        layout = sharded.parts[key.partition(".")[2]].layout
+        layout = sharded.shards[key.partition(".")[2]].layout
         moments[key] = (value, layout if value.ndim else None)
     return [model, moments]
 
@@ -165,7 +165,7 @@ def _gather(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> Iterator
 def _gather_all(
     tensors: dict[str, tuple[Tensor, Layout | None]], mesh: Mesh, load: list[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    if mesh.place["replicate"] != 0:
+    if mesh.index["replicate"] != 0:
         return
     group = mesh.groups["replica"]
     place = dist.get_rank(group)
@@ -177,7 +177,7 @@ def _gather_all(
             if owner == place:
                 yield name, local.cpu().clone()
             continue
-        load[owner] += torch.Size(layout.whole).numel()
+        load[owner] += torch.Size(layout.full_shape).numel()
         layouts = [_layout_at(layout, mesh, rank) for rank in range(group.size())]
         room = max(torch.Size(other.local_shape).numel() for other in layouts)
         flat = local.new_zeros(room)
@@ -185,10 +185,10 @@ def _gather_all(
         parts = [torch.empty_like(flat) for _ in layouts] if owner == place else None
         dist.gather(flat, parts, dst=dist.get_global_rank(group, owner), group=group)
         if parts is not None:
-            whole = torch.empty(layout.whole, dtype=local.dtype)
+            whole = torch.empty(layout.full_shape, dtype=local.dtype)
             for part, other in zip(parts, layouts, strict=True):
                 shaped = part[: torch.Size(other.local_shape).numel()].view(other.local_shape)
-                for mine, slices in other.pieces():
+                for mine, slices in other.slices():
                     whole[slices] = shaped[mine].to("cpu")
             yield name, whole
 
@@ -196,7 +196,7 @@ def _gather_all(
 def _layout_at(layout: Layout, mesh: Mesh, rank: int) -> Layout:
     """The layout of the same parameter on another rank of this copy of the model."""
     weights, tensor = divmod(rank, mesh.tensor[1])
-    other = Layout.of(layout.name, layout.whole, (tensor, mesh.tensor[1]))
+    other = Layout.of(layout.name, layout.full_shape, (tensor, mesh.tensor[1]))
     return other if layout.rows is None else other.with_rows((weights, mesh.weights[1]))
 
 
@@ -224,5 +224,5 @@ def _fill(tensors: dict[str, tuple[Tensor, Layout | None]], folder: Path) -> Non
                 local.copy_(where[key].get_tensor(key))
                 continue
             stored = where[key].get_slice(key)
-            for mine, slices in layout.pieces():
+            for mine, slices in layout.slices():
                 local[mine].copy_(stored[slices])
