@@ -22,7 +22,7 @@ from tnllm.parallel.sequence import shard_sequence
 from tnllm.training.checkpoint import Saver, TrainState, load_checkpoint
 from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, make_optimizer
-from tnllm.training.setup import fill_shards
+from tnllm.training.run_model import fill_shards
 from tnllm.training.sharded import ShardedSaver, load_sharded
 
 STEPS = 10

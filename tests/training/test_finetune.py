@@ -17,11 +17,11 @@ from tnllm.modeling.lora import merge_adapter
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.training.config import load_recipe
-from tnllm.training.corpus import open_loaders, open_tokenizer
 from tnllm.training.estimate import estimate_memory
-from tnllm.training.launch import config_mesh
+from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.loop import train
-from tnllm.training.setup import make_model, make_outline
+from tnllm.training.mesh import config_mesh
+from tnllm.training.run_model import make_meta_model, make_model
 
 CHAT = """
 tokenizer: {path: TOKENIZER}
@@ -175,7 +175,7 @@ def test_memory_of_a_rank_is_what_it_holds(axes):
     batch = ["data.seq_len=64", "train.global_batch_tokens=4096", "train.micro_batch_size=1"]
     config = load_recipe("tiny", [*mesh, *batch, "lora.rank=16", "train.dtype=bf16"])
     mesh = config_mesh(config, "cpu", fake=config.world_size)
-    sharded = parallelize(make_outline(config, low=True), mesh)
+    sharded = parallelize(make_meta_model(config, low=True), mesh)
     sharded.locate_shards()
     close_mesh(mesh)
     held = [(p.requires_grad, p.numel() * p.element_size()) for p in sharded.parameters()]

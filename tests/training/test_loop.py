@@ -18,7 +18,7 @@ from tnllm.modeling.weights import load_model
 from tnllm.tokenizer import train_tokenizer
 from tnllm.training.checkpoint import TrainState, list_checkpoints
 from tnllm.training.config import load_recipe
-from tnllm.training.corpus import open_loaders, open_tokenizer
+from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.loop import Meter, make_trainer, train, train_step
 from tnllm.training.metrics import read_metrics
 from tnllm.training.signals import StopSignals

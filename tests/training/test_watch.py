@@ -8,13 +8,13 @@ import torch
 
 from tnllm.training.config import load_recipe
 from tnllm.training.loop import train
+from tnllm.training.loss_spikes import Spike, SpikeDetector
 from tnllm.training.profile import Profile
-from tnllm.training.watch import LossWatch, Spike
 
 
 def test_noise_is_no_spike_and_a_jump_is():
     draw = random.Random(0)
-    watch = LossWatch()
+    watch = SpikeDetector()
     for step in range(2000):
         assert watch.check(step, 3.0 + draw.gauss(0, 0.1)) is None
     spike = watch.check(2000, 4.2)
@@ -24,12 +24,12 @@ def test_noise_is_no_spike_and_a_jump_is():
 
 def test_a_falling_loss_and_a_flat_one_have_none():
     for loss in (lambda step: 9.0 * 0.98**step + 2, lambda step: 0.001 * (1 + 0.01 * (step % 7))):
-        watch = LossWatch()
+        watch = SpikeDetector()
         assert [watch.check(step, loss(step)) for step in range(300)] == [None] * 300
 
 
 def test_a_few_losses_are_not_judged():
-    watch = LossWatch()
+    watch = SpikeDetector()
     assert [watch.check(step, 1.0) for step in range(32)] == [None] * 32
     assert watch.check(32, 100.0) == Spike(32, 100.0, 1.0)
 
@@ -37,11 +37,11 @@ def test_a_few_losses_are_not_judged():
 def test_a_run_reports_its_spikes(recipe, tmp_path, monkeypatch, capfd):
     import tnllm.training.loop as loop
 
-    class Jumpy(LossWatch):
+    class Jumpy(SpikeDetector):
         def check(self, step, loss):
             return Spike(step, loss, 1.5) if step == 7 else None
 
-    monkeypatch.setattr(loop, "LossWatch", Jumpy)
+    monkeypatch.setattr(loop, "SpikeDetector", Jumpy)
     train(load_recipe(str(recipe), ["train.max_steps=8", "log.every_steps=4"]), tmp_path / "run")
     rows = list(map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()))
     [spike] = [row for row in rows if "spike_loss" in row]

@@ -88,7 +88,7 @@ def check(
 
     from tnllm.errors import UserError
     from tnllm.files import format_count
-    from tnllm.training.check import check_recipe
+    from tnllm.training.recipe_check import check_recipe
 
     results = []
     for name in recipes:

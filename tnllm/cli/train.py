@@ -39,7 +39,8 @@ def command(
     from tnllm.parallel.mesh import launched
     from tnllm.parallel.ranks import SharedError
     from tnllm.training.config import load_recipe
-    from tnllm.training.launch import fit_mesh, launch
+    from tnllm.training.launch import launch
+    from tnllm.training.mesh import fit_mesh
 
     if world_size is not None and not dry_run:
         raise UserError("--world-size is for --dry-run; to train on several ranks give --nproc, or start torchrun")
@@ -53,9 +54,9 @@ def command(
         sets += [f"{key}={size}" for key, size in fit_mesh(config, ranks).items()]
         config = load_recipe(recipe, sets)
         if dry_run:
-            from tnllm.training.plan import plan
+            from tnllm.training.dry_run import dry_run_text
 
-            print(plan(config))
+            print(dry_run_text(config))
         elif nproc > 1 and not is_rank:
             given = [part for item in sets for part in ("--set", item)] + (["--resume", resume] if resume else [])
             code = launch(["train", recipe, *given, "--out", str(out)], nproc, max_restarts)

@@ -188,7 +188,7 @@ class TrainSection(BaseModel):
     )
     device: Annotated[str, AfterValidator(_device)] = Field(
         "auto",
-        description="auto (a GPU if there is one), cpu, cuda, cuda:N. Under torchrun a rank takes the GPU of its LOCAL_RANK.",
+        description="auto: a GPU if there is one; cpu, cuda, cuda:N. Under torchrun: the GPU of each LOCAL_RANK.",
     )
 
 

@@ -1,7 +1,6 @@
 """Many processes: start them on this machine, and be one of them.
 
     launch(["train", "tiny", "--out", "runs/tiny"], nproc=4, max_restarts=1)     # returns the exit code
-    config = fit_mesh(load_recipe(name, sets), world_size)
     train_on_mesh(config, out, resume)                                           # in each process
 
 `launch` runs torch.distributed.run (torchrun) on `python -m tnllm ARGS`; on several machines people run torchrun
@@ -17,10 +16,11 @@ from pathlib import Path
 import torch
 
 from tnllm.device import pick_device
-from tnllm.errors import RunError, UserError
-from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
-from tnllm.training.config import RunConfig, most_rows
+from tnllm.errors import RunError
+from tnllm.parallel.mesh import close_mesh
+from tnllm.training.config import RunConfig
 from tnllm.training.loop import train
+from tnllm.training.mesh import config_mesh
 
 # After SIGTERM, the time ranks have to finish their pass and write a checkpoint before they are killed.
 _SHUTDOWN_S = 300
@@ -63,34 +63,6 @@ def _knows_shutdown_timeout() -> bool:
     from torch.distributed.run import get_args_parser
 
     return "--shutdown-timeout" in get_args_parser().format_help()
-
-
-def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
-    """The keys to set for `world_size` ranks: none where the recipe's mesh fits.
-
-    For a recipe of one rank weights are sharded, and a rank takes fewer rows at a time where a step has too few for all.
-    Raises UserError where the recipe asks for another number of ranks.
-    """
-    if config.world_size == world_size:
-        return {}
-    if config.world_size == 1:
-        rows, left = divmod(config.global_batch_rows, world_size)
-        most = config.train.micro_batch_size
-        fewer = {} if left or not rows or rows % most == 0 else {"train.micro_batch_size": most_rows(rows, most)}
-        return {"parallel.shard": world_size, **fewer}
-    mesh = config.parallel
-    raise UserError(
-        f"the recipe's parallel section asks for {config.world_size} ranks (replicate {mesh.replicate} * "
-        f"shard {mesh.shard} * sequence {mesh.sequence} * tensor {mesh.tensor}), and {world_size} "
-        f"{'is' if world_size == 1 else 'are'} here; start that many with --nproc or torchrun, or --set the axes: "
-        f"--set parallel.replicate=1 --set parallel.shard={world_size}"
-    )
-
-
-def config_mesh(config: RunConfig, device_type: str, fake: int | None = None) -> Mesh:
-    """The mesh of a recipe's parallel section; with `fake`, in one process."""
-    axes = config.parallel
-    return open_mesh(axes.replicate, axes.shard, axes.sequence, axes.tensor, device_type, axes.timeout_s, fake)
 
 
 def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:

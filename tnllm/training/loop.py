@@ -40,17 +40,17 @@ from tnllm.training.checkpoint import (
     step_name,
 )
 from tnllm.training.config import RunConfig
-from tnllm.training.corpus import AnyLoader, open_loaders, open_tokenizer
-from tnllm.training.metrics import MetricsLog, matmul_rate, memory_gib
+from tnllm.training.display import RunDisplay
+from tnllm.training.loaders import AnyLoader, open_loaders, open_tokenizer
+from tnllm.training.loss_spikes import Spike, SpikeDetector
+from tnllm.training.memory import fit_memory, free_bytes, peak_memory_gib
+from tnllm.training.metrics import MetricsLog, matmul_rate
 from tnllm.training.optim import Parameters, clip_and_step, make_optimizer
-from tnllm.training.plan import fit_memory, free_bytes
 from tnllm.training.profile import Profile
+from tnllm.training.run_model import chat_template, fill_shards, init_folder, make_meta_model, make_model, publish
 from tnllm.training.schedule import learning_rate
-from tnllm.training.setup import chat_template, fill_shards, init_folder, make_model, make_outline, publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.validation import validate
-from tnllm.training.view import View
-from tnllm.training.watch import LossWatch, Spike
 
 # Under the policy `skip`, this many refused updates in a row end the run: it will not recover by itself.
 _MAX_SKIPS_IN_A_ROW = 20
@@ -97,7 +97,7 @@ def train(
     tokenizer = ranks.main_first(lambda: open_tokenizer(config))
     loader, validation = ranks.main_first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
     ranks.broadcast_from_main(lambda: _open_folder(out, config, resume))
-    view = View(out / "train.log", config.total_steps, quiet=not ranks.main)
+    view = RunDisplay(out / "train.log", config.total_steps, quiet=not ranks.main)
     with view, StopSignals(shared=ranks.size > 1) as signals:
         config = fit_memory(config, device, view.say, ranks.all_reduce_min(free_bytes(device) / _sharing(device)))
         trainer = make_trainer(config, loader, device, mesh)
@@ -214,7 +214,7 @@ def _make_sharded_trainer(config: RunConfig, loader: AnyLoader, mesh: Mesh) -> T
 
     device, low = mesh.device, compute_dtype(config, mesh.device) == torch.bfloat16
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
-    model = make_outline(config, low)
+    model = make_meta_model(config, low)
     sharded = parallelize(model, mesh, config.train.activation_checkpointing, compiled, low)
     sharded.materialize(device, config.train.seed)
     folder = init_folder(config)
@@ -288,7 +288,7 @@ class Meter:
         self._pending: list[tuple[Tensor, Tensor, int, int]] = []
         self._in_a_row = 0
         self._rate = 0.0
-        self._watch = LossWatch()
+        self._watch = SpikeDetector()
         self._spikes: list[tuple[Spike, int]] = []
         self.restart()
 
@@ -324,7 +324,7 @@ class Meter:
             "tokens_per_s": rate,
             "tokens_per_step": batch_tokens,
             "mfu": rate * self.flops / self.peak if self.peak else None,
-            "mem_gib": memory_gib(self.device),
+            "mem_gib": peak_memory_gib(self.device),
             "data_wait_s": self._waited,
             **_straggler(self.ranks, self._for_ranks),
             "skipped": state.skipped,
@@ -442,7 +442,7 @@ def make_saver(config: RunConfig, out: Path, tokenizer: Tokenizer, trainer: Trai
     return ShardedSaver(out, keep, background, tokenizer.path, trainer.parameters)
 
 
-def _usable_checkpoint(out: Path, resume: str | None, tokenizer: Tokenizer, view: View) -> Path | None:
+def _usable_checkpoint(out: Path, resume: str | None, tokenizer: Tokenizer, view: RunDisplay) -> Path | None:
     checkpoint = find_checkpoint(out, resume, view.say) if resume else None
     if checkpoint is not None:
         keep_tokenizer(checkpoint, tokenizer)

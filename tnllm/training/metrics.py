@@ -74,15 +74,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: the GPU allocator's, or the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def matmul_rate(device: torch.device) -> float | None:
     """FLOP/s of an 8192^3 bf16 product of random matrices: the measured ceiling that utilisation is a share of.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tnllm.errors import UserError
-from tnllm.training import plan
+from tnllm.training import memory
 from tnllm.training.config import load_recipe
 from tnllm.training.estimate import estimate_memory
 
@@ -12,23 +12,23 @@ CPU = torch.device("cpu")
 
 
 def fit(monkeypatch, free_gib: float):
-    monkeypatch.setattr(plan, "free_bytes", lambda device: int(free_gib * 2**30))
-    said: list[str] = []
-    return plan.fit_memory(load_recipe("385m"), CPU, said.append), said
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free_gib * 2**30))
+    logged: list[str] = []
+    return memory.fit_memory(load_recipe("385m"), CPU, logged.append), logged
 
 
 def test_a_recipe_that_fits_is_left_alone(monkeypatch):
-    config, said = fit(monkeypatch, 500)
-    assert config == load_recipe("385m") and said == []
+    config, logged = fit(monkeypatch, 500)
+    assert config == load_recipe("385m") and logged == []
 
 
 def test_fewer_rows_at_a_time_learn_from_the_same_tokens(monkeypatch):
-    config, said = fit(monkeypatch, 22)
+    config, logged = fit(monkeypatch, 22)
     assert config.train.micro_batch_size < 16
     assert config.train.global_batch_tokens == load_recipe("385m").train.global_batch_tokens
     assert config.accumulation_steps * config.train.micro_batch_size == 256
     assert estimate_memory(config, low_precision=False).total < 22 * 2**30
-    assert said == [
+    assert logged == [
         f"train.micro_batch_size is {config.train.micro_batch_size} instead of 16, to fit into 20.24 GiB on cpu"
     ]
 
@@ -46,4 +46,4 @@ def test_recomputation_that_would_fit_is_named(monkeypatch):
 
 
 def test_free_memory_is_what_the_machine_has():
-    assert 2**28 < plan.free_bytes(CPU) < 2**50
+    assert 2**28 < memory.free_bytes(CPU) < 2**50

@@ -1,6 +1,6 @@
 """Losses that jump: noticed, named by their samples, left to a person to judge.
 
-    watch = LossWatch()
+    watch = SpikeDetector()
     spike = watch.check(step=812, loss=5.1)     # None, or what it jumped from
 
 A loss is a spike where it lies above the median of the last steps by more than eight times their usual deviation from it
@@ -28,7 +28,7 @@ class Spike:
     usual: float
 
 
-class LossWatch:
+class SpikeDetector:
     """Remembers the last losses; needs 32 before it judges."""
 
     def __init__(self) -> None:

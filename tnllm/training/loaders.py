@@ -16,7 +16,7 @@ from tnllm.data.tokenize import SAMPLE, prepare
 from tnllm.files import format_count
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import DataSource, RunConfig
-from tnllm.training.setup import chat_template, init_folder
+from tnllm.training.run_model import chat_template, init_folder
 
 DEFAULT_SOURCES = (DataSource(path=SAMPLE, weight=None),)
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tnllm.files import format_count, format_duration
 
 
-class View:
+class RunDisplay:
     """Reports a run of `total_steps`. Use as a context manager, so that the terminal is always restored.
 
     `quiet` reports nothing: of several ranks one speaks.
@@ -25,7 +25,7 @@ class View:
         self._bar: Progress | None = None
         self._task: Any = None
 
-    def __enter__(self) -> "View":
+    def __enter__(self) -> "RunDisplay":
         if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 TextColumn("[bold]step"),

@@ -1,7 +1,7 @@
 """The model a run starts from: new weights, those of a folder, or those with an adapter beside them.
 
 model = make_model(config, device, low)       # train.init, train.weights, lora and recomputation applied
-model = make_outline(config, low)             # the same shapes and dtypes on the meta device, for a mesh
+model = make_meta_model(config, low)             # the same shapes and dtypes on the meta device, for a mesh
 publish(model, out, config, tokenizer)        # weights/, and adapter/ where there is one
 """
 
@@ -46,7 +46,7 @@ def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageMo
     return model
 
 
-def make_outline(config: RunConfig, low: bool) -> LanguageModel:
+def make_meta_model(config: RunConfig, low: bool) -> LanguageModel:
     """What `make_model` makes, on the meta device; `parallelize` takes it from there."""
     model = build_model(config.model, "meta", kept_dtype(config, low))
     if config.lora.rank:

@@ -1,30 +1,22 @@
 """What a run would do, without doing it, and a micro-batch that fits the machine.
 
-print(plan(config))                           # tnllm train RECIPE --dry-run
-config = fit_memory(config, device, view.say) # fewer rows at a time where the recipe's do not fit
+print(dry_run_text(config))                           # tnllm train RECIPE --dry-run
 """
 
-import os
-import re
-from collections.abc import Callable
-from pathlib import Path
-
-import torch
-
-from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count
-from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.flops import flops_per_token, lora_parameters
 from tnllm.modeling.model import build_model
+from tnllm.parallel.mesh import close_mesh
+from tnllm.parallel.parallelize import parallelize
 from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
-from tnllm.training.corpus import open_tokenizer
 from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
+from tnllm.training.loaders import open_tokenizer
+from tnllm.training.mesh import config_mesh
+from tnllm.training.run_model import make_meta_model
 
-MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all of the machine's memory counts as free
 
-
-def plan(config: RunConfig) -> str:
+def dry_run_text(config: RunConfig) -> str:
     """A few lines of text: model (built on the meta device), batch, length, memory, data. Checks the tokenizer."""
     tokenizer = open_tokenizer(config)
     parameters = sum(parameter.numel() for parameter in build_model(config.model, "meta").parameters())
@@ -48,7 +40,7 @@ def plan(config: RunConfig) -> str:
         "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
         "memory": f"{format_bytes(held)} for weights, gradients and optimizer, plus activations",
     }
-    lines |= _plan_of_ranks(config) if config.world_size > 1 else {}
+    lines |= _lines_of_ranks(config) if config.world_size > 1 else {}
     cards = [name for name, card in GPUS.items() if memory.total <= (1 - RESERVE) * card.memory_gib * 2**30]
     lines["fits"] = (
         f"{', '.join(cards) or 'no card that is known'}: {format_bytes(memory.total)} with activations ({RESERVE:.0%} left "
@@ -57,17 +49,12 @@ def plan(config: RunConfig) -> str:
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
-def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
+def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
     """The same for a mesh: the model is really spread over it, as rank 0 of imaginary ranks and on the meta device."""
-    from tnllm.parallel.mesh import close_mesh
-    from tnllm.parallel.parallelize import parallelize
-    from tnllm.training.launch import config_mesh
-    from tnllm.training.setup import make_outline
-
     axes, world = config.parallel, config.world_size
     mesh = config_mesh(config, "cpu", fake=world)
     try:
-        sharded = parallelize(make_outline(config, low=False), mesh, config.train.activation_checkpointing)
+        sharded = parallelize(make_meta_model(config, low=False), mesh, config.train.activation_checkpointing)
         sharded.locate_shards()
         held = sum(part.numel() for part in sharded.parameters())
     finally:
@@ -84,43 +71,3 @@ def _plan_of_ranks(config: RunConfig) -> dict[str, str]:
         f"{format_bytes(memory.activations)}, head {format_bytes(memory.head)}",
         "sends": f"{format_bytes(sum(sent.values()))} a step and rank ({by_axis or 'nothing'}); computed",
     }
-
-
-def fit_memory(
-    config: RunConfig, device: torch.device, say: Callable[[str], None], free: float | None = None
-) -> RunConfig:
-    """The config, with a smaller train.micro_batch_size where the computed memory exceeds what is free on `device`.
-
-    More passes make up for fewer rows, so an optimizer step learns from the same tokens; only the order of fp32 sums
-    changes. `say` is told. `free` is in bytes (None: asked of the device). Raises UserError where not even one row fits.
-    """
-    free = (1 - RESERVE) * (free_bytes(device) if free is None else free)
-    rows = config.train.micro_batch_size
-    smaller = [size for size in range(rows, 0, -1) if rows % size == 0]
-    for size in smaller:
-        fitted = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
-        needed = estimate_memory(fitted, low_precision=device.type == "cuda").total
-        if needed <= free:
-            if size < rows:
-                say(f"train.micro_batch_size is {size} instead of {rows}, to fit into {format_bytes(free)} on {device}")
-            return fitted
-    modes = {mode: estimate_memory(fitted, mode, low_precision=device.type == "cuda").total for mode in MODES}
-    fits = next((mode for mode in MODES if modes[mode] <= free), None)
-    advice = "lower data.seq_len or take a smaller model"
-    if fits is not None:
-        advice = f"set train.activation_checkpointing={fits}, which needs {format_bytes(modes[fits])}"
-    raise UserError(
-        f"one row of {config.data.seq_len} tokens needs about {format_bytes(needed)}, and {format_bytes(free)} are free on "
-        f"{device}; {advice}"
-    )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a run may still take: the GPU's, or the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if MEMINFO.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text(encoding="ascii"))
-        if found is not None:
-            return 1024 * int(found[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
