@@ -1,13 +1,12 @@
 """`tnllm bench-eval`: scoring with shared prefixes against one request at a time."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from tnllm.cli.evaluation_view import reporter
 from tnllm.errors import RunError, UserError
+from tnllm.progress import Progress, log
 
 EPILOG = """Example:  tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data
 
@@ -52,16 +51,8 @@ def command(
     else:
         ready = load(model, device, dtype)
         network, name = ready.model, str(model or "demo model")
-    with reporter() as report:
-        results = bench_sharing(
-            network,
-            bundle,
-            questions,
-            plain,
-            batch_tokens,
-            lambda text: print(text, file=sys.stderr, flush=True),
-            report,
-        )
+    with Progress() as progress:
+        results = bench_sharing(network, bundle, questions, plain, batch_tokens, log, progress.update)
     results = {
         "environment": {**describe_device(where), "dtype": str(network.head_weight.dtype).removeprefix("torch.")},
         "model": name, "file": str(file), "about": {k: v for k, v in bundle.about.items() if k != "tasks"}, **results,

@@ -4,12 +4,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_duration, parse_count
+from tnllm.progress import Progress
 
 if TYPE_CHECKING:
     from tnllm.convert.run import Options, Report
@@ -85,11 +86,11 @@ def command(
         _dry_run(src, options, json_)
         return
     start = time.monotonic()
-    with _Bar() as bar:
-        report = convert(src, dst, options, bar.say, bar.update)
+    with Progress(announce=True) as progress:
+        report = convert(src, dst, options, progress.log, progress.update)
     elapsed = time.monotonic() - start
     for note in report.notes:
-        bar.say(f"note      {note}")
+        progress.log(f"note      {note}")
     if json_:
         print(json.dumps(_as_json(report, dst, elapsed)))
         return
@@ -97,7 +98,7 @@ def command(
     size = format_bytes(report.num_bytes)
     print(f"{dst}: {len(report.files)} files, {size} of weights, {format_duration(elapsed)}{checked}")
     if to != "official" and not quantize:
-        bar.say(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
+        progress.log(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
 
 
 def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:
@@ -157,50 +158,3 @@ def _print_map(source: "Source", rows: list[dict]) -> None:
         print(f"WRONG SHAPE  {line}")
     if source.head_key:
         print(f"{source.head_key:{width}}  the embedding again (tied)")
-
-
-class _Bar:
-    """Progress on stderr: a bar on a terminal, else a line for each stage."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        self._stage = ""
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> "_Bar":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def say(self, line: str) -> None:
-        """A line for people."""
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` in a stage."""
-        new = stage != self._stage
-        self._stage = stage
-        if self._bar is None:
-            if new:
-                print(f"{stage} ...", file=sys.stderr, flush=True)
-            return
-        if new and self._task is not None:
-            self._bar.remove_task(self._task)
-        if new or self._task is None:
-            self._task = self._bar.add_task(stage, total=total)
-        self._bar.update(self._task, completed=done, total=total)

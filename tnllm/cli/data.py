@@ -49,14 +49,14 @@ def tokenize(
     from tnllm import assets
     from tnllm.data.corpus import find_files
     from tnllm.data.encode import Options
-    from tnllm.data.progress import progress_on_stderr
     from tnllm.data.tokenize import tokenize_corpus
     from tnllm.files import format_duration, parse_count
+    from tnllm.progress import corpus_progress
     from tnllm.tokenizer import Tokenizer
 
     start = time.monotonic()
     options = Options(field, split_on.value, val_fraction, bos)
-    with progress_on_stderr("tokenize") as report:
+    with corpus_progress("tokenize") as report:
         manifest = tokenize_corpus(
             find_files(inputs),
             out,
@@ -99,15 +99,15 @@ def inspect(
         raise UserError(f"--reason is for the folder of a cleaning run, and {path} is none")
     from tnllm.data.corpus import find_files
     from tnllm.data.inspect import inspect_corpus, inspect_shards
-    from tnllm.data.progress import progress_on_stderr
     from tnllm.data.shards import is_shard_folder
+    from tnllm.progress import corpus_progress
 
     if is_shard_folder(path):
         found = inspect_shards(path, samples, verify)
     elif verify:
         raise UserError(f"{path} is no folder of token shards, so there is no hash to verify")
     else:
-        with progress_on_stderr("read") as report:
+        with corpus_progress("read") as report:
             found = inspect_corpus(find_files([path]), field, report, samples)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))

@@ -142,9 +142,9 @@ def score(
     """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""
     from tnllm.cleaning.score import score_texts
     from tnllm.data.corpus import find_files, read_documents
-    from tnllm.data.progress import progress_on_stderr
     from tnllm.files import write_text_atomic
     from tnllm.generation.loading import load
+    from tnllm.progress import corpus_progress
 
     files = find_files(inputs)
     ready = load(model, device, dtype)
@@ -160,7 +160,7 @@ def score(
                 waiting.append((name, document.record.get(label_field or "")))
                 yield document.text
 
-    with progress_on_stderr("score") as report:
+    with corpus_progress("score") as report:
         for found in score_texts(ready.model, ready.tokenizer, texts(report)):
             name, label = waiting.pop(0)
             figures = {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 3)}
@@ -239,24 +239,18 @@ def _run(settings: Any, out: Path, workers: int | None, executor: Executor, as_j
 @contextmanager
 def _watching() -> Iterator[Any]:
     """A function that shows how far each stage is, on stderr."""
-    from contextlib import ExitStack
+    from tnllm.files import format_count
+    from tnllm.progress import Progress
 
-    from tnllm.data.progress import Status, progress_on_stderr
-
-    with ExitStack() as stack:
-        current: dict[str, Any] = {"stage": None, "said": time.monotonic()}
+    with Progress() as progress:
 
         def watch(now: Any) -> None:
-            if now.stage != current["stage"]:
-                stack.pop_all().close()
-                current["stage"], current["said"] = now.stage, time.monotonic()
-                if now.total_bytes:
-                    current["report"] = stack.enter_context(progress_on_stderr(f"clean: {now.stage}"))
+            stage = f"clean: {now.stage}"
             if now.total_bytes:
-                current["report"](Status(now.num_bytes, now.total_bytes, now.documents))
-            elif time.monotonic() - current["said"] >= 5:
-                current["said"] = time.monotonic()
-                print(f"clean: {now.stage}, {now.done} of {now.tasks} tasks", file=sys.stderr, flush=True)
+                documents = f"{format_count(now.documents)} documents"
+                progress.update(stage, now.num_bytes, now.total_bytes, documents, "bytes")
+            else:
+                progress.update(stage, now.done, now.tasks, unit="tasks")
 
         yield watch
 

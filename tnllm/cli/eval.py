@@ -1,6 +1,7 @@
 """`tnllm eval`: tasks of lm-evaluation-harness, comparison with other results and with the paper, perplexity of a file."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,13 @@ import typer
 from tnllm.cli.evaluation_view import (
     quiet_libraries,
     quiet_transformers,
-    reporter,
-    say,
     show_check,
     show_comparison,
     show_results,
     show_tasks,
 )
 from tnllm.errors import CheckFailed, UserError
+from tnllm.progress import Progress, log
 
 EXAMPLES = """Example:  tnllm eval --tasks mmlu,ceval   |   tnllm eval --model runs/tiny --tasks piqa --data-dir data
 
@@ -104,7 +104,7 @@ def run(
     _check_data_dir(data_dir, online)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise UserError(f"--batch-size is {batch_size!r}; allowed: auto, or a number from 1")
-    say("loading")
+    log("loading")
     quiet_libraries(names, online)
 
     from tnllm.evaluation.harness import TransNormerLM, trained_length
@@ -116,14 +116,24 @@ def run(
     )
     if out is not None:
         check_folder(out)
-    choices = choose(names, num_fewshot, say)
-    loaded = load_tasks(choices, data_dir, online, say)
+    choices = choose(names, num_fewshot, log)
+    loaded = load_tasks(choices, data_dir, online, log)
     if model is None:
-        say("no --model given: using the demo model that ships with tnllm")
+        log("no --model given: using the demo model that ships with tnllm")
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "eval") if use_cache or cache_dir else None
-    with reporter() as report:
+    with Progress() as progress:
         lm = TransNormerLM(
-            model, device, dtype, batch_size, None, batch_tokens, share_prefix, folder, seed, note=say, report=report
+            model,
+            device,
+            dtype,
+            batch_size,
+            None,
+            batch_tokens,
+            share_prefix,
+            folder,
+            seed,
+            note=log,
+            report=progress.update,
         )
         results = evaluate(lm, loaded, settings)
     if results is None:
@@ -131,7 +141,7 @@ def run(
     trained = trained_length(lm.ready.folder)
     longest = results["tnllm"]["longest_tokens"]
     if trained is not None and longest > trained:
-        say(f"the longest prompt has {longest:,} tokens, the model was trained on {trained:,}; nothing was cut off")
+        log(f"the longest prompt has {longest:,} tokens, the model was trained on {trained:,}; nothing was cut off")
     if as_json:
         from lm_eval.utils import handle_non_serializable
 
@@ -140,7 +150,7 @@ def run(
     else:
         show_results(results, subtasks)
     if out is not None:
-        say(f"results in {write_results(out, results, log_samples)}")
+        log(f"results in {write_results(out, results, log_samples)}")
 
 
 @app.command("ls", epilog="Example:  tnllm eval ls   |   tnllm eval ls 'arc*'   |   tnllm eval ls --data-dir data")
@@ -196,7 +206,7 @@ def compare_results(
     else:
         show_comparison(rows, paper)
         for note in notes:
-            say(note)
+            log(note)
 
 
 @app.command("ppl", epilog="Example:  tnllm eval ppl book.txt   |   tnllm eval ppl web.jsonl --window 2048 --json")
@@ -217,15 +227,15 @@ def file_perplexity(
     from tnllm.generation.loading import load
 
     if model is None:
-        say("no --model given: using the demo model that ships with tnllm")
+        log("no --model given: using the demo model that ships with tnllm")
     texts = [document.text for document in read_documents(find_files([file]), field)]
     ready = load(model, device, dtype)
-    with reporter() as report:
-        found = perplexity(ready, texts, window, batch_tokens, lambda done, total: report("perplexity", done, total))
+    with Progress() as progress:
+        result = perplexity(ready, texts, window, batch_tokens, partial(progress.update, "perplexity"))
     if as_json:
-        print(json.dumps({"file": str(file), "model": str(ready.folder), **found}))
+        print(json.dumps({"file": str(file), "model": str(ready.folder), **result}))
     else:
-        show_perplexity(found)
+        show_perplexity(result)
 
 
 @app.command("check", epilog="Example:  tnllm eval check --tasks openbookqa,piqa --data-dir data --limit 100")
@@ -248,7 +258,7 @@ def check_against_harness(
     if not (names := _names(tasks)):
         raise UserError("no tasks; give --tasks openbookqa,piqa or others of `tnllm eval ls`")
     with quiet_transformers():
-        say("loading")
+        log("loading")
         quiet_libraries(names, online=False)
         from tnllm.convert.quantize import quiet_import
         from tnllm.convert.run import Options, convert
@@ -259,18 +269,18 @@ def check_against_harness(
         need_transformers()
         quiet_import()
         where = pick_device(device, "--device")
-        choices = choose(names, num_fewshot, say)
-        sets = {choice.name: load_tasks([choice], data_dir, False, say) for choice in choices}
+        choices = choose(names, num_fewshot, log)
+        sets = {choice.name: load_tasks([choice], data_dir, False, log) for choice in choices}
         if model is None:
-            say("no --model given: using the demo model that ships with tnllm")
+            log("no --model given: using the demo model that ships with tnllm")
 
         def export(source: Path, target: Path) -> None:
-            say("writing the weights for transformers to a temporary folder")
+            log("writing the weights for transformers to a temporary folder")
             # The comparison that follows is a stronger check than the conversion's own.
             convert(source, target, Options("hf", verify=False), lambda line: None, lambda stage, done, total: None)
 
-        with reporter() as report:
-            found = check_against_hf(sets, export, model, device, dtype, batch_size, limit, seed, say, report)
+        with Progress() as progress:
+            found = check_against_hf(sets, export, model, device, dtype, batch_size, limit, seed, log, progress.update)
     found = {"environment": describe_device(where), "num_fewshot": num_fewshot, **found}
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
@@ -307,7 +317,7 @@ def save_requests(
     from tnllm.evaluation.tasks import choose, load_tasks
     from tnllm.tokenizer import Tokenizer
 
-    loaded = load_tasks(choose(names, num_fewshot, say), data_dir, False, say)
+    loaded = load_tasks(choose(names, num_fewshot, log), data_dir, False, log)
     bundle = build_bundle(loaded, Tokenizer.load(tokenizer or assets.tokenizer_model()), limit, seed)
     save_bundle(out, bundle)
     counts = count_tokens(bundle.requests)

@@ -1,25 +1,16 @@
-"""How an evaluation looks: tables on stdout, notes and progress on stderr."""
+"""How an evaluation looks: tables on stdout, log lines and progress on stderr."""
 
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tnllm.cli.tables import print_table
-from tnllm.files import format_count, format_duration
+from tnllm.files import format_duration
+from tnllm.progress import log
 
-Report = Callable[[str, int, int], None]
-_LINE_EVERY_S = 10.0
 # Metrics between 0 and 1 that people read as percent.
 _SHARES = ("acc", "acc_norm", "exact_match", "f1", "mcc", "em")
-
-
-def say(message: str) -> None:
-    """A line for the person at the terminal; of several ranks only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
 
 
 def quiet_libraries(names: list[str], online: bool) -> None:
@@ -44,7 +35,7 @@ def quiet_libraries(names: list[str], online: bool) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers quiet and offline, and the copies it makes of a folder's code in a place that goes away.
+    """Keep transformers quiet and offline, and the copies it makes of a folder's code in a temporary folder.
 
     Must run before it is imported.
     """
@@ -56,56 +47,6 @@ def quiet_transformers() -> Iterator[None]:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         yield
-
-
-@contextmanager
-def reporter() -> Iterator[Report]:
-    """A function to call with (kind, done, total): a bar with the time left on a terminal, lines otherwise."""
-    if os.environ.get("RANK", "0") != "0":
-        yield lambda kind, done, total: None
-        return
-    if sys.stderr.isatty():
-        with _bars() as report:
-            yield report
-        return
-    start: dict[str, float] = {}
-    last = time.monotonic()
-
-    def line(kind: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        begun = start.setdefault(kind, now)
-        if now - last >= _LINE_EVERY_S:
-            last = now
-            # The first line comes before there is a speed.
-            rate = done / (now - begun) if now > begun else 0.0
-            speed = f", {format_count(rate)}/s, {format_duration((total - done) / rate)} left" if rate else ""
-            say(f"{kind}: {format_count(done)} of {format_count(total)}{speed}")
-
-    yield line
-
-
-@contextmanager
-def _bars() -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[counts]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        known: dict[str, TaskID] = {}
-
-        def report(kind: str, done: int, total: int) -> None:
-            if kind not in known:
-                known[kind] = progress.add_task(kind, total=total, counts="")
-            counts = f"{format_count(done)} of {format_count(total)}"
-            progress.update(known[kind], total=total, completed=done, counts=counts)
-
-        yield report
 
 
 def show_results(results: dict[str, Any], subtasks: bool) -> None:
@@ -147,9 +88,9 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
                 f"{about['tokens_computed']:,} tokens computed for {about['tokens_one_by_one']:,} asked{others}"
             )
         note += f"; {', '.join(work)}, {format_duration(about['seconds'])}"
-    say(note)
+    log(note)
     if sampled:
-        say("(sample): questions that ship with tnllm to show that it works; their figures say nothing about a model")
+        log("(sample): questions that ship with tnllm to show that it works; their figures say nothing about a model")
 
 
 _RIGHT = ("shots", "questions", "value", "± stderr", "A", "B", "B - A", "paper", "tokens")
@@ -183,8 +124,8 @@ def show_tasks(rows: list[dict[str, Any]], with_files: bool) -> None:
         )
     columns = ["task", "also", "questions", "licence", "file" if with_files else "ships with tnllm", "source"]
     print_table("", columns, table, right=_RIGHT)
-    say("tnl-paper is BoolQ to OpenBookQA without examples and MMLU, CMMLU, C-Eval with 5, as in the paper's tables")
-    say("any other task of lm-evaluation-harness works too: tnllm eval ls PATTERN")
+    log("tnl-paper is BoolQ to OpenBookQA without examples and MMLU, CMMLU, C-Eval with 5, as in the paper's tables")
+    log("any other task of lm-evaluation-harness works too: tnllm eval ls PATTERN")
 
 
 def show_comparison(rows: list[dict[str, Any]], paper: str | None) -> None:
@@ -201,7 +142,7 @@ def show_comparison(rows: list[dict[str, Any]], paper: str | None) -> None:
         table.append(cells)
     print_table("", columns, table, right=_RIGHT)
     if both:
-        say("B - A: * marks a difference of more than two standard errors")
+        log("B - A: * marks a difference of more than two standard errors")
 
 
 def _with_error(row: dict[str, Any], side: str) -> str:

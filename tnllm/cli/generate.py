@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, say, stream_text, write_batch
+from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, stream_text, write_batch
 from tnllm.errors import UserError
+from tnllm.progress import log
 
 if TYPE_CHECKING:
     from tnllm.generation.sampler import SamplingParams
@@ -135,7 +136,7 @@ def command(
     data = None if file is None else _read(file)
     text = (prompt or "") if data is None or source == "--input" else _decode(data, file or "")
     if model is None:
-        say("no --model given: using the demo model that ships with tnllm")
+        log("no --model given: using the demo model that ships with tnllm")
     ready = load(model, device, dtype, adapter)
     weights = weights_hash(ready.model) if state_in or state_out else ""
     context = load_context(state_in, ready.model, weights) if state_in else None
@@ -152,7 +153,7 @@ def command(
         requests = read_requests(input or "", data or b"", ready, options, start=context is None)
         events = run([request.ids for request in requests], [request.params for request in requests])
         write_batch(events, requests, output, echo)
-        say(meter.summary(single=False))
+        log(meter.summary(single=False))
         return
     params = ready.params(**options)
     if source == "--chat":
@@ -162,7 +163,7 @@ def command(
         context = talk.context() if state_out else None
     else:
         if not text:
-            say("the prompt is empty: " + ("going on from the state" if context else "starting from the begin token"))
+            log("the prompt is empty: " + ("going on from the state" if context else "starting from the begin token"))
         events = run([ready.encode(text, start=context is None)], [params], keep=state_out is not None)
         shown = text if echo else ""
         if json_:
@@ -171,13 +172,13 @@ def command(
             result = stream_text(events, shown)
         else:
             result = print_texts(events, params.n, shown)[0]
-        say(meter.summary(single=params.n == 1))
+        log(meter.summary(single=params.n == 1))
         context = result.context
     if state_out:
         if context is None:
             raise UserError("nothing was said, so there is no state to save")
         save_context(state_out, context, weights)
-        say(f"state after {context.num_tokens} tokens saved to {state_out}")
+        log(f"state after {context.num_tokens} tokens saved to {state_out}")
 
 
 def _source(given: dict[str, object], state_in: Path | None) -> str:

@@ -4,13 +4,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tnllm.errors import UserError
 from tnllm.files import format_duration
+from tnllm.progress import Progress, log
 
 if TYPE_CHECKING:
     from tnllm.generation.conversation import Conversation
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from tnllm.generation.samples import Piece, Result
 
     Events = Iterable[Piece | Result]
-
-
-def say(message: str) -> None:
-    """A line for the person at the terminal."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
@@ -111,7 +107,7 @@ def print_texts(events: "Events", samples: int, echo: str) -> "list[Result]":
     results = []
     for result in in_order(events, [samples]):
         if samples > 1:
-            say(f"sample {result.sample + 1} of {samples}, seed {result.seed}:")
+            log(f"sample {result.sample + 1} of {samples}, seed {result.seed}:")
         show(echo + result.text + "\n")
         results.append(result)
     return results
@@ -136,39 +132,24 @@ def write_batch(events: "Events", requests: "list[Request]", output: Path | None
     done = 0
     target = part_file(output) if output else nullcontext(sys.stdout)
     try:
-        with target as file, _progress(total) as advance:
+        with target as file, Progress() as progress:
             for result in in_order(events, [request.params.n for request in requests]):
                 request = requests[result.index]
                 row = result_object(result, request.prompt if echo else "", request.id)
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
                 done += 1
-                advance()
+                progress.update("generate", done, total)
     except BaseException:
         if output:
-            say(f"stopped after {done} of {total} results; they are in {output}.part")
+            log(f"stopped after {done} of {total} results; they are in {output}.part")
         raise
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], object]]:
-    """A bar on a terminal, nothing otherwise."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("generate", total=total)
-        yield lambda: progress.advance(task)
 
 
 def chat_loop(talk: "Conversation") -> None:
     """Read turns from stdin until /exit or its end. Ctrl-C breaks an answer off; between answers it ends the chat."""
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        say("/reset forgets the talk, /exit or Ctrl-D ends it, Ctrl-C breaks an answer off")
+        log("/reset forgets the talk, /exit or Ctrl-D ends it, Ctrl-C breaks an answer off")
     while True:
         try:
             message = input("> " if on_terminal else "")
@@ -180,14 +161,14 @@ def chat_loop(talk: "Conversation") -> None:
             return
         if message.strip() == "/reset":
             talk.reset()
-            say("forgotten; the talk starts anew")
+            log("forgotten; the talk starts anew")
         elif message.startswith("/") and message.strip().isascii() and " " not in message.strip():
-            say(f"{message.strip()} is no command; there are /reset and /exit")
+            log(f"{message.strip()} is no command; there are /reset and /exit")
         elif message.strip():
             meter = Meter()
             try:
                 stream_text(meter.watch(talk.ask(message)), "")
             except KeyboardInterrupt:
-                say("answer broken off")
+                log("answer broken off")
             else:
-                say(meter.summary())
+                log(meter.summary())

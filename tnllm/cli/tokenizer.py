@@ -36,8 +36,8 @@ def train(
 ) -> None:
     """Train a BPE tokenizer with byte fallback: decoding gives back every text unchanged."""
     from tnllm.data.corpus import find_files, read_documents
-    from tnllm.data.progress import progress_on_stderr
     from tnllm.files import format_bytes, format_duration, write_bytes_atomic
+    from tnllm.progress import corpus_progress
     from tnllm.tokenizer import FILE_NAME, train_tokenizer
 
     target = out / FILE_NAME
@@ -46,7 +46,7 @@ def train(
     files = find_files(inputs)
     on_bad = (lambda bad: print(f"left out: {bad}", file=sys.stderr)) if on_error is OnError.skip else None
     start = time.monotonic()
-    with progress_on_stderr("read") as report:
+    with corpus_progress("read") as report:
 
         def texts() -> Iterator[str]:
             for document in read_documents(files, field, on_bad=on_bad, report=report):

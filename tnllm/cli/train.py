@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tnllm.progress import log
+
 if TYPE_CHECKING:
     from tnllm.training.config import RunConfig
 
@@ -77,13 +79,13 @@ def _scorer(config: "RunConfig") -> Any:
     asked = config.eval
     if not asked.tasks:
         return None
-    from tnllm.cli.evaluation_view import quiet_libraries, say
+    from tnllm.cli.evaluation_view import quiet_libraries
 
-    say("eval.tasks: reading the questions")
+    log("eval.tasks: reading the questions")
     quiet_libraries(list(asked.tasks), online=False)
     from tnllm.evaluation.live import task_scorer
 
-    return task_scorer(asked.tasks, asked.tasks_limit, asked.tasks_data_dir, say)
+    return task_scorer(asked.tasks, asked.tasks_limit, asked.tasks_data_dir, log)
 
 
 def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) -> None:

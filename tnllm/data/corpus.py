@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from tnllm.data.progress import Report, Status
 from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.progress import Report, Status
 
 TEXT = (".txt", ".text", ".md")
 JSON_LINES = (".jsonl", ".ndjson", ".json")

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from tnllm.data.corpus import BadDocument, read_documents
-from tnllm.data.progress import Report
 from tnllm.data.shards import SPLITS, TokenStream, read_manifest, verify_hashes
 from tnllm.errors import UserError
+from tnllm.progress import Report
 from tnllm.tokenizer import FILE_NAME, Tokenizer
 
 # What a reader can tell apart without a language model: the scripts of letters.

@@ -26,10 +26,10 @@ from tnllm import assets
 from tnllm.data import shards
 from tnllm.data.corpus import find_files
 from tnllm.data.encode import Encoded, Group, OnError, Options, encode_groups, read_groups
-from tnllm.data.progress import Report, Status
 from tnllm.data.shards import Manifest, Shard
 from tnllm.errors import RunError, UserError
 from tnllm.files import write_bytes_atomic
+from tnllm.progress import Report, Status
 from tnllm.tokenizer import FILE_NAME, Tokenizer
 
 SAMPLE = "sample"

@@ -10,10 +10,10 @@ from tnllm.data.encode import Options
 from tnllm.data.instruct import check_template, find_instruction_files, read_conversations
 from tnllm.data.instruct_loader import InstructLoader, pack
 from tnllm.data.loader import Loader, Source
-from tnllm.data.progress import progress_on_stderr
 from tnllm.data.shards import TokenStream, is_shard_folder
 from tnllm.data.tokenize import SAMPLE, prepare
 from tnllm.files import format_count
+from tnllm.progress import corpus_progress
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import DataSource, RunConfig
 from tnllm.training.run_model import chat_template, init_folder
@@ -58,7 +58,7 @@ def open_loaders(
     options = Options(field=data.field, val_fraction=data.val_fraction)
     train, held_out = [], []
     for source in data.path or DEFAULT_SOURCES:
-        with progress_on_stderr(f"tokenizing {source.path}") as report:
+        with corpus_progress(f"tokenizing {source.path}") as report:
             folder = prepare(source.path, tokenizer, options=options, report=report)
         train.append(Source(TokenStream.open(folder, "train"), source.weight))
         stream = TokenStream.open(folder, "val")
