@@ -21,7 +21,7 @@ def test_one_figure_can_be_set():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dedup:\n  treshold: 0.5\n", r"dedup.treshold: no such key; did you mean 'threshold'\? \(.*r.yaml:2\)"),
+        ("dedup:\n  treshold: 0.5\n", r"dedup.treshold: no such key; did you mean 'dedup.threshold'\? \(.*r.yaml:2\)"),
         ("dedupe:\n  x: 1\n", r"dedupe: no such key; did you mean 'dedup'\?"),
         ("dedup:\n  threshold: 2\n", r"dedup.threshold is 2: input should be less than or equal to 1 \(.*:2\)"),
         ("rules:\n  en:\n    lenght: [1, 2]\n", r"rules.en is .*no figure 'lenght'; did you mean 'length'\?"),
@@ -38,10 +38,23 @@ def test_mistakes_are_named(tmp_path, text, message):
 def test_unknown_recipe_and_set():
     with pytest.raises(UserError, match=r"no cleaning recipe data/sampel: .*did you mean 'data/sample'\?"):
         load_clean_recipe("data/sampel")
-    with pytest.raises(UserError, match="such as dedup"):
+    with pytest.raises(UserError, match=r"^threshold: no such key; did you mean 'dedup.threshold'\? \(--set\)$"):
         load_clean_recipe(None, ["threshold=1"])
+    with pytest.raises(UserError, match="such as dedup"):
+        load_clean_recipe(None, ["dedup.threshold"])
 
 
 def test_described_keys_are_a_recipe(tmp_path):
     (tmp_path / "all.yaml").write_text(describe())
     assert load_clean_recipe(str(tmp_path / "all.yaml")) == CleanSettings()
+
+
+def test_a_base_is_beneath_the_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("base: data/sample\ndedup:\n  threshold: 0.6\n")
+    settings = load_clean_recipe(str(tmp_path / "r.yaml"))
+    assert settings == load_clean_recipe("data/sample", ["dedup.threshold=0.6"])
+
+
+def test_an_empty_recipe_means_the_defaults(tmp_path):
+    (tmp_path / "r.yaml").write_text("# nothing yet\n")
+    assert load_clean_recipe(str(tmp_path / "r.yaml")) == CleanSettings()

@@ -5,27 +5,19 @@ settings = CleanSettings.model_validate({"input": {"path": ["web/"]}, "dedup": {
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from tnllm.cleaning.rules import DEFAULTS, FIGURES, Range
 from tnllm.errors import did_you_mean
-from tnllm.files import parse_count
+from tnllm.recipe import FROZEN, one_or_more
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, (str, float)) else value)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
 
 
 class InputSection(BaseModel):
     """What is read."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     path: Paths = Field((), description="Files or folders; 'dirty-sample' is the sample that ships in the package.")
     field: str = Field("text", description="Field or column that holds the text.")
@@ -40,7 +32,7 @@ class InputSection(BaseModel):
 class RepairSection(BaseModel):
     """Encodings, HTML remnants, punctuation, special characters."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     enabled: bool = Field(True, description="Mend text before anything looks at it.")
     urls: bool = Field(True, description="Strip URLs.")
@@ -51,7 +43,7 @@ class RepairSection(BaseModel):
 class LanguageSection(BaseModel):
     """Which languages stay."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     keep: tuple[str, ...] = Field(("en", "zh"), description="ISO 639 codes; empty keeps all.")
     min_confidence: float = Field(0.3, ge=0, le=1, description="Of py3langid, over the whole text.")
@@ -60,7 +52,7 @@ class LanguageSection(BaseModel):
 class BoilerplateSection(BaseModel):
     """Lines of navigation, cookie notices, copyright."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     enabled: bool = Field(True, description="Drop such lines.")
     max_share: float = Field(0.5, gt=0, le=1, description="A text with a larger share of such lines goes whole.")
@@ -69,7 +61,7 @@ class BoilerplateSection(BaseModel):
 class RulesSection(BaseModel):
     """Ranges of figures; `tnllm data clean --keys` lists each with its defaults."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     enabled: bool = Field(True, description="Apply the rules.")
     en: dict[str, Range] = Field({}, description="Figure: [lowest, highest], over the defaults for English.")
@@ -94,7 +86,7 @@ class RulesSection(BaseModel):
 class BlocklistSection(BaseModel):
     """Words and hosts that are not wanted."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     words: Paths = Field((), description="Files of terms, one a line. None ship.")
     min_hits: int = Field(2, ge=1, description="Different terms of the list that make a text unwanted.")
@@ -104,7 +96,7 @@ class BlocklistSection(BaseModel):
 class PersonalSection(BaseModel):
     """Personal data."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     mask: tuple[Literal["email", "ip", "phone"], ...] = Field(
         ("email", "ip", "phone"), description="What is masked. []: nothing."
@@ -114,7 +106,7 @@ class PersonalSection(BaseModel):
 class DedupSection(BaseModel):
     """Duplicates, exact and near."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     enabled: bool = Field(True, description="Keep one document of each group of duplicates: the first in input order.")
     threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of n-grams; 1: exact duplicates only.")
@@ -132,7 +124,7 @@ class DedupSection(BaseModel):
 class DecontaminateSection(BaseModel):
     """Overlap with evaluation sets."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     path: Paths = Field((), description="Files or folders of evaluation sets (.jsonl .json .csv .tsv .txt). None: off.")
     words: int = Field(13, ge=5, description="Words in a row that are no accident.")
@@ -143,7 +135,7 @@ class DecontaminateSection(BaseModel):
 class SelfCleanSection(BaseModel):
     """Rounds of training a small model, scoring every document with it and dropping the least likely."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     rounds: int = Field(0, ge=0, description="0: off.")
     seed_path: Paths = Field((), description="Clean text that round 1 learns from. None: everything kept so far.")
@@ -160,7 +152,7 @@ class SelfCleanSection(BaseModel):
 class OutputSection(BaseModel):
     """What is written."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     keep_rejected: bool = Field(True, description="Keep every rejected document with its reason and figures.")
     tally_field: str | None = Field(None, description="Field whose values are counted in and out of each step.")
@@ -169,7 +161,7 @@ class OutputSection(BaseModel):
 class SlurmSection(BaseModel):
     """Executor slurm; the names are datatrove's."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     partition: str = Field("cpu", description="Slurm partition.")
     time: str = Field("20:00:00", description="Time limit of a task.")
@@ -182,7 +174,7 @@ class SlurmSection(BaseModel):
 class CleanSettings(BaseModel):
     """All sections."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     input: InputSection = InputSection()
     repair: RepairSection = RepairSection()

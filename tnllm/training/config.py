@@ -9,16 +9,16 @@ Precedence: defaults here < the recipe's `base` < the recipe < `--set`. Sizes ma
 """
 
 import re
-import textwrap
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from tnllm.errors import UserError, did_you_mean
+from tnllm import recipe
+from tnllm.errors import UserError
 from tnllm.files import parse_count
 from tnllm.modeling.config import PRESETS, LoraConfig, ModelConfig, get_preset
-from tnllm.recipe import dump_yaml, find_recipe, parse_yaml, read_text
+from tnllm.recipe import FROZEN, one_or_more
 
 
 def _count(value: Any) -> Any:
@@ -28,15 +28,6 @@ def _count(value: Any) -> Any:
         return parse_count(value)
     except UserError:
         raise ValueError("expected a whole number such as 5000, 10K, 0.5M or 300B") from None
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, dict)) else value
-
-
-def _as_sources(value: Any) -> Any:
-    items = _as_list(value)
-    return [{"path": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else items
 
 
 def _switch(value: Any) -> Any:
@@ -52,13 +43,12 @@ def _device(name: str) -> str:
 
 PACKAGED = "packaged"  # train.init: the model that ships
 Count = Annotated[int, BeforeValidator(_count)]
-_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TokenizerSection(BaseModel):
     """Which tokenizer."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     path: str | None = Field(
         None,
@@ -70,18 +60,25 @@ class TokenizerSection(BaseModel):
 class DataSource(BaseModel):
     """One corpus of a mixture."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     path: str = Field(description="Token shards, or text to tokenize first.")
     weight: float | None = Field(None, gt=0, description="Share of the samples; null: its share of all tokens.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict | DataSource):
+            raise ValueError("expected a path or {path: ..., weight: ...}")
+        return {"path": value} if isinstance(value, str) else value
 
 
 class DataSection(BaseModel):
     """What is learned from."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
-    path: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(_as_sources)] | None = Field(
+    path: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(one_or_more)] | None = Field(
         None,
         description="Token shards, a text file or a folder of them (txt, jsonl, parquet; .zst, .gz, .xz); or a list "
         "of them; or a list of {path, weight}. null: the sample corpus that ships in the package.",
@@ -111,7 +108,7 @@ class DataSection(BaseModel):
 class OptimizerSection(BaseModel):
     """AdamW."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -127,7 +124,7 @@ class OptimizerSection(BaseModel):
 class ScheduleSection(BaseModel):
     """Learning rate over the run."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     kind: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="After warm-up: cosine to the end; wsd stays, then falls linearly; constant stays."
@@ -150,7 +147,7 @@ class ScheduleSection(BaseModel):
 class TrainSection(BaseModel):
     """Length, batch and precision."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     seed: Count = Field(0, description="Seeds the weights, the order of data and sampled text.")
     init: str | None = Field(
@@ -195,7 +192,7 @@ class TrainSection(BaseModel):
 class EvalSection(BaseModel):
     """Validation while training."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     every_steps: Count = Field(
         500, ge=0, description="Steps between validations; 0: never. The last step validates too."
@@ -203,11 +200,11 @@ class EvalSection(BaseModel):
     tokens: Count | None = Field(
         1_000_000, ge=1, description="Validation tokens read each time; null: the whole split."
     )
-    sample_prompts: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+    sample_prompts: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         (), description="A prompt or a list; each is continued at every validation."
     )
     sample_tokens: Count = Field(64, ge=1, description="Tokens sampled for each prompt.")
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         (), description="Tasks of lm-evaluation-harness to score while training, as in tnllm eval. One device only."
     )
     tasks_every_steps: Count = Field(
@@ -224,7 +221,7 @@ class EvalSection(BaseModel):
 class LogSection(BaseModel):
     """What is written while training."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     every_steps: Count = Field(10, ge=1, description="Steps between rows of metrics.jsonl and lines of the log.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
@@ -236,7 +233,7 @@ class LogSection(BaseModel):
 class CheckpointSection(BaseModel):
     """What a run resumes from."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     every_steps: Count = Field(1000, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: Count = Field(2, ge=1, description="Newest checkpoints kept; older ones are removed.")
@@ -246,7 +243,7 @@ class CheckpointSection(BaseModel):
 class ParallelSection(BaseModel):
     """The device mesh; the product is the number of ranks."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     replicate: Count = Field(1, ge=1, description="Copies of the model, each with its own rows.")
     shard: Count = Field(
@@ -262,7 +259,7 @@ class ParallelSection(BaseModel):
 class RunConfig(BaseModel):
     """All sections of a recipe."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
 
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerSection = TokenizerSection()
@@ -362,19 +359,7 @@ class RunConfig(BaseModel):
 
     def to_yaml(self, doc: bool = False) -> str:
         """Every key with its value, `load_recipe` of which gives an equal config; with `doc`, what each means."""
-        lines = ["# Every key of this run; `tnllm train` reads it like any recipe."]
-        docs = describe_keys()
-        if doc:
-            for key in ("base", _PRESET):
-                lines += [f"# {line}" for line in textwrap.wrap(f"{key} may also be given. {docs[key]}", 110)]
-        for section, keys in self.model_dump(mode="json").items():
-            lines.append(f"{section}:")
-            for key, value in keys.items():
-                if doc:
-                    lines += [f"  # {line}" for line in textwrap.wrap(docs[f"{section}.{key}"], 110)]
-                text = dump_yaml({key: value})
-                lines += [f"  {line}" for line in text.rstrip("\n").split("\n")]
-        return "\n".join(lines) + "\n"
+        return "# Every key of this run; `tnllm train` reads it like any recipe.\n" + recipe.to_yaml(FORMAT, self, doc)
 
 
 def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) -> int:
@@ -384,32 +369,31 @@ def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) ->
     return min(limits)
 
 
-# Keys of a recipe that are not fields: `preset` is spent when the model is resolved, `base` when files are merged.
 PRESET_DOC = f"Where the model section starts; keys beside it override it. One of {', '.join(PRESETS)}."
-BASE_DOC = "A recipe whose keys come before this one's: a packaged name, or a file beside it. One level."
-_PRESET = "model.preset"
+FORMAT = recipe.Format(
+    RunConfig,
+    sections="model: and train:",
+    setting="train.max_steps=100",
+    extra={"model.preset": PRESET_DOC},
+    restarts={"model": "preset"},
+)
 
 
 def describe_keys() -> dict[str, str]:
     """Every dotted key of a recipe and what it means, in order."""
-    docs = {"base": BASE_DOC, _PRESET: PRESET_DOC}
-    for section, field in RunConfig.model_fields.items():
-        kind: Any = field.annotation
-        docs.update({f"{section}.{key}": item.description or "" for key, item in kind.model_fields.items()})
-    return docs
+    return recipe.describe_keys(FORMAT)
 
 
-def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_recipe(name: str, sets: Sequence[str] = ()) -> RunConfig:
     """Read the recipe `name` (a path, or the name of a packaged one) with `sets` (`"section.key=value"`) on top.
 
     Raises UserError, one line with the key and the file and line it came from, for anything wrong.
     """
-    values, origins = read_recipe(name)
-    own_train = dict(values.get("train", {}))
-    changes, change_origins = _read_sets(sets)
-    values, origins = _merge(values, changes), {**origins, **change_origins}
-    init = (values.get("train") or {}).get("init")
-    values["model"] = _resolve_model(values.get("model", {}), origins, init)
+    values, origins = recipe.read_recipe(FORMAT, name)
+    own_train = values.get("train", {})
+    values, origins = recipe.apply_sets(FORMAT, values, origins, sets)
+    init = values.get("train", {}).get("init")
+    model = _resolve_model(values.get("model", {}), origins, init)
     try:
         # The recipe's own length, not the one --set gives: max_steps must not bend the learning rate.
         train = TrainSection.model_validate(values.get("train", {}))
@@ -421,9 +405,9 @@ def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
         horizon = ScheduleSection.model_validate(schedule).horizon_steps
         if horizon is not None:
             schedule.setdefault("warmup_steps", min(100, horizon // 10))
-        return RunConfig.model_validate({**values, "schedule": schedule})
+        return RunConfig.model_validate({**values, "model": model, "schedule": schedule})
     except ValidationError as error:
-        raise _explain(error, origins, name) from None
+        raise recipe.explain(FORMAT, error, origins, name) from None
 
 
 def most_rows(rows: int, most: int) -> int:
@@ -431,93 +415,19 @@ def most_rows(rows: int, most: int) -> int:
     return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
 
 
-def fit_rows(name: str, sets: list[str] | tuple[str, ...] = ()) -> list[str]:
+def fit_rows(name: str, sets: Sequence[str] = ()) -> list[str]:
     """`--set` items that make `name` load on its mesh: fewer rows at a time, where a step has too few for it."""
-    values = _merge(read_recipe(name)[0], _read_sets(sets)[0])
+    values, _ = recipe.apply_sets(FORMAT, *recipe.read_recipe(FORMAT, name), sets)
     try:
-        data = DataSection.model_validate(values.get("data") or {})
-        train = TrainSection.model_validate(values.get("train") or {})
-        mesh = ParallelSection.model_validate(values.get("parallel") or {})
+        data = DataSection.model_validate(values.get("data", {}))
+        train = TrainSection.model_validate(values.get("train", {}))
+        mesh = ParallelSection.model_validate(values.get("parallel", {}))
     except ValidationError:
         return []  # load_recipe says what is wrong
     rows, left = divmod(train.global_batch_tokens, data.seq_len * mesh.replicate * mesh.shard)
     if left or rows % train.micro_batch_size == 0:
         return []
     return [f"train.micro_batch_size={most_rows(rows, train.micro_batch_size)}"]
-
-
-def read_recipe(name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The recipe's sections over those of its base, and where (`file:line`) each dotted key was given."""
-    path = find_recipe(name)
-    values, origins = _read_file(path)
-    base = values.pop("base", None)
-    if base is None:
-        return values, origins
-    if not isinstance(base, str):
-        raise UserError(f"base is {base!r}; expected the name of one recipe ({origins['base']})")
-    below, below_origins = _read_file(find_recipe(base, beside=path.parent))
-    if "base" in below:
-        raise UserError(f"base: {base} has a base itself, and only one level is read ({origins['base']})")
-    return _merge(below, values), {**below_origins, **origins}
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    values, lines = parse_yaml(read_text(path), str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as model: and train:, found {type(values).__name__}")
-    origins = {key: f"{path}:{line}" for key, line in lines.items()}
-    for section in [key for key, value in values.items() if value is None and key != "base"]:
-        del values[section]
-    _check_keys(values, origins)
-    return values, origins
-
-
-def _read_sets(sets: list[str] | tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for item in sets:
-        key, equals, text = item.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if equals and key.strip() and not dot:
-            raise _unknown(key.strip(), {key.strip(): "--set"}, RunConfig.model_fields)
-        if not (equals and section and name):
-            raise UserError(f"--set is {item!r}; write section.key=value, such as train.max_steps=100")
-        values.setdefault(section, {})[name] = parse_yaml(text, f"--set {key}")[0]
-        origins[section] = origins[f"{section}.{name}"] = "--set"
-    _check_keys(values, origins)
-    return values, origins
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key; naming a preset above starts the model section afresh."""
-    merged = {**below}
-    for section, keys in above.items():
-        fresh = section == "model" and "preset" in keys
-        merged[section] = {**({} if fresh else below.get(section, {})), **keys}
-    return merged
-
-
-def _check_keys(values: dict[str, Any], origins: dict[str, str]) -> None:
-    known = describe_keys()
-    sections = list(RunConfig.model_fields)
-    for section, keys in values.items():
-        if section == "base":
-            continue
-        if section not in sections:
-            raise _unknown(str(section), origins, [*sections, "base"])
-        if not isinstance(keys, dict):
-            raise UserError(f"{section} is {keys!r}; expected a section of keys{_at(section, origins)}")
-        for key in keys:
-            if f"{section}.{key}" not in known:
-                raise _unknown(f"{section}.{key}", origins, known)
-
-
-def _unknown(key: str, origins: dict[str, str], allowed: Any) -> UserError:
-    # A right name in the wrong section is the commoner slip, so it is looked for first.
-    last = key.rpartition(".")[2]
-    elsewhere = [known for known in describe_keys() if known.rpartition(".")[2] == last]
-    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(key, allowed)
-    return UserError(f"{key}: no such key{hint}{_at(key, origins)}")
 
 
 def _resolve_model(keys: dict[str, Any], origins: dict[str, str], init: Any) -> ModelConfig:
@@ -530,13 +440,13 @@ def _resolve_model(keys: dict[str, Any], origins: dict[str, str], init: Any) -> 
         model = get_preset(str(preset), **overrides)
     except UserError as error:
         key = str(error).split()[0].rstrip(":")
-        raise UserError(f"{error}{_at(key, origins)}") from None
+        raise UserError(f"{error}{recipe.origin_of(key, origins)}") from None
     if start is not None and model != start:
         ours, theirs = model.model_dump(), start.model_dump()
         key = next(key for key in ours if ours[key] != theirs[key])
         raise UserError(
             f"model.{key} is {ours[key]!r}, but the weights of train.init {init} have {theirs[key]!r}; remove the model "
-            f"section, which comes from the weights{_at('train.init', origins)}"
+            f"section, which comes from the weights{recipe.origin_of('train.init', origins)}"
         )
     return model
 
@@ -548,40 +458,4 @@ def _initial_model(init: str, origins: dict[str, str]) -> ModelConfig:
     try:
         return read_config(resolve_model(None if init == PACKAGED else init))[0]
     except UserError as error:
-        raise UserError(f"train.init: {error}{_at('train.init', origins)}") from None
-
-
-def _at(key: str, origins: dict[str, str]) -> str:
-    return f" ({origins[key]})" if key in origins else ""
-
-
-# pydantic's error types → what the key expects, in the words of the page that documents it.
-_EXPECTED = {
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "string_type": "a string (quote it)",
-    "tuple_type": "a list",
-    "too_short": "more items",
-    "too_long": "fewer items",
-    "model_type": "a path or {path: ..., weight: ...}",
-    "int_type": "a whole number such as 5000, 10K, 0.5M or 300B",
-}
-
-
-def _explain(error: ValidationError, origins: dict[str, str], name: str) -> UserError:
-    """One line for the first thing wrong."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    # A section read on its own reports keys without its name.
-    section = [] if error.title == RunConfig.__name__ else [error.title.removesuffix("Section").lower()]
-    parts = section + [str(part) for part in first["loc"]]
-    if not parts:
-        return UserError(f"{message} ({name})")
-    key = ".".join(parts[:2])
-    if first["type"] == "extra_forbidden":
-        return UserError(f"{'.'.join(parts)}: no such key{_at(key, origins)}")
-    expected = _EXPECTED.get(first["type"])
-    message = f"expected {expected}" if expected else message[:1].lower() + message[1:]
-    return UserError(f"{'.'.join(parts)} is {first['input']!r}: {message}{_at(key, origins)}")
+        raise UserError(f"train.init: {error}{recipe.origin_of('train.init', origins)}") from None
