@@ -19,7 +19,7 @@ from typing import Any
 
 from tnllm import assets
 from tnllm.cleaning.hashing import counts_characters
-from tnllm.cleaning.shards import Lines
+from tnllm.cleaning.records import RecordWriter
 from tnllm.data.corpus import find_files, read_documents
 from tnllm.files import write_bytes_atomic
 
@@ -279,11 +279,11 @@ def mix(corpus: Path, out: Path, documents: int, seed: int = SEED) -> None:
     rng.shuffle(pieces)
     pieces = pieces[:documents]
     share = len(pieces) // 25
-    with Lines(out / "held-out.jsonl.gz") as lines:
+    with RecordWriter(out / "held-out.jsonl.gz") as lines:
         for source, text in pieces[:share]:
             lines.write({"text": text, "source": source})
     kinds = ("shuffled", "gibberish", "lost encoding", "keywords", "foreign")
-    with Lines(out / "noisy.jsonl.gz") as lines:
+    with RecordWriter(out / "noisy.jsonl.gz") as lines:
         for number, (source, text) in enumerate(pieces[share:]):
             kind = kinds[number % 25] if number % 25 < len(kinds) else "none"
             made = text if kind == "none" else _MAKERS[kind](text, rng)

@@ -35,7 +35,7 @@ def test_a_question_inside_a_text_is_found(index):
     assert set(index.hits(CHINESE + FRAGE.replace("，", " ，") + CHINESE)) == {"b.csv"}
 
 
-def test_a_part_is_found_from_thirteen_words_on(index):
+def test_thirteen_words_in_a_row_match(index):
     words = QUESTION.split()
     assert index.hits(" ".join(["But", *words[2:15], "and"])) == ["a.jsonl"]
     assert index.hits(" ".join(["But", *words[2:14], "and"])) == []
@@ -43,7 +43,7 @@ def test_a_part_is_found_from_thirteen_words_on(index):
     assert index.hits("又说" + FRAGE.replace("，", "")[5:28]) == []
 
 
-def test_a_short_item_is_found_whole(index):
+def test_a_short_item_matches_as_a_unit(index):
     assert index.hits("they say The owl sees by night what the hawk missed, do they") == ["b.csv"]
     assert index.hits("the owl sees by night what the dove missed") == []
 

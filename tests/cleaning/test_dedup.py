@@ -11,13 +11,13 @@ from tests.cleaning.texts import CHINESE, ENGLISH
 from tnllm.cleaning.dedup import Match, join, near_pairs, shingles, signatures
 from tnllm.cleaning.executor import run_stages
 from tnllm.cleaning.pipeline import open_run
+from tnllm.cleaning.records import RecordWriter, read_records
 from tnllm.cleaning.settings import DedupSection, SlurmSection, only_dedup
-from tnllm.cleaning.shards import Lines, read_lines
 
 
 def corpus(folder, texts, per_file=7):
     for start in range(0, len(texts), per_file):
-        with Lines(folder / f"part-{start:04d}.jsonl.gz") as lines:
+        with RecordWriter(folder / f"part-{start:04d}.jsonl.gz") as lines:
             for number, text in enumerate(texts[start : start + per_file], start):
                 lines.write({"id": f"d{number}", "text": text})
     return folder
@@ -26,8 +26,8 @@ def corpus(folder, texts, per_file=7):
 def dedup(tmp_path, texts, **settings):
     folder = corpus(tmp_path / "in", texts)
     run = open_run(only_dedup(path=(str(folder),), shard_mb=0.0005, **settings), tmp_path / "out")
-    assert run_stages(run.stages, "local", 1, SlurmSection(), lambda now: None)
-    kept = [record["id"] for path in sorted(run.unique.glob("*.gz")) for record in read_lines(path)]
+    assert run_stages(run.stages, "local", 1, SlurmSection(), lambda progress: None)
+    kept = [record["id"] for path in sorted(run.unique.glob("*.gz")) for record in read_records(path)]
     return run, kept
 
 
@@ -37,12 +37,12 @@ def words(rng, count):
 
 def true_pairs(texts, settings):
     sets = [set(shingles(text, settings).tolist()) for text in texts]
-    found = {}
+    pairs = {}
     for a, b in combinations(range(len(texts)), 2):
         value = len(sets[a] & sets[b]) / len(sets[a] | sets[b])
         if value >= settings.threshold:
-            found[frozenset((f"d{a}", f"d{b}"))] = value
-    return found
+            pairs[frozenset((f"d{a}", f"d{b}"))] = value
+    return pairs
 
 
 def test_pairs_are_those_of_brute_force(tmp_path):
@@ -59,12 +59,12 @@ def test_pairs_are_those_of_brute_force(tmp_path):
     found = {frozenset((a, b)): s for a, b, s in near_pairs(run.work / "groups.npz", run.work / "signatures")}
     assert found.keys() == truth.keys() and len(truth) > 8
     assert found == pytest.approx(truth, abs=1e-4)
-    # The first of each group stays, in order; whatever else is unlike everything stays too.
+    # The first of each group stays, in order, and so does everything without a duplicate.
     gone = {max(pair, key=lambda name: int(name[1:])) for pair in truth}
     assert kept == [f"d{n}" for n in range(len(texts)) if f"d{n}" not in gone]
-    held = [r for path in sorted((run.out / "rejected").glob("dedup-*")) for r in read_lines(path)]
-    assert {record["id"] for record in held} == gone
-    verdicts = {record["id"]: record["rejected"] for record in held}
+    rejected = [r for path in sorted((run.out / "rejected").glob("dedup-*")) for r in read_records(path)]
+    assert {record["id"] for record in rejected} == gone
+    verdicts = {record["id"]: record["rejected"] for record in rejected}
     assert verdicts["d20"] == {"step": "dedup", "reason": "exact duplicate", "of": "d0", "similarity": 1.0}
     assert verdicts["d41"]["reason"] == "near duplicate" and 0.8 <= verdicts["d41"]["similarity"] < 1
 
@@ -73,15 +73,15 @@ def test_parts_change_nothing_but_memory(tmp_path):
     rng = random.Random(4)
     texts = [words(rng, 60) for _ in range(30)]
     texts += [noise.edit(text, rng) for text in texts]
-    _, whole = dedup(tmp_path / "a", texts)
+    _, at_once = dedup(tmp_path / "a", texts)
     _, parts = dedup(tmp_path / "b", texts, memory_mb=0.0005)
-    assert whole == parts and len(whole) < len(texts)
+    assert at_once == parts and len(at_once) < len(texts)
 
 
 def test_only_exact_duplicates_at_threshold_one(tmp_path):
     texts = [ENGLISH, f"  {ENGLISH.upper()}\n", noise.edit(ENGLISH, random.Random(0)), CHINESE, CHINESE, "", "!?", "!?"]
     _, kept = dedup(tmp_path, texts, threshold=1.0)
-    # The empty one is no document; marks alone are compared as they are.
+    # The empty one is not a document; texts of punctuation are compared as they are.
     assert kept == ["d0", "d2", "d3", "d6"]
 
 
@@ -114,7 +114,7 @@ def test_join_finds_the_connected_groups(pairs):
     assert roots == {n: min(group) for n, group in groups.items() if n != min(group)}
 
 
-def test_a_crowd_of_equal_documents_makes_few_pairs(tmp_path):
+def test_many_equal_documents_make_few_pairs(tmp_path):
     run, kept = dedup(tmp_path, [ENGLISH] * 60)
     assert kept == ["d0"]
     stage = next(step for step in run.stages if step.name == "match").steps[0]

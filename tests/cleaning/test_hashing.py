@@ -23,7 +23,7 @@ def test_words_and_characters():
     assert len(token_hashes("one two three", characters=True)) == 11
 
 
-def test_case_and_marks_do_not_count():
+def test_case_and_punctuation_do_not_count():
     assert jaccard("The quick brown fox", "the QUICK, brown... fox?") == 1
 
 
@@ -49,8 +49,8 @@ def test_any_text(text):
     content_hash(text.encode("utf-8", "replace").decode())
 
 
-def test_hashes_are_fixed_for_ever():
-    """They lie in files that another run reads."""
+def test_hashes_never_change():
+    """They are stored in files that other runs read."""
     assert [int(token_hashes(text)[0]) for text in ("word", "字")] == [9480805241173167587, 2516393113289205985]
     assert content_hash("A  b") == 2952434739088078779
     assert content_hash("A  b\n") == content_hash("a b")

@@ -14,15 +14,16 @@ from tnllm import assets
 from tnllm.cleaning import report as reports
 from tnllm.cleaning.executor import Stage, run_stages
 from tnllm.cleaning.pipeline import open_run
+from tnllm.cleaning.records import read_records
+from tnllm.cleaning.run import clean as run_all
 from tnllm.cleaning.settings import CleanSettings, SlurmSection
-from tnllm.cleaning.shards import read_lines
 from tnllm.errors import RunError, UserError
-from tnllm.files import write_text_atomic
+from tnllm.files import lock, write_text_atomic
 
 
 def clean(settings, out, workers=1):
     run = open_run(settings, out)
-    assert run_stages(run.stages, "local", workers, settings.slurm, lambda now: None)
+    assert run_stages(run.stages, "local", workers, settings.slurm, lambda progress: None)
     report = reports.build_report(run)
     reports.write_report(out, report)
     return report
@@ -70,8 +71,8 @@ def test_the_sample_loses_its_dirt_and_keeps_its_text(cleaned):
 
 def test_every_document_is_counted_and_kept_somewhere(cleaned):
     out, report = cleaned
-    kept = [r for path in sorted((out / "clean").iterdir()) for r in read_lines(path)]
-    lost = [r for path in sorted((out / "rejected").iterdir()) for r in read_lines(path)]
+    kept = [r for path in sorted((out / "clean").iterdir()) for r in read_records(path)]
+    lost = [r for path in sorted((out / "rejected").iterdir()) for r in read_records(path)]
     assert len(kept) + len(lost) == report["documents_in"] and len(kept) == report["documents_out"]
     for before, after in zip(report["steps"], report["steps"][1:], strict=False):
         assert before["documents_out"] == after["documents_in"]
@@ -86,9 +87,9 @@ def test_every_document_is_counted_and_kept_somewhere(cleaned):
     assert {"text", "id", "source", "lang", "where", "noise"} == set(kept[0])
 
 
-def test_what_was_mended_reads_well(cleaned):
+def test_repaired_texts_read_well(cleaned):
     out, _ = cleaned
-    kept = {r["id"]: r for path in sorted((out / "clean").iterdir()) for r in read_lines(path)}
+    kept = {r["id"]: r for path in sorted((out / "clean").iterdir()) for r in read_records(path)}
     by_kind = {kind: [r["text"] for r in kept.values() if r["noise"] == kind] for kind in ("tags", "personal data")}
     assert not any("<p" in text or "var a" in text or "&nbsp" in text for text in by_kind["tags"])
     assert all("<email>" in text and "<phone>" in text and "<ip>" in text for text in by_kind["personal data"])
@@ -99,7 +100,7 @@ def test_workers_change_nothing(cleaned, tmp_path):
     assert contents(tmp_path / "out") == contents(cleaned[0])
 
 
-def test_a_killed_run_goes_on_to_the_same_result(cleaned, tmp_path):
+def test_a_killed_run_resumes_to_the_same_result(cleaned, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "r.yaml").write_text(json.dumps(sample().model_dump(mode="json")))
     command = [
@@ -120,11 +121,11 @@ def test_a_killed_run_goes_on_to_the_same_result(cleaned, tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    whole = {path.name: path.stat().st_mtime_ns for path in (out / "work" / "filtered").glob("0000[01]*")}
-    assert len(whole) == 2
+    complete = {path.name: path.stat().st_mtime_ns for path in (out / "work" / "filtered").glob("0000[01]*")}
+    assert len(complete) == 2
     clean(sample(), out)
     assert contents(out) == contents(cleaned[0])
-    assert {name: (out / "work" / "filtered" / name).stat().st_mtime_ns for name in whole} == whole
+    assert {name: (out / "work" / "filtered" / name).stat().st_mtime_ns for name in complete} == complete
 
 
 def test_the_page_holds_everything_and_fetches_nothing(cleaned):
@@ -158,7 +159,7 @@ def test_bad_input_is_counted_and_located(tmp_path):
         ("a.jsonl:4", "a JSON list"),
         ("a.jsonl:5", "not UTF-8 (byte 14"),
         ("b.jsonl.gz", "is cut short or damaged after line"),
-        ("d.jsonl:1", "a line beyond the length allowed"),
+        ("d.jsonl:1", "the line is longer than allowed"),
         ("e.jsonl:2", "field 'text' is a NoneType"),
     ):
         assert f"{where}: {why}" in named or f"{where} {why}" in named, where
@@ -169,9 +170,15 @@ def test_the_recipe_may_say_stop(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nnope\n')
     settings = CleanSettings.model_validate({"input": {"path": str(tmp_path / "a.jsonl"), "on_error": "stop"}})
     for workers in (1, 2):
-        with pytest.raises(UserError, match=r"a.jsonl:2: invalid JSON .*; mend it, or set input.on_error to skip"):
+        with pytest.raises(UserError, match=r"a.jsonl:2: invalid JSON .*; fix it, or set input.on_error to skip"):
             clean(settings, tmp_path / "out", workers)
     assert not list((tmp_path / "out").rglob("*.gz*"))
+
+
+def test_one_process_at_a_time(tmp_path):
+    out = tmp_path / "out"
+    with lock(out, busy="taken"), pytest.raises(UserError, match=r"another process is cleaning into .*out; wait"):
+        run_all(sample(), out, 1, lambda progress: None)
 
 
 def test_another_recipe_or_input_is_refused(cleaned, tmp_path):
@@ -207,22 +214,22 @@ class Fragile(PipelineStep):
         return iter(())
 
 
-def test_a_lost_worker_is_noticed_and_made_up_for(tmp_path):
+def test_a_lost_worker_is_detected_and_its_task_runs_again(tmp_path):
     stage = Stage("fragile", [Fragile(tmp_path)], 3, tmp_path / "log")
     with pytest.raises(RunError, match="a worker died in stage fragile"):
-        run_stages([stage], "local", 2, SlurmSection(), lambda now: None)
-    assert run_stages([stage], "local", 2, SlurmSection(), lambda now: None)
+        run_stages([stage], "local", 2, SlurmSection(), lambda progress: None)
+    assert run_stages([stage], "local", 2, SlurmSection(), lambda progress: None)
     assert sorted(path.name for path in tmp_path.glob("task-?")) == ["task-0", "task-1", "task-2"]
 
 
-def test_clusters_that_are_not_there_are_named(tmp_path):
+def test_a_missing_cluster_is_named(tmp_path):
     stage = Stage("fragile", [Fragile(tmp_path)], 3, tmp_path / "log")
     with pytest.raises(UserError, match="there is no sbatch on this machine"):
-        run_stages([stage], "slurm", 2, SlurmSection(), lambda now: None)
+        run_stages([stage], "slurm", 2, SlurmSection(), lambda progress: None)
 
 
-def test_slurm_takes_all_stages_as_jobs_that_wait(tmp_path, monkeypatch):
-    """With an sbatch that only notes what it is given."""
+def test_slurm_gets_all_stages_as_dependent_jobs(tmp_path, monkeypatch):
+    """With an sbatch that only records its arguments."""
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(
@@ -231,9 +238,9 @@ def test_slurm_takes_all_stages_as_jobs_that_wait(tmp_path, monkeypatch):
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     run = open_run(sample(), tmp_path / "out")
-    assert not run_stages(run.stages, "slurm", 2, SlurmSection(partition="short"), lambda now: None)
+    assert not run_stages(run.stages, "slurm", 2, SlurmSection(partition="short"), lambda progress: None)
     calls = (tmp_path / "calls").read_text().splitlines()
-    # datatrove submits each stage and, behind it, a job that adds up its counts.
+    # datatrove submits each stage and, after it, a job that sums its counts.
     jobs = [call for call in calls if "RUN_OFFSET" in call]
     assert len(jobs) == len(run.stages) == 4
     assert [f"--dependency=afterok:{number}" in job for number, job in zip((1, 3, 5), jobs[1:], strict=True)] == [

@@ -6,8 +6,8 @@ import pytest
 from tests.cleaning.noise import gibberish
 from tests.cleaning.texts import ENGLISH
 from tnllm.cleaning.recipe import load_clean_recipe
+from tnllm.cleaning.records import RecordWriter, read_records
 from tnllm.cleaning.run import self_clean_alone
-from tnllm.cleaning.shards import Lines, read_lines
 from tnllm.errors import UserError
 
 TINY = [
@@ -38,12 +38,12 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     sentences = [part.strip() for part in ENGLISH.replace("\n", " ").split(",")]
-    with Lines(folder / "corpus.jsonl.gz") as lines, Lines(folder / "held-out.jsonl.gz") as held:
+    with RecordWriter(folder / "corpus.jsonl.gz") as writer, RecordWriter(folder / "held-out.jsonl.gz") as held_out:
         for number in range(66):
             text = ", ".join(rng.sample(sentences, 6))
             noise = "gibberish" if number % 10 == 9 and number < 60 else "none"
             record = {"text": gibberish(text, rng) if noise != "none" else text, "source": "w", "noise": noise}
-            (lines if number < 60 else held).write({"id": f"d{number}", **record})
+            (writer if number < 60 else held_out).write({"id": f"d{number}", **record})
     return folder
 
 
@@ -53,12 +53,12 @@ def cleaned(corpus, tmp_path_factory):
     return out, self_clean_alone(settings(corpus), out, "cpu")
 
 
-def test_what_is_unlikely_goes(cleaned):
+def test_unlikely_texts_are_dropped(cleaned):
     out, report = cleaned
     assert report["tally"]["gibberish"] == {"in": 6, "out": 0, "rejected": {"self-clean 1": 6, "self-clean 2": 0}}
     assert report["tally"]["none"]["rejected"]["self-clean 1"] == 0
-    kept = [r for path in (out / "clean").glob("*.gz") for r in read_lines(path)]
-    lost = [r for path in sorted((out / "rejected").glob("*.gz")) for r in read_lines(path)]
+    kept = [r for path in (out / "clean").glob("*.gz") for r in read_records(path)]
+    lost = [r for path in sorted((out / "rejected").glob("*.gz")) for r in read_records(path)]
     assert len(kept) == report["documents_out"] == 49 and len(lost) == 11
     verdict = lost[0]["rejected"]
     assert verdict["step"] == "self-clean" and verdict["round"] == 1 and verdict["bits_per_byte"] > verdict["range"][1]
@@ -66,22 +66,22 @@ def test_what_is_unlikely_goes(cleaned):
 
 def test_losses_are_reported_for_every_model(cleaned):
     out, report = cleaned
-    found = report["self_clean"]
-    losses = [row["held_out"] for row in found["rounds"]] + [found["after"], found["random_subset"]]
+    result = report["self_clean"]
+    losses = [row["held_out"] for row in result["rounds"]] + [result["after"], result["random_subset"]]
     assert len(losses) == 4 and all(0 < loss["bits_per_byte"] < 8 for loss in losses)
-    assert sum(found["rounds"][0]["histogram"]["counts"]) == 60
+    assert sum(result["rounds"][0]["histogram"]["counts"]) == 60
     page = (out / "report.html").read_text()
     assert "a random subset of that size" in page and "round 2" in page
 
 
-def test_a_second_call_does_nothing_again(cleaned, corpus):
+def test_a_second_call_redoes_nothing(cleaned, corpus):
     out, report = cleaned
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.gz")}
     assert self_clean_alone(settings(corpus), out, "cpu") == report
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.gz")} == before
 
 
-def test_lost_files_are_made_again_the_same(cleaned, corpus):
+def test_lost_files_are_rebuilt_identically(cleaned, corpus):
     out, report = cleaned
     shard = out / "clean" / "00000.jsonl.gz"
     data = shard.read_bytes()
@@ -108,6 +108,6 @@ def test_training_takes_the_device_that_is_named(corpus, tmp_path, monkeypatch):
         self_clean_alone(settings(corpus), tmp_path / "out", "cuda:1")
 
 
-def test_no_rounds_is_a_mistake(corpus, tmp_path):
+def test_no_rounds_is_refused(corpus, tmp_path):
     with pytest.raises(UserError, match=r"self_clean\.rounds is 0"):
         self_clean_alone(settings(corpus, rounds=0), tmp_path / "out", "cpu")

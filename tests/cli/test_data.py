@@ -70,7 +70,7 @@ def test_text_that_is_not_utf8_and_skipping_it(tnllm, corpus, tmp_path):
         file.write('{"text": "café"}\n'.encode("latin-1"))
     code, _, stderr = tnllm("data", "tokenize", corpus, "-o", tmp_path / "out")
     assert code == 2
-    assert f"{corpus}:41: not UTF-8 (byte 14 of the line); mend it, or leave such documents out with" in stderr
+    assert f"{corpus}:41: not UTF-8 (byte 14 of the line); fix it, or leave such documents out with" in stderr
     code, stdout, stderr = tnllm("data", "tokenize", corpus, "-o", tmp_path / "out", "--on-error", "skip")
     assert code == 0
     assert stderr == f"left out: {corpus}:41: not UTF-8 (byte 14 of the line)\n"

@@ -1,8 +1,8 @@
-"""Lists of unwanted words and hosts, one a line, `#` for remarks.
+"""Lists of unwanted words and hosts, one a line, `#` for comments.
 
-found = Blocklist.read(["words.txt"], ["hosts.txt"])
-found.terms_in("some text")                     # the different terms in it, sorted
-found.blocked_host("https://a.bad.example/x")   # "bad.example", or None
+blocklist = Blocklist.read(["words.txt"], ["hosts.txt"])
+blocklist.terms_in("some text")                     # the distinct terms in it, sorted
+blocklist.blocked_host("https://a.bad.example/x")   # "bad.example", or None
 """
 
 import re
@@ -25,17 +25,17 @@ class Blocklist:
     def read(words: Iterable[str], hosts: Iterable[str]) -> "Blocklist":
         """Read the files. Raises UserError for one that is missing or not UTF-8."""
         terms = sorted({term.lower() for path in words for term in _entries(path)}, key=lambda term: (-len(term), term))
-        # A Latin term is a whole word; Chinese has no spaces to be whole between.
+        # A Latin term must match a full word; Chinese does not separate words by spaces.
         parts = [rf"\b{re.escape(term)}\b" if term.isascii() else re.escape(term) for term in terms]
         names = frozenset(name.lower().removeprefix("www.") for path in hosts for name in _entries(path))
         return Blocklist(re.compile("|".join(parts)) if parts else None, names)
 
     def terms_in(self, text: str) -> list[str]:
-        """Different terms found."""
+        """The distinct terms in `text`, sorted."""
         return sorted(set(self.pattern.findall(text.lower()))) if self.pattern else []
 
     def blocked_host(self, url: object) -> str | None:
-        """The entry that the URL's host, or a domain above it, is on."""
+        """The entry that matches the URL's host or a domain above it; None if there is none."""
         if not self.hosts or not isinstance(url, str):
             return None
         try:

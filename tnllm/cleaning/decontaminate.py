@@ -1,10 +1,10 @@
-"""An index of the n-grams of evaluation sets, and the documents that share one.
+"""An index of the n-grams of evaluation sets, to detect documents that contain one.
 
 index = build_index(eval_files(["eval/"]), words=13, characters=24)
 index.save(path); Index.load(path).hits(text)     # the file of each shared n-gram
 
-Long questions and passages are found by any `words` (Chinese: `characters`) in a row, as GPT-3 and its successors do
-(arXiv 2005.14165, appendix C). A shorter item is found whole if it has at least eight words or twelve characters.
+Long questions and passages match by any `words` (Chinese: `characters`) consecutive ones, as in GPT-3 and its successors
+(arXiv 2005.14165, appendix C). A shorter item matches as a unit if it has at least eight words or twelve characters.
 """
 
 import csv
@@ -37,19 +37,19 @@ class Index:
 
     def hits(self, text: str) -> list[str]:
         """The evaluation file of every n-gram of `text` that is in the index."""
-        found: list[str] = []
+        names: list[str] = []
         characters = counts_characters(text)
         tokens = token_hashes(text, characters)
         for size in self.character_sizes if characters else self.word_sizes:
             if len(tokens) >= size and len(self.hashes):
                 grams = ngram_hashes(tokens, size)
-                places = np.minimum(np.searchsorted(self.hashes, grams), len(self.hashes) - 1)
-                hit = places[self.hashes[places] == grams]
-                found += [self.names[number] for number in self.files[hit]]
-        return found
+                indices = np.minimum(np.searchsorted(self.hashes, grams), len(self.hashes) - 1)
+                hits = indices[self.hashes[indices] == grams]
+                names += [self.names[number] for number in self.files[hits]]
+        return names
 
     def save(self, path: Path) -> None:
-        """Write the index whole or not at all."""
+        """Write the index atomically."""
         buffer = io.BytesIO()
         about = json.dumps([self.names, self.word_sizes, self.character_sizes])
         np.savez(buffer, hashes=self.hashes, files=self.files, about=np.frombuffer(about.encode(), np.uint8))
@@ -58,13 +58,13 @@ class Index:
     @staticmethod
     def load(path: Path) -> "Index":
         """Read what `save` wrote."""
-        with np.load(path) as held:
-            names, words, characters = json.loads(held["about"].tobytes())
-            return Index(held["hashes"], held["files"], tuple(names), tuple(words), tuple(characters))
+        with np.load(path) as arrays:
+            names, words, characters = json.loads(arrays["about"].tobytes())
+            return Index(arrays["hashes"], arrays["files"], tuple(names), tuple(words), tuple(characters))
 
 
 def eval_files(paths: Iterable[str | Path]) -> list[Path]:
-    """Evaluation files of the given files and folders. Raises UserError where there are none."""
+    """Evaluation files of the given files and folders. Raises UserError if there are none."""
     files: list[Path] = []
     for given in map(Path, paths):
         if given.is_dir():
@@ -74,12 +74,12 @@ def eval_files(paths: Iterable[str | Path]) -> list[Path]:
         else:
             raise UserError(f"decontaminate.path is {given}: no such file or folder")
     if not files:
-        raise UserError(f"decontaminate.path holds no evaluation file; read are {' '.join(SUFFIXES)}")
+        raise UserError(f"decontaminate.path holds no evaluation file; allowed: {' '.join(SUFFIXES)}")
     return files
 
 
 def build_index(files: Iterable[Path], words: int, characters: int) -> Index:
-    """Hash every text of every record. Raises UserError for a file that is no data."""
+    """Hash every text of every record. Raises UserError for a file that cannot be parsed."""
     hashes: list[np.ndarray] = []
     owners: list[np.ndarray] = []
     names: list[str] = []

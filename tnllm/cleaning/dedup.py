@@ -1,14 +1,15 @@
-"""Exact and near duplicates by MinHash: sign each shard, match band by band, group, drop. Four stages of tasks.
+"""Exact and near duplicates by MinHash, in four stages of tasks: sign each shard, match bands, group pairs, drop.
 
-    signatures/NNNNN.npy   uint32 [values, documents]: MinHash values (rensa), one row after another
+    signatures/NNNNN.npy   uint32 [values, documents]: MinHash values (rensa), one row per value
     signatures/NNNNN.exact.npy, .ids.json     content hashes and names of the same documents
-    pairs/NNN.npy          uint64 [K, 2]: documents that share a band of task NNN
-    groups.npz             verified pairs with their similarity; which documents go, and for which other
+    pairs/NNN.npy          uint64 [K, 2]: pairs of documents that share a band, found by task NNN
+    groups.npz             verified pairs with their similarity; which documents are dropped, and for which kept one
 
-A document is numbered `shard << 32 | place`. Near means that the Jaccard similarity of two documents' n-grams reaches the
-threshold. The share of equal MinHash values estimates it, with a standard error of sqrt(J (1 - J) / num_hashes); pairs
-that come near are read again and compared exactly, unless `verify` says otherwise. A band takes 48 bytes of memory a
-document; with more documents than `memory_mb` holds, hashes are matched, and pairs verified, in parts.
+A document's number is `shard << 32 | index in the shard`. Near duplicates are documents whose n-grams have a Jaccard
+similarity J of at least the threshold. The share of equal MinHash values estimates J with a standard error of
+sqrt(J (1 - J) / num_hashes). Pairs that come near the threshold are read again and compared exactly, unless `verify` is
+"estimate". A band takes 48 bytes of memory a document; if the documents exceed `memory_mb`, matching and verification
+work in parts.
 """
 
 import io
@@ -23,10 +24,11 @@ import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from tnllm.cleaning.hashing import content_hash, counts_characters, mix, ngram_hashes, token_hashes
-from tnllm.cleaning.settings import DedupSection
-from tnllm.cleaning.shards import REJECTED, read_lines
-from tnllm.cleaning.steps import Step, reject
+from tnllm.cleaning.hashing import content_hash, counts_characters, ngram_hashes, token_hashes
+from tnllm.cleaning.records import REJECTED, read_records
+from tnllm.cleaning.settings import CleanSettings, DedupSection
+from tnllm.cleaning.steps import Step, count_document, reject
+from tnllm.data.permutation import splitmix64
 from tnllm.errors import MissingExtra
 from tnllm.files import write_bytes_atomic, write_text_atomic
 
@@ -36,7 +38,7 @@ _VERIFY_PAIRS = 1 << 16
 # Two documents of a thousand n-grams each, 8 bytes an n-gram.
 _BYTES_PER_PAIR = 16_000
 _MAX_LISTED_GROUP = 100
-# Bands are few hundred milliseconds each on a million documents: more tasks would mostly start and stop.
+# A band of a million documents takes a few hundred milliseconds: more tasks would mostly start and stop.
 MATCH_TASKS = 8
 
 
@@ -53,20 +55,19 @@ class Sign(PipelineStep):
         parts: list[np.ndarray] = []
         exact: list[int] = []
         names: list[str] = []
-        waiting: list[np.ndarray] = []
+        batch: list[np.ndarray] = []
         for doc in data:
             if REJECTED not in doc.metadata:
-                self.stat_update("documents")
-                self.stat_update("bytes", value=len(doc.text.encode("utf-8", "replace")))
+                count_document(self, doc)
                 with self.track_time():
                     exact.append(content_hash(doc.text))
                     names.append(doc.id)
-                    waiting.append(shingles(doc.text, self.settings))
-                    if len(waiting) == _BATCH_DOCUMENTS:
-                        parts.append(signatures(waiting, self.settings))
-                        waiting = []
+                    batch.append(shingles(doc.text, self.settings))
+                    if len(batch) == _BATCH_DOCUMENTS:
+                        parts.append(signatures(batch, self.settings))
+                        batch = []
             yield doc
-        parts.append(signatures(waiting, self.settings))
+        parts.append(signatures(batch, self.settings))
         base = self.folder / f"{rank:05d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         _save(base.with_suffix(".npy"), np.ascontiguousarray(np.concatenate(parts).T))
@@ -75,15 +76,15 @@ class Sign(PipelineStep):
 
 
 def shingles(text: str, settings: DedupSection) -> np.ndarray:
-    """The different n-grams of a text, uint64; never empty."""
+    """Hashes of the distinct n-grams of a text, uint64; never empty."""
     characters = counts_characters(text)
     grams = ngram_hashes(token_hashes(text, characters), settings.characters if characters else settings.words)
-    # A text without a letter is alike only to one with the same signs.
+    # A text without letters is a duplicate only of a text with the same characters.
     return np.unique(grams) if len(grams) else np.array([content_hash(text)], np.uint64)
 
 
 def signatures(documents: list[np.ndarray], settings: DedupSection) -> np.ndarray:
-    """uint32 [documents, num_hashes]."""
+    """MinHash values of documents given as n-gram hashes: uint32 [documents, num_hashes]."""
     try:
         from rensa import RMinHash
     except ImportError:
@@ -98,12 +99,12 @@ def signatures(documents: list[np.ndarray], settings: DedupSection) -> np.ndarra
 
 
 def num_bands(settings: DedupSection) -> int:
-    """Bands of `rows` values; none where only exact duplicates go."""
+    """Bands of `rows` values; 0 if only exact duplicates are dropped."""
     return settings.num_hashes // settings.rows if settings.threshold < 1 else 0
 
 
 class Match(PipelineStep):
-    """Pairs of documents that agree in a band; each task takes every `world_size`-th band, the last: content hashes."""
+    """Pairs of documents that agree in a band. Each task takes every `world_size`-th band; the last is content hashes."""
 
     type, name = "tnllm", "match"
 
@@ -114,12 +115,12 @@ class Match(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         total = sum(len(np.load(path, mmap_mode="r")) for path in sorted(self.folder.glob("*.exact.npy")))
         parts = max(1, -(-total * _BYTES_PER_DOCUMENT // int(self.settings.memory_mb * 2**20)))
-        found = [np.zeros((0, 2), np.uint64)]
+        pairs = [np.zeros((0, 2), np.uint64)]
         with self.track_time():
             for band in range(rank, num_bands(self.settings) + 1, world_size):
-                found += [self._match(band, part, parts) for part in range(parts)]
+                pairs += [self._match(band, part, parts) for part in range(parts)]
         self.out.mkdir(parents=True, exist_ok=True)
-        _save(self.out / f"{rank:03d}.npy", np.unique(np.concatenate(found), axis=0))
+        _save(self.out / f"{rank:03d}.npy", np.unique(np.concatenate(pairs), axis=0))
         return iter(())
 
     def _match(self, band: int, part: int, parts: int) -> np.ndarray:
@@ -134,7 +135,7 @@ class Match(PipelineStep):
         order = np.argsort(keys, kind="stable")
         keys, numbers = keys[order], numbers[order]
         same = np.flatnonzero(keys[1:] == keys[:-1]) + 1
-        # Each is linked to the one before it and to the first of its run: the pairs grow linearly, not squared.
+        # Each document is paired with the one before it and the first of its run, so the number of pairs is linear.
         is_first = np.ones(len(keys), bool)
         is_first[same] = False
         first = np.maximum.accumulate(np.where(is_first, np.arange(len(keys)), 0))
@@ -148,7 +149,7 @@ class Match(PipelineStep):
         values = np.load(path.with_name(path.name.replace(".exact", "")), mmap_mode="r")
         key = np.zeros(values.shape[1], np.uint64)
         for row in range(band * rows, (band + 1) * rows):
-            key = mix(key ^ values[row].astype(np.uint64))
+            key = splitmix64(key ^ values[row].astype(np.uint64))
         return key
 
 
@@ -163,10 +164,10 @@ class Group(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         with self.track_time():
-            held = [np.load(path) for path in sorted(self.pairs.glob("*.npy"))]
-            pairs, similarity = self._near(np.unique(np.concatenate(held), axis=0))
+            parts = [np.load(path) for path in sorted(self.pairs.glob("*.npy"))]
+            pairs, similarity = self._near(np.unique(np.concatenate(parts), axis=0))
             roots = join(pairs)
-            # Matching links each document to few others; the pairs people see are all of a group.
+            # Matching pairs each document with few others; the result lists all pairs of a group.
             members: dict[int, list[int]] = {}
             for number in sorted(roots):
                 members.setdefault(roots[number], [roots[number]]).append(number)
@@ -190,12 +191,11 @@ class Group(PipelineStep):
         return iter(())
 
     def _near(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs that reach the threshold, and their similarity."""
+        """The pairs that reach the threshold, and their similarities."""
         self.stat_update("candidates", value=len(pairs))
-        found = [np.zeros(0), *self._compare(pairs)]
-        similarity = np.concatenate(found)
+        similarity = self._estimate(pairs)
         if self.settings.verify == "exact":
-            # Four standard errors below the threshold nothing true is lost.
+            # Four standard errors below the threshold, no true pair is lost.
             close = np.flatnonzero(similarity >= self.settings.threshold - 2 / self.settings.num_hashes**0.5)
             pairs, similarity = pairs[close], self._jaccard(pairs[close])
         near = similarity >= self.settings.threshold
@@ -204,37 +204,39 @@ class Group(PipelineStep):
     def _similarity(self, pairs: np.ndarray) -> np.ndarray:
         if self.settings.verify == "exact":
             return self._jaccard(pairs)
-        return np.concatenate([np.zeros(0), *self._compare(pairs)])
+        return self._estimate(pairs)
 
     def _jaccard(self, pairs: np.ndarray) -> np.ndarray:
-        """Exact similarity of each pair, from the documents' texts; as many pairs at a time as memory allows."""
+        """Exact similarity of each pair, from the documents' texts, in blocks that fit in memory."""
         result = np.zeros(len(pairs))
         block = max(1, int(self.settings.memory_mb * 2**20) // _BYTES_PER_PAIR)
         for start in range(0, len(pairs), block):
             part = pairs[start : start + block]
-            held = self._shingles(np.unique(part))
+            grams = self._shingles(np.unique(part))
             for row, (a, b) in enumerate(part.tolist()):
-                shared = len(np.intersect1d(held[a], held[b], assume_unique=True))
-                result[start + row] = shared / (len(held[a]) + len(held[b]) - shared)
+                shared = len(np.intersect1d(grams[a], grams[b], assume_unique=True))
+                result[start + row] = shared / (len(grams[a]) + len(grams[b]) - shared)
         return result
 
     def _shingles(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
-        held: dict[int, np.ndarray] = {}
+        result: dict[int, np.ndarray] = {}
         for shard in np.unique(numbers >> np.uint64(32)):
             wanted = set((numbers[numbers >> np.uint64(32) == shard] & np.uint64(0xFFFFFFFF)).tolist())
-            for place, record in enumerate(read_lines(self.filtered / f"{int(shard):05d}.jsonl.gz")):
-                if place in wanted:
-                    held[int(shard) << 32 | place] = shingles(record["text"], self.settings)
-                    if len(held) == len(numbers):
+            for index, record in enumerate(read_records(self.filtered / f"{int(shard):05d}.jsonl.gz")):
+                if index in wanted:
+                    result[int(shard) << 32 | index] = shingles(record["text"], self.settings)
+                    if len(result) == len(numbers):
                         break
-        return held
+        return result
 
-    def _compare(self, pairs: np.ndarray) -> Iterator[np.ndarray]:
-        """Share of equal values of each pair, 1 where the content is the same."""
+    def _estimate(self, pairs: np.ndarray) -> np.ndarray:
+        """Share of equal MinHash values of each pair; 1 for equal content."""
+        parts = [np.zeros(0)]
         for start in range(0, len(pairs), _VERIFY_PAIRS):
             part = pairs[start : start + _VERIFY_PAIRS]
             left, right = self._columns(part[:, 0]), self._columns(part[:, 1])
-            yield (left == right).mean(axis=1)
+            parts.append((left == right).mean(axis=1))
+        return np.concatenate(parts)
 
     def _columns(self, numbers: np.ndarray) -> np.ndarray:
         result = np.empty((len(numbers), self.settings.num_hashes), np.uint32)
@@ -250,7 +252,7 @@ class Group(PipelineStep):
 
 
 def join(pairs: np.ndarray) -> dict[int, int]:
-    """Groups of linked documents: every member but the lowest → the lowest."""
+    """Connected groups of documents: maps every member but the lowest to the lowest."""
     parent: dict[int, int] = {}
 
     def root(number: int) -> int:
@@ -266,31 +268,27 @@ def join(pairs: np.ndarray) -> dict[int, int]:
 
 
 class Drop(Step):
-    """Documents of an earlier stage's shard without the duplicates."""
+    """Documents of an earlier stage's shard, the duplicates marked as rejected."""
 
-    name = "dedup"
+    name = section = "dedup"
 
-    def __init__(self, kept: Path, groups: Path, names: Path, tally_field: str | None) -> None:
-        super().__init__(tally_field)
+    def __init__(self, settings: CleanSettings, kept: Path, groups: Path, names: Path) -> None:
+        super().__init__(settings)
         self.kept, self.groups, self.names = kept, groups, names
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        with np.load(self.groups) as held:
-            mine = held["dropped"] >> np.uint64(32) == rank
-            rows = (held["dropped"][mine] & np.uint64(0xFFFFFFFF), held["kept"][mine])
-            columns = [*rows, held["close"][mine], held["exact"][mine]]
-        fate = {
-            int(place): (int(of), float(close), bool(same)) for place, of, close, same in zip(*columns, strict=True)
-        }
-        for place, record in enumerate(read_lines(self.kept / f"{rank:05d}.jsonl.gz")):
+        with np.load(self.groups) as groups:
+            mine = groups["dropped"] >> np.uint64(32) == rank
+            dropped, *columns = (groups[name][mine].tolist() for name in ("dropped", "kept", "close", "exact"))
+        duplicates = {number & 0xFFFFFFFF: row for number, *row in zip(dropped, *columns, strict=True)}
+        for index, record in enumerate(read_records(self.kept / f"{rank:05d}.jsonl.gz")):
             doc = Document(record.pop("text"), record.pop("id"), metadata=record)
-            self.stat_update("documents")
-            self.stat_update("bytes", value=len(doc.text.encode("utf-8", "replace")))
-            if place in fate:
-                of, close, same = fate[place]
-                reason = "exact duplicate" if same else "near duplicate"
-                reject(doc, self.name, reason, of=document_name(self.names, of), similarity=round(close, 4))
-                self.note_rejected(doc)
+            count_document(self, doc)
+            if index in duplicates:
+                of, similarity, exact = duplicates[index]
+                reason = "exact duplicate" if exact else "near duplicate"
+                reject(doc, self.name, reason, of=document_name(self.names, of), similarity=round(similarity, 4))
+                self.count_rejected(doc)
             yield doc
 
 
@@ -300,9 +298,9 @@ def document_name(folder: Path, number: int) -> str:
 
 
 def near_pairs(groups: Path, names: Path) -> Iterator[tuple[str, str, float]]:
-    """Every verified pair with its estimated similarity, most alike first."""
-    with np.load(groups) as held:
-        pairs, similarity = held["pairs"], held["similarity"]
+    """Every verified pair with its similarity, most similar first."""
+    with np.load(groups) as arrays:
+        pairs, similarity = arrays["pairs"], arrays["similarity"]
     for row in np.argsort(-similarity, kind="stable"):
         a, b = (int(number) for number in pairs[row])
         yield document_name(names, a), document_name(names, b), float(similarity[row])

@@ -1,9 +1,9 @@
 """Runs the tasks of a stage: on this machine, or on Slurm or Ray by datatrove's own executors.
 
-run_stages([Stage("filter", steps, tasks=12), ...], work, "local", workers=4, settings.slurm, report)
+run_stages([Stage("filter", steps, tasks=12, log=work / "filter")], "local", 4, settings.slurm, on_progress)
 
-What is done is noted by datatrove under `work/STAGE/completions`; a task that was stopped is done again from its start,
-and its files are replaced whole. Each stage waits for the one before it.
+datatrove records finished tasks under `work/STAGE/completions`. A task that was stopped runs again from its start and
+replaces its files atomically. Each stage waits for the one before it.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from typing import Any, Literal
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from tnllm.cleaning import progress
 from tnllm.cleaning.settings import SlurmSection
+from tnllm.cleaning.worker_counter import new_counter, use_counter
 from tnllm.errors import MissingExtra, RunError, UserError
 
 ExecutorName = Literal["local", "slurm", "ray"]
-Watch = Callable[["Now"], None]
+OnProgress = Callable[["StageProgress"], None]
 _POLL_S = 0.5
 
 
 @dataclass(frozen=True)
-class Now:
-    """How far a stage is: tasks done of all, and of what this run reads, bytes (0: it counts none) and documents."""
+class StageProgress:
+    """Progress of a stage: finished tasks of all, and the input bytes (total 0: not counted) and documents of this run."""
 
     stage: str
     done: int
@@ -47,7 +47,7 @@ class Now:
 
 @dataclass(frozen=True)
 class Stage:
-    """A pipeline and its number of tasks; `log` is where datatrove notes what is done; `sizes` are bytes of a task."""
+    """A pipeline and its number of tasks. datatrove logs to `log`; `sizes` are the input bytes of each task."""
 
     name: str
     steps: Sequence[PipelineStep]
@@ -62,14 +62,14 @@ class Stage:
 
 
 class Local(LocalPipelineExecutor):
-    """datatrove's local executor, but one that notices a worker that died, stops at Ctrl-C and logs to files alone."""
+    """datatrove's local executor for one task at a time, logging only to files; `_run_local` runs the workers."""
 
     def run_rank(self, rank: int) -> None:
         """One task in this process."""
-        # A task changes its steps; the next one starts from fresh ones.
-        mine = copy.deepcopy(self)
+        # A task changes its steps, so each works on a copy.
+        executor = copy.deepcopy(self)
         with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
-            mine._run_for_rank(rank, local_rank=1)
+            executor._run_for_rank(rank, local_rank=1)
         _without_log_sink()
 
 
@@ -85,26 +85,26 @@ def run_stages(
     executor: ExecutorName,
     workers: int,
     slurm: SlurmSection,
-    watch: Watch,
+    on_progress: OnProgress,
 ) -> bool:
-    """Run what is not done yet; whether all is done now (Slurm only submits). Raises UserError and RunError."""
-    waiting = [stage for stage in stages if not stage.is_done]
-    if not waiting:
+    """Run what is not done yet. Returns whether everything is done (Slurm only submits). Raises UserError and RunError."""
+    unfinished = [stage for stage in stages if not stage.is_done]
+    if not unfinished:
         return True
     if executor == "local":
-        for stage in waiting:
-            _run_local(stage, workers, watch)
+        for stage in unfinished:
+            _run_local(stage, workers, on_progress)
         return True
     _check_cluster(executor)
     if executor == "ray":
         from datatrove.executor import RayPipelineExecutor
 
-        for stage in waiting:
+        for stage in unfinished:
             RayPipelineExecutor(list(stage.steps), tasks=stage.tasks, workers=workers, logging_dir=str(stage.log)).run()
             if not stage.is_done:
                 raise RunError(f"some tasks of {stage.name} failed; see {stage.log}/logs, then run the same again")
         return True
-    _submit(waiting, workers, slurm)
+    _submit(unfinished, workers, slurm)
     return False
 
 
@@ -145,28 +145,28 @@ def _submit(stages: Sequence[Stage], workers: int, slurm: SlurmSection) -> None:
     before.run()
 
 
-def _run_local(stage: Stage, workers: int, watch: Watch) -> None:
+def _run_local(stage: Stage, workers: int, on_progress: OnProgress) -> None:
     executor = Local(list(stage.steps), tasks=stage.tasks, logging_dir=str(stage.log))
     _without_log_sink()
     ranks = executor.get_incomplete_ranks()
     done = stage.tasks - len(ranks)
     context = get_context("spawn")
-    counter = progress.new_counter(context)
+    counter = new_counter(context)
     total = sum(stage.sizes[rank] for rank in ranks) if stage.sizes else 0
     workers = min(workers, len(ranks))
 
     def show() -> None:
-        watch(Now(stage.name, done, stage.tasks, counter[0], total, counter[1]))
+        on_progress(StageProgress(stage.name, done, stage.tasks, counter[0], total, counter[1]))
 
     if workers == 1:
-        progress.use(counter)
+        use_counter(counter)
         try:
-            with _shown(show):
+            with _repeated(show):
                 for rank in ranks:
                     executor.run_rank(rank)
                     done += 1
         finally:
-            progress.use(None)
+            use_counter(None)
         show()
         return
     with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
@@ -184,7 +184,7 @@ def _run_local(stage: Stage, workers: int, watch: Watch) -> None:
                 "or with fewer --workers"
             ) from None
         except BaseException:
-            # What runs is given up, not waited for: the next run does it again from the shard's start.
+            # Running tasks are killed, not waited for: the next run starts them again.
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -192,8 +192,8 @@ def _run_local(stage: Stage, workers: int, watch: Watch) -> None:
 
 
 @contextlib.contextmanager
-def _shown(show: Callable[[], None]) -> Iterator[None]:
-    """Call `show` now and then from a thread while the block works in this one."""
+def _repeated(show: Callable[[], None]) -> Iterator[None]:
+    """Call `show` every half second from a thread while the block runs in this one."""
     stop = threading.Event()
 
     def loop() -> None:
@@ -210,22 +210,22 @@ def _shown(show: Callable[[], None]) -> Iterator[None]:
 
 
 def _start_worker(counter: Any) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent alone decides what to do.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = open(os.devnull, "w")
-    progress.use(counter)
+    use_counter(counter)
 
 
 def stage_stats(stage: Stage) -> dict[str, dict[str, Any]]:
-    """What the steps of a finished stage counted, over all tasks: step → label → total, and `seconds`."""
+    """Counts of a finished stage over all tasks: step → label → total, and `seconds`."""
     totals: dict[str, dict[str, Any]] = {}
     for path in sorted((stage.log / "stats").glob("*.json")):
         for step in json.loads(path.read_text("utf-8")):
             name = step["name"].rpartition(": ")[2]
-            into = totals.setdefault(name, {"seconds": 0.0})
+            counts = totals.setdefault(name, {"seconds": 0.0})
             spent = step.get("time_stats")
-            into["seconds"] += spent["total"] if isinstance(spent, dict) else float(spent or 0)
+            counts["seconds"] += spent["total"] if isinstance(spent, dict) else float(spent or 0)
             for label, value in step.get("stats", {}).items():
                 number = value["total"] if isinstance(value, dict) else value
-                into[label] = into.get(label, 0) + int(number)
+                counts[label] = counts.get(label, 0) + int(number)
     return totals

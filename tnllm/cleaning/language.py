@@ -1,4 +1,4 @@
-"""The language of a text, offline, by the model inside py3langid.
+"""The language of a text, offline, by the model that ships in py3langid.
 
 identify("子曰學而時習之")     # ("zh", 0.9)
 """
@@ -10,7 +10,7 @@ from typing import Any
 from tnllm.cleaning.hashing import codepoints, is_cjk
 from tnllm.errors import MissingExtra
 
-# The start of a long text says what it is in; beyond this the answer does not change and time grows.
+# The start of a long text is enough: beyond it, the result does not change and the time grows.
 _MAX_CHARS = 4000
 _KANA = re.compile("[\u3041-\u30ff]")
 _HANGUL = re.compile("[\uac00-\ud7af]")
@@ -29,15 +29,15 @@ def _model() -> Any:
 def identify(text: str) -> tuple[str, float]:
     """ISO 639 code ("zxx": no language) and the model's confidence.
 
-    Text mostly in Han characters, without kana or hangul, is Chinese whatever the model says: it was trained on modern
-    prose, and takes short or classical texts for Japanese.
+    Text mostly in Han characters, without kana or hangul, is Chinese without asking the model, which was trained on modern
+    prose and labels short or classical texts as Japanese.
     """
     start = text[:_MAX_CHARS]
-    signs = "".join(start.split())
-    if signs:
-        share = float(is_cjk(codepoints(signs)).mean())
-        foreign = len(_KANA.findall(signs)) + len(_HANGUL.findall(signs))
-        if share >= _MIN_HAN_SHARE and foreign <= 0.02 * len(signs):
+    characters = "".join(start.split())
+    if characters:
+        share = float(is_cjk(codepoints(characters)).mean())
+        foreign = len(_KANA.findall(characters)) + len(_HANGUL.findall(characters))
+        if share >= _MIN_HAN_SHARE and foreign <= 0.02 * len(characters):
             return "zh", share
     language, confidence = _model().classify(start)
     return str(language), float(confidence)

@@ -1,12 +1,12 @@
-"""The stages of a cleaning run, from files to unique documents; self-cleaning, which needs a model, comes after.
+"""The stages of a cleaning run, from files to unique documents. Self-cleaning, which needs a model, comes after them.
 
 run = open_run(settings, Path("clean-out"))
 run_stages(run.stages, "local", workers=2, ...)     # see executor.py
-run.unique                                          # the folder of what is kept
+run.unique                                          # the folder of the documents that are kept
 
 OUT/recipe.json      settings and inputs; a run with others is refused
 OUT/work/filtered    documents that passed the filters, one file a shard
-OUT/work/unique      without duplicates (the last stage writes OUT/clean where nothing follows)
+OUT/work/unique      without duplicates (without self-cleaning, OUT/clean)
 OUT/rejected         STAGE-NNNNN.jsonl.gz
 """
 
@@ -21,8 +21,8 @@ from tnllm import __version__, assets
 from tnllm.cleaning.decontaminate import build_index, eval_files
 from tnllm.cleaning.dedup import MATCH_TASKS, Drop, Group, Match, Sign, num_bands
 from tnllm.cleaning.executor import Stage, stage_stats
+from tnllm.cleaning.input_shards import Piece, fingerprint, plan_shards
 from tnllm.cleaning.settings import CleanSettings
-from tnllm.cleaning.shards import fingerprint, plan_shards
 from tnllm.cleaning.steps import Writer, filter_steps
 from tnllm.data.corpus import find_files
 from tnllm.errors import RunError, UserError
@@ -43,16 +43,16 @@ class CleanRun:
 
     @property
     def work(self) -> Path:
-        """What stages hand to one another; may be removed when all is done."""
+        """Files between stages; may be removed when the run is done."""
         return self.out / "work"
 
     def stats(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Stage → step → counts, of what is done so far."""
+        """Stage → step → counts so far."""
         return {stage.name: stage_stats(stage) for stage in self.stages}
 
 
 def open_run(settings: CleanSettings, out: Path, files: list[Path] | None = None, overwrite: bool = False) -> CleanRun:
-    """Plan the stages in the folder `out`, or go on with what is there.
+    """Plan the stages in the folder `out`, or resume what is there.
 
     Raises UserError for input that does not exist and for a folder made from other input or settings.
     """
@@ -68,16 +68,17 @@ def open_run(settings: CleanSettings, out: Path, files: list[Path] | None = None
     work = out / "work"
     shards = plan_shards(files, int(settings.input.shard_mb * 2**20))
     last = work / "unique" if settings.self_clean.rounds else out / "clean"
-    return CleanRun(out, settings, tuple(_stages(settings, shards, out, work, last)), last, _total(shards))
+    input_bytes = sum(piece.size for shard in shards for piece in shard)
+    return CleanRun(out, settings, tuple(_stages(settings, shards, out, work, last)), last, input_bytes)
 
 
-def _stages(settings: CleanSettings, shards: Any, out: Path, work: Path, last: Path) -> Iterator[Stage]:
+def _stages(settings: CleanSettings, shards: list[list[Piece]], out: Path, work: Path, last: Path) -> Iterator[Stage]:
     rejected = out / "rejected" if settings.output.keep_rejected else None
     dedup = settings.dedup
     signatures, pairs, groups = work / "signatures", work / "pairs", work / "groups.npz"
     filtered = work / "filtered" if dedup.enabled else last
     more = [Sign(signatures, dedup)] if dedup.enabled else []
-    steps = filter_steps(shards, settings, _index(settings, work), [*more, Writer(filtered, rejected, "filter")])
+    steps = filter_steps(settings, shards, _index(settings, work), [*more, Writer(filtered, rejected, "filter")])
     count = len(shards)
     sizes = [sum(piece.size for piece in shard) for shard in shards]
     yield Stage("filter", steps, count, work / "filter", sizes)
@@ -85,12 +86,12 @@ def _stages(settings: CleanSettings, shards: Any, out: Path, work: Path, last: P
         tasks = min(MATCH_TASKS, num_bands(dedup) + 1)
         yield Stage("match", [Match(signatures, pairs, dedup)], tasks, work / "match")
         yield Stage("group", [Group(signatures, pairs, filtered, groups, dedup)], 1, work / "group")
-        drop = Drop(filtered, groups, signatures, settings.output.tally_field)
+        drop = Drop(settings, filtered, groups, signatures)
         yield Stage("dedup", [drop, Writer(last, rejected, "dedup")], count, work / "dedup")
 
 
 def _index(settings: CleanSettings, work: Path) -> Path | None:
-    """The n-grams of the evaluation sets, hashed once."""
+    """The file of the evaluation sets' n-gram hashes, made once."""
     chosen = settings.decontaminate
     if not chosen.path:
         return None
@@ -101,25 +102,21 @@ def _index(settings: CleanSettings, work: Path) -> Path | None:
     return path
 
 
-def _total(shards: Any) -> int:
-    return sum(piece.size for shard in shards for piece in shard)
-
-
 def _check_folder(out: Path, record: dict[str, Any], overwrite: bool) -> None:
-    held = out / RECORD
-    if out.is_dir() and not held.is_file() and any(path.name != ".lock" for path in out.iterdir()):
-        first = sorted(path.name for path in out.iterdir() if path.name != ".lock")[0]
-        raise UserError(f"{out} is not empty (it holds {first}); choose a new folder")
-    if not held.is_file():
+    path = out / RECORD
+    if not path.is_file():
+        others = sorted(item.name for item in out.iterdir() if item.name != ".lock") if out.is_dir() else []
+        if others:
+            raise UserError(f"{out} is not empty (it holds {others[0]}); choose a new folder")
         return
     if overwrite:
         for name in ("work", "clean", "rejected"):
             shutil.rmtree(out / name, ignore_errors=True)
         return
     try:
-        before = json.loads(held.read_text("utf-8"))
+        before = json.loads(path.read_text("utf-8"))
     except ValueError:
-        raise RunError(f"{held} is damaged; start again with --overwrite") from None
+        raise RunError(f"{path} is damaged; start again with --overwrite") from None
     if change := _difference(before, record):
         raise UserError(f"{out} was made with {change}; choose another folder or start again with --overwrite")
 

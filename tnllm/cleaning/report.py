@@ -1,21 +1,26 @@
-"""The funnel of a cleaning run: what came in and went out of each step, why, and how fast. As JSON, text and HTML.
+"""What each step of a cleaning run received, kept and rejected, why, and how fast, as JSON, text and HTML.
 
 report = build_report(run)
 write_report(out, report)          # OUT/report.json and OUT/report.html
 print(render(report))
+for record in rejected_samples(out, "near duplicate", count=3): record["text"], record["rejected"]
 """
 
 import json
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnllm.cleaning.html import page
-from tnllm.cleaning.shards import read_lines
+import jinja2
+
+from tnllm import assets
+from tnllm.cleaning.records import read_folder
 from tnllm.errors import UserError
-from tnllm.files import format_bytes, write_text_atomic
+from tnllm.files import format_bytes, read_json, write_text_atomic
 
 if TYPE_CHECKING:
-    # A report is also read and shown where datatrove is not installed.
+    # Reports can also be read and shown where datatrove is not installed.
     from tnllm.cleaning.pipeline import CleanRun
 
 JSON, HTML = "report.json", "report.html"
@@ -23,7 +28,7 @@ _MAX_NAMED = 20
 
 
 def build_report(run: "CleanRun", self_clean: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Counts of a finished run, over all shards, whenever they were done."""
+    """Counts of a finished run, over all its shards and resumed parts."""
     stats = run.stats()
     steps: list[dict[str, Any]] = []
     for stage in ("filter", "dedup"):
@@ -55,9 +60,9 @@ def build_report(run: "CleanRun", self_clean: dict[str, Any] | None = None) -> d
     return report
 
 
-def self_clean_report(out: Path, found: dict[str, Any], tally: dict[str, int]) -> dict[str, Any]:
-    """The same for `tnllm data self-clean` alone; `tally` counts the tallied field's values in the input."""
-    steps = _round_rows(found)
+def self_clean_report(out: Path, rounds: dict[str, Any], tally: dict[str, int]) -> dict[str, Any]:
+    """The same for `tnllm data self-clean`, which has no other steps; `tally` counts the tallied field in the input."""
+    steps = _round_rows(rounds)
     values: dict[str, Any] = {value: {"in": count, "out": count, "rejected": {}} for value, count in tally.items()}
     return {
         "out": str(out),
@@ -67,15 +72,15 @@ def self_clean_report(out: Path, found: dict[str, Any], tally: dict[str, int]) -
         "steps": steps,
         "languages": {},
         "duplicate_groups": {},
-        "tally": _tally_rounds(values, found),
+        "tally": _tally_rounds(values, rounds),
         "unreadable": [],
-        "self_clean": found,
+        "self_clean": rounds,
     }
 
 
-def _round_rows(found: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _round_rows(rounds: dict[str, Any] | None) -> list[dict[str, Any]]:
     rows = []
-    for round_ in (found or {}).get("rounds", []):
+    for round_ in (rounds or {}).get("rounds", []):
         columns = ("documents_in", "bytes_in", "documents_out", "bytes_out")
         row = {"step": f"self-clean {round_['round']}", "seconds": None, "reasons": round_["reasons"]}
         rows.append(row | {key: round_[key] for key in columns})
@@ -87,8 +92,8 @@ def _get(counts: dict[str, Any], label: str) -> int:
 
 
 def _prefixed(counts: dict[str, Any], prefix: str) -> dict[str, int]:
-    found = {label.removeprefix(prefix): int(n) for label, n in counts.items() if label.startswith(prefix)}
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    chosen = {label.removeprefix(prefix): int(n) for label, n in counts.items() if label.startswith(prefix)}
+    return dict(sorted(chosen.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _row(name: str, counts: dict[str, Any]) -> dict[str, Any]:
@@ -131,36 +136,50 @@ def _tally_rounds(values: dict[str, Any], rounds: dict[str, Any] | None) -> dict
 
 
 def _unreadable(run: "CleanRun") -> list[str]:
-    """The first places that could not be read, and why."""
-    found: list[str] = []
-    for path in sorted((run.out / "rejected").glob("filter-*.jsonl.gz")):
-        for record in read_lines(path):
-            if record["rejected"]["reason"] == "unreadable":
-                where, why = record["where"], record["rejected"]["why"]
-                found.append(why if why.startswith(where) else f"{where}: {why}")
-                if len(found) == _MAX_NAMED:
-                    return found
-    return found
+    """Where the first unreadable records are, and why they could not be read."""
+    records = read_folder(run.out / "rejected", "filter-")
+    bad = ((r["where"], r["rejected"]["why"]) for r in records if r["rejected"]["reason"] == "unreadable")
+    return [why if why.startswith(where) else f"{where}: {why}" for where, why in islice(bad, _MAX_NAMED)]
 
 
 def write_report(out: Path, report: dict[str, Any]) -> None:
-    """OUT/report.json and OUT/report.html."""
+    """Write OUT/report.json, and OUT/report.html: tables and bars, without scripts or links."""
     write_text_atomic(out / JSON, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write_text_atomic(out / HTML, page(report))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"bytes": format_bytes, "count": "{:,}".format}
+    template = environment.from_string((assets.folder() / "cleaning_report.html").read_text("utf-8"))
+    groups = {f"groups of {size}": count for size, count in sorted(report["duplicate_groups"].items())}
+    losses = _losses(report["self_clean"]) if report["self_clean"] else []
+    write_text_atomic(out / HTML, template.render(report, groups=groups, losses=losses) + "\n")
 
 
 def read_report(out: Path) -> dict[str, Any]:
-    """Read OUT/report.json. Raises UserError where there is none."""
-    path = out / JSON
-    if not path.is_file():
-        raise UserError(
-            f"{out} holds no {JSON}; give the folder of a finished 'tnllm data clean' or 'tnllm data dedup'"
-        )
-    return json.loads(path.read_text("utf-8"))
+    """Read OUT/report.json. Raises UserError if there is none."""
+    return read_json(out / JSON, "give the folder of a finished 'tnllm data clean' or 'tnllm data dedup'")
+
+
+def rejected_samples(folder: Path, reason: str, count: int) -> list[dict[str, Any]]:
+    """The first `count` rejected records of the step `reason`, or whose reason contains it.
+
+    Each has a field `rejected` with step, reason and figures. Raises UserError, with the reasons there are, if none match.
+    """
+    if not any((folder / "rejected").glob("*.jsonl.gz")):
+        raise UserError(f"{folder} holds no rejected documents; clean with --keep-rejected")
+    samples: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
+    for record in read_folder(folder / "rejected"):
+        verdict = record["rejected"]
+        reasons[f"{verdict['step']}: {verdict['reason']}"] += 1
+        if len(samples) < count and (reason == verdict["step"] or reason in verdict["reason"]):
+            samples.append(record)
+    if not samples and count:
+        known = "; ".join(f"{name} ({number:,})" for name, number in reasons.most_common(12)) or "none at all"
+        raise UserError(f"nothing was rejected for {reason!r}; there are: {known}")
+    return samples
 
 
 def render(report: dict[str, Any]) -> str:
-    """The funnel as lines of text."""
+    """The report as lines of text."""
     lines = [
         f"{'step':14}{'in':>10}{'out':>10}{'bytes in':>12}{'bytes out':>12}{'docs/s/core':>13}  most frequent reasons"
     ]
@@ -180,9 +199,11 @@ def render(report: dict[str, Any]) -> str:
     if report["tally"]:
         lines += _render_tally(report["tally"])
     if report["self_clean"]:
-        lines += _render_losses(report["self_clean"])
+        lines.append("held-out loss, bits per byte (nats a token), after equal steps of training on")
+        for name, loss in _losses(report["self_clean"]):
+            lines.append(f"  {name:30}{loss['bits_per_byte']:.4f}  ({loss['loss']:.4f})")
     if report["unreadable"]:
-        lines += ["not read:", *(f"  {place}" for place in report["unreadable"])]
+        lines += ["not read:", *(f"  {where}" for where in report["unreadable"])]
     return "\n".join(lines)
 
 
@@ -195,10 +216,10 @@ def _render_tally(tally: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _render_losses(found: dict[str, Any]) -> list[str]:
-    lines = ["held-out loss, bits per byte (nats a token), after equal steps of training on"]
-    named = [(f"what round {row['round']} began with", row["held_out"]) for row in found["rounds"]]
-    named.append(("what is left", found["after"]))
-    if "random_subset" in found:
-        named.append(("a random subset of that size", found["random_subset"]))
-    return [*lines, *(f"  {name:30}{loss['bits_per_byte']:.4f}  ({loss['loss']:.4f})" for name, loss in named)]
+def _losses(rounds: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """What each model was trained on, and its held-out loss."""
+    losses = [(f"what round {row['round']} began with", row["held_out"]) for row in rounds["rounds"]]
+    losses.append(("what is left", rounds["after"]))
+    if "random_subset" in rounds:
+        losses.append(("a random subset of that size", rounds["random_subset"]))
+    return losses

@@ -1,11 +1,11 @@
 """Rule filters: figures of a text, and the range each must lie in. Words in English, characters in Chinese.
 
-found = figures(text, "en")           # {"length": 812.0, "mean_word_length": 4.6, ...}
-broken = check(found, DEFAULTS["en"]) # None, or ("dup_lines", 0.52, (None, 0.3))
+values = figures(text, "en")            # {"length": 812.0, "mean_word_length": 4.6, ...}
+broken = check(values, DEFAULTS["en"])  # None, or ("dup_lines", 0.52, (None, 0.3))
 
 Sources: Gopher (arXiv 2112.11446, tables A1 and section A.1), C4 (arXiv 1910.10683), FineWeb (arXiv 2406.17557). They
-count words; Chinese has none on the page, so its figures count characters, its n-grams are longer, its stop words are
-function characters (modern and classical), and its marks are 。！？. The Chinese limits are ours.
+count words. Written Chinese does not separate words, so its figures count characters, its n-grams are longer, its stop
+words are function characters (modern and classical), and its terminal marks are 。！？. The Chinese limits are our own.
 """
 
 import re
@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tnllm.cleaning.hashing import codepoints, is_cjk, mix, ngram_hashes, word_hashes
+from tnllm.cleaning.hashing import codepoints, is_cjk, ngram_hashes, word_hashes
+from tnllm.data.permutation import splitmix64
 
 Range = tuple[float | None, float | None]
 
@@ -23,8 +24,8 @@ FIGURES = {
     "length": "words (en) or letters (zh)",
     "mean_word_length": "letters in a word; zh: letters between two punctuation marks",
     "longest_word": "letters of the longest word; zh: letters of the longest stretch without a mark",
-    "letters": "share of words with a letter; zh: share of signs that are letters",
-    "stop_words": "different ones among the commonest function words or characters",
+    "letters": "share of words with a letter; zh: share of characters that are letters",
+    "stop_words": "distinct ones among the most common function words or characters",
     "symbols": "hashes and ellipses for each word or letter",
     "bullet_lines": "share of lines that begin with a bullet",
     "ellipsis_lines": "share of lines that end with an ellipsis",
@@ -35,7 +36,7 @@ FIGURES = {
     "dup_line_chars": "share of characters in lines seen before",
     "dup_paragraphs": "share of paragraphs seen before",
     "dup_paragraph_chars": "share of characters in paragraphs seen before",
-    "top_2gram": "share of characters in the commonest 2 words (zh: 4 letters) in a row",
+    "top_2gram": "share of characters in the most common 2 words (zh: 4 letters) in a row",
     "top_3gram": "3 words; zh: 6 letters",
     "top_4gram": "4 words; zh: 8 letters",
     "dup_5gram": "share of characters in 5 words (zh: 10 letters) in a row seen before",
@@ -43,8 +44,8 @@ FIGURES = {
     "dup_10gram": "10 words; zh: 20 letters",
     "lorem_ipsum": "occurrences of the filler text",
     "curly_brackets": "curly brackets for each word or letter: code in a page",
-    "garbled": "share of replacement characters and known debris of broken encodings",
-    "mojibake": "signs that stand beside each other only in mis-decoded text (ftfy), for each character",
+    "garbled": "share of replacement characters and known remains of broken encodings",
+    "mojibake": "character pairs that occur only in mis-decoded text (ftfy), for each character",
 }
 _COMMON: dict[str, Range] = {
     "symbols": (None, 0.1),
@@ -87,7 +88,7 @@ DEFAULTS: dict[str, dict[str, Range]] = {
         "short_lines": (None, 0.67),
         "line_breaks": (None, 0.2),
     },
-    # Languages without limits of their own: what holds for any text.
+    # Other languages: limits that hold for any text.
     "other": {name: limits for name, limits in _COMMON.items() if name not in ("end_marks", "curly_brackets")},
 }
 _STOP_EN = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
@@ -100,34 +101,34 @@ _GARBLED = re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯|锘|ï»¿|[\x00-\x0
 
 
 def figures(text: str, language: str) -> dict[str, float]:
-    """Every figure of `text` for `language` ("zh", or counted in words); an empty text has length 0 alone."""
+    """Every figure of `text`; `language` "zh" counts characters, any other words. An empty text has only length 0."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         return {"length": 0.0}
     chinese = language == "zh"
-    found = _chinese(text) if chinese else _words(text)
-    count, chars = max(found["length"], 1), len(text)
-    found["symbols"] = (text.count("#") + text.count("...") + text.count("…")) / count
-    found["bullet_lines"] = _share(lines, lambda line: line.startswith(_BULLETS))
-    found["ellipsis_lines"] = _share(lines, lambda line: line.endswith(("...", "…")))
-    found["end_marks"] = _share(lines, lambda line: line.endswith(_END_MARKS))
-    found["short_lines"] = _share(lines, lambda line: len(line) <= (5 if chinese else 30))
-    found["line_breaks"] = (len(lines) - 1) / count
+    values = _chinese(text) if chinese else _words(text)
+    count, chars = max(values["length"], 1), len(text)
+    values["symbols"] = (text.count("#") + text.count("...") + text.count("…")) / count
+    values["bullet_lines"] = _share(lines, lambda line: line.startswith(_BULLETS))
+    values["ellipsis_lines"] = _share(lines, lambda line: line.endswith(("...", "…")))
+    values["end_marks"] = _share(lines, lambda line: line.endswith(_END_MARKS))
+    values["short_lines"] = _share(lines, lambda line: len(line) <= (5 if chinese else 30))
+    values["line_breaks"] = (len(lines) - 1) / count
     for name, parts in (("line", lines), ("paragraph", re.split(r"\n{2,}", text.strip()))):
-        again = list((Counter(parts) - Counter(set(parts))).elements())
-        found[f"dup_{name}s"] = len(again) / len(parts)
-        found[f"dup_{name}_chars"] = sum(map(len, again)) / chars
-    found["lorem_ipsum"] = text.lower().count("lorem ipsum")
-    found["curly_brackets"] = (text.count("{") + text.count("}")) / count
-    found["garbled"] = sum(len(match[0]) for match in _GARBLED.finditer(text)) / chars
-    found["mojibake"] = _badness(text) / chars
-    return found
+        repeats = list((Counter(parts) - Counter(set(parts))).elements())
+        values[f"dup_{name}s"] = len(repeats) / len(parts)
+        values[f"dup_{name}_chars"] = sum(map(len, repeats)) / chars
+    values["lorem_ipsum"] = text.lower().count("lorem ipsum")
+    values["curly_brackets"] = (text.count("{") + text.count("}")) / count
+    values["garbled"] = sum(len(match[0]) for match in _GARBLED.finditer(text)) / chars
+    values["mojibake"] = _badness(text) / chars
+    return values
 
 
-def check(found: Mapping[str, float], limits: Mapping[str, Range]) -> tuple[str, float, Range] | None:
+def check(values: Mapping[str, float], limits: Mapping[str, Range]) -> tuple[str, float, Range] | None:
     """The first figure outside its range: its name, value and range."""
     for name, (low, high) in limits.items():
-        value = found.get(name)
+        value = values.get(name)
         if value is not None and ((low is not None and value < low) or (high is not None and value > high)):
             return name, value, (low, high)
     return None
@@ -138,7 +139,7 @@ def _words(text: str) -> dict[str, float]:
     spoken = [word for word in words if _LETTERS.search(word)]
     lengths = [len(word) for word in spoken]
     plain = [word.strip(".,;:!?\"'()[]").lower() for word in words]
-    found = {
+    values = {
         "length": float(len(spoken)),
         "mean_word_length": sum(lengths) / max(len(lengths), 1),
         "longest_word": float(max(lengths, default=0)),
@@ -146,27 +147,27 @@ def _words(text: str) -> dict[str, float]:
         "stop_words": float(len(_STOP_EN.intersection(plain))),
     }
     sizes = np.fromiter(map(len, words), np.int64, len(words)) + 1
-    return found | _repetition(word_hashes(words), sizes, len(text), unit=1)
+    return values | _repetition(word_hashes(words), sizes, len(text), unit=1)
 
 
 def _chinese(text: str) -> dict[str, float]:
     stretches = [len(part) for part in _LETTERS.findall(text)]
-    signs = "".join(text.split())
+    characters = "".join(text.split())
     codes = codepoints("".join(_LETTERS.findall(text)))
-    found = {
+    values = {
         "length": float(sum(stretches)),
         "mean_word_length": sum(stretches) / max(len(stretches), 1),
         "longest_word": float(max(stretches, default=0)),
-        "letters": sum(stretches) / len(signs),
+        "letters": sum(stretches) / len(characters),
         "stop_words": float(len(_STOP_ZH.intersection(text))),
         "han": float(is_cjk(codes).mean()) if len(codes) else 0.0,
     }
-    return found | _repetition(mix(codes.astype(np.uint64)), np.ones(len(codes), np.int64), len(text), unit=2)
+    return values | _repetition(splitmix64(codes.astype(np.uint64)), np.ones(len(codes), np.int64), len(text), unit=2)
 
 
 def _repetition(tokens: np.ndarray, sizes: np.ndarray, chars: int, unit: int) -> dict[str, float]:
-    """Gopher's n-gram figures; `unit` tokens stand for one word."""
-    found = {}
+    """Gopher's n-gram figures; `unit` tokens count as one word."""
+    values = {}
     ends = np.concatenate([[0], np.cumsum(sizes)])
     for words in (2, 3, 4):
         n = words * unit
@@ -176,22 +177,22 @@ def _repetition(tokens: np.ndarray, sizes: np.ndarray, chars: int, unit: int) ->
             best = int(counts.argmax())
             if counts[best] > 1:
                 share = float(counts[best] * (ends[first[best] + n] - ends[first[best]]) / chars)
-        found[f"top_{words}gram"] = share
+        values[f"top_{words}gram"] = share
     for words in (5, 7, 10):
         n = words * unit
         share = 0.0
         if len(tokens) > n:
             grams = ngram_hashes(tokens, n)
             _, first = np.unique(grams, return_index=True)
-            again = np.ones(len(grams), bool)
-            again[first] = False
-            # A token counts once however many repeated n-grams it is in.
+            repeated = np.ones(len(grams), bool)
+            repeated[first] = False
+            # A token counts once, even if it is in several repeated n-grams.
             edges = np.zeros(len(tokens) + 1, np.int64)
-            np.add.at(edges, np.flatnonzero(again), 1)
-            np.add.at(edges, np.flatnonzero(again) + n, -1)
+            np.add.at(edges, np.flatnonzero(repeated), 1)
+            np.add.at(edges, np.flatnonzero(repeated) + n, -1)
             share = float(sizes[np.cumsum(edges[:-1]) > 0].sum() / chars)
-        found[f"dup_{words}gram"] = share
-    return found
+        values[f"dup_{words}gram"] = share
+    return values
 
 
 def _share(lines: list[str], test: Callable[[str], bool]) -> float:

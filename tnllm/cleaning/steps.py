@@ -1,7 +1,8 @@
-"""The steps of one shard as datatrove pipeline steps: read, mend, filter, write. Each runs on any of its executors.
+"""The steps of one shard as datatrove pipeline steps: read, repair, filter, write. Each runs on any of its executors.
 
-A document that a step rejects stays in the stream, marked with step, reason and figures, and later steps pass it by;
-the last step writes both kinds. So one place writes, each shard is whole or absent, and nothing vanishes.
+A document that a step rejects stays in the stream, marked with step, reason and figures, and later steps skip it; the
+last step writes kept and rejected documents. So only one step writes, a shard is complete or absent, and no document is
+lost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,26 @@ from typing import Any
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from tnllm.cleaning import progress, rules, text
+from tnllm.cleaning import repair, rules
 from tnllm.cleaning.blocklist import Blocklist
 from tnllm.cleaning.decontaminate import Index
+from tnllm.cleaning.input_shards import Piece
 from tnllm.cleaning.language import identify
-from tnllm.cleaning.settings import CleanSettings, InputSection
-from tnllm.cleaning.shards import REJECTED, Lines, Piece
+from tnllm.cleaning.records import REJECTED, RecordWriter
+from tnllm.cleaning.settings import (
+    BlocklistSection,
+    BoilerplateSection,
+    CleanSettings,
+    DecontaminateSection,
+    InputSection,
+    LanguageSection,
+    PersonalSection,
+    RepairSection,
+    RulesSection,
+)
+from tnllm.cleaning.worker_counter import advance
 from tnllm.data.corpus import read_file
+from tnllm.data.documents import BadDocument
 from tnllm.errors import RunError, UserError
 
 
@@ -27,81 +41,93 @@ def reject(doc: Document, step: str, reason: str, **figures: Any) -> None:
 
 
 class Step(PipelineStep):
-    """Base of the steps: counts documents and bytes in, time, and rejections by reason and tallied field."""
+    """Base of the steps: counts documents and bytes in, time, and rejections by reason and tallied field.
 
-    type = "tnllm"
+    `section` names the part of `CleanSettings` that a step reads as `self.settings`.
+    """
 
-    def __init__(self, tally_field: str | None = None) -> None:
+    type, section = "tnllm", ""
+
+    def __init__(self, settings: CleanSettings) -> None:
         super().__init__()
-        self.tally_field = tally_field
+        self.tally_field = settings.output.tally_field
+        self.settings = getattr(settings, self.section)
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for doc in data:
             if REJECTED not in doc.metadata:
-                self.stat_update("documents")
-                self.stat_update("bytes", value=len(doc.text.encode("utf-8", "replace")))
+                count_document(self, doc)
                 with self.track_time():
                     self.process(doc)
-                if REJECTED in doc.metadata:
-                    self.note_rejected(doc)
+                self.count_rejected(doc)
             yield doc
 
     def process(self, doc: Document) -> None:
         """Change the document, or mark it by `reject`."""
         raise NotImplementedError
 
-    def note_rejected(self, doc: Document) -> None:
-        self.stat_update(f"rejected/{doc.metadata[REJECTED]['reason']}")
+    def count_rejected(self, doc: Document) -> None:
+        """Count the document if it is marked as rejected."""
+        if REJECTED in doc.metadata:
+            self.stat_update(f"rejected/{doc.metadata[REJECTED]['reason']}")
+            self.count_tally(doc, "tally")
+
+    def count_tally(self, doc: Document, label: str) -> None:
+        """Count the value of the tallied field."""
         if self.tally_field and self.tally_field in doc.metadata:
-            self.stat_update(f"tally/{doc.metadata[self.tally_field]}")
+            self.stat_update(f"{label}/{doc.metadata[self.tally_field]}")
+
+
+def count_document(step: PipelineStep, doc: Document) -> None:
+    """Count one document and its UTF-8 bytes."""
+    step.stat_update("documents")
+    step.stat_update("bytes", value=len(doc.text.encode("utf-8", "replace")))
 
 
 class Reader(Step):
-    """Documents of this rank's shard; what is none is passed on as rejected, or stops the run."""
+    """Documents of this rank's shard; unreadable records are passed on as rejected, or stop the run."""
 
-    name = "read"
+    name, section = "read", "input"
+    settings: InputSection
 
-    def __init__(self, shards: list[list[Piece]], settings: InputSection, tally_field: str | None) -> None:
-        super().__init__(tally_field)
-        self.shards, self.settings = shards, settings
+    def __init__(self, settings: CleanSettings, shards: list[list[Piece]]) -> None:
+        super().__init__(settings)
+        self.shards = shards
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        limit = int(self.settings.max_line_mb * 2**20)
         for piece in self.shards[rank]:
-            done = start = 0 if piece.span is None else piece.span[0]
-            for doc in self._documents(piece, limit):
+            done = start = piece.span.start if piece.span else 0
+            for doc in self._documents(piece):
                 position = doc.metadata.pop("position", done)
-                progress.advance(position - done, 1)
+                advance(position - done, 1)
                 done = position
-                self.stat_update("documents")
-                self.stat_update("bytes", value=len(doc.text.encode("utf-8", "replace")))
-                if self.tally_field and self.tally_field in doc.metadata:
-                    self.stat_update(f"all/{doc.metadata[self.tally_field]}")
+                count_document(self, doc)
+                self.count_tally(doc, "all")
                 if REJECTED not in doc.metadata and not doc.text.strip():
                     reject(doc, self.name, "empty")
-                if REJECTED in doc.metadata:
-                    self.note_rejected(doc)
+                self.count_rejected(doc)
                 yield doc
-            progress.advance(start + piece.size - done, 0)
+            advance(start + piece.size - done, 0)
 
-    def _documents(self, piece: Piece, limit: int) -> Iterator[Document]:
+    def _documents(self, piece: Piece) -> Iterator[Document]:
         settings, path = self.settings, Path(piece.path)
         source = path.name.split(".")[0]
+        max_line_bytes = int(settings.max_line_mb * 2**20)
         stop = settings.on_error == "stop"
         try:
-            for found in read_file(path, settings.field, settings.split_on, piece.to_span(), limit):
-                if hasattr(found, "reason"):
+            for item in read_file(path, settings.field, settings.split_on, piece.span, max_line_bytes):
+                if isinstance(item, BadDocument):
                     if stop:
-                        raise UserError(f"{found}; mend it, or set input.on_error to skip")
-                    yield self._bad(found.where, found.reason)
+                        raise UserError(f"{item}; fix it, or set input.on_error to skip")
+                    yield self._bad(item.where, item.reason)
                     continue
-                record = found.record
-                name = str(record.pop(settings.id_field, found.where))
+                record = item.record
+                name = str(record.pop(settings.id_field, item.where))
                 record["source"] = str(record.pop(settings.source_field, source))
-                record["where"], record["position"] = found.where, found.position
-                yield Document(found.text, name, metadata=record)
+                record["where"], record["position"] = item.where, item.position
+                yield Document(item.text, name, metadata=record)
         except RunError as error:
-            # A damaged file: what came before the damage is kept, and the rest is named.
+            # The documents before the damage are kept; the rest of the file counts as one unreadable record.
             if stop:
                 raise
             yield self._bad(piece.path, str(error))
@@ -115,30 +141,24 @@ class Reader(Step):
 class Repair(Step):
     """Encodings, tags, URLs, punctuation."""
 
-    name = "repair"
-
-    def __init__(self, settings: CleanSettings) -> None:
-        super().__init__(settings.output.tally_field)
-        self.settings = settings.repair
+    name = section = "repair"
+    settings: RepairSection
 
     def process(self, doc: Document) -> None:
         if doc.metadata["source"] in self.settings.exempt:
             return
-        mended = text.repair(doc.text, self.settings.urls, self.settings.collapse)
-        self.stat_update("changed", value=int(mended != doc.text))
-        doc.text = mended
-        if not mended:
+        repaired = repair.repair(doc.text, self.settings.urls, self.settings.collapse)
+        self.stat_update("changed", value=int(repaired != doc.text))
+        doc.text = repaired
+        if not repaired:
             reject(doc, self.name, "nothing left")
 
 
 class Language(Step):
     """Language by py3langid, offline."""
 
-    name = "language"
-
-    def __init__(self, settings: CleanSettings) -> None:
-        super().__init__(settings.output.tally_field)
-        self.settings = settings.language
+    name = section = "language"
+    settings: LanguageSection
 
     def process(self, doc: Document) -> None:
         language, confidence = identify(doc.text)
@@ -154,15 +174,12 @@ class Language(Step):
 class Boilerplate(Step):
     """Lines of navigation and notices."""
 
-    name = "boilerplate"
-
-    def __init__(self, settings: CleanSettings) -> None:
-        super().__init__(settings.output.tally_field)
-        self.settings = settings.boilerplate
+    name = section = "boilerplate"
+    settings: BoilerplateSection
 
     def process(self, doc: Document) -> None:
         before = len(doc.text)
-        kept, removed = text.remove_boilerplate(doc.text)
+        kept, removed = repair.remove_boilerplate(doc.text)
         if not removed:
             return
         self.stat_update("changed")
@@ -175,34 +192,28 @@ class Boilerplate(Step):
 class Rules(Step):
     """Figures within their ranges."""
 
-    name = "rules"
-
-    def __init__(self, settings: CleanSettings) -> None:
-        super().__init__(settings.output.tally_field)
-        self.settings = settings.rules
+    name = section = "rules"
+    settings: RulesSection
 
     def process(self, doc: Document) -> None:
         if doc.metadata["source"] in self.settings.exempt:
             return
         language = doc.metadata.get("lang") or identify(doc.text)[0]
-        found = rules.figures(doc.text, language)
-        broken = rules.check(found, self.settings.limits(language))
+        figures = rules.figures(doc.text, language)
+        broken = rules.check(figures, self.settings.limits(language))
         if broken is not None:
             name, value, (low, high) = broken
             side = "low" if low is not None and value < low else "high"
-            rounded = {key: round(figure, 4) for key, figure in found.items()}
+            rounded = {key: round(figure, 4) for key, figure in figures.items()}
             reject(doc, self.name, f"{name} too {side}", value=round(value, 4), range=[low, high], figures=rounded)
 
 
 class Blocked(Step):
     """Unwanted words and hosts."""
 
-    name = "blocklist"
-
-    def __init__(self, settings: CleanSettings) -> None:
-        super().__init__(settings.output.tally_field)
-        self.settings = settings.blocklist
-        self._list: Blocklist | None = None
+    name = section = "blocklist"
+    settings: BlocklistSection
+    _list: Blocklist | None = None
 
     def process(self, doc: Document) -> None:
         if self._list is None:
@@ -217,28 +228,26 @@ class Blocked(Step):
 class Personal(Step):
     """Masks mail addresses, public IP addresses and phone numbers."""
 
-    name = "personal"
-
-    def __init__(self, settings: CleanSettings) -> None:
-        super().__init__(settings.output.tally_field)
-        self.kinds = settings.personal.mask
+    name = section = "personal"
+    settings: PersonalSection
 
     def process(self, doc: Document) -> None:
-        doc.text, count = text.mask_personal_data(doc.text, self.kinds)
+        doc.text, count = repair.mask_personal_data(doc.text, self.settings.mask)
         if count:
             self.stat_update("changed")
             self.stat_update("masked", value=count)
 
 
 class Decontaminate(Step):
-    """Documents that hold a piece of an evaluation set."""
+    """Documents that contain a part of an evaluation set."""
 
-    name = "decontaminate"
+    name = section = "decontaminate"
+    settings: DecontaminateSection
+    _index: Index | None = None
 
     def __init__(self, settings: CleanSettings, index: Path) -> None:
-        super().__init__(settings.output.tally_field)
-        self.settings, self.path = settings.decontaminate, index
-        self._index: Index | None = None
+        super().__init__(settings)
+        self.path = index
 
     def process(self, doc: Document) -> None:
         if self._index is None:
@@ -259,19 +268,18 @@ class Writer(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         if self.rejected is None:
-            with Lines(self.kept / f"{rank:05d}.jsonl.gz") as kept:
+            with RecordWriter(self.kept / f"{rank:05d}.jsonl.gz") as kept:
                 yield from self._write(data, kept, None)
             return
         path = self.rejected / f"{self.stage}-{rank:05d}.jsonl.gz"
-        with Lines(self.kept / f"{rank:05d}.jsonl.gz") as kept, Lines(path) as rejected:
+        with RecordWriter(self.kept / f"{rank:05d}.jsonl.gz") as kept, RecordWriter(path) as rejected:
             yield from self._write(data, kept, rejected)
 
-    def _write(self, data: DocumentsPipeline, kept: Lines, rejected: Lines | None) -> DocumentsPipeline:
+    def _write(self, data: DocumentsPipeline, kept: RecordWriter, rejected: RecordWriter | None) -> DocumentsPipeline:
         for doc in data:
             record = {"text": doc.text, "id": doc.id, **doc.metadata}
             if REJECTED not in doc.metadata:
-                self.stat_update("documents")
-                self.stat_update("bytes", value=len(doc.text.encode("utf-8", "replace")))
+                count_document(self, doc)
                 kept.write(record)
             elif rejected is not None:
                 rejected.write(record)
@@ -279,11 +287,10 @@ class Writer(PipelineStep):
 
 
 def filter_steps(
-    shards: list[list[Piece]], settings: CleanSettings, index: Path | None, more: Sequence[PipelineStep]
+    settings: CleanSettings, shards: list[list[Piece]], index: Path | None, more: Sequence[PipelineStep]
 ) -> list[PipelineStep]:
-    """The steps of one shard that the settings ask for, `more` behind them."""
-    tally = settings.output.tally_field
-    steps: list[PipelineStep] = [Reader(shards, settings.input, tally)]
+    """The steps of one shard that the settings ask for, followed by `more`."""
+    steps: list[PipelineStep] = [Reader(settings, shards)]
     if settings.repair.enabled:
         steps.append(Repair(settings))
     if settings.language.keep:

@@ -288,8 +288,7 @@ def _read_pairs(path: Path, threshold: float) -> Iterator[frozenset[str]]:
 
 def show_run(folder: Path, reason: str | None, samples: int, as_json: bool) -> None:
     """What `tnllm data inspect` prints of a cleaning run's folder."""
-    from tnllm.cleaning.rejected import rejected_samples
-    from tnllm.cleaning.report import read_report, render
+    from tnllm.cleaning.report import read_report, rejected_samples, render
 
     if reason is None:
         report = read_report(folder)

@@ -5,7 +5,7 @@ remove_boilerplate(text)                      # (text without "Accept cookies" l
 mask_personal_data("mail bob@example.com")    # ("mail <email>", 1)
 
 Order and exceptions follow the paper's list (arXiv 2307.14995, appendix D): tags and URLs, garbled strings, repeated
-punctuation, special characters, number forms; Markdown and LaTeX structure stays.
+punctuation, special characters, number forms. Markdown and LaTeX structure is kept.
 """
 
 import html
@@ -21,9 +21,9 @@ _BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\s{0,9}/?>\n?", re.IGNORECA
 _CODE = re.compile(r"<(script|style)\b[^<>]{0,2000}>.*?</\1>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
 _ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{1,6}|#x[0-9a-fA-F]{1,5});")
 _URL = re.compile(r" ?(?:https?://|www\.)[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+")
-# Dots, dashes, stars, hashes, bars, dollars and backslashes build Markdown and LaTeX, so they are left alone.
+# Dots, dashes, stars, hashes, bars, dollars and backslashes are Markdown and LaTeX syntax, so they are not collapsed.
 _REPEATED = re.compile(r"([!?,;~！？，。、；～])\1+")
-# Zero-width, bidirectional and other invisible signs, private use, byte order marks; not the joiners of emoji.
+# Zero-width, bidirectional and other invisible characters, private use, byte order marks; not the joiners of emoji.
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ue000-\uf8ff\xad]")
 _SPACES = str.maketrans(dict.fromkeys("\xa0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a", " "))
 _DIGITS = str.maketrans("０１２３４５６７８９", "0123456789")
@@ -53,7 +53,7 @@ _BOILERPLATE = re.compile(
     ),
     re.IGNORECASE,
 )
-# A longer line is prose that happens to mention such words.
+# A longer line is probably prose that mentions such words.
 _MAX_BOILERPLATE_CHARS = 200
 
 _MAIL = re.compile(
@@ -74,10 +74,10 @@ PERSONAL = ("email", "ip", "phone")
 
 
 def repair(text: str, urls: bool = True, collapse: bool = True) -> str:
-    """Undo broken encodings (ftfy), drop tags, comments, invisible signs and (`urls`) URLs, `collapse` repeated marks.
+    """Undo broken encodings (ftfy); drop tags, comments, invisible characters and (`urls`) URLs; `collapse` repeated marks.
 
-    Full-width digits and odd spaces become plain ones; three or more blank lines become one. Nothing is normalised
-    that carries meaning: quotes, ligatures and full-width punctuation stay.
+    Full-width digits and special spaces become plain ones; three or more line ends become two. Quotes, ligatures and
+    full-width punctuation carry meaning and stay.
     """
     text = _unbreak(text)
     if "<" in text:
@@ -99,7 +99,7 @@ def _unbreak(text: str) -> str:
     config = ftfy.TextFixerConfig(
         unescape_html=False,
         fix_latin_ligatures=False,
-        # Half-width punctuation would be wrong in Chinese and Japanese.
+        # Half-width punctuation is wrong in Chinese and Japanese.
         fix_character_width=False,
         uncurl_quotes=False,
         normalization=None,
@@ -108,14 +108,14 @@ def _unbreak(text: str) -> str:
 
 
 def remove_boilerplate(text: str) -> tuple[str, int]:
-    """Drop short lines of navigation, cookie notices, copyright and the like; also how many characters went."""
+    """Drop short lines of navigation, cookie notices, copyright and the like; also the number of characters removed."""
     kept = [line for line in text.split("\n") if len(line) > _MAX_BOILERPLATE_CHARS or not _BOILERPLATE.search(line)]
     result = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
     return result, len(text.strip("\n")) - len(result)
 
 
 def mask_personal_data(text: str, kinds: Iterable[str] = PERSONAL) -> tuple[str, int]:
-    """Replace mail addresses, public IP addresses and phone numbers by `<email>`, `<ip>`, `<phone>`; also how many."""
+    """Replace mail addresses, public IP addresses and phone numbers by `<email>`, `<ip>`, `<phone>`; also the count."""
     count = 0
 
     def masked(mark: str) -> str:

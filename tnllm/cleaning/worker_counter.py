@@ -1,7 +1,7 @@
-"""A counter that worker processes add to and the parent shows: bytes of input read, documents.
+"""A counter that worker processes add to and the parent displays: bytes of input read, documents.
 
-counter = new_counter(context)      # in the parent, handed to each worker's `use`
-advance(4096, 1)                    # in a step; does nothing where no counter is in use
+counter = new_counter(context)      # in the parent, handed to each worker's `use_counter`
+advance(4096, 1)                    # in a step; does nothing without a counter
 """
 
 from multiprocessing.context import BaseContext
@@ -15,14 +15,14 @@ def new_counter(context: BaseContext) -> Any:
     return context.Array("q", 2)
 
 
-def use(counter: Any) -> None:
-    """Count into `counter` from now on in this process; None: not at all."""
+def use_counter(counter: Any) -> None:
+    """Count into `counter` from now on in this process; None: do not count."""
     global _counter
     _counter = counter
 
 
 def advance(num_bytes: int, documents: int) -> None:
-    """Add to the counter in use."""
+    """Add to this process's counter."""
     if _counter is not None:
         with _counter.get_lock():
             _counter[0] += num_bytes

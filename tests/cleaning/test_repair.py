@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.cleaning import noise
 from tests.cleaning.texts import CHINESE, CLASSICAL, ENGLISH
-from tnllm.cleaning.text import mask_personal_data, remove_boilerplate, repair
+from tnllm.cleaning.repair import mask_personal_data, remove_boilerplate, repair
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE, CLASSICAL])
@@ -104,7 +104,7 @@ def test_kinds_of_personal_data_can_be_chosen():
 
 
 @given(st.text(max_size=300))
-def test_any_text_goes_through(text):
-    mended = repair(text)
-    assert remove_boilerplate(mended)[1] >= 0
-    mask_personal_data(mended)
+def test_any_text_is_accepted(text):
+    repaired = repair(text)
+    assert remove_boilerplate(repaired)[1] >= 0
+    mask_personal_data(repaired)
