@@ -98,7 +98,7 @@ def test_adapters_that_are_refused(tmp_path, base, run, changes, message):
 
 def test_no_base(tmp_path, run):
     write_adapter(tmp_path / "adapter", base_model_name_or_path="somewhere/else")
-    with pytest.raises(UserError, match="base 'somewhere/else' is no folder here; give it with --base"):
+    with pytest.raises(UserError, match="base 'somewhere/else' is not a folder here; give it with --base"):
         run(tmp_path / "adapter", tmp_path / "merged", "tnllm")
 
 

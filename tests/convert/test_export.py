@@ -12,7 +12,7 @@ import torch
 
 from tests.convert import official_files
 from tnllm import assets
-from tnllm.convert import hub
+from tnllm.convert import hf_folder
 from tnllm.convert.fast_tokenizer import CHECK_TEXTS, tokenizer_files
 from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
 from tnllm.convert.hf_code.modeling_tnllm import TnllmForCausalLM, TnllmState
@@ -221,7 +221,7 @@ def test_training_gives_our_gradients():
 
 
 def test_the_code_needs_no_tnllm():
-    for name, text in hub.code_files().items():
+    for name, text in hf_folder.code_files().items():
         assert not re.search(r"^\s*(from|import) tnllm", text, re.M), name
         compile(text, name, "exec")
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tests.convert import official_files
 from tnllm import files
 from tnllm.convert import check, writer
-from tnllm.convert import run as convert_run
 from tnllm.convert.tensors import open_tensors
 from tnllm.errors import CheckFailed, RunError, UserError
 
@@ -149,7 +148,7 @@ class Evil:
     ("content", "message"),
     [
         ({"x": Evil()}, "asks for (posix|os).system: it holds more than tensors"),
-        ({"model": {"x": torch.ones(2)}}, "'model' is a dict; a checkpoint of weights holds tensors alone"),
+        ({"model": {"x": torch.ones(2)}}, "'model' is a dict; a weights checkpoint holds only tensors"),
         ([torch.ones(2)], "holds a list, not tensors by name"),
         (OrderedDict(step=3), "'step' is a int"),
     ],
@@ -231,6 +230,9 @@ def test_choices_a_target_has_no_place_for(tmp_path, run):
     small = {"vocab_size": 97, "model_dim": 32, "num_heads": 2, "num_layers": 2, "glu_dim": 48}
     save_model(build_model(get_preset("tiny", norm="rmsnorm", **small), seed=0), tmp_path / "rms")
     refused(run, tmp_path / "rms", UserError, "no place for model.norm 'rmsnorm'", to="official")
+    v3 = {"gate": "low-rank", "gate_dim": 8, "value_activation": "silu"}
+    save_model(build_model(get_preset("tiny", **v3, **small), seed=0), tmp_path / "v3")
+    refused(run, tmp_path / "v3", UserError, "no place for model.value_activation 'silu'", to="official")
     save_model(build_model(get_preset("tiny", kind="transformer", **small), seed=0), tmp_path / "soft")
     refused(run, tmp_path / "soft", UserError, "the softmax baseline has no code there", to="hf")
     refused(run, tmp_path / "soft", UserError, "no place for model.kind 'transformer'", to="official")
@@ -290,12 +292,14 @@ def test_interruption_of_the_last_step_keeps_the_old_folder(release, run, monkey
             raise KeyboardInterrupt
         return real(*args)
 
-    def replace_dir(aside, final):
+    replace_dir = files.replace_dir
+
+    def interrupted(temporary, final):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, stop)
-            files.replace_dir(aside, final)
+            replace_dir(temporary, final)
 
-    monkeypatch.setattr(convert_run, "replace_dir", replace_dir)
+    monkeypatch.setattr(files, "replace_dir", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(release, target, "tnllm", overwrite=True)
     assert calls and (target / "mine.txt").read_text() == "keep"

@@ -45,9 +45,6 @@ def command(
     quantize: str | None = typer.Option(None, help="int8: weight-only, for --to hf; needs torchao."),
     base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to put in. Default: the source's."),
-    set_: list[str] = typer.Option(
-        [], "--set", help="What is not known of v3: KEY=VALUE, see docs/convert.md. Repeatable."
-    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the key map, what is missing or unexpected, and stop."),
     verify: bool = typer.Option(True, help="Check checksums, and compare logits before and after."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace DST if it exists."),
@@ -66,7 +63,7 @@ def command(
     if shard_bytes < 10**6:
         raise UserError(f"--shard-size is {shard_size!r}; give at least 1MB")
     if not src.is_dir():
-        raise UserError(f"{src} is no folder; give a folder with config.json and weights (download a release first)")
+        raise UserError(f"{src} is not a folder; give a folder with config.json and weights (download a release first)")
 
     from tnllm.convert.run import Options, convert
     from tnllm.modeling.weights import DTYPES as TYPES
@@ -78,7 +75,6 @@ def command(
         quantize=quantize,
         base=base,
         tokenizer=tokenizer,
-        settings=tuple(set_),
         verify=verify,
         overwrite=overwrite,
     )
@@ -119,14 +115,12 @@ def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:
 
 def _dry_run(src: Path, options: "Options", as_json: bool) -> None:
     """Every key and what becomes of it; ends like the conversion would, with an error where the keys do not fit."""
-    from tnllm.convert.official import V3_NOTE, Layout
+    from tnllm.convert.official import V3_NOTE
     from tnllm.convert.plan import make_plan
     from tnllm.convert.run import key_map, open_input, shard_names
 
-    source = open_input(src, options)
-    plan = make_plan(
-        source, options.to, options.dtype, options.quantize, Layout().with_settings(list(options.settings))
-    )
+    source = open_input(src, options.base)
+    plan = make_plan(source, options.to, options.dtype, options.quantize)
     rows = key_map(source, plan)
     if as_json:
         found = {

@@ -1,9 +1,9 @@
-"""Hugging Face's fast tokenizer for a SentencePiece BPE model or a tiktoken vocabulary, checked before it is used.
+"""Hugging Face's fast tokenizer for a SentencePiece BPE model or a tiktoken vocabulary, compared with the original.
 
-    files, notes = tokenizer_files(Tokenizer.load(folder), settings)       # file name → text
+    files, notes = tokenizer_files(Tokenizer.load(folder), generation)     # file name → text
 
-The result is compared with the original on texts in several scripts and languages. Where it differs (a Unigram model, or
-one that rewrites its input), there is no tokenizer.json: an unfaithful one would be worse than none.
+The two must give the same ids on texts in several scripts and languages. If they do not (a Unigram model, or one that
+normalizes its input), no tokenizer.json is written: wrong ids would be worse than a missing file.
 """
 
 import json
@@ -62,7 +62,7 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        # A batch goes on from its last column.
+        # Generation continues from a batch's last column.
         "padding_side": "left",
         "chat_template": template,
     }
@@ -98,8 +98,8 @@ def _from_sentencepiece(model: Any) -> Any:
     pieces = [model.id_to_piece(id) for id in ids]
     vocab = {piece: id for id, piece in enumerate(pieces)}
     special = [id for id in ids if model.is_control(id) or model.is_unknown(id)]
-    # Fixed pieces (user-defined symbols) are matched before any merge. The library does not tell them apart from learned
-    # ones, but those that our training fixes are white space other than the space sign, which is never learned.
+    # User-defined symbols are matched before any merge. SentencePiece does not tell them from learned pieces, but those
+    # that `tnllm tokenizer train` defines are newline and tab, which are never learned.
     fixed = [id for id in ids if pieces[id] in ("\n", "\t")]
     skipped = {*special, *fixed, *(id for id in ids if model.is_byte(id))}
     learned = {piece for id, piece in enumerate(pieces) if id not in skipped}
@@ -135,14 +135,14 @@ def _from_tiktoken(model: TiktokenModel) -> Any:
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
 
-    letters = _byte_letters()
+    characters = _byte_characters()
 
     def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
+        return "".join(characters[byte] for byte in token)
 
     vocab = {spell(token): rank for token, rank in model.ranks.items()}
     merges = [_parts(token, rank, model.ranks) for token, rank in sorted(model.ranks.items(), key=lambda item: item[1])]
-    # Ids must have no holes: those between ranks and control tokens, and between these, get names nobody writes.
+    # Ids must be contiguous, so the gaps between ranks and control tokens get placeholder tokens.
     names = {id: name for name, id in TIKTOKEN_SPECIAL_TOKENS.items()}
     taken = set(vocab.values())
     extra = {id: names.get(id, f"<|unused_{id}|>") for id in range(model.vocab_size()) if id not in taken}
@@ -159,20 +159,20 @@ def _from_tiktoken(model: TiktokenModel) -> Any:
 
 
 def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that merge into `token`: what the merges of lower rank leave of it. Empty for a single byte."""
+    """The two tokens that merge into `token`: what is left after all merges of lower rank. Empty for a single byte."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
-        lowest, at = min(joined)
+        merges = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
+        lowest, at = min(merges)
         if lowest >= rank:
-            return []  # never reached by merging; the token is taken whole or not at all
+            return []  # not reachable by merges; `ignore_merges` still matches the complete token
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts if len(parts) == 2 else []
 
 
-def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in byte-level vocabularies: itself, or one from U+0100 on."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in own]
-    letters = {byte: chr(byte) for byte in own} | {byte: chr(0x100 + i) for i, byte in enumerate(rest)}
-    return [letters[byte] for byte in range(256)]
+def _byte_characters() -> list[str]:
+    """GPT-2's printable character of each byte in byte-level vocabularies: its own, or one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    return [characters[byte] for byte in range(256)]

@@ -1,11 +1,11 @@
 """The files of a Hugging Face folder beside its weights: configs, model code, model card.
 
     files = code_files()                                  # file name → text
-    values = config_values(config, dtype, settings)       # config.json
+    values = config_values(config, dtype, generation)     # config.json
     text = model_card(source, dtype, facts, quantized=False)
 
-The model code is this package's own: `hf_code/` and the Lightning Attention kernels, with `from tnllm...` made into imports
-from the folder. There is one source for both, and the folder needs torch and transformers alone.
+The model code is `hf_code/` and this package's Lightning Attention kernels, with `from tnllm...` rewritten to relative
+imports, so the folder needs only torch and transformers.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from tnllm.files import format_count
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.hf_names import to_hf_config
 
-# Module of ours → file in the folder. The kernels first need Triton; the rest is torch alone.
+# Module of tnllm → file in the folder. launch, kernels and step need Triton, the others only torch.
 CODE = {
     "tnllm.convert.hf_code.configuration_tnllm": "configuration_tnllm.py",
     "tnllm.convert.hf_code.modeling_tnllm": "modeling_tnllm.py",
@@ -41,7 +41,7 @@ AUTO_MAP = {
 
 
 def code_files() -> dict[str, str]:
-    """File name → source text of the model code."""
+    """Return the model code: file name → source text."""
     files = {}
     for module, name in CODE.items():
         package, _, stem = module.rpartition(".")
@@ -52,38 +52,38 @@ def code_files() -> dict[str, str]:
     return files
 
 
-def config_values(config: ModelConfig, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:
-    """config.json."""
+def config_values(config: ModelConfig, dtype: torch.dtype, generation: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of config.json; `generation` are those of generation_config.json."""
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["TnllmForCausalLM"],
         "auto_map": AUTO_MAP,
         "model_type": "tnllm",
         "tnllm_version": __version__,
-        # The first is read by transformers 5, the second by 4.
+        # transformers 5 reads dtype, transformers 4 torch_dtype.
         "dtype": name,
         "torch_dtype": name,
         **to_hf_config(config),
-        "bos_token_id": settings.get("bos_token_id"),
-        "eos_token_id": settings.get("eos_token_id"),
+        "bos_token_id": generation.get("bos_token_id"),
+        "eos_token_id": generation.get("eos_token_id"),
         "use_cache": True,
     }
 
 
-def generation_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """generation_config.json; sampling values that greedy defaults would contradict are left out."""
-    greedy = settings.get("do_sample") is False
+def generation_values(generation: dict[str, Any]) -> dict[str, Any]:
+    """Return generation_config.json without the sampling values that `do_sample: false` would contradict."""
+    greedy = generation.get("do_sample") is False
     sampling = ("temperature", "top_p", "top_k", "min_p")
-    return {key: value for key, value in settings.items() if not (greedy and key in sampling)}
+    return {key: value for key, value in generation.items() if not (greedy and key in sampling)}
 
 
 def json_text(values: dict[str, Any]) -> str:
-    """As files hold it."""
+    """Format JSON as the files of the folder hold it."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], quantized: bool) -> str:
-    """README.md: what the model is, how to load it, what is known of its training, whose licence holds."""
+    """Return README.md: the model, how to load it, what is known of its training, its licence."""
     config = source.config
     rows = {
         "parameters": f"{source.num_parameters:,} ({format_count(source.num_parameters)})",
@@ -95,16 +95,14 @@ def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], quanti
     }
     table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
     if source.kind == "official":
-        license_, note = (
-            "other",
+        licence = (
             "Converted from a checkpoint of OpenNLPLab. Its own terms hold: read the licence on the page it came from "
-            "(Apache-2.0 code; the first version's weights add a community licence).",
+            "(Apache-2.0 code; the first version's weights add a community licence)."
         )
     else:
-        license_, note = (
-            "other",
+        licence = (
             "Whoever trained these weights decides their licence, and the terms of the training texts matter; none is "
-            "recorded here. The Python files are Apache-2.0.",
+            "recorded here. The Python files are Apache-2.0."
         )
     version_note = (
         "\nThe 15B's layout was never checked against its authors' logits; it follows a best guess.\n"
@@ -116,7 +114,7 @@ def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], quanti
         ---
         library_name: transformers
         pipeline_tag: text-generation
-        license: {license_}
+        license: other
         tags: [transnormer, linear-attention, lightning-attention]
         ---
 
@@ -138,6 +136,6 @@ def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], quanti
         where it is installed. Tested with transformers {TRANSFORMERS_TESTED}.
         """
     ) + (
-        f"\n\n| | |\n| --- | --- |\n{table}{version_note}\n## Licence\n\n{note}\n\n"
+        f"\n\n| | |\n| --- | --- |\n{table}{version_note}\n## Licence\n\n{licence}\n\n"
         f"Written by tnllm {__version__}. `sha256sum -c SHA256SUMS` checks the files.\n"
     )
