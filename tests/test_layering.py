@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "modeling": {"kernels"},
     "parallel": {"modeling", "kernels"},
     "data": set(),
-    "generation": {"modeling", "kernels"},
+    "generation": {"modeling"},
     "convert": {"modeling", "kernels"},
     "serving": {"generation", "modeling"},
     "training": {"parallel", "data", "generation", "modeling"},

@@ -16,16 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tnllm.generation.captured_step import persistent_step
 from tnllm.kernels import gated_attention_triton as gate
 from tnllm.kernels import glu_triton as glu
 from tnllm.kernels import linear_cross_entropy_triton as softmax
 from tnllm.kernels import lrpe_triton as lrpe
 from tnllm.kernels import srms_norm_triton as norm
-from tnllm.kernels.decode_step import narrow as decode_rows
-from tnllm.kernels.decode_step import wide as decode
+from tnllm.kernels.decode_step import common, narrow, wide
 from tnllm.kernels.lightning_attention import launch, step
 from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.decode_step import persistent_step
 from tnllm.modeling.model import build_model
 
 CAPABILITY = int(sys.argv[1])
@@ -91,7 +90,7 @@ def all_fused() -> None:
 
 
 def all_decoding() -> None:
-    for width in (1024, 2560):  # a row kernel, and the one of wide models
+    for width in (1024, 2560):  # the narrow kernel, and the wide one
         config = ModelConfig(vocab_size=500, num_layers=1, model_dim=width, num_heads=width // 128, glu_dim=2048)
         model = build_model(config, "cpu", seed=0).bfloat16()
         _, state = model(torch.zeros(1, 3, dtype=torch.int64))
@@ -100,8 +99,8 @@ def all_decoding() -> None:
 
 driver.set_active(NoGpu())
 JITFunction.run = compile_only
-decode.num_programs = decode_rows.num_programs = lambda device: 132
-decode.can_ask = decode_rows.can_ask = lambda device: HOPPER
+wide.num_programs = narrow.num_programs = lambda device: 132
+common.has_bulk_prefetch = lambda device: HOPPER
 launch._device = lambda x: launch.Device(4, 232448 if HOPPER else 166912, has_tma=HOPPER)
 all_attention()
 all_fused()

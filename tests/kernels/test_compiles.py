@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 KERNELS = {
     "_bwd_kernel",
-    "_decode_kernel",
-    "_decode_rows_kernel",
+    "_decode_narrow_kernel",
+    "_decode_wide_kernel",
     "_fwd_kernel",
     "_glu_backward_kernel",
     "_glu_kernel",
