@@ -2,7 +2,8 @@
 
 import torch
 
-from tnllm.generation.loading import CHAT_TEMPLATE, Ready
+from tnllm.chat_template import DEFAULT
+from tnllm.generation.loading import LoadedModel
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model
 
@@ -27,4 +28,4 @@ def small_model(dtype=torch.float32, vocab_size=352, **more):
 def make_ready(model, tokenizer):
     """What `load` gives for a folder with this model and tokenizer and no settings of its own."""
     folder, ends = tokenizer.path.parent, (tokenizer.eos_id,)
-    return Ready(folder, model, tokenizer, {}, ends, tokenizer.bos_id, False, CHAT_TEMPLATE)
+    return LoadedModel(folder, model, tokenizer, {}, ends, tokenizer.bos_id, False, DEFAULT)

@@ -12,6 +12,7 @@ import torch
 
 from tests.convert import official_files
 from tnllm import assets
+from tnllm.chat_template import BOUNDARY
 from tnllm.convert import hf_folder
 from tnllm.convert.fast_tokenizer import CHECK_TEXTS, tokenizer_files
 from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
@@ -249,4 +250,6 @@ def test_chat_template(tmp_path):
     files, _ = tokenizer_files(Tokenizer.load(assets.tokenizer_model()), {"chat_template": "It's {prompt}\n=> "})
     template = jinja2.Template(json.loads(files["tokenizer_config.json"])["chat_template"])
     talk = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]
-    assert template.render(messages=talk, eos_token="</s>") == "It's A\n=> B</s>It's C\n=> "
+    text = template.render(messages=talk, eos_token="</s>")
+    assert text.replace(BOUNDARY, "") == "It's A\n=> B</s>It's C\n=> "
+    assert text.count(BOUNDARY) == 1 and f"=> {BOUNDARY}B" in text

@@ -17,7 +17,7 @@ from tnllm.evaluation import tasks
 from tnllm.evaluation.bench import bench_sharing
 from tnllm.evaluation.bundle import load_bundle, save_bundle
 from tnllm.evaluation.cache import AnswerCache
-from tnllm.evaluation.harness import TransNormerLM, trained_length
+from tnllm.evaluation.harness import TransNormerLM, encode_pairs, trained_length
 from tnllm.evaluation.perplexity import perplexity
 from tnllm.evaluation.requests import build_bundle
 from tnllm.evaluation.run import Settings, evaluate, write_results
@@ -89,10 +89,13 @@ def test_chats_use_the_models_turns(folder):
         {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Who?"},
     ]  # fmt: skip
     text = lm.apply_chat_template(history)
-    assert text == "Be kind.\n\nHuman:\nHi\nAssistant:\nHello</s>Human:\nWho?\nAssistant:\n"
+    assert lm.shown(text) == "Be kind.\nHuman:\nHi\nAssistant:\nHello</s>Human:\nWho?\nAssistant:\n"
     assert lm.tok_encode(text).count(lm.ready.tokenizer.eos_id) == 1
     open_end = lm.apply_chat_template([*history, {"role": "assistant", "content": "I am"}], add_generation_prompt=False)
-    assert open_end.endswith("Assistant:\nI am")
+    assert lm.shown(open_end).endswith("Assistant:\nI am")
+    # The prompt's newline is not scored with the answer.
+    [pair] = encode_pairs([(text, "Me")], lm.tok_encode, lm.prefix_token_id)
+    assert (pair.context, pair.continuation) == (lm.tok_encode(text), lm.tok_encode("Me"))
 
 
 def test_answers_are_kept_for_these_weights_and_settings_alone(folder, tmp_path):

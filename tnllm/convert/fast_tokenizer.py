@@ -10,6 +10,7 @@ import json
 from itertools import pairwise
 from typing import Any
 
+from tnllm.chat_template import BOUNDARY, BREAK, DEFAULT, split_template, to_jinja
 from tnllm.errors import MissingExtra
 from tnllm.tokenizer import TIKTOKEN_PATTERN, TIKTOKEN_SPECIAL_TOKENS, TiktokenModel, Tokenizer
 
@@ -25,11 +26,6 @@ CHECK_TEXTS = (
     '<b>&amp;</b> {"k": [1, 2.5e-3, null]} \\frac{a}{b}',
 )
 _SPACE = "\u2581"
-# One turn in the words the released models were tuned with; the answer and the end token follow.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% else %}{{ OPENING + message['content'] + CLOSING }}{% endif %}{% endfor %}"
-)
 
 
 def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -41,7 +37,10 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
         import tokenizers  # noqa: F401
     except ImportError:
         raise MissingExtra("hf", "tokenizers") from None
-    fast = _build(tokenizer, bool(settings.get("add_bos_token", False)))
+    add_bos = bool(settings.get("add_bos_token", False))
+    template = settings.get("chat_template", DEFAULT)
+    boundary = _needs_boundary(tokenizer, split_template(template)[1])
+    fast = _build(tokenizer, add_bos, boundary)
     differing = [
         text for text in CHECK_TEXTS if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text)
     ]
@@ -50,21 +49,25 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
             f"no tokenizer.json: the fast form of {tokenizer.path.name} reads {len(differing)} of {len(CHECK_TEXTS)} check "
             f"texts differently, first {differing[0][:20]!r}; use {tokenizer.path.name} with its own library"
         ]
-    opening, _, closing = settings.get("chat_template", "Human:\n{prompt}\nAssistant:\n").partition("{prompt}")
-    template = CHAT_TEMPLATE.replace("OPENING", _jinja(opening)).replace("CLOSING", _jinja(closing))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.piece(tokenizer.bos_id),
         "eos_token": tokenizer.piece(tokenizer.eos_id),
         "unk_token": tokenizer.piece(tokenizer.unk_id),
         "pad_token": tokenizer.piece(tokenizer.pad_id),
-        "add_bos_token": bool(settings.get("add_bos_token", False)),
+        "add_bos_token": add_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         # Generation continues from a batch's last column.
         "padding_side": "left",
-        "chat_template": template,
+        "chat_template": to_jinja(
+            template,
+            control_tokens=_control_tokens(tokenizer),
+            bos=tokenizer.piece(tokenizer.bos_id) if add_bos else "",
+            boundary=boundary,
+            answer_prefix=" " if _adds_space(tokenizer) else "",
+        ),
     }
     return {
         "tokenizer.json": fast.to_str(pretty=False),
@@ -72,16 +75,46 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
     }, []
 
 
-def _jinja(text: str) -> str:
-    """A string literal of the template language."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+def _control_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The names that the fast tokenizer reads as one token wherever they stand."""
+    model = tokenizer.backend
+    if isinstance(model, TiktokenModel):
+        return list(TIKTOKEN_SPECIAL_TOKENS)
+    ids = range(model.vocab_size())
+    return [model.id_to_piece(id) for id in ids if model.is_control(id) or model.is_unknown(id)]
 
 
-def _build(tokenizer: Tokenizer, add_bos: bool) -> Any:
-    from tokenizers import processors
+def _adds_space(tokenizer: Tokenizer) -> bool:
+    model = tokenizer.backend
+    return not isinstance(model, TiktokenModel) and model.encode("a", out_type=str)[0].startswith(_SPACE)
+
+
+def _needs_boundary(tokenizer: Tokenizer, closing: str) -> bool:
+    """Whether the end of a prompt could become one token with the start of its answer.
+
+    Newlines never do where no piece of the vocabulary holds one among other characters.
+    """
+    if isinstance(tokenizer.backend, TiktokenModel) or not closing.endswith("\n") or _adds_space(tokenizer):
+        return True
+    return any(b"\n" in piece and piece != b"\n" for piece in tokenizer.token_bytes)
+
+
+def _build(tokenizer: Tokenizer, add_bos: bool, boundary: bool) -> Any:
+    from tokenizers import normalizers, pre_tokenizers, processors
 
     model = tokenizer.backend
-    fast = _from_tiktoken(model) if isinstance(model, TiktokenModel) else _from_sentencepiece(model)
+    fast = (
+        _from_tiktoken(model)
+        if isinstance(model, TiktokenModel)
+        else _from_sentencepiece(model, _adds_space(tokenizer))
+    )
+    # The marks of `to_jinja`: see there.
+    breaks = sorted({name[0] for name in _control_tokens(tokenizer)})
+    steps = [normalizers.Replace(first + BREAK, first) for first in breaks]
+    fast.normalizer = normalizers.Sequence([*steps, fast.normalizer] if fast.normalizer else steps)
+    if boundary:
+        split = pre_tokenizers.Split(BOUNDARY, behavior="removed")
+        fast.pre_tokenizer = pre_tokenizers.Sequence([split, fast.pre_tokenizer]) if fast.pre_tokenizer else split
     if add_bos:
         bos = tokenizer.piece(tokenizer.bos_id)
         fast.post_processor = processors.TemplateProcessing(
@@ -90,7 +123,7 @@ def _build(tokenizer: Tokenizer, add_bos: bool) -> Any:
     return fast
 
 
-def _from_sentencepiece(model: Any) -> Any:
+def _from_sentencepiece(model: Any, adds_space: bool) -> Any:
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Fast
 
@@ -121,7 +154,6 @@ def _from_sentencepiece(model: Any) -> Any:
             fuse_unk=True,
         )
     )
-    adds_space = model.encode("a", out_type=str)[0].startswith(_SPACE)
     spaces = normalizers.Replace(" ", _SPACE)
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if adds_space else spaces
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from tnllm import chat_template
 from tnllm.data.compressed import read_bytes
 from tnllm.errors import UserError
 from tnllm.tokenizer import Tokenizer
@@ -142,27 +143,18 @@ def _parse_messages(messages: Any, role_key: str, content_key: str, where: str) 
     return Conversation(system, tuple(zip(texts[::2], texts[1::2], strict=True)), where)
 
 
-def check_template(template: str) -> tuple[str, str]:
-    """What goes before and after a prompt. Raises UserError unless {prompt} is in it once."""
-    opening, found, closing = template.partition("{prompt}")
-    if not found or "{prompt}" in closing:
-        raise UserError(f"the chat template is {template!r}; it must hold {{prompt}} once")
-    return opening, closing
-
-
 def encode(conversation: Conversation, tokenizer: Tokenizer, template: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [n] int64, and which of them are learned [n] bool: the answers and the end token after each.
 
-    Prompt and answer are encoded apart, as they are when the model is asked.
+    Raises UserError for a template without {prompt}.
     """
-    opening, closing = check_template(template)
+    messages = [("system", conversation.system)]
+    for prompt, answer in conversation.turns:
+        messages += [("user", prompt), ("assistant", answer)]
     ids: list[int] = []
     counted: list[bool] = []
-    above = conversation.system + "\n" if conversation.system else ""
-    for prompt, answer in conversation.turns:
-        asked = tokenizer.encode(above + opening + prompt + closing)
-        said = [*tokenizer.encode(answer), tokenizer.eos_id]
-        ids += asked + said
-        counted += [False] * len(asked) + [True] * len(said)
-        above = ""
+    for segment in chat_template.render(template, messages):
+        tokens = chat_template.encode([segment], tokenizer.encode, tokenizer.eos_id)
+        ids += tokens
+        counted += [segment.is_answer] * len(tokens)
     return np.array(ids, np.int64), np.array(counted, bool)

@@ -24,7 +24,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from torch import Tensor
 
-from tnllm import __version__
+from tnllm import __version__, chat_template
 from tnllm.errors import UserError, did_you_mean
 from tnllm.evaluation.cache import AnswerCache
 from tnllm.evaluation.encoding import LineEncoder
@@ -82,7 +82,6 @@ class TransNormerLM(TemplateLM):
         self.weights_sha256 = weights_hash(self.ready.model)
         self._seed, self._report, self._note = seed, report, note
         self._encode = LineEncoder(self.ready.tokenizer)
-        self._chat = False
         self.longest = self.num_cached = self.num_requests = 0
         self.cache = AnswerCache(Path(cache_dir), self.identity()) if cache_dir is not None else None
 
@@ -137,12 +136,8 @@ class TransNormerLM(TemplateLM):
         }  # fmt: skip
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; the begin token first if the model wants one. Within a chat the end token's name is that token."""
-        tokenizer = self.ready.tokenizer
-        parts = string.split(tokenizer.piece(tokenizer.eos_id)) if self._chat else [string]
-        ids = self._encode(parts[0])
-        for part in parts[1:]:
-            ids += [tokenizer.eos_id, *self._encode(part)]
+        """Token ids of a text or of what `apply_chat_template` returned; the begin token first if the model wants one."""
+        ids = chat_template.encode(chat_template.from_marked(string), self._encode, self.ready.tokenizer.eos_id)
         begin = self.ready.add_bos if add_special_tokens is None else add_special_tokens
         return [self.ready.bos_id, *ids] if begin else ids
 
@@ -153,23 +148,19 @@ class TransNormerLM(TemplateLM):
         return self.ready.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Turns as the model was fine-tuned on: the template around what the user says, the end token after answers.
+        """A conversation in the model's turns, as a string for `tok_encode`: end tokens and prompts' ends are marks in it.
 
-        A system message goes before the first turn. Without `add_generation_prompt` the last answer stays open.
+        Without `add_generation_prompt` the last answer does not end yet. Raises UserError unless user and assistant take
+        turns after an optional system message.
         """
-        self._chat = True
-        opening, _, closing = self.ready.chat_template.partition("{prompt}")
-        end = self.ready.tokenizer.piece(self.ready.tokenizer.eos_id)
-        text = ""
-        for number, turn in enumerate(chat_history):
-            if turn["role"] == "user":
-                text += opening + turn["content"] + closing
-            elif turn["role"] == "assistant":
-                open_end = number == len(chat_history) - 1 and not add_generation_prompt
-                text += turn["content"] + ("" if open_end else end)
-            else:
-                text += turn["content"].rstrip() + "\n\n"
-        return text
+        messages = [(turn["role"], turn["content"]) for turn in chat_history]
+        segments = chat_template.render(self.ready.chat_template, messages, open_answer=not add_generation_prompt)
+        return chat_template.to_marked(segments)
+
+    def shown(self, text: str) -> str:
+        """What `apply_chat_template` returned, for people: the name of the end token in place of its mark."""
+        tokenizer = self.ready.tokenizer
+        return chat_template.without_marks(text, tokenizer.piece(tokenizer.eos_id))
 
     # Log-likelihoods.
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tnllm.chat_template import DEFAULT
 from tnllm.errors import UserError
 from tnllm.evaluation.harness import TransNormerLM
 from tnllm.evaluation.run import Settings, evaluate
 from tnllm.evaluation.tasks import choose, load_tasks
-from tnllm.generation.loading import CHAT_TEMPLATE, Ready
+from tnllm.generation.loading import LoadedModel
 from tnllm.modeling.model import LanguageModel
 from tnllm.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ def task_scorer(
     limit: float | None = None,
     data_dir: str | None = None,
     note: Callable[[str], None] = lambda text: None,
+    chat_template: str = DEFAULT,
 ) -> Callable[[LanguageModel, Tokenizer], Scores]:
     """What scores a model on `tasks`, zero-shot unless a task says otherwise; see `tnllm eval` for names and data.
 
@@ -53,7 +55,7 @@ def task_scorer(
             with torch.random.fork_rng(devices):
                 # Tasks remember what they were asked, so each time they are read anew.
                 loaded = load_tasks(choices, folder, False, lambda text: None)
-                results = evaluate(TransNormerLM(_ready(model, tokenizer)), loaded, settings)
+                results = evaluate(TransNormerLM(_loaded_model(model, tokenizer, chat_template)), loaded, settings)
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
@@ -71,5 +73,6 @@ def task_scorer(
     return score
 
 
-def _ready(model: LanguageModel, tokenizer: Tokenizer) -> Ready:
-    return Ready(Path("training"), model, tokenizer, {}, (tokenizer.eos_id,), tokenizer.bos_id, False, CHAT_TEMPLATE)
+def _loaded_model(model: LanguageModel, tokenizer: Tokenizer, chat_template: str) -> LoadedModel:
+    eos_ids = (tokenizer.eos_id,)
+    return LoadedModel(Path("training"), model, tokenizer, {}, eos_ids, tokenizer.bos_id, False, chat_template)

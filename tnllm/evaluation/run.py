@@ -72,6 +72,10 @@ def evaluate(lm: TransNormerLM, loaded: Loaded, settings: Settings) -> dict[str,
     seconds = time.perf_counter() - clock
     name = str(lm.ready.folder)
     template = lm.chat_template(settings.chat_template)
+    for row in (row for rows in results["samples"].values() for row in rows) if template else ():
+        row["arguments"] = [
+            tuple(lm.shown(value) if isinstance(value, str) else value for value in args) for args in row["arguments"]
+        ]
     results = dict(results)
     results["config"] = {
         "model": "tnllm", "model_args": {"pretrained": name, "dtype": lm.get_model_info()["model_dtype"]},

@@ -1,89 +1,75 @@
-"""A conversation: the state holds the past, so a turn costs what is new in it, however long the talk has been.
+"""A conversation whose state holds the past: a turn costs only what is new in it, however long the conversation is.
 
-talk = Conversation(ready, params, ready.chat_template)
-for event in talk.ask("Who are you?"):
+conversation = Conversation(loaded, params, loaded.chat_template)
+for event in conversation.ask("Who are you?"):
     ...                              # as from `generate`
-talk.reset()
+conversation.reset()
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from tnllm.chat_template import encode, render, split_template, stop_strings
 from tnllm.errors import UserError
 from tnllm.generation.context import Context, read
 from tnllm.generation.decoder import generate
-from tnllm.generation.loading import Ready
+from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result
+from tnllm.tokenizer import StreamDecoder, Tokenizer
 
 
-def split_template(template: str) -> tuple[str, str]:
-    """What comes before and after the prompt. Raises UserError."""
-    opening, placeholder, closing = template.partition("{prompt}")
-    if not placeholder or "{prompt}" in closing:
-        raise UserError(f"the chat template is {template!r}; it must hold {{prompt}} once")
-    return opening, closing
+def message_ids(loaded: LoadedModel, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of a conversation of (role, text) messages, up to where the answer begins.
 
-
-def opening_stop(template: str) -> tuple[str, ...]:
-    """The stop string that ends an answer in which the model begins to speak for the other side, if there is one."""
-    opening = split_template(template)[0].strip()
-    return ("\n" + opening,) if opening else ()
-
-
-def message_ids(ready: Ready, messages: Sequence[tuple[str, str]]) -> list[int]:
-    """Token ids of a whole talk, (role, text) each, up to where the answer begins: what Conversation reads.
-
-    An optional "system" (or "developer") text comes first and goes before the first turn on a line of its own; then
-    "user" and "assistant" take turns, and "user" has the last word. Raises UserError otherwise.
+    An optional "system" (or "developer") text comes first; then "user" and "assistant" take turns, and "user" has the
+    last word. Raises UserError otherwise.
     """
-    opening, closing = split_template(ready.chat_template)
-    before = ""
-    if messages and messages[0][0] in ("system", "developer"):
-        before = messages[0][1] + "\n"
-        messages = messages[1:]
-    for place, (role, _) in enumerate(messages):
-        if role != ("user", "assistant")[place % 2]:
-            raise UserError(
-                f"message {place} after the system text is of role {role!r}; user and assistant take turns, user first"
-            )
-    if len(messages) % 2 == 0:
+    segments = render(loaded.chat_template, messages)
+    if not segments or segments[-1].is_answer:
         raise UserError("the last message must be of role 'user'")
-    ids: list[int] = []
-    for role, text in messages:
-        if role == "assistant":
-            ids += [*ready.tokenizer.encode(text), ready.tokenizer.eos_id]
-        else:
-            ids += ready.encode(before + opening + text + closing, start=not ids)
-            before = ""
-    return ids
+    return loaded.at_start(encode(segments, loaded.tokenizer.encode, loaded.tokenizer.eos_id))
 
 
 class Conversation:
-    """Turns after one another. `start`: a context to talk about, such as a document."""
+    """The turns of one conversation, in the form that `message_ids` gives the whole of it."""
 
-    def __init__(self, ready: Ready, params: SamplingParams, template: str, start: Context | None = None) -> None:
-        """`template` holds {prompt} once. Its opening words end an answer, in case the model speaks for both."""
-        self._ready, self._template, self._start = ready, split_template(template), start
-        self._params = replace(params, stop=(*params.stop, *opening_stop(template)), n=1)
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        params: SamplingParams,
+        template: str,
+        start: Context | None = None,
+        system: str = "",
+    ) -> None:
+        """`template` holds {prompt} once; `start` is a context to talk about, such as a document.
+
+        The template's opening words end an answer, in case the model starts to speak for the user.
+        """
+        split_template(template)
+        self._loaded, self._template, self._start, self._system = loaded, template, start, system
+        self._params = replace(params, stop=(*params.stop, *stop_strings(template)), n=1)
         self.reset()
 
     def reset(self) -> None:
         """Forget every turn."""
         self._context = self._start
         self._unread: list[int] = []
+        self._is_first = True
 
     def ask(self, message: str) -> Iterator[Piece | Result]:
-        """The answer, as from `generate`. If it is broken off, the part that came is remembered."""
-        ready = self._ready
-        opening, closing = self._template
-        turn = ready.encode(opening + message + closing, start=self._context is None)
-        [self._context] = read(ready.model, [self._unread + turn], [self._context])
-        self._unread = []
-        tokens: list[int] = []
-        events = generate(
-            ready.model, ready.tokenizer, [[]], self._params, contexts=[self._context], eos_ids=ready.eos_ids
+        """The answer, as from `generate`. Of an interrupted answer, what was generated is remembered."""
+        loaded, tokenizer = self._loaded, self._loaded.tokenizer
+        system = self._system if self._is_first else ""
+        turn = encode(
+            render(self._template, [("system", system), ("user", message)]), tokenizer.encode, tokenizer.eos_id
         )
+        if self._context is None:
+            turn = loaded.at_start(turn)
+        [self._context] = read(loaded.model, [self._unread + turn], [self._context])
+        self._unread, self._is_first = [], False
+        tokens: list[int] = []
+        events = generate(loaded.model, tokenizer, [[]], self._params, contexts=[self._context], eos_ids=loaded.eos_ids)
         text = None
         try:
             for event in events:
@@ -95,15 +81,25 @@ class Conversation:
                         text = event.text
                 yield event
         finally:
+            if tokens and tokens[-1] in loaded.eos_ids:
+                tokens.pop()
+            answer = _canonical(tokens, tokenizer) if text is None else tokenizer.encode(text)
             # The model was trained on answers that end with the end token, whatever ended this one.
-            answer = tokens if text is None else ready.tokenizer.encode(text)
-            if answer and answer[-1] in ready.eos_ids:
-                answer = answer[:-1]
-            self._unread = [*answer, ready.tokenizer.eos_id]
+            self._unread = [*answer, tokenizer.eos_id]
 
     def context(self) -> Context | None:
-        """All turns so far, read; None before the first."""
+        """All turns so far as a context; None before the first."""
         if self._context is not None and self._unread:
-            [self._context] = read(self._ready.model, [self._unread], [self._context])
+            [self._context] = read(self._loaded.model, [self._unread], [self._context])
             self._unread = []
         return self._context
+
+
+def _canonical(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer makes of the text of sampled `tokens`, less an incomplete last character.
+
+    Returns `tokens` where their bytes are not valid text.
+    """
+    text = "".join(map(StreamDecoder(tokenizer).push, tokens))
+    data = b"".join(tokenizer.token_bytes[id] for id in tokens)
+    return tokenizer.encode(text) if data.startswith(text.encode()) else tokens

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tnllm import chat_template
 from tnllm.device import pick_device
 from tnllm.errors import UserError
 from tnllm.generation.sampler import SamplingParams
@@ -21,12 +22,10 @@ from tnllm.modeling.weights import GENERATION, load_model, resolve_model
 from tnllm.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What the released models were fine-tuned with; the answer and the end token follow.
-CHAT_TEMPLATE = "Human:\n{prompt}\nAssistant:\n"
 
 
 @dataclass(frozen=True)
-class Ready:
+class LoadedModel:
     """Everything `generate` needs. `sampling` holds fields of SamplingParams."""
 
     folder: Path
@@ -45,12 +44,16 @@ class Ready:
     def encode(self, text: str, start: bool = True) -> list[int]:
         """Token ids; at the `start` of a text with the begin token if the model wants one or the text is empty."""
         ids = self.tokenizer.encode(text)
-        return [self.bos_id, *ids] if start and (self.add_bos or not ids) else ids
+        return self.at_start(ids) if start else ids
+
+    def at_start(self, ids: list[int]) -> list[int]:
+        """`ids` as the start of a text: after the begin token if the model wants one or there are none."""
+        return [self.bos_id, *ids] if self.add_bos or not ids else ids
 
 
 def load(
     model: Path | str | None = None, device: str = "auto", dtype: str = "auto", adapter: Path | str | None = None
-) -> Ready:
+) -> LoadedModel:
     """Load a weights folder or run folder; `adapter`, a folder in PEFT's format, is merged into it.
 
     device: auto (the GPU where there is one), cpu, cuda or cuda:N. dtype: auto (float32 on CPU, the stored one on
@@ -78,7 +81,7 @@ def load(
         raise UserError(f"{folder / GENERATION}: {error}") from None
     eos, bos = settings.get("eos_token_id"), settings.get("bos_token_id")
     eos = tokenizer.eos_id if eos is None else eos
-    return Ready(
+    return LoadedModel(
         folder,
         loaded,
         tokenizer,
@@ -86,9 +89,12 @@ def load(
         tuple(eos) if isinstance(eos, list) else (eos,),
         tokenizer.bos_id if bos is None else bos,
         bool(settings.get("add_bos_token", False)),
-        settings.get("chat_template", CHAT_TEMPLATE),
+        settings.get("chat_template", chat_template.DEFAULT),
     )
 
+
+# The former name.
+Ready = LoadedModel
 
 # The keys that generation_config.json and SamplingParams share.
 _SAMPLING = {field.name for field in fields(SamplingParams)} - {

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tnllm.chat_template import stop_strings
 from tnllm.errors import UserError, did_you_mean
-from tnllm.generation.conversation import message_ids, opening_stop
+from tnllm.generation.conversation import message_ids
 from tnllm.generation.loading import Ready
 from tnllm.generation.sampler import MAX_SAMPLES, SamplingParams
 from tnllm.generation.samples import Piece, Result, TokenLogprob
@@ -152,7 +153,7 @@ class ChatRequest(_Request):
             more["max_tokens"] = self.max_completion_tokens
         params = self._sampling(ready, more)
         # As in `tnllm generate --chat`: an answer ends where the model starts to speak for the other side.
-        return SamplingParams(**{**params.__dict__, "stop": (*params.stop, *opening_stop(ready.chat_template))})
+        return SamplingParams(**{**params.__dict__, "stop": (*params.stop, *stop_strings(ready.chat_template))})
 
 
 def error_body(message: str, type: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from itertools import chain
 from pathlib import Path
 
 from tnllm import assets
+from tnllm.chat_template import split_template
 from tnllm.data.encode import Options
-from tnllm.data.instruct import check_template, find_instruction_files, read_conversations
+from tnllm.data.instruct import find_instruction_files, read_conversations
 from tnllm.data.instruct_loader import InstructLoader, pack
 from tnllm.data.loader import Loader, Source
 from tnllm.data.shards import TokenStream, is_shard_folder
@@ -78,7 +79,7 @@ def _open_conversations(
 ) -> tuple[InstructLoader, InstructLoader | None]:
     data = config.data
     template = chat_template(config)
-    check_template(template)
+    split_template(template)
     sources = data.path or (DataSource(path=str(assets.sample_instructions()), weight=None),)
     files = list(chain.from_iterable(find_instruction_files(source.path) for source in sources))
     packed = pack(read_conversations(files), tokenizer, template, data.seq_len)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tnllm.chat_template import DEFAULT
 from tnllm.errors import UserError
 from tnllm.modeling.lora import add_lora, merge_lora, save_adapter
 from tnllm.modeling.model import LanguageModel, build_model
@@ -77,19 +78,15 @@ def fill_shards(sharded: "ShardedModel", folder: Path) -> None:
 
 def chat_template(config: RunConfig) -> str:
     """How a prompt is written: the recipe's way, else that of the weights the run starts from, else the default."""
-    from tnllm.generation.loading import CHAT_TEMPLATE
-
     if config.data.chat_template is not None:
         return config.data.chat_template
     folder = init_folder(config)
     if folder is not None and (folder / GENERATION).is_file():
         try:
-            return str(
-                json.loads((folder / GENERATION).read_text(encoding="utf-8")).get("chat_template", CHAT_TEMPLATE)
-            )
+            return str(json.loads((folder / GENERATION).read_text(encoding="utf-8")).get("chat_template", DEFAULT))
         except (ValueError, AttributeError):
             raise UserError(f"{folder / GENERATION} is no JSON object; fix it or remove it") from None
-    return CHAT_TEMPLATE
+    return DEFAULT
 
 
 def publish(model: LanguageModel, out: Path, config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
