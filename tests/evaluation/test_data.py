@@ -8,7 +8,7 @@ from tnllm import assets
 from tnllm.errors import UserError
 from tnllm.evaluation.cards import PAPER_TASKS, find_card, load_cards, subject_card
 from tnllm.evaluation.datasets import KINDS
-from tnllm.evaluation.encoding import LineEncoder
+from tnllm.evaluation.prompt_encoding import LineEncoder
 from tnllm.tokenizer import Tokenizer
 
 ARC = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}

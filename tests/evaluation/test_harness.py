@@ -14,13 +14,14 @@ import torch
 
 from tnllm.errors import RunError, UserError
 from tnllm.evaluation import tasks
-from tnllm.evaluation.bench import bench_sharing
-from tnllm.evaluation.bundle import load_bundle, save_bundle
-from tnllm.evaluation.cache import AnswerCache
-from tnllm.evaluation.harness import TransNormerLM, encode_pairs, trained_length
+from tnllm.evaluation.answer_cache import AnswerCache
+from tnllm.evaluation.harness import TransNormerLM, trained_length
+from tnllm.evaluation.multiple_choice import build_bundle
 from tnllm.evaluation.perplexity import perplexity
-from tnllm.evaluation.requests import build_bundle
+from tnllm.evaluation.prompt_encoding import encode_pairs
+from tnllm.evaluation.request_file import load_bundle, save_bundle
 from tnllm.evaluation.run import Settings, evaluate, write_results
+from tnllm.evaluation.sharing_bench import bench_sharing
 from tnllm.evaluation.tasks import choose, definition_files, hub_answers, load_tasks, search
 
 

@@ -7,8 +7,8 @@ import pytest
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
 from tnllm.errors import UserError
+from tnllm.evaluation.during_training import task_scorer
 from tnllm.evaluation.harness import TransNormerLM
-from tnllm.evaluation.live import task_scorer
 from tnllm.evaluation.run import Settings, evaluate
 from tnllm.evaluation.tasks import choose, load_tasks
 from tnllm.training.config import load_recipe

@@ -33,8 +33,8 @@ def command(
 
     from tnllm.bench.report import write_json
     from tnllm.device import describe_device, pick_device
-    from tnllm.evaluation.bench import bench_sharing
-    from tnllm.evaluation.bundle import load_bundle
+    from tnllm.evaluation.request_file import load_bundle
+    from tnllm.evaluation.sharing_bench import bench_sharing
     from tnllm.generation.loading import DTYPES, load
 
     where = pick_device(device, "--device")

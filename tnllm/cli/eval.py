@@ -312,8 +312,8 @@ def save_requests(
     names = _names(tasks)
     quiet_libraries(names, online=False)
     from tnllm import assets
-    from tnllm.evaluation.bundle import count_tokens, save_bundle
-    from tnllm.evaluation.requests import build_bundle
+    from tnllm.evaluation.multiple_choice import build_bundle
+    from tnllm.evaluation.request_file import count_tokens, save_bundle
     from tnllm.evaluation.tasks import choose, load_tasks
     from tnllm.tokenizer import Tokenizer
 

@@ -83,7 +83,7 @@ def _scorer(config: "RunConfig") -> Any:
 
     log("eval.tasks: reading the questions")
     quiet_libraries(list(asked.tasks), online=False)
-    from tnllm.evaluation.live import task_scorer
+    from tnllm.evaluation.during_training import task_scorer
     from tnllm.training.run_model import chat_template
 
     return task_scorer(asked.tasks, asked.tasks_limit, asked.tasks_data_dir, log, chat_template(config))

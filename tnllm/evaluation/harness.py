@@ -11,7 +11,7 @@ windows. Under torchrun each rank takes its share of the questions.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from tnllm import __version__, chat_template
 from tnllm.errors import UserError, did_you_mean
-from tnllm.evaluation.cache import AnswerCache
-from tnllm.evaluation.encoding import LineEncoder
+from tnllm.evaluation.answer_cache import AnswerCache
+from tnllm.evaluation.prompt_encoding import LineEncoder, encode_pairs
 from tnllm.generation.context import Context, read, weights_hash
 from tnllm.generation.decoder import BATCH_SIZE, Result, generate
 from tnllm.generation.loading import Ready, load
@@ -292,25 +292,6 @@ class TransNormerLM(TemplateLM):
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
-
-
-def encode_pairs(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], prefix_id: int) -> list[Request]:
-    """Contexts and continuations as the harness splits them: encoded together, cut where the context ends."""
-    contexts: dict[str, list[int]] = {}
-    requests = []
-    for context, continuation in pairs:
-        # Spaces at the end of a context belong to the word that follows.
-        kept = context.rstrip()
-        if kept not in contexts:
-            contexts[kept] = encode(kept) if kept else [prefix_id]
-        before = contexts[kept]
-        whole = encode(context + continuation)
-        after = whole[len(before) :] if kept else [id for id in whole if id != prefix_id]
-        if not after:
-            # Both together are no more tokens than the context alone: the last one is what the continuation decides.
-            before, after = whole[:-1] or [prefix_id], whole[-1:]
-        requests.append(Request(before, after))
-    return requests
 
 
 def trained_length(folder: Path) -> int | None:

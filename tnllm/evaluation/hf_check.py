@@ -21,9 +21,9 @@ from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.task import Task
 
 from tnllm.errors import MissingExtra
-from tnllm.evaluation.bench import TOLERANCE, pick
 from tnllm.evaluation.harness import Report, TransNormerLM
-from tnllm.evaluation.requests import ask
+from tnllm.evaluation.multiple_choice import ask
+from tnllm.evaluation.sharing_bench import TOLERANCE, pick
 from tnllm.evaluation.tasks import Loaded
 
 Question = tuple[Task, list[Instance]]

@@ -86,7 +86,7 @@ def train(
 
     `resume`: None starts anew and refuses a folder that holds a run; "auto" goes on from the newest whole
     checkpoint of `out`, or starts; a folder names the checkpoint. `mesh`: this process is one of its ranks, which
-    all call this alike. `score` scores eval.tasks (tnllm.evaluation.live.task_scorer). Raises UserError for input that
+    all call this alike. `score` scores eval.tasks (evaluation.during_training.task_scorer). Raises UserError for input that
     does not fit, RunError for failures while running, Terminated (exit 143) and KeyboardInterrupt after a signal, each
     once everything is saved.
     """

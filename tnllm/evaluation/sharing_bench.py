@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnllm.evaluation.bundle import Bundle, count_tokens
+from tnllm.evaluation.request_file import Bundle, count_tokens
 from tnllm.generation.scoring import Scorer
 from tnllm.modeling.model import LanguageModel
 

@@ -11,9 +11,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
 from tnllm.errors import UserError
-from tnllm.evaluation.bundle import Bundle
-from tnllm.evaluation.encoding import LineEncoder
-from tnllm.evaluation.harness import encode_pairs
+from tnllm.evaluation.prompt_encoding import LineEncoder, encode_pairs
+from tnllm.evaluation.request_file import Bundle
 from tnllm.evaluation.tasks import Loaded
 from tnllm.generation.prefix_tree import Request
 from tnllm.tokenizer import Tokenizer
