@@ -1,7 +1,7 @@
 """Compile every kernel for a compute capability, with no GPU: `python compile_without_gpu.py 90`.
 
-Triton's interpreter runs kernels as Python, so it sees neither the types of their variables nor what instructions a GPU
-has. Here the launches run on CPU tensors, up to where the compiled kernel would start. Prints the name of each.
+Triton's interpreter runs kernels as Python, so it checks neither the types of variables nor the instructions of a GPU. Here
+the launch functions run on CPU tensors up to the start of the compiled kernel. Prints the name of each kernel.
 """
 
 import os
@@ -32,7 +32,7 @@ HOPPER = CAPABILITY >= 90
 
 
 class NoGpu:
-    """What Triton asks of a driver before it launches."""
+    """The methods of a driver that Triton calls before a launch."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", CAPABILITY, 32)
@@ -51,7 +51,7 @@ def compile_only(kernel: JITFunction, *args: Any, run: Any = JITFunction.run, **
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, state: bool = False, packed: bool = False) -> None:
-    """Forward and backward, and what a slice leaves in the state."""
+    """Forward, backward, and the state of a slice."""
     _, T, H, D = q.shape
     lengths = torch.tensor([0, T // 3, T], dtype=torch.int32) if packed else None
     states = torch.zeros(2, 2 if packed else 1, H, D, v.shape[-1]) if state else (None, None)
@@ -62,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, state: bool = False, packed: bool
 
 
 def all_attention() -> None:
-    q, k, v = torch.zeros(3, 1, 8192, 1, 128, dtype=torch.bfloat16)  # one head: cut in segments
+    q, k, v = torch.zeros(3, 1, 8192, 1, 128, dtype=torch.bfloat16)  # one head: several splits
     attention(q, k, v)
     attention(q[:, :1000], k[:, :1000], v[:, :1000], state=True)
     q, v = torch.zeros(1, 1000, 2, 192), torch.zeros(1, 1000, 2, 64)

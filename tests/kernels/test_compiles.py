@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, which the interpreter cannot show."""
+"""Every kernel compiles for GPUs that are not present, which the interpreter cannot show."""
 
 import os
 import subprocess
@@ -22,9 +22,9 @@ KERNELS = {
     "_silu_kernel",
     "_softmax_kernel",
     "attend_kernel",
-    "piece_states_kernel",
     "scan_states_kernel",
     "step_kernel",
+    "sub_split_states_kernel",
 }
 
 

@@ -35,7 +35,7 @@ def test_on_cpu_it_is_the_definition():
 
 
 def test_one_half_alone_is_refused():
-    with pytest.raises(ValueError, match=r"two halves side by side.*\[3, 5\]"):
+    with pytest.raises(ValueError, match=r"must be even.*\[3, 5\]"):
         glu_product(torch.randn(3, 5))
 
 

@@ -33,7 +33,7 @@ def error(found, expected):
 @pytest.mark.parametrize("shape", [(1, 4, 2), (37, 16, 101), (130, 8, 33)])
 @pytest.mark.parametrize("held", [1 << 22, 150])
 def test_loss_and_gradients(monkeypatch, shape, dtype, limit, held):
-    monkeypatch.setitem(module._HELD, "cpu", held)
+    monkeypatch.setitem(module._CHUNK_LOGITS, "cpu", held)
     x, weight, labels = inputs(*shape, dtype, ignored=0.2 if shape[0] > 1 else 0.0)
     weight = weight.double() if dtype == torch.float64 else weight
     x.requires_grad_()

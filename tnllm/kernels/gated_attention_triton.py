@@ -1,4 +1,4 @@
-"""Triton for what surrounds attention in a training step: SiLU of q and k, and norm times gate; forward and backward.
+"""Triton kernels around attention in a training step: SiLU of q and k, and norm times gate; forward and backward.
 
 Each kernel makes one pass over memory and reads and writes slices of the fused projection in place.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program holds. On an H100 the backward pass of norm and gate took 115 us with 4,096 of them, 134 with 8,192.
+# Elements per program. On an H100 the backward pass of norm and gate took 115 us with 4,096, 134 us with 8,192.
 _ELEMENTS = 4096
 _NUM_WARPS = 8
 
@@ -65,7 +65,7 @@ def _norm_gate_backward_kernel(
 
 
 def _launch(kernel, tensors: list[Tensor], strides: list[int], *more: float, whole_rows: bool) -> None:
-    """Run `kernel` over [..., width] tensors whose rows are evenly spaced; `strides` are the spacings it asks for."""
+    """Run `kernel` over [..., width] tensors whose rows have a constant stride; `strides` are those it takes."""
     width = tensors[0].shape[-1]
     num_rows = tensors[0].numel() // width
     block = triton.next_power_of_2(width) if whole_rows else min(1024, triton.next_power_of_2(width))
@@ -75,26 +75,26 @@ def _launch(kernel, tensors: list[Tensor], strides: list[int], *more: float, who
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU of x [B, T, M], whose tokens are evenly spaced in memory, into a new contiguous tensor."""
+    """SiLU of x [B, T, M], whose tokens have a constant stride, as a new contiguous tensor."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(_silu_kernel, [x, y], [x.stride(-2), y.stride(-2)], whole_rows=False)
     return y
 
 
 def silu_backward_(dy: Tensor, x: Tensor) -> None:
-    """dy <- the gradient of x, where y = silu(x); both [B, T, M] with evenly spaced tokens."""
+    """dy <- the gradient of x, where y = silu(x); both [B, T, M] with a constant token stride."""
     _launch(_silu_backward_kernel, [dy, x], [dy.stride(-2), x.stride(-2)], whole_rows=False)
 
 
 def norm_gate(o: Tensor, u: Tensor, eps: float) -> Tensor:
-    """SRMSNorm(o) * u: o [B, T, M] contiguous, u [B, T, M] with evenly spaced tokens."""
+    """SRMSNorm(o) * u: o [B, T, M] contiguous, u [B, T, M] with a constant token stride."""
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     _launch(_norm_gate_kernel, [o, u, y], [u.stride(-2)], eps, whole_rows=True)
     return y
 
 
 def norm_gate_backward(dy: Tensor, o: Tensor, u: Tensor, du: Tensor, eps: float) -> Tensor:
-    """The gradient of o; that of u is written into `du`. dy and o contiguous, u and du with evenly spaced tokens."""
+    """The gradient of o; that of u is written into `du`. dy and o contiguous, u and du with a constant token stride."""
     do = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     strides = [u.stride(-2), du.stride(-2)]
     _launch(_norm_gate_backward_kernel, [dy, o, u, do, du], strides, eps, whole_rows=True)

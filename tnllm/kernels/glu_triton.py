@@ -1,4 +1,4 @@
-"""Triton for the product inside a gated linear unit: one pass over memory forward, one backward."""
+"""Triton kernels of the product inside a gated linear unit: one pass over memory forward, one backward."""
 
 import torch
 import triton
@@ -45,7 +45,7 @@ def _launch(kernel, tensors: list[Tensor], silu: bool, width: int) -> None:
 
 
 def launch_forward(ab: Tensor, silu: bool) -> Tensor:
-    """[..., 2G] → [..., G]."""
+    """[..., 2F] → [..., F]."""
     ab = ab.contiguous()
     y = torch.empty(*ab.shape[:-1], ab.shape[-1] // 2, dtype=ab.dtype, device=ab.device)
     _launch(_glu_kernel, [ab, y], silu, y.shape[-1])
@@ -53,7 +53,7 @@ def launch_forward(ab: Tensor, silu: bool) -> Tensor:
 
 
 def launch_backward(dy: Tensor, ab: Tensor, silu: bool) -> Tensor:
-    """The gradient of ab [..., 2G] from that of y [..., G]."""
+    """The gradient of ab [..., 2F] from that of y [..., F]."""
     dy, ab = dy.contiguous(), ab.contiguous()
     dab = torch.empty(ab.shape, dtype=ab.dtype, device=ab.device)
     _launch(_glu_backward_kernel, [dy, ab, dab], silu, dy.shape[-1])

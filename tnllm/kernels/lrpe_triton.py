@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens of one program in the backward pass; each leaves one partial sum of theta's gradient.
+# Tokens per program in the backward pass; each program stores one partial sum of theta's gradient.
 _TOKENS = 32
 
 
 @triton.jit
 def _encode(x, theta, position, o_d, m_d, head, DIM: tl.constexpr, SILU: tl.constexpr):
-    """x's row in fp32, its sigmoid, activation, and cos and sin of its angles."""
+    """A row of x in fp32, its sigmoid, its activation, and cos and sin of its angles."""
     b_x = tl.load(x + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_theta = tl.load(theta + head * DIM + o_d, mask=m_d, other=0.0).to(tl.float64)
     turns = b_theta * position.to(tl.float64) * 0.15915494309189535
@@ -54,7 +54,7 @@ def _bwd_kernel(
     first, head = tl.program_id(0).to(tl.int64) * TOKENS, tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < DIM
-    # Positions reach 10^6 and the terms change sign: theta's gradient is summed in float64.
+    # In float64: positions reach 10^6 and terms of both signs cancel.
     dtheta = tl.zeros([BLOCK], tl.float64)
     for i in range(TOKENS):
         row = first + i
@@ -74,7 +74,7 @@ def _bwd_kernel(
 
 
 def launch_forward(x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> Tensor:
-    """The Triton forward: one program for each token and head; shapes as in `lrpe`."""
+    """One program per token and head; shapes as in `lrpe`."""
     B, T, H, D = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     y = torch.empty(B, T, H, 2 * D, dtype=x.dtype, device=x.device)
@@ -86,7 +86,7 @@ def launch_forward(x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> T
 
 
 def launch_backward(dy: Tensor, x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """The Triton backward: dx [B, T, H, d], dtheta [H, 1, d]."""
+    """dx [B, T, H, d] and dtheta [H, 1, d]."""
     B, T, H, D = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     dx = torch.empty(B, T, H, D, dtype=x.dtype, device=x.device)

@@ -1,11 +1,11 @@
-"""SRMSNorm in Triton: each program holds whole rows, so one pass reads x (and dy) and writes the result."""
+"""SRMSNorm in Triton: each program holds full rows, so one pass reads x (and dy) and writes the result."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program holds: 8 warps of 32 threads with 32 each keep enough loads in flight to fill the memory bus.
+# Elements per program: with 32 per thread of 8 warps, enough loads are in flight to saturate memory bandwidth.
 _ELEMENTS = 8192
 _NUM_WARPS = 8
 
@@ -34,20 +34,20 @@ def _bwd_kernel(dy, x, dx, num_rows, width, stride_dy, stride_x, eps, ROWS: tl.c
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[rows, M] with unit stride along M; a copy only where the strides allow no view."""
+    """[rows, M] with unit stride along M; a view if the strides allow it."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _grid(num_rows: int, width: int) -> tuple[int, int, int]:
-    """Programs, rows of each, padded width."""
+    """Number of programs, rows per program, padded width."""
     block = triton.next_power_of_2(width)
     rows = max(1, _ELEMENTS // block)
     return triton.cdiv(num_rows, rows), rows, block
 
 
 def launch_forward(x: Tensor, eps: float) -> Tensor:
-    """The Triton forward on any [..., M]."""
+    """Forward on any [..., M]."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat = _rows(x)
     programs, rows, block = _grid(*flat.shape)
@@ -59,7 +59,7 @@ def launch_forward(x: Tensor, eps: float) -> Tensor:
 
 
 def launch_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The Triton backward on any [..., M]."""
+    """Backward on any [..., M]."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, grad = _rows(x), _rows(dy)
     programs, rows, block = _grid(*flat.shape)
