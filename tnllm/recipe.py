@@ -33,6 +33,12 @@ Values = dict[str, dict[str, Any]]  # section → key → value
 Origins = dict[str, str]  # dotted key → where it was given: "file:line" or "--set"
 
 
+class Section(BaseModel):
+    """A section of a recipe: frozen, and unknown keys are errors."""
+
+    model_config = FROZEN
+
+
 @dataclass(frozen=True)
 class Format(Generic[Root]):
     """One kind of recipe. The fields of `root` are its sections, each a pydantic model.

@@ -1,11 +1,12 @@
-"""Dirt of known kinds put into clean text: how the dirty sample in the package was made, and what tests measure with.
+"""Noise of known kinds added to clean text: makes the dirty sample in the package, and inputs for tests.
 
-    python -m tests.cleaning.noise sample OUT [JAPANESE.txt]   # what lies in tnllm/assets/dirty, byte for byte
-    python -m tests.cleaning.noise mix CORPUS OUT [DOCUMENTS]  # excerpts of a corpus, a fifth of them spoiled
+    python -m tests.cleaning.noise sample OUT [JAPANESE.txt]   # tnllm/assets/dirty, byte for byte
+    python -m tests.cleaning.noise mix CORPUS OUT [DOCUMENTS]  # excerpts of a corpus, a fifth of them with noise
 
-Text comes from the sample corpus that ships (public domain and MIT; see assets/NOTICE), the Japanese from the second
-argument; everything else is made here, from a fixed seed. Every record says in `noise` what was done to it ("none"
-for most), so that a cleaning run can count what it removed of each kind.
+Run it in a checkout. Text comes from the sample corpus that ships (public domain and MIT; see tnllm/assets/NOTICE), the
+Japanese from the second argument (of the sample that ships: wagahaiwa_nekodearu.txt of google/sentencepiece). Everything
+else is made here, from a fixed seed. The field `noise` of each record names what was done to it ("none" for most), so
+that a cleaning run can count what it removed of each kind.
 """
 
 import json
@@ -27,8 +28,8 @@ SEED = 20261124
 CHARS_EN, CHARS_ZH = 800, 260
 COUNTS = {"en": 340, "zh": 340}
 HELD_OUT = 60
-# Kind → how many of each; the first group should be mended and kept, the second removed.
-MENDED = {"tags": 24, "broken encoding": 24, "personal data": 24, "boilerplate lines": 24}
+# Kind → how many of each. Cleaning should repair and keep the first group, and remove the second.
+REPAIRED = {"tags": 24, "broken encoding": 24, "personal data": 24, "boilerplate lines": 24}
 REMOVED = {
     "shuffled": 60,
     "gibberish": 40,
@@ -88,11 +89,11 @@ _EVALUATION = (
 
 
 def shuffle(text: str, rng: random.Random) -> str:
-    """The same words (Chinese: characters) in random order, marks left where they were."""
+    """The same words (Chinese: characters) in random order; punctuation stays in position."""
     if counts_characters(text):
-        letters = [sign for sign in text if sign.isalnum()]
+        letters = [character for character in text if character.isalnum()]
         rng.shuffle(letters)
-        return "".join(letters.pop() if sign.isalnum() else sign for sign in text)
+        return "".join(letters.pop() if character.isalnum() else character for character in text)
     words = re.findall(r"[^\W\d_]+", text)
     rng.shuffle(words)
     return re.sub(r"[^\W\d_]+", lambda match: words.pop(), text)
@@ -106,7 +107,7 @@ def gibberish(text: str, rng: random.Random) -> str:
 
 
 def lose_encoding(text: str, rng: random.Random) -> str:
-    """Read in the wrong encoding with bytes lost on the way: beyond repair."""
+    """Decoded in the wrong encoding with bytes lost: cannot be repaired."""
     data = text.encode("utf-8" if not counts_characters(text) else "gb18030")
     if not counts_characters(text):
         data = bytes(byte ^ (0x80 if rng.random() < 0.3 else 0) for byte in data)
@@ -114,21 +115,21 @@ def lose_encoding(text: str, rng: random.Random) -> str:
 
 
 def break_encoding(text: str, rng: random.Random) -> str:
-    """UTF-8 read as Latin-1 or Windows-1252, which ftfy undoes."""
+    """UTF-8 decoded as Latin-1, which ftfy undoes."""
     return (text.replace("'", "’").replace('"', "”")).encode().decode("latin-1")
 
 
 def edit(text: str, rng: random.Random) -> str:
-    """A near copy: two words (Chinese: two characters) in a hundred replaced by others of the text."""
+    """A near copy: one word (Chinese: one character) in a hundred replaced by another of the text."""
     parts = list(text) if counts_characters(text) else re.split(r"( )", text)
-    places = [place for place, part in enumerate(parts) if part.strip()]
-    for place in rng.sample(places, max(1, len(places) // 100)):
-        parts[place] = parts[rng.choice(places)]
+    indices = [index for index, part in enumerate(parts) if part.strip()]
+    for index in rng.sample(indices, max(1, len(indices) // 100)):
+        parts[index] = parts[rng.choice(indices)]
     return "".join(parts)
 
 
 def add_tags(text: str, rng: random.Random) -> str:
-    """As a careless scraper leaves a page."""
+    """Like a page from a careless scraper."""
     paragraphs = "".join(f'<p class="c{rng.randrange(9)}">{part}</p>\n' for part in text.split("\n") if part.strip())
     return f"<div id=main><!-- begin -->{paragraphs}&nbsp;<script>var a = 1;</script></div>"
 
@@ -197,9 +198,9 @@ _MAKERS: dict[str, Callable[[str, random.Random], str]] = {
 }
 
 
-def excerpts(rng: random.Random) -> dict[str, list[tuple[str, str]]]:
+def sample_excerpts(rng: random.Random) -> dict[str, list[tuple[str, str]]]:
     """Language → (source, text) pieces of the sample corpus, cut at line ends, in random order."""
-    found: dict[str, list[tuple[str, str]]] = {"en": [], "zh": []}
+    excerpts: dict[str, list[tuple[str, str]]] = {"en": [], "zh": []}
     for document in read_documents([assets.sample_corpus()]):
         language, size = document.record["lang"], 0
         limit = CHARS_EN if language == "en" else CHARS_ZH
@@ -210,17 +211,17 @@ def excerpts(rng: random.Random) -> dict[str, list[tuple[str, str]]]:
             if size >= limit:
                 text = "\n".join(part).strip("\n")
                 if size < 3 * limit:
-                    found[language].append((document.record["source"].split("/")[0], text))
+                    excerpts[language].append((document.record["source"].split("/")[0], text))
                 part, size = [], 0
-    for pieces in found.values():
+    for pieces in excerpts.values():
         rng.shuffle(pieces)
-    return found
+    return excerpts
 
 
 def dirty_records(japanese: str, seed: int = SEED) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The pages, in random order, and the clean held-out records."""
     rng = random.Random(seed)
-    pieces = excerpts(rng)
+    pieces = sample_excerpts(rng)
     held_out = [{"text": text, "source": source} for language in COUNTS for source, text in pieces[language][:HELD_OUT]]
     fresh = {language: iter(pieces[language][HELD_OUT:]) for language in COUNTS}
     records: list[dict[str, Any]] = []
@@ -229,7 +230,7 @@ def dirty_records(japanese: str, seed: int = SEED) -> tuple[list[dict[str, Any]]
             source, text = next(fresh[language])
             records.append({"text": text, "source": source, "noise": "none"})
     clean = list(records)
-    for kind, count in {**MENDED, **REMOVED}.items():
+    for kind, count in {**REPAIRED, **REMOVED}.items():
         for number in range(count):
             copied = kind in ("exact copy", "near copy")
             original = clean[number * 7 % len(clean)] if copied else {}
@@ -244,13 +245,13 @@ def dirty_records(japanese: str, seed: int = SEED) -> tuple[list[dict[str, Any]]
 
 
 def write_sample(out: Path, japanese: str) -> None:
-    """Four packed files of pages, the held-out text, and the invented evaluation set."""
+    """Four compressed files of pages, the held-out text, and the invented evaluation set."""
     records, held_out = dirty_records(japanese)
     (out / "pages").mkdir(parents=True, exist_ok=True)
     for part in range(4):
         lines = list(_json_lines(records[part::4], f"page-{part}"))
         if part == 3:
-            # What no reader can take: half a record, bytes that are no UTF-8, no text field.
+            # Unreadable records: half a record, bytes that are not UTF-8, no text field.
             lines[40:40] = [b'{"text": "half a rec\n', b'{"text": "caf\xe9 au lait"}\n', b'{"body": "no text here"}\n']
         write_bytes_atomic(out / "pages" / f"page-{part}.jsonl.xz", lzma.compress(b"".join(lines), preset=9))
     write_bytes_atomic(out / "held-out.jsonl.xz", lzma.compress(b"".join(_json_lines(held_out, "held")), preset=9))
@@ -265,9 +266,9 @@ def _json_lines(records: list[dict[str, Any]], name: str) -> Iterator[bytes]:
 
 
 def mix(corpus: Path, out: Path, documents: int, seed: int = SEED) -> None:
-    """OUT/noisy.jsonl.gz: excerpts of `corpus`, 4 % of each kind a reader of text alone can tell; OUT/held-out.jsonl.gz.
+    """OUT/noisy.jsonl.gz: excerpts of `corpus`, 4 % of each kind that shows in the text alone; OUT/held-out.jsonl.gz.
 
-    Excerpts are of at most 1,200 characters (Chinese: 400), one a document, so that none repeats another.
+    An excerpt has at most 1,200 characters (Chinese: 400). Each document gives one, so none repeats another.
     """
     rng = random.Random(seed)
     pieces = []
@@ -279,15 +280,15 @@ def mix(corpus: Path, out: Path, documents: int, seed: int = SEED) -> None:
     rng.shuffle(pieces)
     pieces = pieces[:documents]
     share = len(pieces) // 25
-    with RecordWriter(out / "held-out.jsonl.gz") as lines:
+    with RecordWriter(out / "held-out.jsonl.gz") as writer:
         for source, text in pieces[:share]:
-            lines.write({"text": text, "source": source})
+            writer.write({"text": text, "source": source})
     kinds = ("shuffled", "gibberish", "lost encoding", "keywords", "foreign")
-    with RecordWriter(out / "noisy.jsonl.gz") as lines:
+    with RecordWriter(out / "noisy.jsonl.gz") as writer:
         for number, (source, text) in enumerate(pieces[share:]):
             kind = kinds[number % 25] if number % 25 < len(kinds) else "none"
             made = text if kind == "none" else _MAKERS[kind](text, rng)
-            lines.write({"text": made, "id": f"{number:06d}", "source": source, "noise": kind})
+            writer.write({"text": made, "id": f"{number:06d}", "source": source, "noise": kind})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ report = clean(settings, Path("clean-out"), 2, on_progress)    # None if the job
 
 import json
 import shutil
-import sys
 import time
 from collections import Counter
 from contextlib import AbstractContextManager
@@ -56,7 +55,7 @@ def clean(
         run = open_run(settings, out, files, overwrite)
         if not run_stages(run.stages, executor, workers, settings.slurm, on_progress):
             return None
-        rounds = _rounds(settings, run.unique, out, device) if settings.self_clean.rounds else None
+        rounds = self_clean(settings, run.unique, out, device) if settings.self_clean.rounds else None
         report = build_report(run, rounds)
         report["seconds"] = round(time.time() - started, 2)
         report["workers"] = workers
@@ -80,7 +79,7 @@ def self_clean_alone(settings: CleanSettings, out: Path, device: str = "auto") -
         _check_same(settings, out)
         if not (source / "done").exists():
             _import_corpus(settings, source)
-        rounds = _rounds(settings, source, out, device)
+        rounds = self_clean(settings, source, out, device)
         values = (record.get(settings.output.tally_field or "") for record in read_folder(source))
         report = self_clean_report(out, rounds, Counter(str(value) for value in values if value is not None))
         write_report(out, report)
@@ -118,15 +117,3 @@ def _import_corpus(settings: CleanSettings, folder: Path) -> None:
     if not number:
         raise UserError("the corpus is empty: nothing to self-clean")
     (folder / "done").touch()
-
-
-def _rounds(settings: CleanSettings, source: Path, out: Path, device: str) -> dict[str, Any]:
-    return self_clean(
-        settings.self_clean,
-        source,
-        out,
-        device,
-        settings.output.keep_rejected,
-        settings.output.tally_field,
-        lambda line: print(line, file=sys.stderr, flush=True),
-    )

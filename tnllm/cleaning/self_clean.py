@@ -1,6 +1,6 @@
 """Self-cleaning: train a small model, score every document with it, drop the least likely of each source, repeat.
 
-    report = self_clean(settings, out / "work/unique", out, "auto", True, tally_field=None, log=print)
+    rounds = self_clean(settings, out / "work/unique", out, device="auto")
 
 The idea is that most of a corpus is good, so a model of all of it finds the bad parts unlikely (arXiv 2307.14995,
 appendix D). Each round leaves, under OUT/work/self-clean/round-N:
@@ -17,59 +17,52 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tnllm import assets
 from tnllm.cleaning.records import REJECTED, RecordWriter, read_folder, read_records
 from tnllm.cleaning.score import Score, score_texts
-from tnllm.cleaning.settings import SelfCleanSection
+from tnllm.cleaning.settings import CleanSettings, SelfCleanSection
 from tnllm.data.corpus import find_files, read_documents
 from tnllm.data.encode import Options
 from tnllm.data.tokenize import tokenize_corpus
 from tnllm.errors import UserError
 from tnllm.files import read_json, write_text_atomic
 from tnllm.generation.loading import Ready, load
+from tnllm.progress import log
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import load_recipe
 from tnllm.training.loop import train
 
-Log = Callable[[str], None]
 _BINS = 40
 _MAX_BITS = 8.0
 
 
-def self_clean(
-    settings: SelfCleanSection,
-    source: Path,
-    out: Path,
-    device: str,
-    keep_rejected: bool,
-    tally_field: str | None,
-    log: Log,
-) -> dict[str, Any]:
+def self_clean(settings: CleanSettings, source: Path, out: Path, device: str) -> dict[str, Any]:
     """Clean the shards of `source` into OUT/clean; returns the rounds with their limits, counts and losses.
 
     Raises UserError for an empty corpus, and what training and scoring raise.
     """
     work = out / "work" / "self-clean"
-    held_out = _hold_out(settings, source, work)
+    chosen = settings.self_clean
+    held_out = _hold_out(chosen, source, work)
     kept = source
     rounds = []
-    for number in range(1, settings.rounds + 1):
+    for number in range(1, chosen.rounds + 1):
         folder = work / f"round-{number}"
-        seed = settings.seed_path if number == 1 else ()
-        log(f"self-cleaning round {number} of {settings.rounds}: training on {'the seed' if seed else 'what is kept'}")
-        run = _train(settings, _training_text(folder, kept, seed, held_out), folder, device)
+        seed = chosen.seed_path if number == 1 else ()
+        log(f"self-cleaning round {number} of {chosen.rounds}: training on {'the seed' if seed else 'what is kept'}")
+        run = _train(chosen, _training_text(folder, kept, seed, held_out), folder, device)
         ready = load(run, device)
         log(f"self-cleaning round {number}: scoring")
-        _score_shards(ready, kept, folder / "scores", log)
-        limits = _limits(settings, folder / "scores")
-        target = out / "clean" if number == settings.rounds else folder / "kept"
-        rejected = out / "rejected" if keep_rejected else None
+        _score_shards(ready, kept, folder / "scores")
+        limits = _limits(chosen, folder / "scores")
+        target = out / "clean" if number == chosen.rounds else folder / "kept"
+        rejected = out / "rejected" if settings.output.keep_rejected else None
         _select(limits, number, kept, folder / "scores", target, rejected)
-        rounds.append(_round_report(number, ready, held_out, folder, limits, target, tally_field))
+        rounds.append(_round_report(number, ready, held_out, folder, limits, target, settings.output.tally_field))
         kept = target
         log(
             f"self-cleaning round {number}: {rounds[-1]['documents_out']} of {rounds[-1]['documents_in']} documents "
@@ -77,12 +70,12 @@ def self_clean(
         )
     result: dict[str, Any] = {"rounds": rounds, "held_out_documents": sum(1 for _ in read_records(held_out))}
     log("self-cleaning: training on what is left")
-    run = _train(settings, _training_text(work / "last", kept, (), held_out), work / "last", device)
+    run = _train(chosen, _training_text(work / "last", kept, (), held_out), work / "last", device)
     result["after"] = _held_out_loss(load(run, device), held_out, work / "last")
-    if settings.compare:
+    if chosen.compare:
         log("self-cleaning: training on a random subset of the same size, to compare")
         subset = _random_subset(work / "random", source, kept, held_out)
-        run = _train(settings, subset, work / "random", device)
+        run = _train(chosen, subset, work / "random", device)
         result["random_subset"] = _held_out_loss(load(run, device), held_out, work / "random")
     return result
 
@@ -151,17 +144,16 @@ def _train(settings: SelfCleanSection, text: Path, folder: Path, device: str) ->
     run = folder / "run"
     if (run / "weights" / "config.json").exists():
         return run
-    config = load_recipe(settings.recipe, [*settings.set, f"train.device={device}"])
-    tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
+    sets = [*settings.set, f"train.device={device}"]
+    tokenizer = Tokenizer.load(assets.tokenizer_model(load_recipe(settings.recipe, sets).tokenizer.path))
     tokens = folder / "tokens"
     tokenize_corpus([text], tokens, tokenizer, Options(val_fraction=0), workers=1)
-    changes = [f"data.path={tokens}", f"tokenizer.path={tokenizer.path}", "eval.every_steps=0"]
-    sets = [*settings.set, *changes, f"train.device={device}"]
+    sets += [f"data.path={tokens}", f"tokenizer.path={tokenizer.path}", "eval.every_steps=0"]
     train(load_recipe(settings.recipe, sets), run, resume="auto")
     return run
 
 
-def _score_shards(ready: Ready, kept: Path, folder: Path, log: Log) -> None:
+def _score_shards(ready: Ready, kept: Path, folder: Path) -> None:
     for shard in sorted(kept.glob("*.jsonl.gz")):
         if (folder / shard.name).exists():
             continue

@@ -1,67 +1,57 @@
-"""What a cleaning run does, as frozen values: the sections of a recipe such as `recipes/data/sample.yaml`.
+"""The settings of a cleaning run, as frozen values: the sections of a recipe such as `recipes/data/sample.yaml`.
 
 settings = CleanSettings.model_validate({"input": {"path": ["web/"]}, "dedup": {"threshold": 0.7}})
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from tnllm.cleaning.rules import DEFAULTS, FIGURES, Range
 from tnllm.errors import did_you_mean
-from tnllm.recipe import FROZEN, one_or_more
+from tnllm.recipe import Section, one_or_more
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
 
 
-class InputSection(BaseModel):
-    """What is read."""
-
-    model_config = FROZEN
+class InputSection(Section):
+    """The input."""
 
     path: Paths = Field((), description="Files or folders; 'dirty-sample' is the sample that ships in the package.")
     field: str = Field("text", description="Field or column that holds the text.")
     id_field: str = Field("id", description="Field that names a document; without it file:line does.")
     source_field: str = Field("source", description="Field that names where a document comes from; else the file does.")
-    split_on: Literal["none", "blank-line", "line"] = Field("none", description="Where text files are cut.")
-    on_error: Literal["stop", "skip"] = Field("skip", description="At what cannot be read; skip keeps a note of each.")
-    max_line_mb: float = Field(16, gt=0, description="A longer line is no document.")
+    split_on: Literal["none", "blank-line", "line"] = Field("none", description="Where text files are split.")
+    on_error: Literal["stop", "skip"] = Field("skip", description="At an unreadable record; skip lists it as rejected.")
+    max_line_mb: float = Field(16, gt=0, description="A longer line counts as unreadable.")
     shard_mb: float = Field(64, gt=0, description="Input of one shard, the unit of work and of resuming.")
 
 
-class RepairSection(BaseModel):
+class RepairSection(Section):
     """Encodings, HTML remnants, punctuation, special characters."""
 
-    model_config = FROZEN
-
-    enabled: bool = Field(True, description="Mend text before anything looks at it.")
+    enabled: bool = Field(True, description="Repair text before any filter.")
     urls: bool = Field(True, description="Strip URLs.")
-    collapse: bool = Field(True, description="One mark for repeated ones; Markdown and LaTeX structure stays.")
+    collapse: bool = Field(True, description="Collapse repeated punctuation; Markdown and LaTeX structure stays.")
     exempt: tuple[str, ...] = Field((), description="Sources left as they are (code).")
 
 
-class LanguageSection(BaseModel):
-    """Which languages stay."""
-
-    model_config = FROZEN
+class LanguageSection(Section):
+    """Which languages are kept."""
 
     keep: tuple[str, ...] = Field(("en", "zh"), description="ISO 639 codes; empty keeps all.")
-    min_confidence: float = Field(0.3, ge=0, le=1, description="Of py3langid, over the whole text.")
+    min_confidence: float = Field(0.3, ge=0, le=1, description="Confidence of py3langid that a text needs.")
 
 
-class BoilerplateSection(BaseModel):
+class BoilerplateSection(Section):
     """Lines of navigation, cookie notices, copyright."""
 
-    model_config = FROZEN
-
     enabled: bool = Field(True, description="Drop such lines.")
-    max_share: float = Field(0.5, gt=0, le=1, description="A text with a larger share of such lines goes whole.")
+    max_share: float = Field(0.5, gt=0, le=1, description="A text with a larger share of such lines is dropped.")
 
 
-class RulesSection(BaseModel):
+class RulesSection(Section):
     """Ranges of figures; `tnllm data clean --keys` lists each with its defaults."""
-
-    model_config = FROZEN
 
     enabled: bool = Field(True, description="Apply the rules.")
     en: dict[str, Range] = Field({}, description="Figure: [lowest, highest], over the defaults for English.")
@@ -83,30 +73,24 @@ class RulesSection(BaseModel):
         return {**DEFAULTS[name], **getattr(self, name)}
 
 
-class BlocklistSection(BaseModel):
-    """Words and hosts that are not wanted."""
-
-    model_config = FROZEN
+class BlocklistSection(Section):
+    """Unwanted words and hosts."""
 
     words: Paths = Field((), description="Files of terms, one a line. None ship.")
-    min_hits: int = Field(2, ge=1, description="Different terms of the list that make a text unwanted.")
+    min_hits: int = Field(2, ge=1, description="Distinct terms of the list that reject a document.")
     hosts: Paths = Field((), description="Files of host names, one a line; also their subdomains (field url).")
 
 
-class PersonalSection(BaseModel):
+class PersonalSection(Section):
     """Personal data."""
-
-    model_config = FROZEN
 
     mask: tuple[Literal["email", "ip", "phone"], ...] = Field(
         ("email", "ip", "phone"), description="What is masked. []: nothing."
     )
 
 
-class DedupSection(BaseModel):
+class DedupSection(Section):
     """Duplicates, exact and near."""
-
-    model_config = FROZEN
 
     enabled: bool = Field(True, description="Keep one document of each group of duplicates: the first in input order.")
     threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of n-grams; 1: exact duplicates only.")
@@ -115,66 +99,58 @@ class DedupSection(BaseModel):
     num_hashes: int = Field(256, ge=16, description="MinHash values of a document; 4 bytes each on disk.")
     rows: int = Field(5, ge=1, description="Values that must agree in a band; fewer find less similar pairs, slower.")
     verify: Literal["exact", "estimate"] = Field(
-        "exact", description="Similarity that decides: of the n-grams themselves, or the share of equal MinHash values."
+        "exact", description="The similarity that decides: exact, of the n-grams, or estimated by MinHash."
     )
-    memory_mb: float = Field(1024, gt=0, description="Most memory for matching; more documents take more passes.")
-    seed: int = Field(0, ge=0, description="Of the hash functions.")
+    memory_mb: float = Field(1024, gt=0, description="Memory limit for matching; more documents take more passes.")
+    seed: int = Field(0, ge=0, description="Seed of the hash functions.")
 
 
-class DecontaminateSection(BaseModel):
+class DecontaminateSection(Section):
     """Overlap with evaluation sets."""
 
-    model_config = FROZEN
-
     path: Paths = Field((), description="Files or folders of evaluation sets (.jsonl .json .csv .tsv .txt). None: off.")
-    words: int = Field(13, ge=5, description="Words in a row that are no accident.")
-    characters: int = Field(24, ge=8, description="Characters in a row, in Chinese.")
+    words: int = Field(13, ge=5, description="Consecutive words that count as overlap.")
+    characters: int = Field(24, ge=8, description="Consecutive characters, in Chinese.")
     min_hits: int = Field(1, ge=1, description="Shared n-grams that reject a document.")
 
 
-class SelfCleanSection(BaseModel):
+class SelfCleanSection(Section):
     """Rounds of training a small model, scoring every document with it and dropping the least likely."""
 
-    model_config = FROZEN
-
     rounds: int = Field(0, ge=0, description="0: off.")
-    seed_path: Paths = Field((), description="Clean text that round 1 learns from. None: everything kept so far.")
-    drop_highest: float = Field(0.1, ge=0, lt=1, description="Share of each source dropped a round, worst scores.")
-    drop_lowest: float = Field(0.0, ge=0, lt=1, description="Share with the lowest scores: endless repetition.")
-    max_score: float | None = Field(None, gt=0, description="Bits per byte above which a document goes, besides.")
+    seed_path: Paths = Field((), description="Clean text that round 1 trains on. None: everything kept so far.")
+    drop_highest: float = Field(
+        0.1, ge=0, lt=1, description="Share of each source with the worst scores, dropped a round."
+    )
+    drop_lowest: float = Field(0.0, ge=0, lt=1, description="Share with the lowest scores (endless repetition).")
+    max_score: float | None = Field(None, gt=0, description="Also drop documents above this many bits per byte.")
     recipe: str = Field("tiny", description="Training recipe of the scoring model.")
     set: Paths = Field((), description="Changes to that recipe, as --set takes them: train.max_steps=200.")
     held_out: Paths = Field((), description="Clean text for the loss of each round. None: a share of round 1's text.")
-    held_out_fraction: float = Field(0.02, gt=0, lt=0.5, description="That share; it is never learned from.")
+    held_out_fraction: float = Field(0.02, gt=0, lt=0.5, description="That share; it is never trained on.")
     compare: bool = Field(False, description="Also train on a random subset of the same size, to compare losses.")
 
 
-class OutputSection(BaseModel):
-    """What is written."""
-
-    model_config = FROZEN
+class OutputSection(Section):
+    """The output."""
 
     keep_rejected: bool = Field(True, description="Keep every rejected document with its reason and figures.")
     tally_field: str | None = Field(None, description="Field whose values are counted in and out of each step.")
 
 
-class SlurmSection(BaseModel):
-    """Executor slurm; the names are datatrove's."""
-
-    model_config = FROZEN
+class SlurmSection(Section):
+    """Options of the executor slurm, by datatrove's names."""
 
     partition: str = Field("cpu", description="Slurm partition.")
     time: str = Field("20:00:00", description="Time limit of a task.")
     cpus_per_task: int = Field(1, ge=1, description="Cores of a task.")
     mem_per_cpu_gb: int = Field(2, ge=1, description="GiB for each core.")
     env_command: str | None = Field(None, description="Shell line that activates the environment.")
-    sbatch_args: dict[str, Any] = Field({}, description="More options of sbatch.")
+    sbatch_args: dict[str, Any] = Field({}, description="Further options of sbatch.")
 
 
-class CleanSettings(BaseModel):
+class CleanSettings(Section):
     """All sections."""
-
-    model_config = FROZEN
 
     input: InputSection = InputSection()
     repair: RepairSection = RepairSection()
@@ -191,7 +167,7 @@ class CleanSettings(BaseModel):
 
 
 def only_dedup(**changes: Any) -> CleanSettings:
-    """Settings that change and drop nothing but duplicates; `changes` are fields of the dedup and input sections."""
+    """Settings that only drop duplicates; `changes` are fields of the dedup and input sections."""
     dedup = {key: value for key, value in changes.items() if key in DedupSection.model_fields}
     given = {key: value for key, value in changes.items() if key in InputSection.model_fields}
     return CleanSettings(

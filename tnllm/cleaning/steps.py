@@ -6,6 +6,7 @@ lost.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -267,23 +268,17 @@ class Writer(PipelineStep):
         self.kept, self.rejected, self.stage = kept, rejected, stage
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        if self.rejected is None:
-            with RecordWriter(self.kept / f"{rank:05d}.jsonl.gz") as kept:
-                yield from self._write(data, kept, None)
-            return
-        path = self.rejected / f"{self.stage}-{rank:05d}.jsonl.gz"
-        with RecordWriter(self.kept / f"{rank:05d}.jsonl.gz") as kept, RecordWriter(path) as rejected:
-            yield from self._write(data, kept, rejected)
-
-    def _write(self, data: DocumentsPipeline, kept: RecordWriter, rejected: RecordWriter | None) -> DocumentsPipeline:
-        for doc in data:
-            record = {"text": doc.text, "id": doc.id, **doc.metadata}
-            if REJECTED not in doc.metadata:
-                count_document(self, doc)
-                kept.write(record)
-            elif rejected is not None:
-                rejected.write(record)
-            yield doc
+        name = f"{rank:05d}.jsonl.gz"
+        keep_rejected = RecordWriter(self.rejected / f"{self.stage}-{name}") if self.rejected else nullcontext()
+        with RecordWriter(self.kept / name) as kept, keep_rejected as rejected:
+            for doc in data:
+                record = {"text": doc.text, "id": doc.id, **doc.metadata}
+                if REJECTED not in doc.metadata:
+                    count_document(self, doc)
+                    kept.write(record)
+                elif rejected is not None:
+                    rejected.write(record)
+                yield doc
 
 
 def filter_steps(

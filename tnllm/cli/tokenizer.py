@@ -4,21 +4,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 
 import typer
 
+from tnllm.cli.data import OnError
 from tnllm.errors import UserError
 
 app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True, rich_markup_mode="rich")
-
-
-class OnError(StrEnum):
-    """What to do about a document that cannot be read."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 @app.command(epilog="Example:  tnllm tokenizer train corpus/ --vocab-size 32000 -o my-tokenizer")
