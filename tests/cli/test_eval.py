@@ -8,7 +8,7 @@ import torch
 from tests.small_models import small_model
 from tnllm import assets
 from tnllm.cli.evaluation_view import show_results
-from tnllm.evaluation import bench
+from tnllm.evaluation import sharing_bench
 from tnllm.modeling.weights import save_model
 
 
@@ -98,7 +98,7 @@ def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
     assert code == 0 and "0 of 5 answers differ" in stdout
     assert json.loads((tmp_path / "bench.json").read_text())["token_ratio"] > 4
     # Too far apart is an error, but not before all is shown and written.
-    monkeypatch.setitem(bench.TOLERANCE, torch.float32, -1.0)
+    monkeypatch.setitem(sharing_bench.TOLERANCE, torch.float32, -1.0)
     code, stdout, stderr = tnllm("bench-eval", file, "--model", folder, "--json", tmp_path / "far.json")
     assert code == 1 and "0 of 5 answers differ" in stdout and "its speeds do not count" in stderr
     assert json.loads((tmp_path / "far.json").read_text())["agreement"]["tolerance"] == -1
