@@ -59,7 +59,7 @@ def test_a_lost_rank_a_sigterm_and_another_mesh(tmp_path):
     assert process.wait() == 143, text
     assert killed and stopped and "Traceback" not in text
     assert "another rank was lost" in text and "resumed from" in text
-    assert "stopped by SIGTERM; everything is saved, go on with --resume auto" in text
+    assert "stopped by SIGTERM; everything is saved, resume with --resume auto" in text
 
     # One process goes on, and all losses are those of one that was alone from the start.
     config = load_recipe("tiny", [*SETS, "train.max_steps=20", "eval.sample_prompts=[]"])

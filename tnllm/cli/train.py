@@ -104,5 +104,5 @@ def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) ->
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "
-            "train.activation_checkpointing=selective or full, and go on with --resume auto"
+            "train.activation_checkpointing=selective or full, and resume with --resume auto"
         ) from error

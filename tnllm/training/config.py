@@ -10,6 +10,8 @@ Precedence: defaults here < the recipe's `base` < the recipe < `--set`. Sizes ma
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
@@ -332,6 +334,11 @@ class RunConfig(BaseModel):
             )
         return self
 
+    @cached_property
+    def init_folder(self) -> Path | None:
+        """The weights folder behind train.init (None: new weights). Raises UserError if there is none."""
+        return None if self.train.init is None else _find_weights(self.train.init)
+
     @property
     def data_ranks(self) -> int:
         """Ranks that read different rows: replicate * shard."""
@@ -451,11 +458,17 @@ def _resolve_model(keys: dict[str, Any], origins: dict[str, str], init: Any) -> 
     return model
 
 
+def _find_weights(init: str) -> Path:
+    from tnllm.modeling.weights import resolve_model
+
+    return resolve_model(None if init == PACKAGED else init)
+
+
 def _initial_model(init: str, origins: dict[str, str]) -> ModelConfig:
     """The config of the weights a run starts from."""
-    from tnllm.modeling.weights import read_config, resolve_model
+    from tnllm.modeling.weights import read_config
 
     try:
-        return read_config(resolve_model(None if init == PACKAGED else init))[0]
+        return read_config(_find_weights(init))[0]
     except UserError as error:
         raise UserError(f"train.init: {error}{recipe.origin_of('train.init', origins)}") from None

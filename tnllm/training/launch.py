@@ -86,7 +86,7 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
         late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         what = f"silent for {config.parallel.timeout_s:g} s (parallel.timeout_s)" if late else "lost"
         raise RunError(
-            f"rank {rank}: another rank was {what}; its own message, if it left one, says why; go on with --resume auto"
+            f"rank {rank}: another rank was {what}; its own message, if it left one, says why; resume with --resume auto"
         ) from error
 
 

@@ -1,7 +1,11 @@
-"""A recipe's data as loaders: text is tokenized once into a cache, token shards are read as they are, conversations are
-tokenized and packed in memory."""
+"""The tokenizer and the data loaders of a run.
 
-import sys
+    tokenizer = open_tokenizer(config)
+    train, validation = open_loaders(config, tokenizer)
+
+Text is tokenized once into a cache, token shards are read as they are, conversations are tokenized and packed in memory.
+"""
+
 from itertools import chain
 from pathlib import Path
 
@@ -14,25 +18,25 @@ from tnllm.data.loader import Loader, Source
 from tnllm.data.shards import TokenStream, is_shard_folder
 from tnllm.data.tokenize import SAMPLE, prepare
 from tnllm.files import format_count
-from tnllm.progress import corpus_progress
+from tnllm.progress import corpus_progress, log
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import DataSource, RunConfig
-from tnllm.training.run_model import chat_template, init_folder
+from tnllm.training.run_model import chat_template
 
 DEFAULT_SOURCES = (DataSource(path=SAMPLE, weight=None),)
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer:
-    """The recipe's tokenizer; where it names none, that of train.init, of its first shard folder, or the packaged one.
+    """The recipe's tokenizer; if it names none, that of train.init, of its first shard folder, or the packaged one.
 
-    Raises UserError where it has more pieces than the model has rows.
+    Raises UserError if it has more pieces than the model's embedding has rows.
     """
     sources = config.data.path or DEFAULT_SOURCES
-    first, folder, given = Path(sources[0].path), init_folder(config), config.tokenizer.path
+    first, folder, given = Path(sources[0].path), config.init_folder, config.tokenizer.path
     if given not in (None, *assets.TOKENIZERS):
         tokenizer = Tokenizer.load(assets.tokenizer_model(given))
     elif folder is not None:
-        # Weights and shards know what they were made with; a recipe's packaged tokenizer is for text.
+        # Weights and shards must be read with the tokenizer they were made with; a packaged one is for text.
         tokenizer = Tokenizer.load(folder)
     elif is_shard_folder(first):
         tokenizer = Tokenizer.load(first)
@@ -49,9 +53,9 @@ AnyLoader = Loader | InstructLoader
 def open_loaders(
     config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1
 ) -> tuple[AnyLoader, AnyLoader | None]:
-    """The shuffled training loader, and the validation loader in order (None where nothing is held out).
+    """The training loader, shuffled, and the validation loader, in order (None if nothing is held out).
 
-    `rank` of `world_size` says which rows of a step are this process's.
+    `rank` of `world_size`: which rows of a step this process reads.
     """
     data = config.data
     if data.format == "chat":
@@ -85,13 +89,11 @@ def _open_conversations(
     packed = pack(read_conversations(files), tokenizer, template, data.seq_len)
     train, held_out = packed.split(data.val_fraction)
     loader = InstructLoader(train, config.global_batch_rows, config.train.seed, rank, world_size)
-    if rank == 0:
-        print(
-            f"{len(packed.ids)} conversations ({packed.cut} cut to data.seq_len, {packed.dropped} more without an answer): "
-            f"{len(train.ids)} to learn from, {format_count(loader.num_labels)} answer tokens in {loader.num_rows} rows; "
-            f"{len(held_out.ids)} for validation",
-            file=sys.stderr,
-        )
+    log(
+        f"{len(packed.ids)} conversations ({packed.cut} cut to data.seq_len, {packed.dropped} more without an answer): "
+        f"{len(train.ids)} to learn from, {format_count(loader.num_labels)} answer tokens in {loader.num_rows} rows; "
+        f"{len(held_out.ids)} for validation"
+    )
     if not held_out.ids:
         return loader, None
     return loader, InstructLoader(held_out, world_size, rank=rank, world_size=world_size, shuffle=False)

@@ -1,46 +1,37 @@
-"""The model a run starts from: new weights, those of a folder, or those with an adapter beside them.
+"""The model of a run: how it starts (new weights, those of a folder, an adapter on them), and how it is published.
 
 model = make_model(config, device, low)       # train.init, train.weights, lora and recomputation applied
-model = make_meta_model(config, low)             # the same shapes and dtypes on the meta device, for a mesh
-publish(model, out, config, tokenizer)        # weights/, and adapter/ where there is one
+model = make_meta_model(config, low)          # the same shapes and dtypes on the meta device, for a mesh
+publish(model, out, config, tokenizer)        # weights/, and adapter/ if there is one
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from tnllm.chat_template import DEFAULT
-from tnllm.errors import UserError
+from tnllm.files import read_json
 from tnllm.modeling.lora import add_lora, merge_lora, save_adapter
 from tnllm.modeling.model import LanguageModel, build_model
-from tnllm.modeling.weights import GENERATION, load_model, resolve_model, save_model
+from tnllm.modeling.weights import GENERATION, load_model, save_model
 from tnllm.tokenizer import Tokenizer
-from tnllm.training.config import PACKAGED, RunConfig
+from tnllm.training.config import RunConfig
 
 if TYPE_CHECKING:
     from tnllm.parallel.parallelize import ShardedModel
 
 
-def init_folder(config: RunConfig) -> Path | None:
-    """The weights folder behind train.init. Raises UserError where there is none."""
-    if config.train.init is None:
-        return None
-    return resolve_model(None if config.train.init == PACKAGED else config.train.init)
-
-
 def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageModel:
-    """Trainable weights on `device`, kept in fp32 or as train.weights says.
+    """Trainable weights on `device`, in fp32 or as train.weights says; with an adapter, the base weights are frozen.
 
-    With an adapter the base is frozen; `low` (products run in bf16) keeps it in bf16 then, since nothing is added to it.
+    `low`: products run in bf16. Frozen weights are then kept in bf16, since no updates are added to them.
     """
-    kept = kept_dtype(config, low)
-    folder = init_folder(config)
-    if folder is None:
-        model = build_model(config.model, device, kept, seed=config.train.seed)
+    dtype = weights_dtype(config, low)
+    if config.init_folder is None:
+        model = build_model(config.model, device, dtype, seed=config.train.seed)
     else:
-        model = load_model(folder, device, kept).train().requires_grad_(True)
+        model = load_model(config.init_folder, device, dtype).train().requires_grad_(True)
     if config.lora.rank:
         add_lora(model, config.lora, seed=config.train.seed)
     model.set_activation_checkpointing(config.train.activation_checkpointing)
@@ -48,15 +39,15 @@ def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageMo
 
 
 def make_meta_model(config: RunConfig, low: bool) -> LanguageModel:
-    """What `make_model` makes, on the meta device; `parallelize` takes it from there."""
-    model = build_model(config.model, "meta", kept_dtype(config, low))
+    """The model of `make_model` on the meta device, for `parallelize`."""
+    model = build_model(config.model, "meta", weights_dtype(config, low))
     if config.lora.rank:
         add_lora(model, config.lora)
     return model
 
 
-def kept_dtype(config: RunConfig, low: bool) -> torch.dtype:
-    """How the model's own weights are kept: fp32; bf16 as train.weights says, or frozen where products run in bf16."""
+def weights_dtype(config: RunConfig, low: bool) -> torch.dtype:
+    """The dtype weights are stored in: fp32; bf16 if train.weights says so, or if frozen while products run in bf16."""
     return torch.bfloat16 if config.train.weights == "bf16" or (config.lora.rank and low) else torch.float32
 
 
@@ -77,22 +68,19 @@ def fill_shards(sharded: "ShardedModel", folder: Path) -> None:
 
 
 def chat_template(config: RunConfig) -> str:
-    """How a prompt is written: the recipe's way, else that of the weights the run starts from, else the default."""
+    """The form of a prompt: data.chat_template, else that of the weights in train.init, else the default."""
     if config.data.chat_template is not None:
         return config.data.chat_template
-    folder = init_folder(config)
+    folder = config.init_folder
     if folder is not None and (folder / GENERATION).is_file():
-        try:
-            return str(json.loads((folder / GENERATION).read_text(encoding="utf-8")).get("chat_template", DEFAULT))
-        except (ValueError, AttributeError):
-            raise UserError(f"{folder / GENERATION} is no JSON object; fix it or remove it") from None
+        return str(read_json(folder / GENERATION).get("chat_template", DEFAULT))
     return DEFAULT
 
 
 def publish(model: LanguageModel, out: Path, config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """Write `out`/weights, an adapter merged into them; the adapter alone goes to `out`/adapter. `model` is plain then."""
+    """Write `out`/weights; an adapter goes to `out`/adapter and is merged into `model` first, in place."""
     if model.lora is not None:
-        folder = init_folder(config)
+        folder = config.init_folder
         save_adapter(model, out / "adapter", base=None if folder is None else str(folder.absolute()))
         merge_lora(model)
     generation = {"chat_template": chat_template(config)} if config.data.format == "chat" else None

@@ -45,5 +45,5 @@ class StopSignals:
     def leave(self) -> None:
         """Raise what the command line turns into exit code 130 or 143."""
         if self.stop == signal.SIGTERM:
-            raise Terminated("stopped by SIGTERM; everything is saved, go on with --resume auto")
+            raise Terminated("stopped by SIGTERM; everything is saved, resume with --resume auto")
         raise KeyboardInterrupt
