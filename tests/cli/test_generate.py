@@ -330,7 +330,7 @@ def test_one_line_for_each_mistake(run, args, message):
 
 
 def test_a_folder_that_is_no_model(run, tmp_path):
-    fails(run("--model", tmp_path / "none", "-p", "a", model=False), "is no folder; give a run folder")
+    fails(run("--model", tmp_path / "none", "-p", "a", model=False), "is not a folder; give a run folder")
     fails(run("--model", tmp_path, "-p", "a", model=False), "holds neither config.json nor weights/config.json")
 
 

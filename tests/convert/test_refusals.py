@@ -193,7 +193,7 @@ def test_an_index_that_lies(tmp_path, run):
     index.write_text(json.dumps(values))
     refused(run, tmp_path / "release", UserError, "holds lm_head.weight, which .* does not list")
     index.write_text("{")
-    refused(run, tmp_path / "release", UserError, "is no index")
+    refused(run, tmp_path / "release", UserError, "is not an index")
     index.unlink()
     refused(run, tmp_path / "release", UserError, "holds no weights; looked for")
 

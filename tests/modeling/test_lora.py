@@ -128,7 +128,7 @@ def test_rank_stabilised_scale(tmp_path):
     [
         ({"peft_type": "IA3"}, UserError, "peft_type is 'IA3'; allowed: LORA"),
         ({"use_dora": True}, UserError, "use_dora is True, which is not supported"),
-        ("no config", UserError, "has no adapter_config.json; give an adapter's folder"),
+        ("no config", UserError, "adapter_config.json does not exist; give an adapter's folder"),
         ("no weights", UserError, "adapter_model.safetensors is missing"),
         ("damaged", RunError, "is damaged"),
         (
@@ -136,7 +136,7 @@ def test_rank_stabilised_scale(tmp_path):
             UserError,
             "does not fit: its layers.0.channel_mixer.l1 is not one of this model's projections",
         ),
-        ("other key", UserError, "holds 'lora_embedding', which is no LoRA matrix"),
+        ("other key", UserError, "holds 'lora_embedding', which is not a LoRA matrix"),
     ],
     ids=str,
 )

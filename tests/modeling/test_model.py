@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.modeling.official import forward as official_forward
 from tnllm.errors import UserError
 from tnllm.modeling.config import LoraConfig, get_preset
-from tnllm.modeling.hf_names import official_keys, to_official
+from tnllm.modeling.hf_names import HEAD, to_official
 from tnllm.modeling.layers import GLU
 from tnllm.modeling.lora import add_lora
 from tnllm.modeling.model import build_model
@@ -66,7 +66,7 @@ def test_equals_the_released_forward(name):
 
 def test_keys_are_five_per_layer_and_three():
     model = small("v1")
-    keys = official_keys(model.config, model.state_dict())
+    keys = [*map(to_official, model.state_dict()), HEAD]  # released files list the tied head
     assert len(keys) == len(set(keys)) == 5 * model.config.num_layers + 3
     assert {"model.embed_tokens.weight", "model.layers.0.token_mixer.lrpe.theta", "lm_head.weight"} <= set(keys)
     assert tuple(model.state_dict()["layers.0.token_mixer.lrpe.theta"].shape) == (4, 1, 16)
@@ -219,12 +219,12 @@ def test_both_halves_of_the_glu_in_one_product(name, mode, monkeypatch):
     products = model.blocks[0].num_products
     model.zero_grad()
     add_lora(adapted := small(name), LoraConfig(rank=2, targets=("l2",)))
-    assert not model.blocks[0].channel_mixer.joins
+    assert not model.blocks[0].channel_mixer.fuses_up_projections
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    assert model.blocks[0].channel_mixer.joins and model.blocks[0].num_products == products - 1
-    assert not adapted.blocks[0].channel_mixer.joins
+    assert model.blocks[0].channel_mixer.fuses_up_projections and model.blocks[0].num_products == products - 1
+    assert not adapted.blocks[0].channel_mixer.fuses_up_projections
     monkeypatch.undo()
-    monkeypatch.setattr(GLU, "joins", True)
+    monkeypatch.setattr(GLU, "fuses_up_projections", True)
     model.set_activation_checkpointing(mode)
     again = model.loss(tokens, tokens)
     again.backward()

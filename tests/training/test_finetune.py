@@ -137,7 +137,7 @@ def test_the_tokenizer_and_template_come_with_the_weights(chat, base, tmp_path):
     [
         (
             ["train.init=/no/such"],
-            "train.init: model '/no/such' is no folder; give a run folder or a weights folder (--set)",
+            "train.init: model '/no/such' is not a folder; give a run folder or a weights folder (--set)",
         ),
         (["model.num_layers=3"], "but the weights of train.init"),
         (["lora.rank=4", "train.weights=bf16"], "do not go together"),

@@ -3,8 +3,8 @@
     count_parameters(config)               # 398_984_192 for the 385m preset
     flops_per_token(config, seq_len=8192)  # training FLOPs (forward + backward) of one token
 
-FLOPs count one multiply-add as two. Only work the model defines is counted: recomputation, the masked half of a chunk
-and the optimizer are not, so that a utilisation made from these numbers is comparable between implementations.
+A multiply-add counts as two FLOPs. Only work that the model defines is counted, not recomputation, the masked half of a
+chunk or the optimizer, so that MFU from these numbers is comparable between implementations.
 """
 
 from tnllm.modeling.config import LoraConfig, ModelConfig
@@ -62,7 +62,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def recomputed_flops_per_token(config: ModelConfig, seq_len: int, mode: str) -> float:
-    """FLOPs per token that train.activation_checkpointing adds: blocks once more (full), linear attention (selective)."""
+    """FLOPs per token that train.activation_checkpointing recomputes: blocks (full) or linear attention (selective)."""
     attention = _attention_flops(config, seq_len)
     if mode == "full":
         return 2.0 * config.num_layers * _matrix_parameters(config) + attention

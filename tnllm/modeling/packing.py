@@ -42,10 +42,8 @@ def unpack_padded(packed: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def packed_index(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """For each of `total` packed tokens: its sequence [total] and its place in that sequence [total], int64.
-
-    Zero-length sequences own no token.
-    """
-    places = torch.arange(total, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous().long(), places, right=True)
-    return sequence, places - cu_seqlens.long()[sequence]
+    """For each of `total` packed tokens: the index of its sequence and its offset in that sequence, both [total] int64."""
+    index = torch.arange(total, device=cu_seqlens.device)
+    # right=True skips sequences of length zero.
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous().long(), index, right=True)
+    return sequence, index - cu_seqlens.long()[sequence]

@@ -1,7 +1,6 @@
 """Softmax attention with rotary positions: the token mixer of the Llama-style baseline.
 
-Its state is a key-value cache [2, B, capacity, H, d]; row b holds position[b] tokens. It grows with the length, which
-is the point of comparing.
+Its state is a key-value cache [2, B, capacity, H, d]; row b holds position[b] tokens. It grows with the length.
 """
 
 import torch
@@ -13,7 +12,7 @@ from tnllm.modeling.packing import packed_index, unpack_padded
 
 
 class SoftmaxAttention(nn.Module):
-    """Token mixer of one layer of the baseline, behind the interface of GatedLinearAttention."""
+    """Token mixer of one layer of the baseline, with the interface of GatedLinearAttention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,26 +25,26 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M], positions [B, T] → y [B, T, M], cache. Without a state this is plain causal attention."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
-        q, k = (rotate(part, positions, self.config.rope_base) for part in (q, k))
+        q, k = (rotate(x, positions, self.config.rope_base) for x in (q, k))
         if state is None:
             return self.out_proj(_causal(q, k, v, cu_seqlens).flatten(-2)), None
         if cu_seqlens is None:
             attended, state = _cached(q, k, v, positions, state)
         else:
-            # Packed rows become padded ones; padding sits after the real tokens and is never kept.
+            # Packed rows are padded on the right; position -1 keeps padding out of the cache.
             longest = int(cu_seqlens.diff().max())
-            sequence, place = packed_index(cu_seqlens, x.shape[1])
-            q, k, v = (unpack_padded(part, cu_seqlens, longest) for part in (q, k, v))
+            sequence, offset = packed_index(cu_seqlens, x.shape[1])
+            q, k, v = (unpack_padded(x, cu_seqlens, longest) for x in (q, k, v))
             padded_positions = unpack_padded(positions[..., None], cu_seqlens, longest)[..., 0]
             filled = torch.arange(longest, device=x.device) < cu_seqlens.diff()[:, None]
             attended, state = _cached(q, k, v, padded_positions.masked_fill(~filled, -1), state)
-            attended = attended[sequence, place][None]
+            attended = attended[sequence, offset][None]
         return self.out_proj(attended.flatten(-2)), state
 
     def step(self, x: Tensor, positions: Tensor, state: Tensor) -> Tensor:
-        """One token per row; the cache must have room for it and is updated in place."""
+        """One token per row; the cache must have a free slot for it (`grow`) and is updated in place."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
-        q, k = (rotate(part[:, None], positions[:, None], self.config.rope_base) for part in (q, k))
+        q, k = (rotate(x[:, None], positions[:, None], self.config.rope_base) for x in (q, k))
         rows = torch.arange(len(x), device=x.device)
         state[0, rows, positions] = k[:, 0].to(state.dtype)
         state[1, rows, positions] = v.to(state.dtype)
@@ -63,8 +62,8 @@ def grow(cache: Tensor, needed: int) -> Tensor:
     capacity = cache.shape[2]
     if needed <= capacity:
         return cache
-    room = max(needed, 2 * capacity, 64) - capacity
-    return F.pad(cache, (0, 0, 0, 0, 0, room))
+    added = max(needed, 2 * capacity, 64) - capacity
+    return F.pad(cache, (0, 0, 0, 0, 0, added))
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -78,9 +77,9 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Causal softmax attention over [B, T, H, d]; with cu_seqlens (B = 1) it stays inside each sequence."""
+    """Causal softmax attention over [B, T, H, d]; with cu_seqlens (B = 1) within each sequence."""
     if cu_seqlens is None:
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
@@ -89,9 +88,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tenso
         out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out[None]
-    sequence, place = packed_index(cu_seqlens, q.shape[1])
-    mask = (sequence[:, None] == sequence) & (place[:, None] >= place)
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    sequence, offset = packed_index(cu_seqlens, q.shape[1])
+    mask = (sequence[:, None] == sequence) & (offset[:, None] >= offset)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
@@ -106,8 +105,8 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Tensor) -
 
 
 def _attend(q: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
-    """Attend from q [B, T, H, d] at `positions` [B, T] to every cached token not after it."""
+    """Attend from q [B, T, H, d] at `positions` [B, T] to every cached token up to that position."""
     slots = torch.arange(cache.shape[2], device=q.device)
     mask = slots <= positions.clamp(min=0)[..., None]
-    k, v = (part.transpose(1, 2).to(q.dtype) for part in cache)
+    k, v = (x.transpose(1, 2).to(q.dtype) for x in cache)
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None]).transpose(1, 2)
