@@ -27,7 +27,7 @@ from tnllm.errors import UserError
 from tnllm.evaluation.harness import TransNormerLM
 from tnllm.generation import conversation
 from tnllm.generation.loading import load
-from tnllm.serving.guard import Settings
+from tnllm.serving.middleware import Settings
 from tnllm.tokenizer import Tokenizer
 
 SYSTEM = " You are a monk.\n今天 </s>"

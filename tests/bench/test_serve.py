@@ -8,7 +8,7 @@ from tests.serving.serving import running
 from tests.small_models import make_ready, small_model
 from tnllm.cli.main import main
 from tnllm.generation.samples import Row
-from tnllm.serving.guard import Settings
+from tnllm.serving.middleware import Settings
 from tnllm.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -47,14 +47,14 @@ def test_a_full_queue_is_reported(capfd, ready):
 
 
 def test_texts_that_were_mixed_up_are_found(capfd, ready, monkeypatch):
-    right, seen = Row.take_all, []
+    right, seen = Row.append, []
 
-    def wrong(self, drawn, place, ends, tokenizer):
+    def wrong(self, sampled, index, eos_ids, tokenizer):
         """While several are decoded, rows get their neighbours' tokens."""
-        seen.append(len(drawn.tokens))
-        return right(self, drawn, (place + 1) % len(drawn.tokens), ends, tokenizer)
+        seen.append(len(sampled.tokens))
+        return right(self, sampled, (index + 1) % len(sampled.tokens), eos_ids, tokenizer)
 
-    monkeypatch.setattr(Row, "take_all", wrong)
+    monkeypatch.setattr(Row, "append", wrong)
     with running(ready, Settings(name="small"), num_slots=8) as (address, _):
         code, _, err = run(capfd, "--url", address, "--streams", "8", "--tokens", "8", "--check", "8")
     assert max(seen) > 1

@@ -14,7 +14,7 @@ from tests.small_models import make_ready
 from tnllm.generation.conversation import Conversation
 from tnllm.generation.decoder import generate
 from tnllm.generation.samples import Result
-from tnllm.serving.guard import Settings
+from tnllm.serving.middleware import Settings
 
 KEY = "sesame"
 LIMITS = {"num_slots": 4, "queue_size": 8, "max_prompt_tokens": 3000, "max_new_tokens": 50_000}

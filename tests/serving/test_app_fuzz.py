@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.small_models import make_ready
 from tnllm.serving.app import make_app
 from tnllm.serving.engine import Engine
-from tnllm.serving.guard import Settings
+from tnllm.serving.middleware import Settings
 
 ANY_TEXT = st.text(max_size=12) | st.sampled_from(["", "\ud800", "\0", "今天", "The", "\n\nHuman:", "e"])
 NUMBERS = st.sampled_from([0, -1, 1, 2, 0.5, 1e308, -0.0, float("nan"), float("inf"), 2**63, -(2**63), 10**30])

@@ -5,7 +5,7 @@ import pytest
 from tests.serving import chromium
 from tests.serving.serving import running
 from tests.small_models import make_ready
-from tnllm.serving.guard import Settings
+from tnllm.serving.middleware import Settings
 
 EXECUTABLE = chromium.find()
 pytestmark = pytest.mark.skipif(

@@ -1,11 +1,10 @@
 """A model ready to generate: weights, tokenizer and the defaults that ship beside them.
 
-ready = load("runs/tiny", device="auto", dtype="auto")     # None: the model that ships in the package
-params = ready.params(temperature=0.5)                     # generation_config.json, then these
-ids = ready.encode("Once upon a time")
+loaded = load("runs/tiny", device="auto", dtype="auto")    # None: the model that ships in the package
+params = loaded.params(temperature=0.5)                    # generation_config.json, overridden by these
+ids = loaded.encode("Once upon a time")
 """
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from tnllm import chat_template
 from tnllm.device import pick_device
 from tnllm.errors import UserError
+from tnllm.files import read_json
 from tnllm.generation.sampler import SamplingParams
 from tnllm.modeling.lora import merge_adapter
 from tnllm.modeling.model import LanguageModel
@@ -38,7 +38,7 @@ class LoadedModel:
     chat_template: str
 
     def params(self, **options: Any) -> SamplingParams:
-        """The model's defaults with `options` over them. Raises UserError."""
+        """The model's defaults, overridden by `options`. Raises UserError."""
         return SamplingParams.of({**self.sampling, **options})
 
     def encode(self, text: str, start: bool = True) -> list[int]:
@@ -65,11 +65,12 @@ def load(
         raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     folder = resolve_model(model)
     wanted = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else None)
-    settings = _read_settings(folder / GENERATION)
+    path = folder / GENERATION
+    settings = read_json(path) if path.is_file() else {}
     tokenizer = Tokenizer.load(folder)
-    loaded = load_model(folder, where, wanted)
+    weights = load_model(folder, where, wanted)
     if adapter is not None:
-        merge_adapter(loaded, adapter)
+        merge_adapter(weights, adapter)
     sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
     if settings.get("max_new_tokens") is not None:
         sampling["max_tokens"] = settings["max_new_tokens"]
@@ -78,12 +79,12 @@ def load(
     try:
         SamplingParams.of(sampling)
     except UserError as error:
-        raise UserError(f"{folder / GENERATION}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     eos, bos = settings.get("eos_token_id"), settings.get("bos_token_id")
     eos = tokenizer.eos_id if eos is None else eos
     return LoadedModel(
         folder,
-        loaded,
+        weights,
         tokenizer,
         sampling,
         tuple(eos) if isinstance(eos, list) else (eos,),
@@ -105,15 +106,3 @@ _SAMPLING = {field.name for field in fields(SamplingParams)} - {
     "max_tokens",
     "ignore_eos",
 }
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fix it or remove it") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold a JSON object; fix it or remove it")
-    return settings

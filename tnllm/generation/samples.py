@@ -1,11 +1,11 @@
-"""Samples while they are decoded: a draw for every row, then for each row its text and whether it has ended.
+"""Samples while they are decoded: the next token of every row, then each row's text and whether it has ended.
 
-columns = [draw(logits, options, positions, seen, counts, tokenizer.vocab_size, num_top), ...]   # one per step
-drawn = Drawn.of(columns)                                # the only wait for the device
-for piece in row.take_all(drawn, place, ends, tokenizer):
+columns = [sample(logits, options, positions, seen, counts, tokenizer.vocab_size, num_top), ...]   # one per step
+sampled = SampledTokens.of(columns)                      # the only synchronisation with the device
+for piece in row.append(sampled, index, eos_ids, tokenizer):
     ...                                                  # up to the row's end, if it is among them
 
-Both `decoder.generate` and the serving engine are loops around these, so they say the same.
+`decoder.generate` and the serving engine are both loops around these functions, so they give the same text.
 """
 
 import secrets
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tnllm.generation.context import Context
-from tnllm.generation.sampler import MAX_SEED, Options, SamplingParams, choose, log_probabilities
+from tnllm.generation.sampler import MAX_SEED, Options, SamplingParams, log_probabilities, sample_ids
 from tnllm.generation.text import TextStream
 from tnllm.tokenizer import Tokenizer
 
@@ -29,9 +29,9 @@ class TokenLogprob:
     """A token and its log-probability under the model, before any sampling option."""
 
     id: int
-    text: str  # its bytes as UTF-8, U+FFFD where they are part of a character
+    text: str  # its bytes as UTF-8; U+FFFD for part of a character
     logprob: float
-    top: tuple["TokenLogprob", ...] = ()  # the likeliest ones, likeliest first
+    top: tuple["TokenLogprob", ...] = ()  # the most likely ones, in descending order
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Piece:
     index: int  # of the prompt
     sample: int  # 0 to n - 1
     token: int
-    text: str  # what became certain with it: whole characters, nothing of a stop string, often ""
+    text: str  # what is certain with it: complete characters, nothing of a stop string, often ""
     logprob: TokenLogprob | None
 
 
@@ -61,21 +61,21 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Tokens of a few steps on the host, by row and step."""
+class SampledTokens:
+    """The tokens of a few steps on the host, by row and step."""
 
     tokens: list[list[int]]
-    finite: list[list[bool]]  # whether the logits were
-    logprobs: list[list[Any]] | None  # of the chosen, of the likeliest, and their ids
+    finite: list[list[bool]]  # whether the logits were finite
+    logprobs: list[list[Any]] | None  # of the tokens, of the most likely ones, and the ids of these
 
     @staticmethod
-    def of(columns: Sequence[Sequence[Tensor]]) -> "Drawn":
-        """Fetch what `draw` gave at each step."""
+    def of(columns: Sequence[Sequence[Tensor]]) -> "SampledTokens":
+        """Copy what `sample` returned at each step to the host."""
         stacked = [torch.stack(parts, dim=1).cpu() for parts in zip(*columns, strict=True)]
-        return Drawn(stacked[0].tolist(), stacked[1].tolist(), [part.tolist() for part in stacked[2:]] or None)
+        return SampledTokens(stacked[0].tolist(), stacked[1].tolist(), [part.tolist() for part in stacked[2:]] or None)
 
 
-def draw(
+def sample(
     logits: Tensor,
     options: Options,
     positions: Tensor,
@@ -84,15 +84,15 @@ def draw(
     vocab_size: int,
     num_top: int | None,
 ) -> list[Tensor]:
-    """The next token of each row, with nothing read back: tokens [B], whether the logits were finite [B], logprobs.
+    """The next token of each row, on the device: tokens [B], whether the logits were finite [B], log-probabilities.
 
-    logits [B, V] fp32; ids from `vocab_size`, the tokenizer's, up are masked in place: vocabularies are padded to
-    round sizes. num_top: how many likeliest tokens to report, None for no log-probabilities.
+    logits [B, V] fp32. Ids from `vocab_size`, the tokenizer's, are padding of the vocabulary and are masked in place.
+    num_top: how many of the most likely tokens to report; None for no log-probabilities.
     """
-    # A NaN or an infinity anywhere in the row reaches its maximum; only -inf would not, and is harmless.
+    # A NaN or +inf anywhere in a row reaches its maximum; -inf does not, and is harmless.
     finite = logits.amax(dim=-1).isfinite()
     logits[:, vocab_size:] = -torch.inf
-    tokens = choose(logits, options, positions, seen, counts)
+    tokens = sample_ids(logits, options, positions, seen, counts)
     column = [tokens, finite]
     if num_top is not None:
         column += log_probabilities(logits, tokens, num_top)
@@ -117,24 +117,26 @@ class Row:
 
     @property
     def left(self) -> int:
-        """Tokens it may still generate."""
+        """Number of tokens it may still generate."""
         return self.params.max_tokens - len(self.tokens)
 
-    def take_all(self, drawn: Drawn, place: int, ends: frozenset[int], tokenizer: Tokenizer) -> Iterator[Piece]:
-        """Append the tokens drawn for the row at `place`, up to its end if it is among them."""
-        for column, token in enumerate(drawn.tokens[place]):
+    def append(
+        self, sampled: SampledTokens, index: int, eos_ids: frozenset[int], tokenizer: Tokenizer
+    ) -> Iterator[Piece]:
+        """Append the tokens sampled for row `index` of the batch, up to the row's end if it is among them."""
+        for step, token in enumerate(sampled.tokens[index]):
             logprob = None
-            if self.params.logprobs is not None and drawn.logprobs is not None:
-                chosen, top, ids = (part[place][column] for part in drawn.logprobs)
+            if self.params.logprobs is not None and sampled.logprobs is not None:
+                chosen, top, ids = (values[index][step] for values in sampled.logprobs)
                 logprob = token_logprob(tokenizer, token, chosen, top, ids[: self.params.logprobs])
-            yield self._take(token, logprob, ends)
+            yield self._append_token(token, logprob, eos_ids)
             if self.reason:
                 return
 
-    def _take(self, token: int, logprob: TokenLogprob | None, ends: frozenset[int]) -> Piece:
+    def _append_token(self, token: int, logprob: TokenLogprob | None, eos_ids: frozenset[int]) -> Piece:
         self.tokens.append(token)
         text = ""
-        if token in ends and not self.params.ignore_eos:
+        if token in eos_ids and not self.params.ignore_eos:
             self.reason = "eos"
         else:
             text = self.stream.push(token)
@@ -170,8 +172,8 @@ def token_logprob(
 ) -> TokenLogprob:
     """A TokenLogprob from plain numbers; `top` may be longer than `top_ids`."""
 
-    def entry(id: int, logprob: float, likeliest: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        return TokenLogprob(id, tokenizer.token_bytes[id].decode("utf-8", "replace"), logprob, likeliest)
+    def entry(id: int, logprob: float, alternatives: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(id, tokenizer.token_bytes[id].decode("utf-8", "replace"), logprob, alternatives)
 
     return entry(id, logprob, tuple(entry(*pair) for pair in zip(top_ids, top, strict=False)))
 
@@ -180,7 +182,7 @@ def start_rows(
     tokenizer: Tokenizer, index: int, params: SamplingParams, prompt_tokens: int, tail: tuple[int, ...]
 ) -> list[Row]:
     """The `params.n` samples of a prompt whose last ids are `tail`; sample i has seed + i."""
-    # 32 random bits are easy to read and type again.
+    # 32 random bits are short enough to be typed again.
     first = secrets.randbits(32) if params.seed is None else params.seed
     return [
         Row(
@@ -192,10 +194,10 @@ def start_rows(
 
 
 def most_logprobs(rows: Sequence[Row]) -> int | None:
-    """How many likeliest tokens some row wants; None if no row wants log-probabilities."""
+    """The most top tokens that any row reports; None if no row reports log-probabilities."""
     return max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None)
 
 
 def non_finite(position: int) -> str:
-    """What to say when logits are NaN or infinite."""
+    """The error message for logits that are NaN or infinite."""
     return f"the model gave non-finite logits near token {position}; its weights are damaged or its training diverged"

@@ -1,14 +1,13 @@
-"""The bodies of the OpenAI-style API: what a client may ask, and what it is answered.
+"""The bodies of the OpenAI-style API: requests and answers.
 
-    asked = CompletionRequest.model_validate(body)
-    prompts, params = asked.prompts(ready), asked.params(ready)      # token ids, SamplingParams
-    answer = TextAnswer(ready, "demo", asked, prompts, params)       # or ChatAnswer
-    for event in events:
-        chunks = answer.chunks(choice, event)                        # streaming
-    body = answer.body(...)                                          # in one piece
+    request = CompletionRequest.model_validate(body)
+    prompts, params = request.prompts(loaded), request.params(loaded)      # token ids, SamplingParams
+    answer = TextAnswer(loaded, "demo", fingerprint, request, prompts, params)     # or ChatAnswer
+    answer.chunk(answer.piece(choice, event))                              # streaming
+    answer.body([answer.full_choice(choice, result, None)])                # not streaming
 
-Every request model forbids keys it does not know; those of OpenAI's that would change the answer and are not supported
-are refused rather than ignored. Keys that are null count as not given.
+Unknown keys are refused, and so are OpenAI's keys that would change the answer and are not supported. A key that is null
+counts as not given.
 """
 
 import codecs
@@ -22,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tnllm.chat_template import stop_strings
 from tnllm.errors import UserError, did_you_mean
 from tnllm.generation.conversation import message_ids
-from tnllm.generation.loading import Ready
+from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import MAX_SAMPLES, SamplingParams
 from tnllm.generation.samples import Piece, Result, TokenLogprob
 
 MAX_STOPS, MAX_PROMPTS = 16, 128
-# Keys of OpenAI's that change nothing here.
+# OpenAI's keys that are accepted and have no effect here.
 _IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 
 
@@ -39,24 +38,24 @@ class StreamOptions(BaseModel):
 
 
 class _Request(BaseModel):
-    """What both kinds of request share. Ranges are those of SamplingParams, which checks them."""
+    """The keys of both kinds of request. SamplingParams checks their ranges."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = Field(None, description="The served model's id, or nothing.")
     max_tokens: int | None = Field(None, description="Most tokens to generate. Default: the model's, or 256.")
-    temperature: float | None = Field(None, description="0 takes the likeliest token. Default: the model's.")
-    top_p: float | None = Field(None, description="Keep the likeliest tokens that reach this probability.")
-    top_k: int | None = Field(None, description="Keep the k likeliest tokens; 0 all.")
-    min_p: float | None = Field(None, description="Drop tokens below this share of the likeliest one's probability.")
+    temperature: float | None = Field(None, description="0 takes the most likely token. Default: the model's.")
+    top_p: float | None = Field(None, description="Keep the most likely tokens that together reach this probability.")
+    top_k: int | None = Field(None, description="Keep the k most likely tokens; 0 keeps all.")
+    min_p: float | None = Field(None, description="Drop tokens below this share of the top token's probability.")
     repetition_penalty: float | None = Field(None, description="Above 1: tokens of prompt and text become less likely.")
-    presence_penalty: float | None = Field(None, description="-2 to 2, from the logits of generated tokens.")
-    frequency_penalty: float | None = Field(None, description="-2 to 2, the same for each time.")
+    presence_penalty: float | None = Field(None, description="-2 to 2, subtracted from the logits of generated tokens.")
+    frequency_penalty: float | None = Field(None, description="-2 to 2, subtracted once for each occurrence.")
     seed: int | None = Field(None, description="The same seed gives the same text; choice i has seed + i.")
     stop: str | list[str] | None = Field(None, description="End before any of these texts.")
     n: int = Field(1, description="Choices for each prompt.")
-    ignore_eos: bool = Field(False, description="Go on after the end token.")
-    stream: bool = Field(False, description="Send the text as it comes, as server-sent events.")
+    ignore_eos: bool = Field(False, description="Continue after the end token.")
+    stream: bool = Field(False, description="Send the text as it is generated, as server-sent events.")
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="before")
@@ -70,7 +69,7 @@ class _Request(BaseModel):
                 raise UserError(f"{key!r} is not supported{hint}; allowed: {', '.join(cls.model_fields)}")
         return {key: value for key, value in values.items() if value is not None and key not in _IGNORED}
 
-    def _sampling(self, ready: Ready, more: dict[str, Any]) -> SamplingParams:
+    def _sampling(self, loaded: LoadedModel, more: dict[str, Any]) -> SamplingParams:
         names = (
             "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "seed",
@@ -80,9 +79,9 @@ class _Request(BaseModel):
         if len(stop) > MAX_STOPS:
             raise UserError(f"stop holds {len(stop)} strings; at most {MAX_STOPS}")
         for text in stop:
-            # A lone surrogate is no text, and no text could contain it.
-            ready.tokenizer.encode(text)
-        return ready.params(**{**given, "n": self.n, "ignore_eos": self.ignore_eos, "stop": tuple(stop), **more})
+            # Raises UserError for a lone surrogate, which no text can contain.
+            loaded.tokenizer.encode(text)
+        return loaded.params(**{**given, "n": self.n, "ignore_eos": self.ignore_eos, "stop": tuple(stop), **more})
 
 
 class CompletionRequest(_Request):
@@ -90,28 +89,28 @@ class CompletionRequest(_Request):
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Texts, or token ids.")
     echo: bool = Field(False, description="Put the prompt before the text.")
-    logprobs: int | None = Field(None, description="Log-probabilities, and of this many likeliest tokens.")
+    logprobs: int | None = Field(None, description="Log-probabilities, also of this many most likely tokens.")
 
-    def prompts(self, ready: Ready) -> list[list[int]]:
+    def prompts(self, loaded: LoadedModel) -> list[list[int]]:
         """Token ids of each prompt. Raises UserError."""
         given = self.prompt
         if isinstance(given, str):
-            return [ready.encode(given)]
+            return [loaded.encode(given)]
         if not given:
             raise UserError('prompt is an empty list; give a text, "" to start from nothing')
         if isinstance(given[0], int):
             return [given]
         if len(given) > MAX_PROMPTS:
             raise UserError(f"prompt holds {len(given)} prompts; at most {MAX_PROMPTS} in one request")
-        return [ready.encode(one) if isinstance(one, str) else one for one in given]
+        return [loaded.encode(one) if isinstance(one, str) else one for one in given]
 
-    def params(self, ready: Ready) -> SamplingParams:
+    def params(self, loaded: LoadedModel) -> SamplingParams:
         """Raises UserError for a value out of range."""
-        return self._sampling(ready, {"logprobs": self.logprobs})
+        return self._sampling(loaded, {"logprobs": self.logprobs})
 
 
 class TextPart(BaseModel):
-    """A part of a message; text is all there is."""
+    """A part of a message; only text is supported."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
@@ -135,25 +134,25 @@ class Message(BaseModel):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(description="A system text if wanted, then user and assistant in turns.")
-    max_completion_tokens: int | None = Field(None, description="Another name of max_tokens.")
+    messages: list[Message] = Field(description="An optional system message, then user and assistant in turns.")
+    max_completion_tokens: int | None = Field(None, description="Another name for max_tokens.")
     logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens.")
-    top_logprobs: int | None = Field(None, description="Those of this many likeliest tokens too.")
+    top_logprobs: int | None = Field(None, description="Also those of this many most likely tokens.")
 
-    def prompts(self, ready: Ready) -> list[list[int]]:
+    def prompts(self, loaded: LoadedModel) -> list[list[int]]:
         """Token ids of the conversation, in the model's turn format. Raises UserError."""
-        return [message_ids(ready, [(message.role, message.text) for message in self.messages])]
+        return [message_ids(loaded, [(message.role, message.text) for message in self.messages])]
 
-    def params(self, ready: Ready) -> SamplingParams:
+    def params(self, loaded: LoadedModel) -> SamplingParams:
         """Raises UserError for a value out of range."""
         if self.top_logprobs is not None and not self.logprobs:
             raise UserError("top_logprobs needs logprobs to be true")
         more: dict[str, Any] = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
         if self.max_completion_tokens is not None:
             more["max_tokens"] = self.max_completion_tokens
-        params = self._sampling(ready, more)
-        # As in `tnllm generate --chat`: an answer ends where the model starts to speak for the other side.
-        return SamplingParams(**{**params.__dict__, "stop": (*params.stop, *stop_strings(ready.chat_template))})
+        params = self._sampling(loaded, more)
+        # As in `tnllm generate --chat`: an answer ends where the model starts to speak for the user.
+        return SamplingParams(**{**params.__dict__, "stop": (*params.stop, *stop_strings(loaded.chat_template))})
 
 
 def error_body(message: str, type: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -164,16 +163,22 @@ def error_body(message: str, type: str, code: str | None = None, param: str | No
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
-class _Answer:
-    """One request's answer while it grows; choices are numbered over prompts and samples."""
+class Answer:
+    """The answer to one request while it grows; choices are numbered over prompts and samples."""
 
     id_prefix = ""
     object = chunk_object = ""
 
     def __init__(
-        self, ready: Ready, model: str, fingerprint: str, request: Any, prompts: list[list[int]], params: SamplingParams
+        self,
+        loaded: LoadedModel,
+        model: str,
+        fingerprint: str,
+        request: Any,
+        prompts: list[list[int]],
+        params: SamplingParams,
     ) -> None:
-        self._tokenizer, self._params = ready.tokenizer, params
+        self._tokenizer, self._params = loaded.tokenizer, params
         self._request, self._prompts = request, prompts
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
@@ -202,27 +207,29 @@ class _Answer:
         return {**self._head, "object": self.chunk_object, "choices": choices}
 
     def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The answer that is not streamed."""
         return {**self._head, "object": self.object, "choices": choices, "usage": self.usage()}
 
     def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
-        """What a stream sends of a choice before its first token."""
+        """The chunks of a choice before its first token."""
         raise NotImplementedError
 
     def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        """What a stream sends for a token."""
+        """The chunks for one token."""
         raise NotImplementedError
 
     def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
-        """What a stream sends at the end of a choice."""
+        """The chunks at the end of a choice."""
         raise NotImplementedError
 
-    def whole(self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None) -> dict[str, Any]:
-        """A choice in one piece."""
+    def full_choice(
+        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
+    ) -> dict[str, Any]:
+        """A choice that is not streamed."""
         raise NotImplementedError
 
     def _spelled(self, id: int) -> str:
-        """A token as text; bytes that are no UTF-8 by themselves as `bytes:\\xe4`."""
+        """A token as text; bytes that are not UTF-8 by themselves as `bytes:\\xe4`."""
         data = self._tokenizer.token_bytes[id]
         try:
             return data.decode()
@@ -230,7 +237,7 @@ class _Answer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-class TextAnswer(_Answer):
+class TextAnswer(Answer):
     """Answers /v1/completions."""
 
     id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
@@ -243,11 +250,10 @@ class TextAnswer(_Answer):
     def _echo(self, choice: int) -> str:
         if not self._request.echo:
             return ""
-        given = self._request.prompt
-        one = (
-            given if isinstance(given, str) else given[choice // self._params.n] if isinstance(given[0], str) else None
-        )
-        return one if one is not None else self._tokenizer.decode(self._prompts[choice // self._params.n])
+        prompt, index = self._request.prompt, choice // self._params.n
+        if isinstance(prompt, str):
+            return prompt
+        return prompt[index] if isinstance(prompt[0], str) else self._tokenizer.decode(self._prompts[index])
 
     def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
         text = self._echo(choice)
@@ -263,7 +269,9 @@ class TextAnswer(_Answer):
     def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
         return [self._choice(choice, "", None, result.finish_reason)]
 
-    def whole(self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None) -> dict[str, Any]:
+    def full_choice(
+        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
+    ) -> dict[str, Any]:
         entries: list[TokenLogprob | int] | None = None
         if result.logprobs is not None:
             entries = [*(self._prompt_entries(choice, prompt_logprobs) or []), *result.logprobs]
@@ -272,11 +280,11 @@ class TextAnswer(_Answer):
     def _prompt_entries(
         self, choice: int, logprobs: list[TokenLogprob | None] | None
     ) -> "list[TokenLogprob | int] | None":
-        """The prompt's tokens; of the first there is no probability, only the id."""
+        """The prompt's tokens; the first has an id and no probability."""
         if logprobs is None or not self._request.echo:
             return None
         ids = self._prompts[choice // self._params.n]
-        return [entry if entry is not None else ids[place] for place, entry in enumerate(logprobs)]
+        return [entry if entry is not None else ids[index] for index, entry in enumerate(logprobs)]
 
     def _choice(
         self, choice: int, text: str, entries: "Sequence[TokenLogprob | int] | None", reason: str | None
@@ -298,7 +306,7 @@ class TextAnswer(_Answer):
 
 
 class _Offset:
-    """Counts characters of tokens that may split them."""
+    """Counts the characters of tokens, which may split a character."""
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -308,13 +316,13 @@ class _Offset:
         before = self._count
         self._count += len(self._utf8.decode(data))
         try:
-            # An incomplete character before it may have become U+FFFD only now.
+            # Only now may an incomplete character before it have become U+FFFD.
             return self._count - len(data.decode())
         except UnicodeDecodeError:
             return before
 
 
-class ChatAnswer(_Answer):
+class ChatAnswer(Answer):
     """Answers /v1/chat/completions."""
 
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -330,7 +338,9 @@ class ChatAnswer(_Answer):
     def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
         return [self._delta(choice, {}, None, result.finish_reason)]
 
-    def whole(self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None) -> dict[str, Any]:
+    def full_choice(
+        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
+    ) -> dict[str, Any]:
         return {
             "index": choice,
             "message": {"role": "assistant", "content": result.text, "refusal": None},

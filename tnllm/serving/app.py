@@ -3,8 +3,8 @@
     app = make_app(engine, Settings(name="demo"))      # an ASGI application; the engine must be started
     uvicorn.run(app, host="127.0.0.1", port=8000)
 
-Routes are fixed and nothing a client sends becomes a path: the web page is read once, when the app is made. All that a
-request holds is bounded: its body here, its tokens and its wait by the engine.
+Routes are fixed and nothing that a client sends becomes a path: the web page is read once, when the app is made. The
+middleware limits a request's body, the engine its tokens and the length of the queue.
 """
 
 import asyncio
@@ -13,13 +13,14 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from asyncio import AbstractEventLoop
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,6 +29,7 @@ from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
 from tnllm.generation.samples import Piece, Result
 from tnllm.serving.api import (
+    Answer,
     ChatAnswer,
     ChatRequest,
     CompletionRequest,
@@ -36,89 +38,94 @@ from tnllm.serving.api import (
     error_body,
 )
 from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket
-from tnllm.serving.guard import JSON, Guard, Settings
+from tnllm.serving.middleware import JSON, RequestChecks, Settings
 
 LOG = logging.getLogger("tnllm.serve")
 
 
-class _Call:
-    """The tickets of one HTTP request and the events of all, numbered by choice, on the event loop's thread."""
+class _Submission:
+    """The tickets of one HTTP request, and their events numbered by choice on the event loop's thread."""
 
-    def __init__(self, engine: Engine, asked: CompletionRequest | ChatRequest, client: str) -> None:
-        self._engine, self._asked, self._client = engine, asked, client
+    def __init__(
+        self, engine: Engine, body: CompletionRequest | ChatRequest, client: str, name: str, loop: AbstractEventLoop
+    ) -> None:
+        """Tokenize and check, then queue every prompt or none. Raises UserError.
+
+        Long prompts take time, so this runs on a thread of its own; `loop` is the server's.
+        """
+        self._loop, self._body = loop, body
         self._queue: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
         self._tickets: list[Ticket] = []
-        chat = isinstance(asked, ChatRequest)
-        self._answer: Callable[..., Any] = ChatAnswer if chat else TextAnswer
-
-    def prepare(self, name: str) -> None:
-        """Tokenize and check, then queue every prompt or none. Takes time for long prompts: call it on a thread."""
-        ready, asked = self._engine.ready, self._asked
-        prompts, params = asked.prompts(ready), asked.params(ready)
+        loaded = engine.loaded
+        prompts, params = body.prompts(loaded), body.params(loaded)
         check_choices(len(prompts), params.n)
         for prompt in prompts:
-            self._engine.check(prompt, params)
-        fingerprint = f"fp_{self._engine.weights[:12]}"
-        self.answer = self._answer(ready, name, fingerprint, asked, prompts, params)
-        echoes = isinstance(asked, CompletionRequest) and asked.echo and params.logprobs is not None
+            engine.check(prompt, params)
+        fingerprint = f"fp_{engine.weights[:12]}"
+        answer = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
+        self.answer: Answer = answer(loaded, name, fingerprint, body, prompts, params)
+        echoes = isinstance(body, CompletionRequest) and body.echo and params.logprobs is not None
         self._samples = params.n
-        self._left = len(prompts) * params.n
+        self._unfinished = len(prompts) * params.n
         try:
-            for place, prompt in enumerate(prompts):
-                deliver = partial(self._deliver, place * params.n)
-                ticket = self._engine.submit(
-                    prompt, params, client=self._client, prompt_logprobs=echoes, deliver=deliver
-                )
+            for index, prompt in enumerate(prompts):
+                deliver = partial(self._deliver, index * params.n)
+                ticket = engine.submit(prompt, params, client=client, prompt_logprobs=echoes, deliver=deliver)
                 self._tickets.append(ticket)
         except UserError:
             self.cancel()
             raise
 
-    def _deliver(self, first: int, events: list[Event]) -> None:
+    def _deliver(self, first_choice: int, events: list[Event]) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (first, events))
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (first_choice, events))
         except RuntimeError:
-            # The loop is closed, and with it the connection: nobody wants the rest.
+            # The loop is closed, and the connection with it.
             self.cancel()
 
     def cancel(self) -> None:
-        """Free what the request holds, if it has not ended."""
+        """Release the slots of what has not ended."""
         for ticket in self._tickets:
             ticket.cancel()
 
+    async def cancel_on_disconnect(self, receive: Receive) -> None:
+        """Wait until the client has disconnected, then cancel."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+
     async def events(self) -> AsyncIterator[tuple[int, PromptRead | Piece | Result]]:
-        """(choice, event) until every choice has ended. Raises UserError for what went wrong."""
-        while self._left:
-            first, events = await self._queue.get()
+        """(choice, event) until every choice has ended. Raises UserError if one fails."""
+        while self._unfinished:
+            first_choice, events = await self._queue.get()
             for event in events:
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, PromptRead):
                     self.answer.cached_tokens += event.cached_tokens
                     for sample in range(self._samples):
-                        yield first + sample, event
+                        yield first_choice + sample, event
                     continue
                 if isinstance(event, Piece):
                     self.answer.completion_tokens += 1
                 else:
-                    self._left -= 1
-                yield first + event.sample, event
+                    self._unfinished -= 1
+                yield first_choice + event.sample, event
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+    async def full_body(self) -> dict[str, Any]:
+        """The answer as one JSON object."""
         choices: dict[int, dict[str, Any]] = {}
-        read: dict[int, PromptRead] = {}
+        prompts: dict[int, PromptRead] = {}
         async for choice, event in self.events():
             if isinstance(event, PromptRead):
-                read[choice] = event
+                prompts[choice] = event
             elif isinstance(event, Result):
-                choices[choice] = self.answer.whole(choice, event, read[choice].logprobs)
+                choices[choice] = self.answer.full_choice(choice, event, prompts[choice].logprobs)
         return self.answer.body([choices[choice] for choice in sorted(choices)])
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events."""
-        options = self._asked.stream_options
+    async def server_sent_events(self) -> AsyncIterator[bytes]:
+        """The answer as a stream."""
+        options = self._body.stream_options
         usage = options is not None and options.include_usage
         try:
             async for choice, event in self.events():
@@ -129,46 +136,31 @@ class _Call:
                 else:
                     parts = self.answer.last(choice, event)
                 for part in parts:
-                    yield _event(self.answer.chunk([part]) | ({"usage": None} if usage else {}))
+                    yield _server_sent_event(self.answer.chunk([part]) | ({"usage": None} if usage else {}))
             if usage:
-                yield _event(self.answer.chunk([]) | {"usage": self.answer.usage()})
+                yield _server_sent_event(self.answer.chunk([]) | {"usage": self.answer.usage()})
             yield b"data: [DONE]\n\n"
         except UserError as error:
-            yield _event(_error(error)[1])
+            yield _server_sent_event(_error(error)[1])
 
 
-def _event(value: dict[str, Any]) -> bytes:
+def _server_sent_event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-class _EventStream(Response):
-    """Sends chunks as they come; a client that goes away ends it at once."""
+class _EventStream(StreamingResponse):
+    """Ends when the client disconnects, and releases the slots even if that was before the first event."""
 
-    def __init__(self, call: _Call) -> None:
-        super().__init__(
-            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        )
-        del self.headers["content-length"]
-        self._call = call
+    def __init__(self, submission: _Submission) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(submission.server_sent_events(), headers=headers, media_type="text/event-stream")
+        self._submission = submission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watcher = asyncio.create_task(_when_gone(receive, self._call))
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for chunk in self._call.chunks():
-                if watcher.done():
-                    return
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await super().__call__(scope, receive, send)
         finally:
-            watcher.cancel()
-            self._call.cancel()
-
-
-async def _when_gone(receive: Receive, call: _Call) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    call.cancel()
+            self._submission.cancel()
 
 
 def _error(error: UserError) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -183,12 +175,8 @@ def _error(error: UserError) -> tuple[int, dict[str, Any], dict[str, str]]:
     return 400, error_body(str(error), "invalid_request_error"), {}
 
 
-def make_app(engine: Engine, settings: Settings) -> ASGIApp:
-    """The application. The engine is started and stopped by whoever made it."""
-    app = FastAPI(
-        title="tnllm", version=__version__, docs_url=None, redoc_url=None, default_response_class=JSON,
-        description="TransNormerLLM behind OpenAI's API.",
-    )  # fmt: skip
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error in OpenAI's shape."""
 
     @app.exception_handler(UserError)
     async def _user_error(request: Request, error: UserError) -> JSON:
@@ -215,30 +203,41 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
     async def _bug(request: Request, error: Exception) -> JSON:
         return JSON(error_body("the server has a bug; its log says more", "server_error"), 500)
 
-    async def _answer(request: Request, asked: CompletionRequest | ChatRequest) -> Response:
-        if asked.model not in (None, settings.name):
-            message = f"model is {asked.model!r}; this server has {settings.name!r}"
+
+def make_app(engine: Engine, settings: Settings) -> ASGIApp:
+    """The application. The caller starts and stops the engine."""
+    app = FastAPI(
+        title="tnllm", version=__version__, docs_url=None, redoc_url=None, default_response_class=JSON,
+        description="TransNormerLLM behind OpenAI's API.",
+    )  # fmt: skip
+
+    _add_error_handlers(app)
+
+    async def respond(request: Request, body: CompletionRequest | ChatRequest) -> Response:
+        if body.model not in (None, settings.name):
+            message = f"model is {body.model!r}; this server has {settings.name!r}"
             return JSON(error_body(message, "invalid_request_error", "model_not_found", "model"), 404)
-        call = _Call(engine, asked, request.client.host if request.client else "")
-        await run_in_threadpool(call.prepare, settings.name)
-        if asked.stream:
-            return _EventStream(call)
-        watcher = asyncio.create_task(_when_gone(request.receive, call))
+        client = request.client.host if request.client else ""
+        loop = asyncio.get_running_loop()
+        submission = await run_in_threadpool(_Submission, engine, body, client, settings.name, loop)
+        if body.stream:
+            return _EventStream(submission)
+        watcher = asyncio.create_task(submission.cancel_on_disconnect(request.receive))
         try:
-            return JSON(await call.whole())
+            return JSON(await submission.full_body())
         finally:
             watcher.cancel()
-            call.cancel()
+            submission.cancel()
 
     @app.post("/v1/completions")
-    async def completions(request: Request, asked: CompletionRequest) -> Response:
+    async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue one or several texts."""
-        return await _answer(request, asked)
+        return await respond(request, body)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer the last message of a conversation."""
-        return await _answer(request, asked)
+        return await respond(request, body)
 
     created = engine.metrics.started
 
@@ -277,11 +276,11 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
     async def web_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
-    return Guard(app, settings)
+    return RequestChecks(app, settings)
 
 
 def _content_policy(page: str) -> str:
-    """A policy that runs the page's own script and style, by their hashes, and talks to this server alone."""
+    """A policy that allows the page's own script and style, by their hashes, and connections to this server only."""
 
     def hashes(tag: str) -> str:
         blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

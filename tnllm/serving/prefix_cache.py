@@ -1,12 +1,12 @@
-"""Contexts of texts that were read before, found again by their tokens: a shared beginning is read once.
+"""Cached contexts by their tokens, so that a prefix shared by prompts is prefilled once.
 
 cache = PrefixCache(weights_hash(model), max_bytes=1 << 30)
-context = cache.longest(prompt)             # after the longest beginning of the prompt that is there, or None
-cache.put(prompt[:n], context)              # least recently used ones make room
-n = cache.branch(prompt)                    # where the prompt leaves an earlier one: worth keeping
+context = cache.longest(prompt)             # after the longest cached prefix of the prompt, or None
+cache.put(prompt[:n], context)              # evicts the least recently used ones
+n = cache.branch(prompt)                    # length of the prefix shared with an earlier prompt: worth caching
 
-A recurrent state cannot be cut back to an earlier token, so a beginning is found only if its own state was kept.
-`branch` says where: the second text with some beginning shows that it is shared, and the third finds it.
+A recurrent state cannot be cut back to an earlier token, so a prefix is a hit only if its own state was cached.
+`branch` says which: the second prompt with a prefix shows that it is shared, and the third hits it.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ import numpy as np
 
 from tnllm.generation.context import Context
 
-# Prompts remembered to see where later ones branch off, and how much of each.
+# Earlier prompts that `branch` compares with, and how many tokens of each.
 _RECENT, _RECENT_TOKENS = 64, 1 << 16
-# A shared beginning shorter than this is read again faster than it is copied.
+# A shorter prefix is prefilled again faster than its state is copied.
 MIN_TOKENS = 16
 
 
 class PrefixCache:
-    """Least recently used contexts, at most `max_bytes` of tensors. Not thread-safe: its engine's thread owns it."""
+    """At most `max_bytes` of contexts, least recently used ones evicted. Not thread-safe: the engine's thread owns it."""
 
     def __init__(self, weights: str, max_bytes: int) -> None:
-        """`weights` is `weights_hash(model)`: contexts of other weights are never found."""
+        """`weights` is `weights_hash(model)`: contexts of other weights are never a hit."""
         self._weights, self.max_bytes = weights, max_bytes
         self._entries: OrderedDict[tuple[int, bytes], Context] = OrderedDict()
         self._counts: dict[int, int] = {}  # entries of each length
@@ -39,7 +39,7 @@ class PrefixCache:
         return len(self._entries)
 
     def longest(self, prompt: Sequence[int]) -> Context | None:
-        """The context after the longest kept beginning of `prompt`, the whole of it included."""
+        """The context after the longest cached prefix of `prompt`, which may be all of it; None if there is none."""
         lengths = sorted(length for length in self._counts if length <= len(prompt))
         for key in reversed(list(self._keys(prompt, lengths))):
             if key in self._entries:
@@ -48,7 +48,7 @@ class PrefixCache:
         return None
 
     def put(self, prefix: Sequence[int], context: Context) -> None:
-        """Keep the context after `prefix`, if it fits at all and is long enough to be worth it."""
+        """Cache the context after `prefix`, unless it is too large or the prefix too short."""
         size = _nbytes(context)
         if len(prefix) < MIN_TOKENS or size > self.max_bytes:
             return
@@ -67,14 +67,14 @@ class PrefixCache:
                 del self._counts[length]
 
     def branch(self, prompt: Sequence[int]) -> int:
-        """How many tokens `prompt` shares with the earlier prompt most like it; it counts as an earlier one from now."""
+        """Longest prefix, in tokens, that `prompt` shares with an earlier prompt, of which it is one from now on."""
         ids = np.array(prompt[:_RECENT_TOKENS], dtype=np.int64)
         shared = max((_common(ids, other) for other in self._recent), default=0)
         self._recent.append(ids)
         return shared if shared >= MIN_TOKENS else 0
 
     def _keys(self, prompt: Sequence[int], lengths: Iterable[int]) -> Iterable[tuple[int, bytes]]:
-        """Keys of the beginnings of the given rising lengths, in one pass over the tokens."""
+        """Keys of the prefixes of the given increasing lengths, in one pass over the tokens."""
         data = np.array(prompt, dtype="<i8")
         digest = hashlib.sha256(self._weights.encode())
         for start, end in pairwise([0, *lengths]):

@@ -1,13 +1,13 @@
-"""The rows a server decodes: a fixed number of slots in one state tensor, joined and left between any two steps.
+"""The batch a server decodes: a fixed number of slots in one state tensor; rows join and leave between any two steps.
 
 slots = Slots(model, tokenizer, 64)
 slots.join(row, context)            # a copy of the context becomes the row's state
-for row, pieces in slots.decode(ends):
-    ...                             # a few more tokens of each row; rows with a reason have left
+for row, pieces in slots.decode(eos_ids):
+    ...                             # a few more tokens of each row; finished rows have left
 
-Active rows are always the first ones: a row that leaves is overwritten by the last one. So a step runs on a prefix
-of the tensors, without gaps and without allocating states. On a GPU prefixes of a few sizes are captured as
-CUDA graphs once, and the rows beyond the active ones compute nothing that is used.
+Active rows come first: the last row replaces one that leaves. So a step runs on the first rows of the tensors, without
+gaps and without allocating states. On a GPU a few batch sizes are captured once as CUDA graphs; the rows above the
+active ones are padding, and their results are discarded.
 """
 
 import torch
@@ -18,7 +18,7 @@ from tnllm.generation.captured_step import MIN_STEPS, CapturedStep, can_capture
 from tnllm.generation.context import Context
 from tnllm.generation.decoder import SYNC_EVERY
 from tnllm.generation.sampler import Options
-from tnllm.generation.samples import Drawn, Piece, Row, draw, most_logprobs, non_finite
+from tnllm.generation.samples import Piece, Row, SampledTokens, most_logprobs, non_finite, sample
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.state import State
 from tnllm.tokenizer import Tokenizer
@@ -41,9 +41,9 @@ class Slots:
         if model.head_weight.dtype == torch.float64:
             self._logits = self._logits.double()
         self._seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=model.device)
-        self._counts: Tensor | None = None  # [slots, V] from the first row on that needs it
-        self._options: Options | None = None  # of the active rows; None after one joined or left
-        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=model.device)  # drawn last
+        self._counts: Tensor | None = None  # [slots, V]; allocated for the first row that needs it
+        self._options: Options | None = None  # of the active rows; None after a row joined or left
+        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=model.device)  # sampled last
         self._ahead = can_capture(model, MIN_STEPS)
         self._steps: dict[int, CapturedStep] = {}
         self.rows: list[Row] = []
@@ -51,56 +51,56 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """Slots nobody is in."""
+        """Number of free slots."""
         return self.num_slots - len(self.rows)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, used or not."""
+        """Bytes of all slots, active or free."""
         counts = self._counts.nbytes if self._counts is not None else 0
         return self._state.nbytes + self._logits.nbytes + self._seen.nbytes + counts
 
     def warm_up(self) -> None:
-        """Capture every size now rather than when a request waits for it. Nothing to do on a CPU."""
+        """Capture every batch size now rather than while a request waits. Does nothing on a CPU."""
         if self._ahead:
             for size in _sizes(self.num_slots):
                 self._captured(size)
 
     @torch.no_grad()
     def join(self, row: Row, context: Context) -> None:
-        """Put a row into a free slot, after `context`, which is copied."""
-        place = len(self.rows)
-        assert place < self.num_slots
+        """Put a row into a free slot, with a copy of `context` as its state."""
+        slot = len(self.rows)
+        assert slot < self.num_slots
         for layer, own in zip(self._state.layers, context.state.layers, strict=True):
-            layer[place].copy_(own[0])
-        self._state.position[place] = context.state.position[0]
-        self._logits[place].copy_(context.logits[0])
-        self._seen[place].copy_(context.seen[0])
+            layer[slot].copy_(own[0])
+        self._state.position[slot] = context.state.position[0]
+        self._logits[slot].copy_(context.logits[0])
+        self._seen[slot].copy_(context.seen[0])
         if row.params.presence_penalty or row.params.frequency_penalty:
             if self._counts is None:
                 self._counts = torch.zeros_like(self._seen, dtype=torch.int32)
-            self._counts[place].zero_()
+            self._counts[slot].zero_()
         self.rows.append(row)
         self._options = None
 
     @torch.no_grad()
     def leave(self, row: Row) -> None:
         """Free a row's slot."""
-        place = next(place for place, other in enumerate(self.rows) if other is row)
+        slot = next(slot for slot, other in enumerate(self.rows) if other is row)
         last = len(self.rows) - 1
-        if place != last:
+        if slot != last:
             tensors = [*self._state.layers, self._state.position, self._logits, self._seen, self._tokens]
             for tensor in [*tensors, self._counts] if self._counts is not None else tensors:
-                tensor[place].copy_(tensor[last])
-            self.rows[place] = self.rows[last]
+                tensor[slot].copy_(tensor[last])
+            self.rows[slot] = self.rows[last]
         self.rows.pop()
         self._options = None
 
     @torch.no_grad()
-    def decode(self, ends: frozenset[int]) -> list[tuple[Row, list[Piece] | RunError]]:
-        """A few more tokens of every row (one on a CPU), with one wait for the device; rows that end leave.
+    def decode(self, eos_ids: frozenset[int]) -> list[tuple[Row, list[Piece] | RunError]]:
+        """A few more tokens of every row (one on a CPU), with one synchronisation; finished rows leave.
 
-        A row whose logits are not finite leaves with an error in place of its pieces; the others go on.
+        A row whose logits are not finite leaves with an error in place of its pieces; the others continue.
         """
         rows = list(self.rows)
         count = len(rows)
@@ -113,29 +113,29 @@ class Slots:
             if columns:
                 self._read(columns[-1][0])
             columns.append(
-                draw(
+                sample(
                     self._logits[:count], self._options, self._state.position[:count], self._seen[:count], counts,
                     self._tokenizer.vocab_size, num_top,
                 )
             )  # fmt: skip
         self._tokens[:count].copy_(columns[-1][0])
         if self._ahead:
-            # The device computes while the host looks; what rows that have ended compute is for nobody.
+            # The device computes while the host processes the tokens; results of finished rows are discarded.
             self._read(self._tokens[:count])
-        drawn = Drawn.of(columns)
-        found: list[tuple[Row, list[Piece] | RunError]] = []
-        for place, row in enumerate(rows):
-            # Past its last token a row may be anything.
-            if all(drawn.finite[place][: row.left]):
-                found.append((row, list(row.take_all(drawn, place, ends, self._tokenizer))))
+        sampled = SampledTokens.of(columns)
+        results: list[tuple[Row, list[Piece] | RunError]] = []
+        for index, row in enumerate(rows):
+            # Logits after a row's last token are discarded, so they need not be finite.
+            if all(sampled.finite[index][: row.left]):
+                results.append((row, list(row.append(sampled, index, eos_ids, self._tokenizer))))
             else:
-                found.append((row, RunError(non_finite(int(self._state.position[place])))))
-        for row, pieces in found:
+                results.append((row, RunError(non_finite(int(self._state.position[index])))))
+        for row, pieces in results:
             if row.reason or isinstance(pieces, RunError):
                 self.leave(row)
         if not self._ahead and self.rows:
             self._read(self._tokens[: len(self.rows)])
-        return found
+        return results
 
     def _read(self, tokens: Tensor) -> None:
         """Feed one token to each active row."""
@@ -158,10 +158,10 @@ class Slots:
         return self._steps[size]
 
     def _prefix(self, count: int) -> State:
-        """The first rows, sharing memory with all."""
+        """A view of the first rows."""
         return State([layer[:count] for layer in self._state.layers], self._state.position[:count])
 
 
 def _sizes(num_slots: int) -> list[int]:
-    """Batch sizes that are captured: powers of two, so that at most half of a step is for nobody."""
+    """Batch sizes that are captured: powers of two, so that at most half of a captured batch is padding."""
     return sorted({min(1 << power, num_slots) for power in range(num_slots.bit_length() + 1)})

@@ -1,8 +1,8 @@
-"""What stands in front of every route: Host, key, kind and size of the body, all answered in OpenAI's error shape.
+"""Checks in front of every route: Host, API key, type and size of the body; refusals have OpenAI's error shape.
 
-app = Guard(app, Settings(name="demo", api_key="secret"))
+app = RequestChecks(app, Settings(name="demo", api_key="secret"))
 
-Bodies are read whole, within their limit, before a route sees them.
+A body is read completely, within its limit, before a route sees it.
 """
 
 import asyncio
@@ -24,9 +24,11 @@ _BODY_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server is told. api_key: what clients must send as a bearer token. hosts: Host headers that are
-    answered, None for all; a server on the loopback answers to its own names alone, so that a web page elsewhere
-    cannot reach it by pointing its own name here."""
+    """Settings of the server.
+
+    api_key: what clients must send as a bearer token. hosts: Host headers that are served, None for all. A server on
+    the loopback serves its own names only, so that a web page elsewhere cannot reach it by DNS rebinding.
+    """
 
     name: str
     api_key: str | None = None
@@ -35,7 +37,7 @@ class Settings:
 
 
 class JSON(Response):
-    """JSON in ASCII, so that whatever a client sent can be quoted back."""
+    """JSON in ASCII, so that an answer may quote any text that a client sent, lone surrogates included."""
 
     media_type = "application/json"
 
@@ -43,7 +45,7 @@ class JSON(Response):
         return json.dumps(content, separators=(",", ":")).encode("ascii")
 
 
-class Guard:
+class RequestChecks:
     """The application behind the checks."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -51,7 +53,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            # The protocol of start and stop; websockets have no route.
+            # The lifespan protocol; websockets have no route.
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -69,12 +71,12 @@ class Guard:
         if not self._host_allowed(headers.get(b"host", b"")):
             await refuse(403, "this Host is not served here; open the server by the address it printed")
             return
-        if scope["path"] not in _OPEN_PATHS and not self._key_right(headers.get(b"authorization", b"")):
+        if scope["path"] not in _OPEN_PATHS and not self._key_is_right(headers.get(b"authorization", b"")):
             await refuse(401, "a wrong or missing API key; send it as 'Authorization: Bearer KEY'", "invalid_api_key",
                          WWW_Authenticate="Bearer")  # fmt: skip
             return
         if scope["method"] == "POST":
-            # Anything else a web page elsewhere could send without asking first.
+            # A web page elsewhere may send any other type without a CORS preflight.
             if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
                 await refuse(415, "the body must be JSON; send it with 'Content-Type: application/json'")
                 return
@@ -100,13 +102,13 @@ class Guard:
         name = re.sub(r":\d+$", "", host.decode("latin-1")).lower()
         return hosts is None or name in hosts
 
-    def _key_right(self, given: bytes) -> bool:
+    def _key_is_right(self, authorization: bytes) -> bool:
         key = self._settings.api_key
-        return key is None or hmac.compare_digest(given, b"Bearer " + key.encode())
+        return key is None or hmac.compare_digest(authorization, b"Bearer " + key.encode())
 
 
 async def _read_body(receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None if it is larger than `limit`."""
+    """The complete body; None if it is larger than `limit`."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -121,14 +123,14 @@ async def _read_body(receive: Receive, limit: int) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once and then what comes."""
-    given = False
+    """A `receive` that returns the body once, then what the server receives."""
+    is_read = False
 
     async def replayed() -> Message:
-        nonlocal given
-        if given:
+        nonlocal is_read
+        if is_read:
             return await receive()
-        given = True
+        is_read = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replayed
