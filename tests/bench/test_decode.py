@@ -1,4 +1,4 @@
-"""The decoding benchmark: its gate, its rows, its counts of bytes."""
+"""The decoding benchmark: its check, its rows, its counts of bytes."""
 
 import json
 
@@ -71,7 +71,7 @@ def test_the_baseline_step_is_the_models():
 
 
 def test_what_does_not_fit_is_skipped_and_said(capfd, monkeypatch):
-    monkeypatch.setattr(decode, "_room_bytes", lambda device: 600_000)
+    monkeypatch.setattr(decode, "_usable_bytes", lambda device: 600_000)
     code, out, _ = run(capfd, *SMALL)
     assert code == 0 and out.count("skipped: ") == 1
     assert "skipped: tnllm, batch 2, position 1K (needs about" in out

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tnllm.bench.norm import bench_norm, gate
+from tnllm.bench.norm import bench_norm, check
 
 
 def test_norms_and_steps():
@@ -15,8 +15,8 @@ def test_norms_and_steps():
     assert [row["norm"] for row in found["steps"]] == ["srmsnorm", "rmsnorm", "layernorm"]
 
 
-def test_the_gate_sees_a_wrong_norm():
+def test_the_check_detects_a_wrong_norm():
     x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
-    assert gate(lambda x: 1.1 * torch.nn.functional.rms_norm(x, (8,), eps=1e-6), "wrong", x, dy) == pytest.approx(
+    assert check(lambda x: 1.1 * torch.nn.functional.rms_norm(x, (8,), eps=1e-6), "wrong", x, dy) == pytest.approx(
         0.1, rel=0.01
     )

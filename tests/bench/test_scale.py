@@ -59,7 +59,7 @@ def test_work_of_a_gpu_is_the_same_in_weak_scaling_and_split_in_strong():
         (4, "sp+tp"): (1, 16384),
     }
     assert [(job.kind, job.rows, job.seq_len) for job in jobs[1]] == [
-        ("gate", 4, 256),
+        ("check", 4, 256),
         ("time", 2, 4096),
         ("time", 1, 8192),
     ]
@@ -67,7 +67,7 @@ def test_work_of_a_gpu_is_the_same_in_weak_scaling_and_split_in_strong():
     for found in jobs.values():
         for job in found:
             assert job.kind != "time" or job.mesh == ONE or any(job.needs == other.name for other in found)
-            assert job.kind != "gate" or (job.rows, job.seq_len) == (4, 256)
+            assert job.kind != "check" or (job.rows, job.seq_len) == (4, 256)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def results():
         meshes=["fsdp", "sp", "tp"],
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scale, "_GATE_TOKENS", 32)
+        patch.setattr(scale, "_CHECK_TOKENS", 32)
         return bench_scaling(small)
 
 

@@ -1,4 +1,4 @@
-"""Whole training steps: gated, timed with the trainer's own step, reported."""
+"""Full training steps: checked, timed with the trainer's own step, reported."""
 
 import csv
 import json
@@ -69,7 +69,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(bench, "make_trainer", wrong)
     said: list[str] = []
-    found = bench_training(CASES[:1], CPU, compiled=False, steps=1, note=said.append)
+    found = bench_training(CASES[:1], CPU, compiled=False, steps=1, log=said.append)
     assert found["rows"] == [] and not found["accuracy"][0]["passed"]
     assert any(
         line.startswith("not timed: tiny transnormer is wrong (relative error of the loss 0.01") for line in said
@@ -78,14 +78,14 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
 
 def test_nan_fails_the_check(monkeypatch):
     monkeypatch.setattr(bench, "LIMITS", {torch.float32: (float("nan"), 1.0)})
-    assert not bench.gate(CASES[0], CPU, False, "auto")["passed"]
+    assert not bench.check(CASES[0], CPU, False, "auto")["passed"]
 
 
 def test_recomputation_and_documents_pass_the_check():
     for kind in ("transnormer", "transformer"):
         for mode in ("selective", "full"):
             case = Case("tiny", kind, 32, 2, activation_checkpointing=mode, packing="reset")
-            assert bench.gate(case, CPU, False, "auto")["passed"]
+            assert bench.check(case, CPU, False, "auto")["passed"]
 
 
 def test_documents_are_rows():

@@ -88,7 +88,7 @@ def test_a_truncated_shard_ends_with_code_1(tnllm, corpus, tmp_path):
 
 def test_verifying_a_corpus_makes_no_sense(tnllm, corpus):
     code, _, stderr = tnllm("data", "inspect", corpus, "--verify")
-    assert code == 2 and "is no folder of token shards, so there is no hash to verify" in stderr
+    assert code == 2 and "is not a folder of token shards, so there is no hash to verify" in stderr
 
 
 @pytest.mark.parametrize("command", ["tokenize", "inspect"])

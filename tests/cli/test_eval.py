@@ -111,7 +111,7 @@ def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
         (["--tasks", "mmul"], "did you mean 'mmlu'?"),
         (["--tasks", "mmlu", "--limit", "0"], "--limit is 0; give a number of questions from 1"),
         (["--tasks", "boolq"], "none ship with tnllm; give --data-dir"),
-        (["--tasks", "mmlu", "--data-dir", "/nowhere"], "--data-dir /nowhere is no folder"),
+        (["--tasks", "mmlu", "--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),
         (["--tasks", "mmlu", "--batch-size", "many"], "--batch-size is 'many'; allowed: auto"),
         (["--tasks", "mmlu", "--log-samples"], "say where with --out DIR"),
         (["--tasks", "mmlu", "--gen-kwargs", "temperature"], "write name=value with commas"),

@@ -216,8 +216,8 @@ def test_chat_takes_turns(run, weights):
     assert code == 0
     answers = out.removesuffix("\n").split("\n")
     assert answers[0] == answers[2] != answers[1], "a reset forgets"
-    assert "forgotten" in err
-    assert "/help is no command; there are /reset and /exit" in err
+    assert "conversation cleared" in err
+    assert "/help is not a command; the commands are /reset and /exit" in err
     turn = "Human:\nHello\nAssistant:\n"
     single = run("--prompt", turn, *options, "--stop", r"\nHuman:")[1]
     assert single == answers[0] + "\n"
@@ -248,7 +248,7 @@ def test_ctrl_c_in_a_chat_breaks_the_answer_off(run, monkeypatch):
     interrupt_after(monkeypatch, 5)
     code, out, err = run("--chat", "--seed", 1, "--max-tokens", 12, stdin=b"Hello\nAgain\n")
     assert code == 0
-    assert [line.split(" at ")[0] for line in err.splitlines()] == ["answer broken off", "12 tokens"]
+    assert [line.split(" at ")[0] for line in err.splitlines()] == ["answer interrupted", "12 tokens"]
     assert out.count("\n") >= 2
 
 
@@ -314,15 +314,15 @@ def test_text_that_is_not_utf8(run, tmp_path):
         (["--prompt", "a", "--temprature", "1"], "No such option: --temprature"),
         (["--prompt", "a", "--stop", ""], "stop is ['']; allowed: strings that are not empty"),
         (["--prompt", "a", "--output", "x"], "--output is for --input"),
-        (["--prompt", "a", "--logprobs", "2"], "--logprobs needs --json, or --input"),
+        (["--prompt", "a", "--logprobs", "2"], "--logprobs needs --json or --input"),
         (["--prompt", "a", "--n", "2", "--state-out", "x"], "--state-out saves the state of one text"),
-        (["--chat", "--json"], "--chat goes with none of"),
+        (["--chat", "--json"], "--chat cannot be combined with --json"),
         (["--chat", "--chat-template", "Q:"], "the chat template is 'Q:'; it must hold {prompt} once"),
         (["--prompt", "a", "--chat-template", "{prompt}"], "--chat-template is for --chat"),
         (["--prompt", "a", "--device", "tpu"], "device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
         (["--prompt", "a", "--device", "cuda:99"], "device is 'cuda:99', but torch sees"),
         (["--prompt", "a", "--dtype", "float16"], "dtype is 'float16'; allowed: auto, float32, bfloat16"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt is no file"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt is not a file"),
     ],
 )
 def test_one_line_for_each_mistake(run, args, message):

@@ -1,15 +1,15 @@
-"""Training on 1, 2, 4 … GPUs of one machine: correctness first, then speed, memory and what ranks send each other.
+"""Training on 1, 2, 4 … GPUs of one machine: correctness first, then speed, memory and communication.
 
     plan = Plan(presets=["385m"], gpus=[1, 2], meshes=["fsdp", "tp", "sp"], device="cuda")
     results = bench_scaling(plan, on_row=print)
 
-This process only plans, starts and reads; it never touches a GPU. For each number of GPUs one torchrun starts that many
-ranks (`scale_rank`), which run that number's cases one after another and append each result to a file. A case that
-ends its ranks, out of memory or killed, becomes a row that says so, and ranks start again for the cases after it.
+This process only plans, launches and reads; it never uses a GPU. For each number of GPUs one torchrun starts that many
+ranks (`scale_rank`), which run that number's jobs one after another and append each result to a file. A job that ends
+its ranks, out of memory or killed, becomes a row that says so, and new ranks start for the jobs after it.
 
-What is compared with one GPU of the same run, as tokens/s per GPU:
+Compared with one GPU of the same run, as tokens/s per GPU:
 
-    fsdp    weak scaling: every GPU has its own rows, as many as one GPU had
+    fsdp    weak scaling: every GPU has as many rows as one GPU had
     sp      weak scaling: one row, whose length grows with the GPUs; one GPU's is `rows * seq_len` tokens
     tp      strong scaling: the tokens of one GPU, split
 """
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,18 @@ from tnllm.training.config import ParallelSection, RunConfig
 # Short name → the axis of the mesh.
 SHORT = {"fsdp": "shard", "sp": "sequence", "tp": "tensor", "ddp": "replicate"}
 ONE = "one"
-GATE_STEPS = 10
-_GATE_TOKENS = 256
-# At the usual 3e-4 a model of 1B's widths learns its few batches by heart in ten steps, and the loss that is left (0.008)
-# differs by parts of itself between any two orders of summation.
-_GATE_LEARNING_RATE = 3e-5
-# A search for the longest row gives up beyond this many tokens a GPU.
+CHECK_STEPS = 10
+_CHECK_TOKENS = 256
+# At the usual 3e-4 a model of 1B's widths memorises its few batches in ten steps, and the loss that remains (0.008) has
+# large relative differences between any two orders of summation.
+_CHECK_LEARNING_RATE = 3e-5
+# The search for the longest row ends beyond this many tokens per GPU.
 LONGEST = 1 << 24
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. `rows` of `seq_len` tokens is the work of one GPU; `longest` also searches the longest row."""
+    """What is measured. One GPU's work is `rows` of `seq_len` tokens; `longest` also searches for the longest row."""
 
     presets: list[str]
     gpus: list[int]
@@ -69,13 +70,13 @@ class Plan:
     warmup: int = 3
     longest: bool = False
     timeout_s: float = 300
-    # Ranks import this module first; tests break something with it.
+    # A module that ranks import first; tests inject faults with it.
     plugin: str | None = None
 
 
 @dataclass
 class Job:
-    """One thing that ranks do: `kind` gate, time or longest; `needs` is the gate that must have passed."""
+    """One task of the ranks: `kind` check, time or longest; `needs` names the check that must have passed."""
 
     name: str
     kind: str
@@ -94,29 +95,11 @@ class Job:
 
 
 def mesh_axes(text: str, ranks: int) -> dict[str, int] | None:
-    """Sizes of the axes of a mesh such as fsdp, fsdp+tp or shard=2+sequence=4; None where it has no `ranks` ranks.
+    """Sizes of the axes of a mesh such as fsdp, fsdp+tp or shard=2+sequence=4; None if it cannot have `ranks` ranks.
 
-    With two axes and no sizes the first one gets the larger half. Raises UserError for an unknown axis.
+    With two axes and no sizes the first one gets the larger factor. Raises UserError for an unknown axis.
     """
-    sizes: dict[str, int] = {}
-    names = []
-    for part in text.split("+"):
-        name, given, size = part.partition("=")
-        axis = SHORT.get(name, name)
-        if axis not in AXES or (given and not (size.isdigit() and int(size) > 0)):
-            allowed = ", ".join(SHORT)
-            raise UserError(
-                f"--meshes has {text!r}; write {allowed}, joined by + where there are several axes, or sizes: "
-                f"shard=2+sequence=2{did_you_mean(name, [*SHORT, *AXES])}"
-            )
-        if axis in sizes or axis in names:
-            raise UserError(f"--meshes has {text!r}, which names {axis} twice")
-        if given:
-            sizes[axis] = int(size)
-        else:
-            names.append(axis)
-    if names and sizes:
-        raise UserError(f"--meshes has {text!r}; give all axes a size, or none")
+    sizes, names = _parse_mesh(text)
     if names:
         base = round(ranks ** (1 / len(names)))
         inner = next((n for n in range(base, 0, -1) if ranks % n ** (len(names) - 1) == 0), 1)
@@ -128,8 +111,32 @@ def mesh_axes(text: str, ranks: int) -> dict[str, int] | None:
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
+def _parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
+    """Axes with sizes, and axes without. Raises UserError."""
+    sizes: dict[str, int] = {}
+    names: list[str] = []
+    for word in text.split("+"):
+        name, equals, size = word.partition("=")
+        axis = SHORT.get(name, name)
+        if axis not in AXES or (equals and not (size.isdigit() and int(size) > 0)):
+            allowed = ", ".join(SHORT)
+            raise UserError(
+                f"--meshes has {text!r}; write {allowed}, several axes joined by +, or sizes: "
+                f"shard=2+sequence=2{did_you_mean(name, [*SHORT, *AXES])}"
+            )
+        if axis in sizes or axis in names:
+            raise UserError(f"--meshes has {text!r}, which names {axis} twice")
+        if equals:
+            sizes[axis] = int(size)
+        else:
+            names.append(axis)
+    if names and sizes:
+        raise UserError(f"--meshes has {text!r}; give all axes a size, or none")
+    return sizes, names
+
+
 def run_config(job: Job, plan: Plan) -> RunConfig:
-    """The run whose step is timed or, of a smaller model, checked. Raises UserError where model and mesh do not fit."""
+    """The run whose step is timed or, for a smaller model, checked. Raises UserError if model and mesh do not fit."""
     case = Case(job.preset, "transnormer", job.seq_len, job.rows, plan.activation_checkpointing)
     try:
         config = train.run_config(
@@ -137,11 +144,11 @@ def run_config(job: Job, plan: Plan) -> RunConfig:
             torch.device(plan.device),
             plan.compiled,
             plan.dtype,
-            train.gate_model(case.model) if job.kind == "gate" else None,
+            train.check_model(case.model) if job.kind == "check" else None,
             ParallelSection(**job.axes, timeout_s=plan.timeout_s),
         )
-        if job.kind == "gate":
-            slow = config.optimizer.model_copy(update={"learning_rate": _GATE_LEARNING_RATE})
+        if job.kind == "check":
+            slow = config.optimizer.model_copy(update={"learning_rate": _CHECK_LEARNING_RATE})
             config = config.model_copy(update={"optimizer": slow})
         return config
     except ValidationError as error:
@@ -152,50 +159,51 @@ def run_config(job: Job, plan: Plan) -> RunConfig:
 def make_jobs(plan: Plan) -> dict[int, list[Job]]:
     """All jobs by number of GPUs, those of one GPU first. Raises UserError before anything runs."""
     alone = dict.fromkeys(AXES, 1)
-    # One batch for the check of all meshes: it divides over each of them.
+    # One batch for the checks of all meshes: it divides over each of them.
     unit = math.lcm(*plan.gpus)
-    gate = unit * max(1, _GATE_TOKENS // unit), unit if unit % 2 == 0 else 2 * unit
+    checked = unit * max(1, _CHECK_TOKENS // unit), unit if unit % 2 == 0 else 2 * unit
     tokens = plan.rows * plan.seq_len
     jobs: dict[int, list[Job]] = {number: [] for number in plan.gpus}
-    meshes = {number: [(m, axes) for m in plan.meshes if (axes := mesh_axes(m, number))] for number in plan.gpus}
-    for mesh in plan.meshes:
-        if not any(mesh == name for found in meshes.values() for name, _ in found):
-            numbers = ", ".join(map(str, plan.gpus))
-            raise UserError(f"--meshes has {mesh!r}, which fits none of the numbers of GPUs: --gpus is {numbers}")
-    used = {axis for found in meshes.values() for _, axes in found for axis in AXES if axes[axis] > 1}
+    meshes = _meshes(plan)
+    used = {axis for fitting in meshes.values() for _, axes in fitting for axis in AXES if axes[axis] > 1}
     for preset in plan.presets:
-        reference = Job(f"{preset} gate {ONE}", "gate", preset, ONE, alone, *gate)
-        jobs[1].append(reference)
-        if used - {"sequence"} or not used:
+        jobs[1].append(Job(f"{preset} check {ONE}", "check", preset, ONE, alone, *checked))
+        long_row = "sequence" in used and plan.rows > 1
+        if used != {"sequence"} or not long_row:
             jobs[1].append(Job(f"{preset} {ONE}", "time", preset, ONE, alone, plan.seq_len, plan.rows))
-        if "sequence" in used and plan.rows > 1:
+        if long_row:
             jobs[1].append(Job(f"{preset} {ONE} row", "time", preset, ONE, alone, tokens, 1))
-        elif "sequence" in used and not used - {"sequence"}:
-            jobs[1].append(Job(f"{preset} {ONE}", "time", preset, ONE, alone, plan.seq_len, plan.rows))
         if plan.longest:
             jobs[1].append(Job(f"{preset} longest {ONE}", "longest", preset, ONE, alone, tokens, 1))
-        for number, found in meshes.items():
-            for mesh, axes in found:
-                check = Job(f"{preset} gate {mesh} {number}", "gate", preset, mesh, axes, *gate)
+        for number, fitting in meshes.items():
+            for mesh, axes in fitting:
+                check = Job(f"{preset} check {mesh} {number}", "check", preset, mesh, axes, *checked)
                 copies = axes["replicate"] * axes["shard"]
-                shape = (
-                    (tokens * axes["sequence"], copies) if axes["sequence"] > 1 else (plan.seq_len, plan.rows * copies)
-                )
-                jobs[number] += [
-                    check,
-                    Job(f"{preset} {mesh} {number}", "time", preset, mesh, axes, *shape, needs=check.name),
-                ]
+                long = axes["sequence"] > 1
+                shape = (tokens * axes["sequence"], copies) if long else (plan.seq_len, plan.rows * copies)
+                name = f"{preset} {mesh} {number}"
+                jobs[number] += [check, Job(name, "time", preset, mesh, axes, *shape, needs=check.name)]
                 if plan.longest and axes["sequence"] == number:
                     name = f"{preset} longest {mesh} {number}"
                     jobs[number].append(Job(name, "longest", preset, mesh, axes, *shape, needs=check.name))
-    for job in (job for part in jobs.values() for job in part):
+    for job in chain.from_iterable(jobs.values()):
         run_config(job, plan)
     return jobs
 
 
+def _meshes(plan: Plan) -> dict[int, list[tuple[str, dict[str, int]]]]:
+    """By number of GPUs: the meshes that fit it, with the sizes of their axes. Raises UserError if one fits none."""
+    meshes = {number: [(m, axes) for m in plan.meshes if (axes := mesh_axes(m, number))] for number in plan.gpus}
+    for mesh in plan.meshes:
+        if not any(mesh == name for fitting in meshes.values() for name, _ in fitting):
+            numbers = ", ".join(map(str, plan.gpus))
+            raise UserError(f"--meshes has {mesh!r}, which fits none of the numbers of GPUs: --gpus is {numbers}")
+    return meshes
+
+
 def bench_scaling(
     plan: Plan,
-    note: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     on_environment: Callable[[dict[str, Any]], None] = lambda results: None,
     on_check: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, results: None,
     on_row: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, results: None,
@@ -208,86 +216,107 @@ def bench_scaling(
     ranks, allocated by torch in steady steps), comm_ms and comm_exposed_ms (a step's time in collectives, waiting for
     other ranks included; and that part of it in which nothing else ran), ms_AXIS and sent_AXIS (bytes a rank sends in a
     step, counted), computed_bytes (the same by formula), compile_s (what the first step took beyond a steady one, the
-    model's set-up included), left_gib (allocated before the case began). Null where it could not be measured.
+    model's set-up included), left_gib (allocated before the job began). Null: could not be measured.
     """
     jobs = make_jobs(plan)
-    results: dict[str, Any] = {"environment": {}, "accuracy": [], "rows": [], "longest": []}
-    passed: dict[str, bool] = {}
-    expected: dict[str, dict[str, list[float]]] = {}
-
-    def take(job: Job, found: dict[str, Any]) -> None:
-        """One finished job."""
-        if job.kind == "gate":
-            if job.mesh == ONE:
-                if "loss" in found:
-                    expected[job.preset] = {"loss": found["loss"], "norm": found["norm"]}
-                else:
-                    note(f"{job.preset} on one GPU could not be checked ({found['status']}): no mesh of it is timed")
-                return
-            passed[job.name] = bool(found.get("passed"))
-            row = {"preset": job.preset, "gpus": job.ranks, "mesh": job.mesh, **found}
-            results["accuracy"].append(row)
-            on_check(row, results)
-        elif job.kind == "longest":
-            row = {"preset": job.preset, "gpus": job.ranks, "mesh": job.mesh, **found}
-            results["longest"].append(row)
-            on_row(row, results)
-        else:
-            row = timed_row(job, plan, found, results["rows"], results["environment"].get("matmul_tflop_per_s"))
-            results["rows"].append(row)
-            on_row(row, results)
-
+    run = _Run(plan, log, on_environment, on_check, on_row)
     for number, todo in jobs.items():
-        left = list(todo)
+        left = run.startable(todo)
         while left:
-            for job in [job for job in left if job.kind == "gate" and job.mesh != ONE]:
-                job.expected = expected.get(job.preset)
+            left = run.startable(run.launch(number, left))
+    return run.results
+
+
+class _Run:
+    """Results so far, and what is known about each check; the arguments are those of `bench_scaling`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        log: Callable[[str], None],
+        on_environment: Callable[[dict[str, Any]], None],
+        on_check: Callable[[dict[str, Any], dict[str, Any]], None],
+        on_row: Callable[[dict[str, Any], dict[str, Any]], None],
+    ) -> None:
+        self.plan, self.log = plan, log
+        self.on_environment, self.on_check, self.on_row = on_environment, on_check, on_row
+        self.results: dict[str, Any] = {"environment": {}, "accuracy": [], "rows": [], "longest": []}
+        self._passed: dict[str, bool] = {}
+        # By preset: one GPU's losses and gradient norms, which every mesh must reproduce.
+        self._expected: dict[str, dict[str, list[float]]] = {}
+
+    def take(self, job: Job, outcome: dict[str, Any]) -> None:
+        """Record a finished job."""
+        row = {"preset": job.preset, "gpus": job.ranks, "mesh": job.mesh, **outcome}
+        if job.kind == "check" and job.mesh == ONE:
+            if "loss" in outcome:
+                self._expected[job.preset] = {"loss": outcome["loss"], "norm": outcome["norm"]}
+            else:
+                self.log(f"{job.preset} on one GPU could not be checked ({outcome['status']}): no mesh of it is timed")
+        elif job.kind == "check":
+            self._passed[job.name] = bool(outcome.get("passed"))
+            self.results["accuracy"].append(row)
+            self.on_check(row, self.results)
+        elif job.kind == "longest":
+            self.results["longest"].append(row)
+            self.on_row(row, self.results)
+        else:
+            peak = self.results["environment"].get("matmul_tflop_per_s")
+            row = timed_row(job, self.plan, outcome, self.results["rows"], peak)
+            self.results["rows"].append(row)
+            self.on_row(row, self.results)
+
+    def startable(self, left: list[Job]) -> list[Job]:
+        """Those of the jobs `left` that can still run; a job whose check failed is recorded as wrong."""
+        without_reference = []
+        for job in left:
+            if job.kind == "check" and job.mesh != ONE:
+                job.expected = self._expected.get(job.preset)
                 if job.expected is None:
-                    passed[job.name] = False
-            ready = [job for job in left if _ready(job, passed)]
-            for job in left:
-                if job not in ready:
-                    take(job, {"status": "wrong", "reason": "its check was not passed"})
-            left = [job for job in ready if not (job.kind == "gate" and job.mesh != ONE and job.expected is None)]
-            if not left:
-                break
-            done: list[Job] = []
-            kept: dict[str, dict[str, Any]] = {}
-            ended = "no rank said why"
-            for event in _launch(number, left, plan):
-                if "environment" in event:
-                    if not results["environment"]:
-                        results["environment"] = event["environment"]
-                        on_environment(results)
-                elif "start" in event:
-                    note(event["start"])
-                elif "ended" in event:
-                    ended = event["ended"]
-                elif "partial" in event:
-                    kept[event["job"]] = event["partial"]
-                    note(f"{event['partial']['longest']} tokens fit")
-                elif "failed" in event:
-                    kept.setdefault(event["job"], {}).update(event["failed"])
-                else:
-                    job = next(job for job in left if job.name == event["job"])
-                    done.append(job)
-                    take(job, event["result"])
-            left = [job for job in left if job not in done]
-            if left:
-                # The first that has no result is the one the ranks died in.
-                job = left.pop(0)
-                take(job, {"status": "failed", "reason": ended, **kept.get(job.name, {})})
-                if "status" not in kept.get(job.name, {}):
-                    note(f"{job.name}: {ended}")
-                for search in [other for other in left if other.kind == "longest" and _same_work(other, job)]:
-                    # It would begin with what has just failed.
-                    take(search, {"status": "failed", "reason": "its first length did not run"})
-                    left.remove(search)
-    return results
+                    self._passed[job.name] = False
+                    without_reference.append(job)
+        blocked = [job for job in left if job.needs is not None and not self._passed.get(job.needs, True)]
+        for job in blocked:
+            self.take(job, {"status": "wrong", "reason": "its check did not pass"})
+        return [job for job in left if job not in blocked and job not in without_reference]
 
-
-def _ready(job: Job, passed: dict[str, bool]) -> bool:
-    return job.needs is None or passed.get(job.needs, True)
+    def launch(self, number: int, left: list[Job]) -> list[Job]:
+        """Start ranks for the jobs `left`; returns those that have no result because the ranks ended before them."""
+        done: list[Job] = []
+        # By job: what its ranks reported before they ended.
+        partial: dict[str, dict[str, Any]] = {}
+        ended = "no rank reported why"
+        for event in _launch(number, left, self.plan):
+            if "environment" in event:
+                if not self.results["environment"]:
+                    self.results["environment"] = event["environment"]
+                    self.on_environment(self.results)
+            elif "start" in event:
+                self.log(event["start"])
+            elif "ended" in event:
+                ended = event["ended"]
+            elif "partial" in event:
+                partial[event["job"]] = event["partial"]
+                self.log(f"{event['partial']['longest']} tokens fit")
+            elif "failed" in event:
+                partial.setdefault(event["job"], {}).update(event["failed"])
+            else:
+                job = next(job for job in left if job.name == event["job"])
+                done.append(job)
+                self.take(job, event["result"])
+        left = [job for job in left if job not in done]
+        if not left:
+            return []
+        # The ranks ended in the first job without a result.
+        job, *left = left
+        self.take(job, {"status": "failed", "reason": ended, **partial.get(job.name, {})})
+        if "status" not in partial.get(job.name, {}):
+            self.log(f"{job.name}: {ended}")
+        # A search that would begin with the very case that has just failed.
+        hopeless = [other for other in left if other.kind == "longest" and _same_work(other, job)]
+        for search in hopeless:
+            self.take(search, {"status": "failed", "reason": "its first length did not run"})
+        return [other for other in left if other not in hopeless]
 
 
 def _same_work(one: Job, other: Job) -> bool:
@@ -295,23 +324,14 @@ def _same_work(one: Job, other: Job) -> bool:
 
 
 def timed_row(
-    job: Job, plan: Plan, found: dict[str, Any], before: list[dict[str, Any]], peak: float | None
+    job: Job, plan: Plan, outcome: dict[str, Any], before: list[dict[str, Any]], peak: float | None
 ) -> dict[str, Any]:
-    """A row of results from what the ranks found, with the efficiency against the rows `before`."""
+    """A row of results from what the ranks reported, with the efficiency against the rows `before`."""
     config = run_config(job, plan)
     tokens = job.rows * job.seq_len
-    names: tuple[str, ...] = (
-        "step_ms",
-        "low_ms",
-        "high_ms",
-        "tokens_per_s",
-        "per_gpu",
-        "efficiency",
-        "base_gpus",
-        "mfu",
-        "peak_gib",
-    )
-    names += ("comm_ms", "comm_exposed_ms", *(f"{what}_{axis}" for what in ("ms", "sent") for axis in TRAFFIC_AXES))
+    names = ["step_ms", "low_ms", "high_ms", "tokens_per_s", "per_gpu", "efficiency", "base_gpus", "mfu", "peak_gib"]
+    names += ["comm_ms", "comm_exposed_ms"]
+    names += [f"{what}_{axis}" for what in ("ms", "sent") for axis in TRAFFIC_AXES]
     row: dict[str, Any] = {
         "preset": job.preset,
         "gpus": job.ranks,
@@ -328,7 +348,7 @@ def timed_row(
         "computed_bytes": sum(communication(config, plan.device == "cuda" and plan.dtype != "fp32").values()),
         "compile_s": None,
         "left_gib": None,
-        **found,
+        **outcome,
     }
     if row["status"] != "ok":
         return row
@@ -342,7 +362,7 @@ def timed_row(
 
 
 def _base(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One GPU with the same work; where that did not run, the same mesh on the fewest GPUs."""
+    """The row of one GPU with the same work; if that did not run, the same mesh on the fewest GPUs."""
     done = [other for other in rows if other["status"] == "ok" and other["preset"] == row["preset"]]
     alone = [other for other in done if other["mesh"] == ONE]
     if row["mesh"] == ONE:
@@ -362,7 +382,7 @@ def scaling(axes: dict[str, int]) -> str:
 
 
 def _launch(number: int, jobs: list[Job], plan: Plan) -> Iterator[dict[str, Any]]:
-    """Start `number` ranks for `jobs` and yield what they write, as they write it; then how they ended, if badly."""
+    """Start `number` ranks for `jobs` and yield their events as they come, then why they ended, if they failed."""
     with tempfile.TemporaryDirectory(prefix="tnllm-scale-") as name:
         folder = Path(name)
         task, events, log = folder / "task.json", folder / "events.jsonl", folder / "log.txt"
@@ -371,7 +391,7 @@ def _launch(number: int, jobs: list[Job], plan: Plan) -> Iterator[dict[str, Any]
         )
         events.touch()
         environment = dict(os.environ)
-        # Ranks of a CPU share its cores alike, however many they are.
+        # Ranks on a CPU share its cores, with the same number of threads in every job.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(plan.gpus))))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
         with open(log, "w") as output:
@@ -385,17 +405,17 @@ def _launch(number: int, jobs: list[Job], plan: Plan) -> Iterator[dict[str, Any]
         silent = False
         try:
             with open(events) as lines:
-                last, part = time.monotonic(), ""
+                last, rest = time.monotonic(), ""
                 while True:
-                    over = process.poll() is not None
-                    part += lines.read()
-                    *whole, part = part.split("\n")
-                    for line in whole:
+                    ended = process.poll() is not None
+                    rest += lines.read()
+                    *complete, rest = rest.split("\n")
+                    for line in complete:
                         last = time.monotonic()
                         yield json.loads(line)
-                    if over:
+                    if ended:
                         break
-                    if not whole and time.monotonic() - last > plan.timeout_s + 30:
+                    if not complete and time.monotonic() - last > plan.timeout_s + 30:
                         silent = True
                         break
                     time.sleep(0.1)
@@ -408,7 +428,7 @@ def _launch(number: int, jobs: list[Job], plan: Plan) -> Iterator[dict[str, Any]
                     process.kill()
                     process.wait()
         if silent:
-            yield {"ended": f"nothing was heard from the ranks for {plan.timeout_s:g} s (--timeout-s)"}
+            yield {"ended": f"the ranks reported nothing for {plan.timeout_s:g} s (--timeout-s)"}
         elif process.returncode:
             yield {"ended": _why(log.read_text(errors="replace"), process.returncode)}
 
@@ -416,11 +436,11 @@ def _launch(number: int, jobs: list[Job], plan: Plan) -> Iterator[dict[str, Any]
 def _why(log: str, code: int) -> str:
     """What torchrun's log says about the rank that failed first."""
     ended = re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)", log)
-    # SIGTERM is how torchrun stops the ranks that were still well.
+    # torchrun ends the other ranks by SIGTERM.
     lost = [(rank, -int(number)) for rank, number in ended if int(number) < 0 and -int(number) != signal.SIGTERM]
     if lost:
         return f"rank {lost[0][0]} was lost ({signal.Signals(lost[0][1]).name})"
-    told = [
+    errors = [
         line.strip() for line in log.splitlines() if re.match(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|tnllm): ", line)
     ]
-    return told[0] if told else f"the ranks ended with exit code {code}"
+    return errors[0] if errors else f"the ranks ended with exit code {code}"

@@ -1,16 +1,16 @@
-"""`tnllm convert`: released checkpoints, training checkpoints, adapters and Hugging Face folders into one another."""
+"""`tnllm convert`: between released checkpoints, training checkpoints, adapters and Hugging Face folders."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from tnllm.cli.options import check_choice
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_duration, parse_count
-from tnllm.progress import Progress
+from tnllm.progress import Progress, log
 
 if TYPE_CHECKING:
     from tnllm.convert.run import Options, Report
@@ -44,19 +44,16 @@ def command(
     shard_size: str = typer.Option("5GB", help="Largest weight file, such as 500MB or 5GB (powers of 1000)."),
     quantize: str | None = typer.Option(None, help="int8: weight-only, for --to hf; needs torchao."),
     base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
-    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to put in. Default: the source's."),
+    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to use. Default: the source's."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the key map, what is missing or unexpected, and stop."),
     verify: bool = typer.Option(True, help="Check checksums, and compare logits before and after."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace DST if it exists."),
     json_: bool = typer.Option(False, "--json", help="Print the result as one JSON object."),
 ) -> None:
-    """Convert a model from one folder layout to another, and check the result before saying done."""
-    if to not in FORMATS:
-        raise UserError(f"--to is {to!r}; allowed: {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    if quantize not in (None, "int8"):
-        raise UserError(f"--quantize is {quantize!r}; allowed: int8")
+    """Convert a model from one folder layout to another, and check the result."""
+    check_choice("--to", to, FORMATS)
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--quantize", quantize, ("int8",))
     shard_bytes = parse_count(
         shard_size.upper().removesuffix("B") if shard_size.upper().endswith("B") else shard_size, "--shard-size"
     )
@@ -86,7 +83,7 @@ def command(
         report = convert(src, dst, options, progress.log, progress.update)
     elapsed = time.monotonic() - start
     for note in report.notes:
-        progress.log(f"note      {note}")
+        log(f"note      {note}")
     if json_:
         print(json.dumps(_as_json(report, dst, elapsed)))
         return
@@ -94,7 +91,7 @@ def command(
     size = format_bytes(report.num_bytes)
     print(f"{dst}: {len(report.files)} files, {size} of weights, {format_duration(elapsed)}{checked}")
     if to != "official" and not quantize:
-        progress.log(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
+        log(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
 
 
 def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:
@@ -114,7 +111,7 @@ def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:
 
 
 def _dry_run(src: Path, options: "Options", as_json: bool) -> None:
-    """Every key and what becomes of it; ends like the conversion would, with an error where the keys do not fit."""
+    """Show every key and its result; raises the conversion's own error if the keys do not fit."""
     from tnllm.convert.official import V3_NOTE
     from tnllm.convert.plan import make_plan
     from tnllm.convert.run import key_map, open_input, shard_names
@@ -123,12 +120,12 @@ def _dry_run(src: Path, options: "Options", as_json: bool) -> None:
     plan = make_plan(source, options.to, options.dtype, options.quantize)
     rows = key_map(source, plan)
     if as_json:
-        found = {
+        result = {
             "source": source.kind, "version": source.version, "keys": rows, "missing": source.missing(),
             "unexpected": source.unexpected(), "wrong_shape": source.misshapen(),
             "files": shard_names(plan, options.shard_bytes), "weight_bytes": plan.num_bytes,
         }  # fmt: skip
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
         _print_map(source, rows)
         size = format_bytes(plan.num_bytes)
@@ -136,7 +133,7 @@ def _dry_run(src: Path, options: "Options", as_json: bool) -> None:
             f"would write {len(plan.outputs)} tensors, {size}, in {len(shard_names(plan, options.shard_bytes))} files"
         )
     if source.kind == "official" and source.version == "v3":
-        print(f"note      {V3_NOTE}", file=sys.stderr)
+        log(f"note      {V3_NOTE}")
     source.check()
 
 

@@ -1,4 +1,4 @@
-"""`tnllm eval`: tasks of lm-evaluation-harness, comparison with other results and with the paper, perplexity of a file."""
+"""`tnllm eval`: tasks of lm-evaluation-harness, comparison with other results or the paper, perplexity of a file."""
 
 import json
 from functools import partial
@@ -15,6 +15,7 @@ from tnllm.cli.evaluation_view import (
     show_results,
     show_tasks,
 )
+from tnllm.cli.options import check_choice
 from tnllm.errors import CheckFailed, UserError
 from tnllm.progress import Progress, log
 
@@ -51,14 +52,14 @@ def run(
         False, "--apply-chat-template", help="Put prompts into the model's turns.", rich_help_panel=_PROMPT
     ),
     fewshot_as_multiturn: bool = typer.Option(
-        True, help="With a chat template: examples as turns of their own.", rich_help_panel=_PROMPT
+        True, help="With a chat template: each example as separate turns.", rich_help_panel=_PROMPT
     ),
     system_instruction: str | None = typer.Option(None, help="Text before every prompt.", rich_help_panel=_PROMPT),
     gen_kwargs: str | None = typer.Option(
         None, help="For tasks that generate, such as temperature=0.5,do_sample=True.", rich_help_panel=_PROMPT
     ),
     seed: int = typer.Option(
-        1234, min=0, help="For examples drawn at random and for sampling.", rich_help_panel=_PROMPT
+        1234, min=0, help="For randomly chosen examples and for sampling.", rich_help_panel=_PROMPT
     ),
     batch_size: str = typer.Option("auto", help="auto, or the most texts computed together.", rich_help_panel=_COMPUTE),
     batch_tokens: int | None = typer.Option(
@@ -68,10 +69,10 @@ def run(
         rich_help_panel=_COMPUTE,
     ),
     share_prefix: bool = typer.Option(
-        True, help="Read what prompts have in common once and fork its state.", rich_help_panel=_COMPUTE
+        True, help="Read a prefix that prompts share once and fork its state.", rich_help_panel=_COMPUTE
     ),
     use_cache: bool = typer.Option(
-        False, "--use-cache", help="Keep answers on disk: a stopped run goes on where it was.", rich_help_panel=_COMPUTE
+        False, "--use-cache", help="Keep answers on disk, so that a stopped run resumes.", rich_help_panel=_COMPUTE
     ),
     cache_dir: Path | None = typer.Option(
         None, help="Where --use-cache keeps them. Default: ~/.cache/tnllm/eval.", rich_help_panel=_COMPUTE
@@ -123,18 +124,9 @@ def run(
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "eval") if use_cache or cache_dir else None
     with Progress() as progress:
         lm = TransNormerLM(
-            model,
-            device,
-            dtype,
-            batch_size,
-            None,
-            batch_tokens,
-            share_prefix,
-            folder,
-            seed,
-            note=log,
-            report=progress.update,
-        )
+            model, device, dtype, batch_size, None, batch_tokens, share_prefix, folder, seed,
+            note=log, report=progress.update,
+        )  # fmt: skip
         results = evaluate(lm, loaded, settings)
     if results is None:
         return
@@ -164,8 +156,8 @@ def list_tasks(
         quiet_libraries([], online=False)
         from tnllm.evaluation.tasks import search
 
-        found = search(pattern)
-        print(json.dumps(found) if as_json else "\n".join(found))
+        names = search(pattern)
+        print(json.dumps(names) if as_json else "\n".join(names))
         return
     from tnllm.evaluation.cards import load_cards
 
@@ -189,8 +181,8 @@ def list_tasks(
 )
 def compare_results(
     first: Path = typer.Argument(..., help="results_*.json, or a folder: its newest."),
-    second: Path | None = typer.Argument(None, help="Another one."),
-    paper: str | None = typer.Option(None, help="The paper's model beside it: 385m, 1b, 7b or 15b."),
+    second: Path | None = typer.Argument(None, help="A second one."),
+    paper: str | None = typer.Option(None, help="Compare with the paper's model: 385m, 1b, 7b or 15b."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Compare two results, or one with the paper's table."""
@@ -214,13 +206,13 @@ def file_perplexity(
     file: Path = typer.Argument(..., help="Text, JSON Lines or parquet."),
     model: str | None = typer.Option(None, help="As for tnllm eval."),
     field: str = typer.Option("text", help="Field or column that holds the text."),
-    window: int | None = typer.Option(None, min=1, help="Also score pieces of this many tokens, each for itself."),
+    window: int | None = typer.Option(None, min=1, help="Also score independent windows of this many tokens."),
     batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Perplexity of a file: each document read whole, its state carried from start to end."""
+    """Perplexity of a file: each document read in full, its state carried from start to end."""
     from tnllm.cli.evaluation_view import show_perplexity
     from tnllm.data.corpus import find_files, read_documents
     from tnllm.evaluation.perplexity import perplexity
@@ -245,16 +237,15 @@ def check_against_harness(
     data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
     limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task (of each subject)."),
     num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
-    batch_size: int = typer.Option(8, min=1, help="Texts that the hf model computes together."),
-    seed: int = typer.Option(1234, min=0, help="For examples drawn at random."),
+    batch_size: int = typer.Option(8, min=1, help="Batch size of the hf model."),
+    seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     dtype: str = typer.Option("float32", help="float32 or bfloat16, both ways."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Answer the same questions through lm-eval's own hf model too, on the exported weights, and compare."""
     _check_data_dir(data_dir, False)
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype is {dtype!r}; allowed: float32, bfloat16")
+    check_choice("--dtype", dtype, ("float32", "bfloat16"))
     if not (names := _names(tasks)):
         raise UserError("no tasks; give --tasks openbookqa,piqa or others of `tnllm eval ls`")
     with quiet_transformers():
@@ -280,18 +271,18 @@ def check_against_harness(
             convert(source, target, Options("hf", verify=False), lambda line: None, lambda stage, done, total: None)
 
         with Progress() as progress:
-            found = check_against_hf(sets, export, model, device, dtype, batch_size, limit, seed, log, progress.update)
-    found = {"environment": describe_device(where), "num_fewshot": num_fewshot, **found}
+            result = check_against_hf(sets, export, model, device, dtype, batch_size, limit, seed, log, progress.update)
+    result = {"environment": describe_device(where), "num_fewshot": num_fewshot, **result}
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False))
     else:
-        show_check(found)
-    for row in found["tasks"]:
-        # Written so that NaN fails too.
-        if not row["largest_difference"] <= found["tolerance"]:
+        show_check(result)
+    for row in result["tasks"]:
+        # Written so that NaN fails.
+        if not row["largest_difference"] <= result["tolerance"]:
             raise CheckFailed(
                 f"{row['task']}: log-likelihoods differ by {row['largest_difference']:.3g} nats, above the tolerance of "
-                f"{found['tolerance']:g} for {dtype}"
+                f"{result['tolerance']:g} for {dtype}"
             )
 
 
@@ -305,7 +296,7 @@ def save_requests(
     data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or its folder. [default: the demo model's]"),
     limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task."),
-    seed: int = typer.Option(1234, min=0, help="For examples drawn at random."),
+    seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
 ) -> None:
     """Write the token requests of tasks to a file and count what sharing prefixes saves; needs no model."""
     _check_data_dir(data_dir, False)
@@ -334,7 +325,7 @@ def _names(tasks: str | None) -> list[str]:
 def _check_data_dir(data_dir: Path | None, online: bool) -> None:
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(
-            f"--data-dir {data_dir} is no folder; `tnllm eval ls` says what it may hold and where to get it"
+            f"--data-dir {data_dir} is not a folder; `tnllm eval ls` says what it may hold and where to get it"
         )
     if data_dir is not None and online:
         raise UserError("--data-dir and --online were given; give one of them")

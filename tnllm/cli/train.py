@@ -26,7 +26,7 @@ def command(
     ),
     resume: str | None = typer.Option(None, help="auto, a run folder or a step folder."),
     device: str | None = typer.Option(None, help="auto, cpu, cuda or cuda:N; overrides train.device."),
-    nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one a GPU; on several machines use torchrun."),
+    nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one per GPU; on several machines use torchrun."),
     max_restarts: int = typer.Option(0, min=0, help="With --nproc: start again after a lost rank, this many times."),
     profile: bool = typer.Option(
         False, "--profile", help="Profile three steps into the run's profile/; sets log.profile_steps."
@@ -35,7 +35,7 @@ def command(
     world_size: int | None = typer.Option(None, min=1, help="With --dry-run: plan for this many ranks."),
 ) -> None:
     """Train a model from a recipe, on a CPU, one GPU or many."""
-    # Read when tqdm is first imported: the harness behind eval.tasks would draw bars through the log.
+    # Read when tqdm is first imported; the harness behind eval.tasks would draw its bars into the log.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from tnllm.errors import Terminated, UserError
     from tnllm.parallel.mesh import launched
@@ -60,33 +60,33 @@ def command(
 
             print(dry_run_text(config))
         elif nproc > 1 and not is_rank:
-            given = [part for item in sets for part in ("--set", item)] + (["--resume", resume] if resume else [])
-            code = launch(["train", recipe, *given, "--out", str(out)], nproc, max_restarts)
+            options = [word for item in sets for word in ("--set", item)] + (["--resume", resume] if resume else [])
+            code = launch(["train", recipe, *options, "--out", str(out)], nproc, max_restarts)
             if code:
                 raise typer.Exit(code)
         else:
             _train(config, out, resume, is_rank)
     except (UserError, KeyboardInterrupt) as error:
-        # What every rank finds alike is said once.
-        alike = isinstance(error, SharedError | Terminated | KeyboardInterrupt) or type(error) is UserError
-        if is_rank and os.environ["RANK"] != "0" and alike:
+        # An error that every rank raises is printed by the first only.
+        shared = isinstance(error, SharedError | Terminated | KeyboardInterrupt) or type(error) is UserError
+        if is_rank and os.environ["RANK"] != "0" and shared:
             raise typer.Exit(getattr(error, "exit_code", 130)) from None
         raise
 
 
 def _scorer(config: "RunConfig") -> Any:
-    """What scores eval.tasks, none where there are none; unknown names and missing data are told before training."""
-    asked = config.eval
-    if not asked.tasks:
+    """Returns the scorer of eval.tasks, None without tasks. Raises for unknown names and missing data."""
+    section = config.eval
+    if not section.tasks:
         return None
     from tnllm.cli.evaluation_view import quiet_libraries
 
     log("eval.tasks: reading the questions")
-    quiet_libraries(list(asked.tasks), online=False)
+    quiet_libraries(list(section.tasks), online=False)
     from tnllm.evaluation.during_training import task_scorer
     from tnllm.training.run_model import chat_template
 
-    return task_scorer(asked.tasks, asked.tasks_limit, asked.tasks_data_dir, log, chat_template(config))
+    return task_scorer(section.tasks, section.tasks_limit, section.tasks_data_dir, log, chat_template(config))
 
 
 def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) -> None:
