@@ -35,7 +35,7 @@ def post(address, **body):
     return urllib.request.urlopen(request, timeout=60)
 
 
-def test_it_serves_and_sigterm_lets_running_texts_end(tnllm):
+def test_it_serves_and_sigterm_lets_running_requests_end(tnllm):
     process, address, lines = start("--max-tokens", "200", TNLLM_API_KEY="sesame")
     try:
         assert "using the demo model" in lines[0] and "serving tnllm-demo on http://127.0.0.1:" in lines[1]
@@ -51,7 +51,7 @@ def test_it_serves_and_sigterm_lets_running_texts_end(tnllm):
         assert first.startswith(b"data: {") and rest.endswith("data: [DONE]\n\n")
         assert '"finish_reason":"length"' in rest
         assert process.wait(60) == 143
-        assert process.stderr.read().strip() == "tnllm: stopped by SIGTERM; running texts were finished"
+        assert process.stderr.read().strip() == "tnllm: stopped by SIGTERM; running requests were finished"
     finally:
         process.kill()
         process.wait()

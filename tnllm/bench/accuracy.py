@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnllm.bench.providers import Provider
+from tnllm.bench.providers import Provider, outputs_and_gradients
 from tnllm.kernels.lightning_attention.chunk import chunk_backward, chunk_forward
 
 # Slopes of the first and the last layers of a released model, fast and slow heads; 0 is no decay.
@@ -52,13 +52,7 @@ def decay_errors(
             for provider in providers:
                 if provider.softmax or provider.quadratic_memory:
                     continue
-                inputs = [x.transpose(1, 2).contiguous() if provider.heads_first else x.clone() for x in (q, k, v, do)]
-                leaves = [x.requires_grad_() for x in inputs[:3]]
-                out = provider.attend(leaves[0], leaves[1], leaves[2], log_decay)
-                grads = torch.autograd.grad(out, leaves, inputs[3])
-                results = dict(zip(("o", "dq", "dk", "dv"), (out, *grads), strict=True))
-                if provider.heads_first:
-                    results = {name: x.transpose(1, 2) for name, x in results.items()}
+                results = outputs_and_gradients(provider, [q, k, v, do], log_decay)
                 if provider.state is not None:
                     results["state"] = provider.state(q, k, v, log_decay)
                 errors = {name: relative_rms(x, exact[name]) for name, x in results.items()}

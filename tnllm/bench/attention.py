@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnllm.bench.accuracy import relative_rms
-from tnllm.bench.providers import PROVIDERS, Provider, softmax_reference
+from tnllm.bench.providers import PROVIDERS, Provider, outputs_and_gradients, softmax_reference
 from tnllm.bench.timing import copy_bandwidth, extra_memory, measure
 from tnllm.device import describe_device
 from tnllm.errors import UserError, did_you_mean
@@ -127,13 +127,9 @@ def check(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.de
     q, k, v = exact = [x.double().requires_grad_() for x in inputs[:3]]
     expected = softmax_reference(q, k, v) if provider.softmax else quadratic(q, k, v, log_decay)[0]
     exact_grads = torch.autograd.grad(expected, exact, inputs[3].double())
-    inputs = [x.transpose(1, 2).contiguous() if provider.heads_first else x for x in inputs]
-    q, k, v = leaves = [x.requires_grad_() for x in inputs[:3]]
-    out = provider.attend(q, k, v, log_decay)
-    grads = torch.autograd.grad(out, leaves, inputs[3])
-    results = [x.transpose(1, 2) if provider.heads_first else x for x in (out, *grads)]
-    pairs = zip(("o", "dq", "dk", "dv"), results, (expected.detach(), *exact_grads), strict=True)
-    return {name: relative_rms(result, exact) for name, result, exact in pairs}
+    results = outputs_and_gradients(provider, inputs, log_decay)
+    pairs = zip(results.items(), (expected.detach(), *exact_grads), strict=True)
+    return {name: relative_rms(result, exact) for (name, result), exact in pairs}
 
 
 def _time(

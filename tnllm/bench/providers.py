@@ -118,6 +118,17 @@ PROVIDERS = {
 }
 
 
+def outputs_and_gradients(provider: Provider, inputs: list[Tensor], log_decay: Tensor) -> dict[str, Tensor]:
+    """o, dq, dk and dv for `inputs` q, k, v and do, all [B, T, H, D]."""
+    inputs = [x.transpose(1, 2).contiguous() if provider.heads_first else x.clone() for x in inputs]
+    q, k, v = leaves = [x.requires_grad_() for x in inputs[:3]]
+    out = provider.attend(q, k, v, log_decay)
+    results = out.detach(), *torch.autograd.grad(out, leaves, inputs[3])
+    if provider.heads_first:
+        results = tuple(x.transpose(1, 2) for x in results)
+    return dict(zip(("o", "dq", "dk", "dv"), results, strict=True))
+
+
 def softmax_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal softmax attention on [B, T, H, D], spelled out."""
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5

@@ -33,34 +33,27 @@ def command(
         columns,
         [
             [
-                length_label(row["tokens"]),
-                f"{row['logits_gap']:.1e}",
-                f"{row['steps_gap']:.1e}",
-                f"{row['state_error']:.1e}",
-                f"{row['resident_mib']:.0f}",
-                f"{row['tokens_per_s']:.0f}",
+                length_label(row["tokens"]), f"{row['logits_gap']:.1e}", f"{row['steps_gap']:.1e}",
+                f"{row['state_error']:.1e}", f"{row['resident_mib']:.0f}", f"{row['tokens_per_s']:.0f}",
             ]
             for row in results["model"]
         ],
         right=columns,
-    )
+    )  # fmt: skip
     columns = ["steps", "decay", "log decay", "error", "plain form", "naive form"]
     print_table(
         "one layer, step by step: relative error of the latest outputs",
         columns,
         [
             [
-                length_label(row["tokens"]),
-                row["decay"],
-                f"{row['log_decay']:.3g}",
-                f"{row['error']:.1e}",
+                length_label(row["tokens"]), row["decay"], f"{row['log_decay']:.3g}", f"{row['error']:.1e}",
                 f"{row['plain_error']:.1e}",
                 "finite" if row["naive_broken_at"] is None else f"not finite from token {row['naive_broken_at']}",
             ]
             for row in results["layer"]
         ],
         right=["steps", "log decay", "error", "plain form"],
-    )
+    )  # fmt: skip
     write_outputs(results, (json_file, write_json))
     if not results["passed"]:
         raise RunError(f"float32 drifts from float64 by more than {results['limit']:g}; see the table")

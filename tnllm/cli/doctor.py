@@ -17,7 +17,9 @@ from tnllm.errors import RunError, UserError
 EPILOG = "Example:  tnllm doctor --json"
 
 # Import names of required packages, and of each extra.
-REQUIRED = ("torch", "typer", "rich", "safetensors", "sentencepiece", "lm_eval", "numpy", "pydantic", "yaml")
+REQUIRED = (
+    "torch", "typer", "rich", "safetensors", "sentencepiece", "lm_eval", "numpy", "pydantic", "yaml", "filelock", "jinja2",
+)  # fmt: skip
 EXTRAS = {
     "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard", "rensa", "resiliparse"),
     "plot": ("matplotlib",),
@@ -216,17 +218,13 @@ def _print(checks: list[Check]) -> None:
         for check in checks:
             print(check.status, check.name, check.found, check.remedy, sep="\t")
         return
+    from rich.markup import escape
+
     from tnllm.cli.tables import print_table
 
     colors = {"ok": "green", "note": "yellow", "wrong": "red"}
     rows = [
-        [f"[{colors[check.status]}]{check.status}[/]", check.name, _plain(check.found), _plain(check.remedy)]
+        [f"[{colors[check.status]}]{check.status}[/]", check.name, escape(check.found), escape(check.remedy)]
         for check in checks
     ]
     print_table("", ["", "part", "found", "what to do"], rows)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

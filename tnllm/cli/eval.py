@@ -15,7 +15,7 @@ from tnllm.cli.evaluation_view import (
     show_results,
     show_tasks,
 )
-from tnllm.cli.options import check_choice
+from tnllm.cli.options import check_choice, log_default_model
 from tnllm.errors import CheckFailed, UserError
 from tnllm.progress import Progress, log
 
@@ -119,8 +119,7 @@ def run(
         check_folder(out)
     choices = choose(names, num_fewshot, log)
     loaded = load_tasks(choices, data_dir, online, log)
-    if model is None:
-        log("no --model given: using the demo model that ships with tnllm")
+    log_default_model(model)
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "eval") if use_cache or cache_dir else None
     with Progress() as progress:
         lm = TransNormerLM(
@@ -218,8 +217,7 @@ def file_perplexity(
     from tnllm.evaluation.perplexity import perplexity
     from tnllm.generation.loading import load
 
-    if model is None:
-        log("no --model given: using the demo model that ships with tnllm")
+    log_default_model(model)
     texts = [document.text for document in read_documents(find_files([file]), field)]
     ready = load(model, device, dtype)
     with Progress() as progress:
@@ -262,8 +260,7 @@ def check_against_harness(
         where = pick_device(device, "--device")
         choices = choose(names, num_fewshot, log)
         sets = {choice.name: load_tasks([choice], data_dir, False, log) for choice in choices}
-        if model is None:
-            log("no --model given: using the demo model that ships with tnllm")
+        log_default_model(model)
 
         def export(source: Path, target: Path) -> None:
             log("writing the weights for transformers to a temporary folder")

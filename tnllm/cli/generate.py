@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tnllm.cli.options import log_default_model
 from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, stream_text, write_batch
 from tnllm.errors import UserError
 from tnllm.progress import log
@@ -51,10 +52,7 @@ def command(
         rich_help_panel=_INPUT,
     ),
     chat: bool = typer.Option(
-        False,
-        "--chat",
-        help="Talk in turns; /reset starts anew, /exit or Ctrl-D ends.",
-        rich_help_panel=_INPUT,
+        False, "--chat", help="Talk in turns; /reset starts anew, /exit or Ctrl-D ends.", rich_help_panel=_INPUT
     ),
     chat_template: str | None = typer.Option(
         None, help=r"Turn format with {prompt}; \n is a newline. Default: the model's.", rich_help_panel=_INPUT
@@ -72,9 +70,7 @@ def command(
         None, help="Keep the most likely tokens whose probabilities sum to this.", rich_help_panel=_SAMPLING
     ),
     min_p: float | None = typer.Option(
-        None,
-        help="Drop tokens below this share of the top token's probability.",
-        rich_help_panel=_SAMPLING,
+        None, help="Drop tokens below this share of the top token's probability.", rich_help_panel=_SAMPLING
     ),
     repetition_penalty: float | None = typer.Option(
         None, help="Above 1: tokens of prompt and text become less likely.", rich_help_panel=_SAMPLING
@@ -133,8 +129,7 @@ def command(
     file = prompt_file or input or ("-" if prompt == "-" else None)
     data = None if file is None else _read(file)
     text = (prompt or "") if data is None or source == "--input" else _decode(data, file or "")
-    if model is None:
-        log("no --model given: using the demo model that ships with tnllm")
+    log_default_model(model)
     ready = load(model, device, dtype, adapter)
     weights = weights_hash(ready.model) if state_in or state_out else ""
     context = load_context(state_in, ready.model, weights) if state_in else None

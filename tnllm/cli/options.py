@@ -74,3 +74,9 @@ def write_outputs(results: Any, *outputs: tuple[Path | None, Callable[[Any, Path
         if file is not None:
             write(results, file)
             log(f"wrote {file}")
+
+
+def log_default_model(model: str | None) -> None:
+    """Log that the packaged model is used if `model` is not given."""
+    if model is None:
+        log("no --model given: using the demo model that ships with tnllm")

@@ -45,14 +45,11 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
         return
     rows = [
         [
-            f"[bold]{item['recipe']}[/bold]",
-            format_count(item["parameters"]),
-            format_count(item["tokens"]),
-            item["hardware"],
-            item["about"],
+            f"[bold]{item['recipe']}[/bold]", format_count(item["parameters"]), format_count(item["tokens"]),
+            item["hardware"], item["about"],
         ]
         for item in items
-    ]
+    ]  # fmt: skip
     columns = ["recipe", "parameters", "tokens", "hardware", "what"]
     note = "Start one with: tnllm train RECIPE     Read one with: tnllm recipes show RECIPE --doc"
     print_table("", columns, rows, right=["parameters", "tokens"], note=note)

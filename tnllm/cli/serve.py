@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from tnllm.cli.options import log_default_model
 from tnllm.errors import MissingExtra, RunError, Terminated, UserError
 from tnllm.progress import log
 
@@ -60,8 +61,7 @@ def command(
     from tnllm.serving.app import Settings, make_app
     from tnllm.serving.engine import Engine
 
-    if model is None:
-        log("no --model given: using the demo model that ships with tnllm")
+    log_default_model(model)
     ready = load(model, device, dtype)
     on_gpu = ready.model.device.type == "cuda"
     engine = Engine(
