@@ -105,7 +105,8 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
             )
             results["rows"].append(row)
             on_row(row, results)
-            assert len(json.loads(file.read_text())["rows"]) == len(results["rows"])  # an interrupted run leaves its rows
+            # An interrupted run leaves its rows.
+            assert len(json.loads(file.read_text())["rows"]) == len(results["rows"])
         return results
 
     monkeypatch.setattr(scale, "bench_scaling", bench)
