@@ -46,18 +46,38 @@ def tokenize_corpus(
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
     report: Report = lambda status: None,
+    fresh: Manifest | None = None,
 ) -> Manifest:
     """Write the shards of `files` to `out`, or resume what is there; returns the finished manifest.
 
     `workers` None chooses by cores and corpus size. With `on_error` "skip", records that cannot be read are left out,
-    named on stderr and counted. Raises UserError for bad input or a folder made with other options, RunError for a full
-    disk or a lost worker; finished shards are kept in every case.
+    named on stderr and counted. `fresh` is `new_manifest(files, tokenizer, options)`, if the caller has it already. Raises
+    UserError for bad input or a folder made with other options, RunError for a full disk or a lost worker; finished shards
+    are kept in every case.
     """
     options = options or Options()
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"the validation fraction is {options.val_fraction}; give a share from 0 to below 1")
-    fresh = _fresh(files, tokenizer, options)
-    return _tokenize(files, out, tokenizer, fresh, options, on_error, workers, shard_tokens, overwrite, report)
+    fresh = fresh or new_manifest(files, tokenizer, options)
+
+    def tell_wait() -> None:
+        print(f"waiting for another process that is writing {out}", file=sys.stderr, flush=True)
+
+    try:
+        with lock(out, busy=f"another process is writing {out}", wait=tell_wait):
+            manifest = _begin(out, fresh, tokenizer, overwrite)
+            if manifest.complete:
+                return manifest
+            total_bytes = sum(file["bytes"] for file in manifest.inputs)
+            workers = workers or max(1, min(num_cores(), total_bytes // _BYTES_PER_WORKER))
+            groups = read_groups(files, manifest, options, on_error)
+            with closing(encode_groups(groups, tokenizer, options, workers)) as encoded:
+                manifest = _write(out, manifest, encoded, shard_tokens, total_bytes, report)
+            return _finish(out, manifest, options)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"the disk of {out} is full; free some space and run the same again to resume") from None
+        raise
 
 
 def prepare(
@@ -84,15 +104,15 @@ def prepare(
         return source
     options = options or Options()
     files = find_files([source])
-    fresh = _fresh(files, tokenizer, options)
+    fresh = new_manifest(files, tokenizer, options)
     identity = repr((fresh.tokenizer_sha256, fresh.options, [file["sha256"] for file in fresh.inputs]))
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "tokens") / f"{source.name.split('.')[0]}-{key}"
-    _tokenize(files, folder, tokenizer, fresh, options, "stop", workers, SHARD_TOKENS, False, report)
+    tokenize_corpus(files, folder, tokenizer, options, workers=workers, report=report, fresh=fresh)
     return folder
 
 
-def _fresh(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Manifest:
+def new_manifest(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Manifest:
     """The manifest of a run that has not started; reads every file once for its hash."""
     inputs = [{"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files]
     return Manifest(
@@ -103,38 +123,6 @@ def _fresh(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Man
         options=asdict(options),
         inputs=inputs,
     )
-
-
-def _tokenize(
-    files: Sequence[Path],
-    out: Path,
-    tokenizer: Tokenizer,
-    fresh: Manifest,
-    options: Options,
-    on_error: OnError,
-    workers: int | None,
-    shard_tokens: int,
-    overwrite: bool,
-    report: Report,
-) -> Manifest:
-    def tell_wait() -> None:
-        print(f"waiting for another process that is writing {out}", file=sys.stderr, flush=True)
-
-    try:
-        with lock(out, busy=f"another process is writing {out}", wait=tell_wait):
-            manifest = _begin(out, fresh, tokenizer, overwrite)
-            if manifest.complete:
-                return manifest
-            total_bytes = sum(file["bytes"] for file in manifest.inputs)
-            workers = workers or max(1, min(num_cores(), total_bytes // _BYTES_PER_WORKER))
-            groups = read_groups(files, manifest, options, on_error)
-            with closing(encode_groups(groups, tokenizer, options, workers)) as encoded:
-                manifest = _write(out, manifest, encoded, shard_tokens, total_bytes, report)
-            return _finish(out, manifest, options)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"the disk of {out} is full; free some space and run the same again to resume") from None
-        raise
 
 
 def num_cores() -> int:
