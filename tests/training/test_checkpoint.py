@@ -108,7 +108,7 @@ def test_where_all_are_damaged_the_run_stops_and_says_so(tmp_path, saved):
     for file in tmp_path.rglob("state.json"):
         file.unlink()
     warnings: list[str] = []
-    with pytest.raises(RunError, match=r"no checkpoint in .* can be used; move that folder away to start anew"):
+    with pytest.raises(RunError, match=r"no checkpoint in .* can be used; move that folder away to start a new run"):
         find_checkpoint(tmp_path, "auto", warnings.append)
     assert len(warnings) == 2
 

@@ -1,11 +1,11 @@
-"""AdamW for weights and moments kept in bf16: half the memory, with results rounded at random.
+"""AdamW for weights and moments in bf16: half the memory, with stochastic rounding.
 
     optimizer = Bf16AdamW(groups, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, compiled=True)
 
-bf16 keeps 8 bits, and an update is mostly smaller than half of the last one: rounded to the nearest it would vanish.
-Rounded up or down at random, with the chance given by what is cut off, it is right on average (Gupta et al. 2015, arXiv
-1502.02551; Zamirai et al. 2020, arXiv 2010.06192). The randomness is a hash of parameter, step and place, so a run
-is a function of its seed, and a resumed run needs no generator's state.
+bf16 has 8 significant bits, and most updates are smaller than half of the last bit: rounded to nearest they would vanish.
+Rounded up or down with a probability given by the bits that are cut off, they are right on average (Gupta et al. 2015,
+arXiv 1502.02551; Zamirai et al. 2020, arXiv 2010.06192). The random bits are a hash of parameter, step and element index,
+so a run depends on its seed alone, and resuming needs no generator state.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements taken at a time where nothing is compiled: a chunk's fp32 temporaries are then small beside the weights.
+# Elements updated at a time if not compiled, so that fp32 temporaries stay small compared with the weights.
 _CHUNK = 1 << 25
 _MASK = 0xFFFFFFFF
 
 
 class Bf16AdamW(torch.optim.AdamW):
-    """AdamW on bf16 parameters (others are updated as they are), computed in fp32.
+    """AdamW on bf16 parameters (others keep their dtype), computed in fp32.
 
     State as torch's: step (fp32 scalar), exp_avg and exp_avg_sq in the parameter's dtype. Reads `found_inf` (a scalar
-    tensor; nothing changes where it is 1) as torch's fused form does.
+    tensor; nothing is updated if it is 1) as torch's fused form does.
     """
 
     found_inf: Tensor | None = None
@@ -48,7 +48,7 @@ class Bf16AdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        # A tensor, like the rate: as Python numbers they would be compiled anew for each value.
+        # Tensors, like the rate: Python numbers would be compiled again for each value.
         number = self._numbers.setdefault(parameter, torch.full((), len(self._numbers) + 1, device=device))
         skip = torch.zeros((), dtype=torch.bool, device=device) if self.found_inf is None else self.found_inf > 0
         state["step"] += (~skip).float()
@@ -58,9 +58,9 @@ class Bf16AdamW(torch.optim.AdamW):
         assert flat[1].data_ptr() == parameter.data_ptr(), "a view, to be written through"
         for start in range(0, len(flat[0]), self._chunk):
             parts = [part[start : start + self._chunk] for part in flat]
-            place = torch.full((), start, device=device)
+            offset = torch.full((), start, device=device)
             settings = (group["weight_decay"], *group["betas"], group["eps"])
-            self._update(*parts, state["step"], number, place, rate, skip, *settings)
+            self._update(*parts, state["step"], number, offset, rate, skip, *settings)
 
 
 def _update(
@@ -70,7 +70,7 @@ def _update(
     square: Tensor,
     step: Tensor,
     number: Tensor,
-    place: Tensor,
+    offset: Tensor,
     rate: Tensor,
     skip: Tensor,
     weight_decay: float,
@@ -84,8 +84,8 @@ def _update(
     v = beta2 * square.float() + (1 - beta2) * g * g
     scale = (v / (1 - beta2**step)).sqrt() + eps
     w = weight.float() * (1 - rate * weight_decay) - rate * (m / (1 - beta1**step)) / scale
-    index = torch.arange(len(g), device=g.device) + place
-    # The count of steps is below 2^24 and exact in fp32; the golden ratio spreads it over all bits.
+    index = torch.arange(len(g), device=g.device) + offset
+    # The step count is below 2^24, so exact in fp32; the golden-ratio multiplier spreads it over all bits.
     noise = _hash(index ^ _hash((step.long() * 2654435769 + number * 40503) & _MASK))
     for old, new, bits in ((weight, w, noise), (mean, m, noise >> 16), (square, v, _hash(noise))):
         old.copy_(torch.where(skip, old, round_randomly(new, bits) if old.dtype == torch.bfloat16 else new))

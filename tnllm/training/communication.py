@@ -1,4 +1,4 @@
-"""What ranks send each other in an optimizer step, by arithmetic.
+"""Bytes that a rank sends in an optimizer step, computed.
 
     communication(config)      # {"weights": ..., "replicate": ..., "sequence": ..., "tensor": ...} bytes one rank sends
 

@@ -1,6 +1,6 @@
-"""What a run would do, without doing it, and a micro-batch that fits the machine.
+"""What a run would do, as text, without doing it.
 
-print(dry_run_text(config))                           # tnllm train RECIPE --dry-run
+print(dry_run_text(config))     # tnllm train RECIPE --dry-run
 """
 
 from tnllm.files import format_bytes, format_count
@@ -31,32 +31,32 @@ def dry_run_text(config: RunConfig) -> str:
         f", with an adapter of {format_count(lora_parameters(config.model, config.lora))}" if config.lora.rank else ""
     )
     memory = estimate_memory(config)
-    held = memory.weights + memory.gradients + memory.optimizer
+    persistent = memory.weights + memory.gradients + memory.optimizer
     lines = {
         "model": f"{config.model.kind}, {format_count(parameters)} parameters ({parameters:,}){adapter}",
         "data": f"{sources}; tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)",
         "step": f"{format_count(config.train.global_batch_tokens)} tokens = {config.accumulation_steps} micro-batches "
         f"of {shape}",
         "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
-        "memory": f"{format_bytes(held)} for weights, gradients and optimizer, plus activations",
+        "memory": f"{format_bytes(persistent)} for weights, gradients and optimizer, plus activations",
     }
     lines |= _lines_of_ranks(config) if config.world_size > 1 else {}
     cards = [name for name, card in GPUS.items() if memory.total <= (1 - RESERVE) * card.memory_gib * 2**30]
     lines["fits"] = (
-        f"{', '.join(cards) or 'no card that is known'}: {format_bytes(memory.total)} with activations ({RESERVE:.0%} left "
+        f"{', '.join(cards) or 'no known card'}: {format_bytes(memory.total)} with activations ({RESERVE:.0%} left "
         "free); computed, not measured"
     )
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
 def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
-    """The same for a mesh: the model is really spread over it, as rank 0 of imaginary ranks and on the meta device."""
+    """The lines of a mesh. The model is sharded as on rank 0 of that many simulated ranks, on the meta device."""
     axes, world = config.parallel, config.world_size
     mesh = config_mesh(config, "cpu", fake=world)
     try:
         sharded = parallelize(make_meta_model(config, low=False), mesh, config.train.activation_checkpointing)
         sharded.locate_shards()
-        held = sum(part.numel() for part in sharded.parameters())
+        persistent = sum(part.numel() for part in sharded.parameters())
     finally:
         close_mesh(mesh)
     memory = estimate_memory(config)
@@ -65,9 +65,9 @@ def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
     return {
         "mesh": f"replicate {axes.replicate} * shard {axes.shard} * sequence {axes.sequence} * tensor {axes.tensor} "
         f"= {world} ranks",
-        "rank": f"{format_count(held)} parameters ({held:,}); {format_bytes(memory.total)}: weights "
+        "rank": f"{format_count(persistent)} parameters ({persistent:,}); {format_bytes(memory.total)}: weights "
         f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer "
-        f"{format_bytes(memory.optimizer)}, whole at a time {format_bytes(memory.casts)}, activations "
+        f"{format_bytes(memory.optimizer)}, unsharded {format_bytes(memory.casts)}, activations "
         f"{format_bytes(memory.activations)}, head {format_bytes(memory.head)}",
         "sends": f"{format_bytes(sum(sent.values()))} a step and rank ({by_axis or 'nothing'}); computed",
     }

@@ -1,10 +1,10 @@
-"""Many processes: start them on this machine, and be one of them.
+"""Training with several processes: starting them on this machine, and running as one of them.
 
     launch(["train", "tiny", "--out", "runs/tiny"], nproc=4, max_restarts=1)     # returns the exit code
     train_on_mesh(config, out, resume)                                           # in each process
 
-`launch` runs torch.distributed.run (torchrun) on `python -m tnllm ARGS`; on several machines people run torchrun
-themselves, on the same arguments. A process knows from its environment that it is one of several.
+`launch` runs torch.distributed.run (torchrun) on `python -m tnllm ARGS`; on several machines the user runs torchrun with
+the same arguments. A process reads from its environment that it is one of several.
 """
 
 import logging
@@ -22,23 +22,23 @@ from tnllm.training.config import RunConfig
 from tnllm.training.loop import train
 from tnllm.training.mesh import config_mesh
 
-# After SIGTERM, the time ranks have to finish their pass and write a checkpoint before they are killed.
+# After SIGTERM, the time for ranks to finish their pass and write a checkpoint before they are killed.
 _SHUTDOWN_S = 300
 
 
 def launch(args: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
     """Run `python -m tnllm ARGS` as `nproc` ranks on this machine; returns the exit code of the first that failed.
 
-    Where a rank dies, the others are stopped, and all start again up to `max_restarts` times. Raises RunError naming
-    a rank that died without a word.
+    If a rank dies, the others are stopped, and all are restarted up to `max_restarts` times. Raises RunError naming
+    a rank that was killed by a signal.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    # Its log repeats as an error what the rank itself has said in one line.
+    # Its log repeats as an error what the rank itself has reported in one line.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    # Otherwise ranks that start again find the addresses of the dead in the store of the first attempt.
+    # Otherwise restarted ranks find the addresses of the dead ones in the store of the first attempt.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     options = ["--standalone", "--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts)]
@@ -51,10 +51,10 @@ def launch(args: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         raise RunError(
-            f"rank {rank} was lost ({name}); go on from the last checkpoint with --resume auto, or let --max-restarts do so"
+            f"rank {rank} was lost ({name}); resume the last checkpoint with --resume auto, or let --max-restarts do it"
         ) from None
     except SignalException as stopped:
-        # Rank 0 has said whether all is saved.
+        # Rank 0 has reported whether everything is saved.
         return 128 + stopped.sigval
     return 0
 
@@ -66,9 +66,9 @@ def _knows_shutdown_timeout() -> bool:
 
 
 def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
-    """Be one rank of a run. A rank that torchrun has started again goes on from the newest checkpoint.
+    """Train as one rank of a run. A rank that torchrun has restarted resumes from the newest checkpoint.
 
-    Raises what `train` raises, and RunError where another rank is lost or silent for `parallel.timeout_s`.
+    Raises what `train` raises, and RunError if another rank is lost or does not respond for `parallel.timeout_s`.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = "auto"
@@ -78,7 +78,7 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
         device = pick_device(config.train.device.partition(":")[0], "train.device")
         mesh = config_mesh(config, device.type)
         train(config, out, resume, mesh)
-        # A rank that fails leaves at once: closing would wait for the others.
+        # A rank that fails exits without this: closing would wait for the others.
         close_mesh(mesh)
     except RuntimeError as error:
         if not is_lost_rank(error):
@@ -91,7 +91,7 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed, which mostly means that another rank is gone."""
+    """Whether a collective failed, which usually means that another rank is gone."""
     if isinstance(error, torch.distributed.DistError):
         return True
     text = str(error)

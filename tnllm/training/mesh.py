@@ -10,10 +10,10 @@ from tnllm.training.config import RunConfig, most_rows
 
 
 def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
-    """The keys to set for `world_size` ranks: none where the recipe's mesh fits.
+    """The keys to set for `world_size` ranks; empty if the recipe's mesh fits.
 
-    For a recipe of one rank weights are sharded, and a rank takes fewer rows at a time where a step has too few for all.
-    Raises UserError where the recipe asks for another number of ranks.
+    For a recipe of one rank, weights are sharded, and micro-batches get smaller if a step has too few rows for all ranks.
+    Raises UserError if the recipe asks for another number of ranks.
     """
     if config.world_size == world_size:
         return {}
@@ -32,6 +32,6 @@ def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
 
 
 def config_mesh(config: RunConfig, device_type: str, fake: int | None = None) -> Mesh:
-    """The mesh of a recipe's parallel section; with `fake`, in one process."""
+    """The mesh of a recipe's parallel section. `fake`: that many simulated ranks in one process."""
     axes = config.parallel
     return open_mesh(axes.replicate, axes.shard, axes.sequence, axes.tensor, device_type, axes.timeout_s, fake)

@@ -1,4 +1,4 @@
-"""Whether a recipe would start: its model, its tokenizer and its data, looked at without training.
+"""Whether a recipe would start: checks its model, tokenizer and data without training.
 
 report = check_recipe("385m", ["data.path=corpus"])    # UserError with one line for what is wrong
 report.parameters                                       # counted on the meta device; nothing is allocated
@@ -18,7 +18,7 @@ from tnllm.training.config import DataSection, RunConfig, load_recipe
 
 @dataclass(frozen=True)
 class Report:
-    """What a recipe that passes says of itself."""
+    """What a recipe that passes would train."""
 
     recipe: str
     parameters: int
@@ -34,7 +34,7 @@ class Report:
 
 
 def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
-    """Load the recipe, build its model on the meta device, open its tokenizer and look for its data.
+    """Load the recipe, build its model on the meta device, open its tokenizer and check that its data exists.
 
     Raises UserError for the first thing that would stop a run.
     """
