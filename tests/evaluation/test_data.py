@@ -65,14 +65,14 @@ def test_labels_beside_the_rows_and_files_of_other_tasks(tmp_path):
     documents, _, place = find_card("piqa").load(tmp_path, "validation", None)
     assert [row["label"] for row in documents] == [0, 1] and place.endswith("piqa/dev.jsonl")
     write(tmp_path / "piqa/dev-labels.lst", "0\n")
-    with pytest.raises(UserError, match=r"dev-labels.lst has 1 labels, dev.jsonl more rows"):
+    with pytest.raises(UserError, match=r"dev-labels.lst has 1 labels, dev.jsonl has more rows"):
         find_card("piqa").load(tmp_path, "validation", None)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"goal": "g", "sol1": "x", "sol2": "y", "label": 0}\n{"goal": \n', r"validation.jsonl:2: no JSON"),
+        ('{"goal": "g", "sol1": "x", "sol2": "y", "label": 0}\n{"goal": \n', r"validation.jsonl:2: not JSON"),
         ([PIQA | {"label": 0}, PIQA], r"validation.jsonl:2: there is no 'label'"),
         ([PIQA | {"label": 7}], r"validation.jsonl:1: the answer is 7; allowed: 0, 1"),
         ("[1]\n", r"validation.jsonl:1: a JSON list; each line must be an object"),

@@ -103,7 +103,7 @@ def test_answers_are_kept_for_these_weights_and_settings_alone(folder, tmp_path)
     first = TransNormerLM(folder, device="cpu", cache_dir=tmp_path)
     answers = first.loglikelihood(PAIRS)
     notes = []
-    again = TransNormerLM(folder, device="cpu", cache_dir=tmp_path, note=notes.append)
+    again = TransNormerLM(folder, device="cpu", cache_dir=tmp_path, log=notes.append)
     again.scorer.score = None  # nothing is left to compute
     assert again.loglikelihood(PAIRS) == answers and again.num_cached == len(PAIRS)
     assert notes == [f"loglikelihood: {len(PAIRS)} of {len(PAIRS)} answers are in the cache, 0 are left"]
@@ -197,7 +197,7 @@ def test_request_files_give_the_same_scores(lm, tmp_path):
     mmlu = bench_sharing(lm.ready.model, again, questions=10, plain=False)
     assert mmlu["ways"][0]["accuracy"] == pytest.approx(harness["results"]["mmlu"]["acc,none"])
     (tmp_path / "bad.xz").write_bytes(b"no")
-    with pytest.raises(UserError, match="no file of requests"):
+    with pytest.raises(UserError, match="not a file of requests"):
         load_bundle(tmp_path / "bad.xz")
 
 

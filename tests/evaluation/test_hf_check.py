@@ -21,7 +21,7 @@ def sets(*names, shots=None):
 def test_both_ways_give_the_same_answers(folder):
     seen = []
     asked = sets("mmlu", "winogrande", "openbookqa", shots=2)
-    found = check_against_hf(asked, export, folder, "cpu", limit=2, report=lambda *progress: seen.append(progress))
+    found = check_against_hf(asked, export, folder, "cpu", limit=2, progress=lambda *args: seen.append(args))
     mmlu, winogrande, openbookqa = found["tasks"]
     assert [row["questions"] for row in found["tasks"]] == [10, 2, 2]
     assert set(mmlu["metrics"]) == {"acc"} and set(openbookqa["metrics"]) == {"acc", "acc_norm"}

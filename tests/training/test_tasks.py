@@ -41,7 +41,7 @@ def test_bad_tasks_are_told_before_training(recipe, tmp_path):
         task_scorer(["piqua"])
     with pytest.raises(UserError, match=r"eval.tasks: no data for sciq .* --set eval.tasks_data_dir=DIR"):
         task_scorer(["sciq"])
-    with pytest.raises(UserError, match=r"eval.tasks_data_dir /no is no folder"):
+    with pytest.raises(UserError, match=r"eval.tasks_data_dir /no is not a folder"):
         task_scorer(["piqa"], data_dir="/no")
     with pytest.raises(UserError, match="train with `tnllm train`"):
         train(load_recipe(str(recipe), ["eval.tasks=piqa"]), tmp_path / "run")

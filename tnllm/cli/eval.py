@@ -124,7 +124,7 @@ def run(
     with Progress() as progress:
         lm = TransNormerLM(
             model, device, dtype, batch_size, None, batch_tokens, share_prefix, folder, seed,
-            note=log, report=progress.update,
+            log=log, progress=progress.update,
         )  # fmt: skip
         results = evaluate(lm, loaded, settings)
     if results is None:

@@ -1,11 +1,11 @@
-"""Answers a model gave, on disk: a killed evaluation goes on where it was.
+"""A model's answers on disk, so that a killed evaluation resumes.
 
-    cache = AnswerCache(folder, {"weights": ..., "dtype": ...})     # other weights, another file
+    cache = AnswerCache(folder, {"weights": ..., "dtype": ...})     # a file for these weights
     key = cache.key("loglikelihood", (context, continuation))
     cache.get([key]); cache.put(key, (-1.5, True)); cache.close()
 
-The file's name is a hash of what the answers depend on besides the prompt: weights, tokenizer, dtype, way of computing.
-The key is a hash of the whole prompt, so shots, templates and wording are in it.
+The file name is a hash of everything but the prompt that answers depend on: weights, tokenizer, dtype, shared prefixes. The
+key is a hash of the complete prompt, so it covers shots, templates and wording.
 """
 
 import hashlib
@@ -18,16 +18,17 @@ from typing import Any
 
 from tnllm.errors import RunError
 
-# What may be lost by a kill: this much work, or this many keys of one query.
+# A killed run loses at most this much work.
 _COMMIT_EVERY_S = 2.0
+# SQLite limits the number of parameters of a query.
 _QUERY_KEYS = 500
 
 
 class AnswerCache:
-    """A SQLite file that several processes of one machine may share."""
+    """A SQLite file, which several processes of one machine can share."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Open or make the file for `identity` in `folder`. Raises RunError where nothing can be written."""
+        """Open or create the file for `identity` in `folder`. Raises RunError if it cannot be written."""
         text = json.dumps(identity, sort_keys=True)
         self.path = Path(folder) / f"answers-{hashlib.sha256(text.encode()).hexdigest()[:16]}.sqlite"
         try:
@@ -43,20 +44,20 @@ class AnswerCache:
 
     @staticmethod
     def key(kind: str, arguments: Sequence[Any]) -> str:
-        """The key of a request."""
+        """Return the key of a request."""
         return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
 
     def get(self, keys: Sequence[str]) -> dict[str, Any]:
-        """The answers there are."""
-        found = {}
+        """Return the cached answers among `keys`."""
+        answers = {}
         for start in range(0, len(keys), _QUERY_KEYS):
             part = list(keys[start : start + _QUERY_KEYS])
             query = f"SELECT key, value FROM answers WHERE key IN ({','.join('?' * len(part))})"
-            found.update({key: json.loads(value) for key, value in self._database.execute(query, part)})
-        return found
+            answers.update({key: json.loads(value) for key, value in self._database.execute(query, part)})
+        return answers
 
     def put(self, key: str, value: Any) -> None:
-        """Keep an answer; it is on disk some seconds later."""
+        """Store an answer; it reaches the disk within seconds."""
         try:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(value)))
             if time.monotonic() - self._committed > _COMMIT_EVERY_S:
@@ -65,11 +66,11 @@ class AnswerCache:
             raise RunError(f"cannot write the cache {self.path} ({error}); is the disk full?") from None
 
     def flush(self) -> None:
-        """Write what is not on disk yet."""
+        """Write all stored answers to disk."""
         self._database.commit()
         self._committed = time.monotonic()
 
     def close(self) -> None:
-        """Flush and let the file go."""
+        """Flush and close the file."""
         self.flush()
         self._database.close()

@@ -1,9 +1,9 @@
-"""Rows of evaluation sets: JSON, JSON Lines, CSV, parquet and text files, brought into the harness's columns.
+"""Files of evaluation sets (JSON, JSON Lines, CSV, parquet, text), read and converted to the harness's columns.
 
-    rows = read_rows(path, csv_columns=["question", "A", "B", "C", "D", "answer"])     # (place, row), place is file:line
-    documents = [to_document("mmlu", row, place) for place, row in rows]
+    rows = read_rows(path, ["question", "A", "B", "C", "D", "answer"])                 # (location, row): (file:line, {...})
+    documents = [to_document("mmlu", row, location) for location, row in rows]
 
-The original authors' layouts and the harness's own are both understood; which one a file has shows in its keys.
+A file may have the authors' layout or that of the Hugging Face hub; its keys tell which.
 """
 
 import csv
@@ -18,9 +18,9 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path, csv_columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
-    """Yield each row with its place. Labels in a file beside it (`dev-labels.lst`) become the key `label`.
+    """Yield each row with its location. Labels in a file beside it (`dev-labels.lst`) become the key `label`.
 
-    Raises UserError naming file and line for anything that cannot be read.
+    Raises UserError with file and line for anything that cannot be read.
     """
     readers: dict[str, Callable[[], Iterator[tuple[str, Row]]]] = {
         ".jsonl": lambda: _read_jsonl(path),
@@ -37,15 +37,15 @@ def read_rows(path: Path, csv_columns: Sequence[str] = ()) -> Iterator[tuple[str
         return
     labels = _text(labels_file).split()
     count = 0
-    for count, (place, row) in enumerate(rows, 1):
+    for count, (location, row) in enumerate(rows, 1):
         if count > len(labels):
             raise UserError(
-                f"{labels_file} has {len(labels)} labels, {path.name} more rows; they do not belong together"
+                f"{labels_file} has {len(labels)} labels, {path.name} has more rows; they do not belong together"
             )
-        yield place, {**row, "label": labels[count - 1]}
+        yield location, {**row, "label": labels[count - 1]}
     if count != len(labels):
         raise UserError(
-            f"{labels_file} has {len(labels)} labels, {path.name} {count} rows; they do not belong together"
+            f"{labels_file} has {len(labels)} labels, {path.name} has {count} rows; they do not belong together"
         )
 
 
@@ -60,21 +60,21 @@ def _text(path: Path) -> str:
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{place}: no JSON ({error}); repair the line or fetch the file again") from None
+                raise UserError(f"{location}: not JSON ({error}); repair the line or fetch the file again") from None
             if not isinstance(row, dict):
-                raise UserError(f"{place}: a JSON {type(row).__name__}; each line must be an object")
-            yield place, row
+                raise UserError(f"{location}: a JSON {type(row).__name__}; each line must be an object")
+            yield location, row
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         rows = json.loads(_text(path))
     except ValueError as error:
-        raise UserError(f"{path}: no JSON ({error}); fetch the file again") from None
+        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: must hold a list of objects")
     for number, row in enumerate(rows, 1):
@@ -86,7 +86,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
     header: list[str] | None = None
     try:
         for values in reader:
-            place = f"{path}:{reader.line_num}"
+            location = f"{path}:{reader.line_num}"
             if not values:
                 continue
             if header is None:
@@ -95,8 +95,8 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
                     header = values
                     continue
             if len(values) < len(header):
-                raise UserError(f"{place}: {len(values)} columns, {len(header)} expected ({', '.join(header)})")
-            yield place, dict(zip(header, values, strict=False))
+                raise UserError(f"{location}: {len(values)} columns, {len(header)} expected ({', '.join(header)})")
+            yield location, dict(zip(header, values, strict=False))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
 
@@ -131,7 +131,7 @@ def _read_articles(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _number(value: Any, allowed: Sequence[str]) -> int:
-    """The place of a label among the allowed ones."""
+    """Return the index of a label among the allowed ones."""
     text = str(value).strip()
     if text not in allowed:
         raise ValueError(f"the answer is {value!r}; allowed: {', '.join(allowed)}")
@@ -209,7 +209,7 @@ def _copa(row: Row) -> Row:
 
 
 _DOCUMENTS: dict[str, tuple[tuple[set[str], ...], Callable[[Row], Row]]] = {
-    # Keys that tell a file of this task from another's, and the way into the harness's columns.
+    # Sets of keys, one of which a row of this task has, and the function that converts such a row.
     "mmlu": (({"question", "choices"}, {"question", "A"}), _mmlu),
     "ceval": (({"question", "A"},), lambda row: _letters(row, "question", "answer")),
     "cmmlu": (({"Question", "A"},), lambda row: _letters(row, "Question", "Answer")),
@@ -232,15 +232,15 @@ KINDS = tuple(_DOCUMENTS)
 
 
 def is_kind(kind: str, row: Row) -> bool:
-    """Whether a row looks like this task's; files of several tasks share names such as dev.jsonl."""
+    """Whether a row has this task's keys; several tasks name their file dev.jsonl."""
     return any(keys <= set(row) for keys in _DOCUMENTS[kind][0])
 
 
-def to_document(kind: str, row: Row, place: str) -> Row:
-    """A row in the harness's columns. Raises UserError naming the place."""
+def to_document(kind: str, row: Row, location: str) -> Row:
+    """Convert a row to the harness's columns. Raises UserError with its location."""
     try:
         return _DOCUMENTS[kind][1](row)
     except KeyError as error:
-        raise UserError(f"{place}: there is no {error.args[0]!r} (found: {', '.join(map(str, row))})") from None
+        raise UserError(f"{location}: there is no {error.args[0]!r} (there is: {', '.join(map(str, row))})") from None
     except (ValueError, TypeError, IndexError) as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{location}: {error}") from None

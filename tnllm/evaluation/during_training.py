@@ -1,10 +1,10 @@
-"""Tasks on a model that is being trained, every so many steps.
+"""Scores of tasks for a model that is being trained.
 
-    score = task_scorer(["arc_easy", "sciq"], limit=200, data_dir="sets", note=print)   # bad names fail here, not later
+    score = task_scorer(["arc_easy", "sciq"], limit=200, data_dir="sets", log=print)    # raises for a bad name
     score(model, tokenizer)                        # {"tasks/arc_easy/acc": 0.31, "tasks/arc_easy/acc_stderr": 0.03, ...}
 
-The model is read as it is, in the precision its weights are kept in, and nothing of the run changes: its random numbers are
-given back.
+The model is scored in the dtype of its weights. Scoring changes nothing in the run: the states of its random generators are
+restored.
 """
 
 import random
@@ -30,20 +30,21 @@ def task_scorer(
     tasks: Sequence[str],
     limit: float | None = None,
     data_dir: str | None = None,
-    note: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     chat_template: str = DEFAULT,
 ) -> Callable[[LanguageModel, Tokenizer], Scores]:
-    """What scores a model on `tasks`, zero-shot unless a task says otherwise; see `tnllm eval` for names and data.
+    """Return a function that scores a model on `tasks`, with each task's own number of examples.
 
-    `limit`: questions of each task, or a share below 1. Raises UserError for an unknown task or missing data.
+    `tnllm eval ls` lists names and data. `limit`: questions of each task, or a share below 1. Raises UserError for an
+    unknown task or missing data.
     """
     folder = None if data_dir is None else Path(data_dir)
     if folder is not None and not folder.is_dir():
-        raise UserError(f"eval.tasks_data_dir {data_dir} is no folder; `tnllm eval ls` says what it may hold")
+        raise UserError(f"eval.tasks_data_dir {data_dir} is not a folder; `tnllm eval ls` says what it may hold")
     settings = Settings(limit)
-    choices = choose(tasks, None, note)
+    choices = choose(tasks, None, log)
     try:
-        load_tasks(choices, folder, False, note)
+        load_tasks(choices, folder, False, log)
     except UserError as error:
         advice = str(error).replace("--data-dir DIR", "--set eval.tasks_data_dir=DIR")
         raise UserError(f"eval.tasks: {advice.removesuffix(', or --online to download it')}") from None
@@ -53,14 +54,14 @@ def task_scorer(
         devices = [model.device] if model.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
-                # Tasks remember what they were asked, so each time they are read anew.
+                # Tasks keep their requests, so they are loaded again each time.
                 loaded = load_tasks(choices, folder, False, lambda text: None)
                 results = evaluate(TransNormerLM(_loaded_model(model, tokenizer, chat_template)), loaded, settings)
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-        assert results is not None, "one rank evaluates"
-        # Subjects of a group count in the group's own row.
+        assert results is not None, "only one rank scores tasks"
+        # The members of a group are in the group's row.
         members = {name for group in loaded.groups.values() for name in group.child_names}
         return {
             f"tasks/{task}/{key.removesuffix(',none').replace(',', '-')}": float(value)

@@ -1,4 +1,4 @@
-"""From loaded tasks to token requests, without a model: for counting and for machines without the harness.
+"""Questions of multiple-choice tasks as token requests, without a model: to count tokens, or to score without the harness.
 
 bundle = build_bundle(loaded, Tokenizer.load(folder), limit=None, seed=1234)
 """
@@ -19,7 +19,7 @@ from tnllm.tokenizer import Tokenizer
 
 
 def ask(loaded: Loaded, limit: int | None, seed: int) -> Iterator[tuple[Task, list[Instance]]]:
-    """Each question of multiple-choice tasks: its task and its requests. Raises UserError for tasks of another kind."""
+    """Yield the task and the requests of each question. Raises UserError for tasks that are not multiple-choice."""
     for name, task in loaded.tasks.items():
         if task.OUTPUT_TYPE != "multiple_choice":
             raise UserError(f"{name} is a {task.OUTPUT_TYPE} task; this works with multiple-choice tasks only")
@@ -31,7 +31,7 @@ def ask(loaded: Loaded, limit: int | None, seed: int) -> Iterator[tuple[Task, li
 
 
 def build_bundle(loaded: Loaded, tokenizer: Tokenizer, limit: int | None, seed: int) -> Bundle:
-    """Token requests of multiple-choice tasks, question by question. Raises UserError as `ask` does."""
+    """Return the token requests of all questions. Raises UserError as `ask` does."""
     pairs: list[tuple[str, str]] = []
     questions: list[int] = []
     answers: list[int] = []
@@ -45,7 +45,7 @@ def build_bundle(loaded: Loaded, tokenizer: Tokenizer, limit: int | None, seed: 
 
 
 def _answer(task: Any, document: dict[str, Any]) -> int:
-    # Winogrande's kind puts the choices before the gap, and the number of the right one where the text goes.
+    # WinoGrande's choices are contexts, so its `doc_to_text` is the index of the right one.
     target = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
     if isinstance(target, str) and target.isdecimal():
         return int(target)

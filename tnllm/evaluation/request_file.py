@@ -1,9 +1,9 @@
-"""Requests of tasks as a file of token ids, to score on a machine that has neither the tasks nor their harness.
+"""A file of token-id requests, to score tasks on a machine that has neither their data nor the harness.
 
 save_bundle(Path("mmlu.npz.xz"), Bundle(requests, questions, answers, {"tasks": ["mmlu"]}))
 bundle = load_bundle(Path("mmlu.npz.xz"))
 
-counts = count_tokens(bundle.requests)         # one by one, equal inputs once, and shared: no model needed
+counts = count_tokens(bundle.requests)         # one by one, equal inputs once, shared; needs no model
 """
 
 import io
@@ -23,16 +23,16 @@ from tnllm.generation.prefix_tree import PrefixTree, Request
 
 @dataclass(frozen=True)
 class Bundle:
-    """Log-likelihood requests; those of one question stand together, in the order of its choices."""
+    """Log-likelihood requests, question by question, in the order of a question's choices."""
 
     requests: list[Request]
-    questions: list[int]  # of each request
-    answers: list[int]  # of each question: the right choice, -1 where there is none
+    questions: list[int]  # index of each request's question
+    answers: list[int]  # index of each question's right choice, -1 if it has none
     about: dict[str, Any]
 
 
 def count_tokens(requests: Sequence[Request]) -> dict[str, int]:
-    """Tokens computed one request at a time, with a question's equal inputs computed once, and with shared prefixes."""
+    """Count the tokens computed one by one, with a question's equal inputs computed once, and with shared prefixes."""
     inputs = {(id(request.context), *request.continuation[:-1]): request for request in requests}.values()
     once = sum(len(request.context) + len(request.continuation) - 1 for request in inputs)
     tree = PrefixTree(requests)
@@ -43,12 +43,12 @@ def count_tokens(requests: Sequence[Request]) -> dict[str, int]:
 
 
 def save_bundle(path: Path, bundle: Bundle) -> None:
-    """Write a compressed file, whole or not at all."""
-    # Choices of a question come with one context object.
-    first = {id(request.context): request.context for request in bundle.requests}
-    numbers = {key: number for number, key in enumerate(first)}
-    contexts = list(first.values())
-    context_of = [numbers[id(request.context)] for request in bundle.requests]
+    """Write a compressed file, completely or not at all."""
+    # The choices of a question share one context object, which is stored once.
+    by_id = {id(request.context): request.context for request in bundle.requests}
+    index_of = {key: index for index, key in enumerate(by_id)}
+    contexts = list(by_id.values())
+    context_of = [index_of[id(request.context)] for request in bundle.requests]
     arrays = {
         "contexts": np.concatenate([np.array(ids, np.int32) for ids in contexts]),
         "context_lengths": np.array([len(ids) for ids in contexts], np.int32),
@@ -67,7 +67,7 @@ def save_bundle(path: Path, bundle: Bundle) -> None:
 def load_bundle(path: Path) -> Bundle:
     """Read a file of `save_bundle`. Raises UserError for anything else."""
     if not path.is_file():
-        raise UserError(f"{path} is no file; write one with `tnllm eval requests`")
+        raise UserError(f"{path} is not a file; write one with `tnllm eval requests`")
     try:
         with np.load(io.BytesIO(lzma.decompress(path.read_bytes())), allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
@@ -81,4 +81,4 @@ def load_bundle(path: Path) -> Bundle:
         about = json.loads(str(arrays["about"]))
         return Bundle(requests, arrays["questions"].tolist(), arrays["answers"].tolist(), about)
     except (lzma.LZMAError, ValueError, KeyError, EOFError, OSError, IndexError) as error:
-        raise UserError(f"{path} is no file of requests ({error}); write one with `tnllm eval requests`") from None
+        raise UserError(f"{path} is not a file of requests ({error}); write one with `tnllm eval requests`") from None

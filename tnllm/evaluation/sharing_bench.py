@@ -1,6 +1,6 @@
-"""Shared prefixes against the plain way: the same requests, the same model, one run; answers compared first.
+"""Shared prefixes against one request at a time: same requests, same model, one run; answers are compared first.
 
-results = bench_sharing(model, bundle, note=print)
+results = bench_sharing(model, bundle, log=print)
 """
 
 import time
@@ -14,9 +14,9 @@ from tnllm.evaluation.request_file import Bundle, count_tokens
 from tnllm.generation.scoring import Scorer
 from tnllm.modeling.model import LanguageModel
 
-# What two ways of computing the same log-probability may differ by, in nats: see docs/numerics.md.
+# Allowed difference in nats between two ways to compute a log-probability; docs/numerics.md gives the reasons.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float64: 1e-9}
-_WARM_UP = 64  # questions
+_WARM_UP_QUESTIONS = 64
 
 
 def bench_sharing(
@@ -25,24 +25,24 @@ def bench_sharing(
     questions: int | None = None,
     plain: bool = True,
     batch_tokens: int | None = None,
-    note: Callable[[str], None] = lambda text: None,
-    report: Callable[[str, int, int], None] = lambda kind, done, total: None,
+    log: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str, int, int], None] = lambda way, done, total: None,
 ) -> dict[str, Any]:
     """Score the first `questions` both ways; times exclude a warm-up that compiles the kernels.
 
-    Whether the log-probabilities agree within the tolerance is in "agreement": without that, times mean nothing.
+    The times are valid only if the log-probabilities agree within the tolerance, which "agreement" says.
     """
     count = len(bundle.answers) if questions is None else min(questions, len(bundle.answers))
-    number = sum(question < count for question in bundle.questions)
-    requests, asked = bundle.requests[:number], np.array(bundle.questions[:number])
-    warm = sum(question < min(count, _WARM_UP) for question in bundle.questions)
+    num_requests = sum(question < count for question in bundle.questions)
+    requests, asked = bundle.requests[:num_requests], np.array(bundle.questions[:num_requests])
+    warm = sum(question < min(count, _WARM_UP_QUESTIONS) for question in bundle.questions)
     results: dict[str, Any] = {"questions": count, "counts": count_tokens(requests), "ways": []}
     logprobs = {}
     for way, share in (("shared", True), ("plain", False))[: 2 if plain else 1]:
-        _run(model, requests[:warm], share, batch_tokens, note, way, lambda kind, done, total: None)
-        logprobs[way], row = _run(model, requests, share, batch_tokens, note, way, report)
+        _run(model, requests[:warm], share, batch_tokens, log, way, lambda way, done, total: None)
+        logprobs[way], row = _run(model, requests, share, batch_tokens, log, way, progress)
         results["ways"].append(row)
-        note(f"{way}: {row['tokens']:,} tokens in {row['seconds']:.1f} s, {row['tokens_per_s']:,.0f} tokens/s")
+        log(f"{way}: {row['tokens']:,} tokens in {row['seconds']:.1f} s, {row['tokens_per_s']:,.0f} tokens/s")
     picked = {way: _picked(values, asked, count) for way, values in logprobs.items()}
     answers = np.array(bundle.answers[:count])
     for row in results["ways"]:
@@ -72,16 +72,16 @@ def bench_sharing(
 
 
 def _run(
-    model: LanguageModel, requests: list[Any], share: bool, batch_tokens: int | None, note: Callable[[str], None], way: str,
-    report: Callable[[str, int, int], None],
+    model: LanguageModel, requests: list[Any], share: bool, batch_tokens: int | None, log: Callable[[str], None], way: str,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], dict[str, Any]]:  # fmt: skip
-    scorer = Scorer(model, share, batch_tokens, note=note)
+    scorer = Scorer(model, share, batch_tokens, None, log)
     values = np.empty(len(requests), np.float64)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    for score in scorer.score(requests, lambda done, total: report(way, done, total)):
+    for score in scorer.score(requests, lambda done, total: progress(way, done, total)):
         values[score.index] = score.logprobs.sum()
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else None
@@ -92,7 +92,7 @@ def _run(
 
 
 def _picked(logprobs: Any, asked: Any, count: int) -> tuple[Any, Any]:
-    """The likeliest choice of each question and its lead over the second, in nats."""
+    """The most likely choice of each question and its margin over the second, in nats."""
     choices, margins = np.empty(count, np.int64), np.empty(count, np.float64)
     bounds = np.searchsorted(asked, np.arange(count + 1))
     for question in range(count):
@@ -101,7 +101,7 @@ def _picked(logprobs: Any, asked: Any, count: int) -> tuple[Any, Any]:
 
 
 def pick(values: Any) -> tuple[int, float]:
-    """The likeliest choice, the first of equal ones, and its lead over the second."""
+    """Return the argmax (the first of equal values) and its margin over the second."""
     best = int(np.argmax(values))
     others = np.delete(values, best)
     return best, float(values[best] - others.max()) if len(others) else float("inf")

@@ -2,8 +2,8 @@
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 
-The keys are those of tnllm's own ModelConfig; the common Hugging Face names (`hidden_size`, `num_hidden_layers`, ...) read
-and write the same values.
+The keys are those of tnllm's ModelConfig. The common Hugging Face names (`hidden_size`, `num_hidden_layers`, ...) are
+aliases of them.
 """
 
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 
 class TnllmConfig(PretrainedConfig):
-    """Every choice that shapes the parameters or the function of the model."""
+    """Everything that determines the parameters or the function of the model."""
 
     model_type = "tnllm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -30,22 +30,23 @@ class TnllmConfig(PretrainedConfig):
         model_dim: int = 1024,
         num_heads: int = 8,
         glu_dim: int = 2816,
-        # mix: LRPE with decay in layer 0, decay alone elsewhere. lrpe-d: both in every layer. lrpe: no decay.
-        # decay: no LRPE. ape: learned absolute positions, no decay.
+        # mix: LRPE and decay in layer 0, only decay elsewhere. lrpe-d: both in every layer. lrpe: only LRPE.
+        # decay: only decay. ape: learned absolute positions, no decay.
         position: str = "mix",
         decay_slopes: str = "geometric",  # geometric: 2^(-8(h+1)/H). linear: 8h/H.
         decay_temperature: bool = True,  # slower decay in deeper layers
-        gate: str = "full",  # full: linear u (v1, v2). low-rank: sigmoid of a rank-gate_dim product (v3). none.
+        gate: str = "full",  # full: u, without activation (v1, v2). low-rank: sigmoid, rank gate_dim (v3). none.
         gate_dim: int = 16,
-        norm_position: str = "attention",  # the mixer's norm: attention (before the gate), gate or output (after it)
+        # Norm of the token mixer. attention: before the gate. gate: after it. output: after the output projection.
+        norm_position: str = "attention",
         activation: str = "silu",  # of q and k: silu, none, 1+elu, relu
         value_activation: str = "none",  # of v: none, silu
         glu_activation: str = "none",
         norm: str = "srmsnorm",  # srmsnorm (no parameters), rmsnorm, layernorm
         norm_eps: float = 1e-6,
-        scale_embedding: bool = True,  # by sqrt(model_dim); v1 and v3, not v2
+        scale_embedding: bool = True,  # multiply it by sqrt(model_dim); v1 and v3, not v2
         init_std: float = 0.02,
-        max_position: int = 2048,  # of position=ape alone
+        max_position: int = 2048,  # only for position=ape
         use_cache: bool = True,
         pad_token_id: int | None = 0,
         bos_token_id: int | None = 1,
@@ -83,7 +84,7 @@ class TnllmConfig(PretrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Width of a head, and of its values."""
+        """Width of a head."""
         return self.model_dim // self.num_heads
 
     def uses_lrpe(self, layer: int) -> bool:

@@ -1,10 +1,10 @@
-"""TransNormerLLM for Hugging Face transformers: torch alone, with Triton kernels on CUDA where Triton is installed.
+"""TransNormerLLM for Hugging Face transformers, in torch, with Triton kernels on CUDA if Triton is installed.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     model.generate(**tokenizer(["Once upon", "In the end it"], padding=True, return_tensors="pt"))
 
-`past_key_values` is a `TnllmState`: one fp32 matrix per head and layer, of constant size whatever the length. Padding,
-left or right, never enters it: padded batches are packed into one row of real tokens.
+`past_key_values` is a `TnllmState`: one fp32 matrix per head and layer, whose size does not depend on the length. Padding
+on either side never enters it, because a padded batch is packed into one row of its real tokens.
 
 Papers: TransNormerLLM (arXiv 2307.14995), Lightning Attention-2 (arXiv 2401.04658), TNL (arXiv 2405.17381).
 """
@@ -22,7 +22,7 @@ from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
 from tnllm.kernels.lightning_attention.chunk import chunk_backward, chunk_forward, chunk_step
 
 try:
-    # Not used here, but by the next one: transformers 4 fetches only the files that this file names.
+    # Used by the next file only, but transformers 4 copies only files that this file imports.
     from tnllm.kernels.lightning_attention.kernels import attend_kernel  # noqa: F401
     from tnllm.kernels.lightning_attention.launch import triton_backward, triton_forward
     from tnllm.kernels.lightning_attention.step import triton_step
@@ -31,24 +31,26 @@ try:
 except ImportError:
     HAS_TRITON = False
 
-# Head widths the Triton kernels are made for; others take the torch form.
+# Head dims that the Triton kernels support; others use the torch implementation.
 TRITON_DIMS = (32, 64, 96, 128, 192, 256)
 
 
 def use_triton(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels take these tensors."""
-    fits = q.shape[-1] in TRITON_DIMS and v.shape[-1] in TRITON_DIMS and q.dtype != torch.float64
-    return HAS_TRITON and q.is_cuda and fits
+    """Whether the Triton kernels support these tensors."""
+    supported = q.shape[-1] in TRITON_DIMS and v.shape[-1] in TRITON_DIMS and q.dtype != torch.float64
+    return HAS_TRITON and q.is_cuda and supported
 
 
 class LightningAttention(torch.autograd.Function):
-    """S_t = exp(log_decay) S_{t-1} + k_t v_t^T and o_t = q_t^T S_t in every head, from a state, with packing.
+    """S_t = exp(log_decay) S_{t-1} + k_t v_t^T and o_t = q_t^T S_t per head, from an initial state, with packing.
 
     q, k [B, T, H, D], v [B, T, H, E], log_decay [H] fp32, state [B or N, H, D, E] fp32 or None, cu_seqlens [N + 1] or None.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, state, cu_seqlens):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(q, k, v, log_decay, state, cu_seqlens)
         ctx.set_materialize_grads(False)
         if use_triton(q, v):
@@ -56,7 +58,7 @@ class LightningAttention(torch.autograd.Function):
         return chunk_forward(q, k, v, log_decay, state, cu_seqlens)
 
     @staticmethod
-    def backward(ctx, do, dfinal):
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do
         run = triton_backward if use_triton(q, v) else chunk_backward
@@ -65,9 +67,9 @@ class LightningAttention(torch.autograd.Function):
 
 
 class TnllmState:
-    """What the model remembers: per layer [B, H, D, E] fp32, per row its number of tokens, and the columns read.
+    """Recurrent state of each layer, [B, H, D, E] fp32. A forward pass updates it in place.
 
-    A forward pass updates it in place. `length` counts columns, padding included; `position` [B] counts tokens.
+    `length` is the number of columns read, padding included; `position` [B] the number of tokens of each row.
     """
 
     is_compileable = False
@@ -76,26 +78,26 @@ class TnllmState:
         self.layers, self.position, self.length = layers, position, length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read so far."""
+        """Number of columns read so far, padding included."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the given order: beam search."""
+        """Reorder the rows, for beam search."""
         self.layers = [layer.index_select(0, beam_idx.to(layer.device)) for layer in self.layers]
         self.position = self.position.index_select(0, beam_idx.to(self.position.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         rows = torch.arange(self.position.shape[0], device=self.position.device).repeat_interleave(repeats)
         self.reorder_cache(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
+        """Keep only these rows."""
         self.reorder_cache(indices)
 
 
 def geometric_slopes(num_heads: int) -> list[float]:
-    """Slopes of the released models for any number of heads."""
+    """Return the decay slopes of the released models (ALiBi's) for any number of heads."""
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (head + 1) / power) for head in range(power)]
     if power < num_heads:
@@ -104,7 +106,7 @@ def geometric_slopes(num_heads: int) -> list[float]:
 
 
 def log_decays(config: TnllmConfig) -> Tensor:
-    """[L, H] fp32 log-decays; never a function of the model's dtype, in bfloat16 the late ones round to zero."""
+    """Return log-decays [L, H], always fp32: in bfloat16 those of the last layers would round to zero."""
     if config.position in ("lrpe", "ape"):
         return torch.zeros(config.num_layers, config.num_heads, dtype=torch.float32, device="cpu")
     rows = []
@@ -121,7 +123,7 @@ def log_decays(config: TnllmConfig) -> Tensor:
 
 
 class SRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps): no parameters; statistics in fp32."""
+    """x / sqrt(mean(x^2) + eps) without parameters; the mean is fp32."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class SRMSNorm(nn.Module):
 
 
 def make_norm(config: TnllmConfig) -> nn.Module:
-    """The norm the config names, over model_dim channels."""
+    """Return the config's norm over model_dim channels."""
     if config.norm == "srmsnorm":
         return SRMSNorm(config.norm_eps)
     if config.norm == "rmsnorm":
@@ -142,7 +144,7 @@ def make_norm(config: TnllmConfig) -> nn.Module:
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply the activation a config names."""
+    """Apply the activation with this name."""
     if kind == "silu":
         return F.silu(x)
     if kind == "1+elu":
@@ -151,7 +153,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 class LRPE(nn.Module):
-    """x at position t becomes [a cos(theta t); a sin(theta t)] with a = activation(x); theta [H, 1, d] stays fp32."""
+    """Maps x at position t to [a cos(theta t); a sin(theta t)], a = activation(x). theta [H, 1, d] stays fp32."""
 
     def __init__(self, config: TnllmConfig) -> None:
         super().__init__()
@@ -159,28 +161,29 @@ class LRPE(nn.Module):
         self.theta = nn.Parameter(torch.empty(self.shape, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LRPE":
-        exact = self.theta.detach()
+        # A cast of the model to 16 bits leaves theta as it was.
+        theta = self.theta.detach()
         super()._apply(fn, recurse)
         if self.theta.element_size() < 4:
-            self.theta.data = exact.to(self.theta.device)
+            self.theta.data = theta.to(self.theta.device)
         return self
 
     def initial(self) -> Tensor:
-        """10000^(-2j/M) over the flat index j, head-major."""
+        """Initial value: 10000^(-2j/M) for the flat index j, head-major."""
         count = self.shape[0] * self.shape[2]
         flat = [10_000.0 ** (-2.0 * index / count) for index in range(count)]
         return torch.tensor(flat, dtype=torch.float32, device="cpu").view(self.shape)
 
     def forward(self, x: Tensor, positions: Tensor, activation: str) -> Tensor:
         a = activate(x.to(torch.promote_types(x.dtype, torch.float32)), activation)
-        # Angles reach 10^6 at a million tokens, so they are formed and reduced in float64.
+        # Angles reach 10^6 at a million tokens, so they are computed and reduced in float64.
         angle = positions[:, :, None, None].double() * self.theta[:, 0].double()
         angle = (torch.remainder(angle + math.pi, 2 * math.pi) - math.pi).to(a.dtype)
         return torch.cat([a * angle.cos(), a * angle.sin()], dim=-1).to(x.dtype)
 
 
 class GatedLinearAttention(nn.Module):
-    """Token mixer: project, activate, LRPE where used, Lightning Attention, norm over all heads, gate, project."""
+    """Token mixer: projection, activation, LRPE if used, Lightning Attention, norm over all heads, gate, projection."""
 
     def __init__(self, config: TnllmConfig, layer: int) -> None:
         super().__init__()
@@ -202,7 +205,7 @@ class GatedLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, M], positions [B, T], log_decay [H], state [B or N, H, D, E] → y [B, T, M], new state.
 
-        One token on a state without gradients is the decoding step, which writes the state where it lies.
+        One token with a state and without gradients is a decoding step, which updates the state in place.
         """
         config = self.config
         gate = None
@@ -267,16 +270,16 @@ class TnllmBlock(nn.Module):
 
 
 class TnllmPreTrainedModel(PreTrainedModel):
-    """What transformers must know of every TnllmModel."""
+    """Base class: what transformers reads from every model class."""
 
     config_class = TnllmConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["TnllmBlock"]
-    # Rounded to 16 bits LRPE's frequencies would be off by hundreds of radians at position 100,000.
+    # In 16 bits, LRPE's angles would be wrong by hundreds of radians at position 100,000.
     _keep_in_fp32_modules: ClassVar[list[str]] = ["theta"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["theta"]
-    # A state cannot go back to an earlier token, so there is no assisted generation.
+    # The state cannot be rolled back to an earlier token, so assisted generation is not possible.
     _is_stateful = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -304,7 +307,7 @@ class TnllmModel(TnllmPreTrainedModel):
         self.layers = nn.ModuleList(TnllmBlock(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config)
         self.gradient_checkpointing = False
-        # Constants of the config, kept per device; no buffers, so that no cast and no checkpoint can touch them.
+        # Log-decays per device; not a buffer, so that neither a cast nor a checkpoint can change them.
         self._decays: dict[torch.device, Tensor] = {}
         self.post_init()
 
@@ -317,7 +320,7 @@ class TnllmModel(TnllmPreTrainedModel):
         self.embed_tokens = value
 
     def init_state(self, batch: int, device: torch.device) -> TnllmState:
-        """The state before any token."""
+        """Return the zero state."""
         config = self.config
         wide = torch.float64 if self.embed_tokens.weight.dtype == torch.float64 else torch.float32
         layers = []
@@ -337,9 +340,9 @@ class TnllmModel(TnllmPreTrainedModel):
         return_dict: bool | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """input_ids [B, T]; attention_mask [B, T] or [B, columns read + T], 0 or False where there is padding.
+        """input_ids [B, T]; attention_mask [B, T] or [B, columns read + T], 0 or False at padding.
 
-        Positions follow from the mask and the state; `position_ids` are not read.
+        Positions come from the mask and the state; `position_ids` is ignored.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -393,7 +396,7 @@ class TnllmModel(TnllmPreTrainedModel):
 
     @staticmethod
     def _padding(attention_mask: Tensor | None, batch: int, columns: int) -> Tensor | None:
-        """[B, T] bool, False at padding; None where there is none in these columns."""
+        """[B, T] bool, False at padding; None if there is no padding in the new columns."""
         if attention_mask is None:
             return None
         mask = attention_mask[:, -columns:].bool()
@@ -408,7 +411,7 @@ class TnllmModel(TnllmPreTrainedModel):
 
     @staticmethod
     def _unpack(x: Tensor, mask: Tensor | None) -> Tensor:
-        """[1, real tokens, M] → [B, T, M] with zeros at the padding."""
+        """[1, real tokens, M] → [B, T, M], zeros at padding."""
         if mask is None:
             return x
         rows = x.new_zeros(*mask.shape, x.shape[-1])
@@ -416,7 +419,7 @@ class TnllmModel(TnllmPreTrainedModel):
 
 
 class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
-    """The model with its language-model head; logits are fp32."""
+    """The model with a language-model head; logits are fp32."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -455,7 +458,7 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """labels [B, T], -100 where none is asked for, are shifted here. logits_to_keep: the last n columns, 0 for all."""
+        """labels [B, T] are shifted here; -100 is ignored. logits_to_keep: number of last columns, 0 for all."""
         output = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
@@ -475,17 +478,17 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The columns the state has not read yet."""
+        """Return the inputs for the columns that the state has not read yet."""
         inputs: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": use_cache, "logits_to_keep": 1}
         read = 0 if past_key_values is None else past_key_values.get_seq_length()
         if inputs_embeds is not None and read == 0:
             return {**inputs, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        # How many columns are new: transformers 5 says it (None: all that were given), 4 gives their positions.
+        # Number of new columns: transformers 5 passes it (None: all), transformers 4 passes their positions.
         if "next_sequence_length" in kwargs:
             new = kwargs["next_sequence_length"]
         else:
             new = None if kwargs.get("cache_position") is None else kwargs["cache_position"].shape[0]
         unread = input_ids if new is None else input_ids[:, -new:]
-        # A single new token is never padding, and looking at its mask would stall the device.
+        # A single new token is never padding, and reading its mask would synchronize the device.
         mask = attention_mask if unread.shape[1] > 1 or read == 0 else None
         return {**inputs, "input_ids": unread.contiguous(), "attention_mask": mask}
