@@ -156,9 +156,9 @@ def test_adapters_that_are_none(tmp_path, change, error, message):
         model = build_model(get_preset("tiny", **{**SMALL, "glu_dim": 64}), seed=0)
     else:
         save_file({"lora_embedding": torch.zeros(2)}, weights)
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as caught:
         merge_adapter(model, tmp_path)
-    assert message in str(found.value)
+    assert message in str(caught.value)
 
 
 def test_saved_merged_weights_are_a_plain_model(tmp_path):

@@ -1,4 +1,4 @@
-"""Weights folders: written whole, read back exactly, damaged ones named."""
+"""Weights folders: written completely or not at all, read back exactly, damaged ones named."""
 
 import json
 

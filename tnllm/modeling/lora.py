@@ -81,12 +81,12 @@ def add_lora(model: LanguageModel, config: LoraConfig, seed: int = 0) -> None:
             raise UserError(
                 f"lora.targets has {target!r}; this model has {', '.join(kinds)}{did_you_mean(target, kinds)}"
             )
-    wanted = config.targets or [kind for kind in kinds if not kind.isdecimal()]
+    targets = config.targets or [kind for kind in kinds if not kind.isdecimal()]
     device = model.device
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     for name, module in linears:
         parent, _, kind = name.rpartition(".")
-        if kind not in wanted:
+        if kind not in targets:
             continue
         layer = LoraLinear(module, config.rank, config.alpha)
         if generator is not None:

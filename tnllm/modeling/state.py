@@ -51,10 +51,8 @@ class State:
     def cat(states: Sequence["State"]) -> "State":
         """Concatenate the rows of several states of one model."""
         dim = states[0].rows_dim
-        if dim == 0:
-            columns = [torch.cat(layers) for layers in zip(*(state.layers for state in states), strict=True)]
-        else:
-            columns = [_cat_caches(layers) for layers in zip(*(state.layers for state in states), strict=True)]
+        join = torch.cat if dim == 0 else _cat_caches
+        columns = [join(layers) for layers in zip(*(state.layers for state in states), strict=True)]
         return State(columns, torch.cat([state.position for state in states]), dim)
 
 

@@ -73,14 +73,14 @@ def save_model(
     `dtype` casts the weights (LRPE's theta stays fp32). Files above `shard_bytes` are split and get an index.
     Raises OSError when the disk is full; an older folder is then untouched.
     """
-    target = dtype or model.head_weight.dtype
+    stored = dtype or model.head_weight.dtype
     settings = {**GENERATION_DEFAULTS, **(generation or {})}
     with written_folder(Path(folder)) as temporary:
-        (temporary / CONFIG).write_text(config_json(model.config, target), encoding="utf-8")
+        (temporary / CONFIG).write_text(config_json(model.config, stored), encoding="utf-8")
         (temporary / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / TOKENIZER)
-        _save_tensors(model, temporary, target, shard_bytes)
+        _save_tensors(model, temporary, stored, shard_bytes)
 
 
 def _save_tensors(model: LanguageModel, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
@@ -151,11 +151,11 @@ def load_model(
     if lora is not None:
         add_lora(model, lora)
     model = model.to_empty(device=device)
-    wanted = model.state_dict()
+    target = model.state_dict()
     if (folder / CHECKPOINT).is_dir():
-        _load_checkpoint(wanted, folder / CHECKPOINT)
+        _load_checkpoint(target, folder / CHECKPOINT)
     else:
-        _load_files(wanted, folder)
+        _load_files(target, folder)
     if lora is not None and merge:
         merge_lora(model)
     return model.eval().requires_grad_(False)
@@ -173,8 +173,8 @@ def plain_errors() -> Iterator[None]:
         raise next(iter(error.failures.values()))[0] from error
 
 
-def _load_checkpoint(wanted: dict[str, Tensor], folder: Path) -> None:
-    """Fill `wanted` from a training checkpoint, written by any number of ranks."""
+def _load_checkpoint(target: dict[str, Tensor], folder: Path) -> None:
+    """Fill `target` from a training checkpoint, written by any number of ranks."""
     try:
         # Headers first: for a damaged one the reader below would log pages.
         for file in folder.glob("*.safetensors"):
@@ -182,23 +182,23 @@ def _load_checkpoint(wanted: dict[str, Tensor], folder: Path) -> None:
                 pass
         with warnings.catch_warnings(), plain_errors():
             warnings.simplefilter("ignore", UserWarning)  # a single process is intended
-            dcp.load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+            dcp.load(dict(target), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{folder} is damaged or not a checkpoint of this model ({reason}); take another step") from None
 
 
-def _load_files(wanted: dict[str, Tensor], folder: Path) -> None:
-    missing = set(wanted)
+def _load_files(target: dict[str, Tensor], folder: Path) -> None:
+    missing = set(target)
     for file in tensor_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a mapping)
                     # Hugging Face folders prefix our names with `model.`, and may list a tied head.
                     name = from_official(key)
-                    if name == HEAD and HEAD not in wanted:
+                    if name == HEAD and HEAD not in target:
                         continue
-                    _copy(wanted, name, tensors.get_tensor(key), file)
+                    _copy(target, name, tensors.get_tensor(key), file)
                     missing.discard(name)
         except SafetensorError as error:
             raise RunError(f"{file} is damaged ({error}); copy or convert it again") from None
@@ -206,12 +206,12 @@ def _load_files(wanted: dict[str, Tensor], folder: Path) -> None:
         raise RunError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[0]!r}; it is incomplete")
 
 
-def _copy(wanted: dict[str, Tensor], name: str, value: Tensor, file: Path) -> None:
-    if name not in wanted:
+def _copy(target: dict[str, Tensor], name: str, value: Tensor, file: Path) -> None:
+    if name not in target:
         raise RunError(f"{file} holds {name!r}, which this model does not have; config.json and weights differ")
-    if value.shape != wanted[name].shape:
-        raise RunError(f"{file}: {name} is {list(value.shape)}, config.json says {list(wanted[name].shape)}")
-    wanted[name].copy_(value)
+    if value.shape != target[name].shape:
+        raise RunError(f"{file}: {name} is {list(value.shape)}, config.json says {list(target[name].shape)}")
+    target[name].copy_(value)
 
 
 def tensor_files(folder: Path, index: str = INDEX, single: str = SINGLE) -> list[Path]:
