@@ -1,11 +1,11 @@
-"""What there is to compute for a list of requests: a radix tree over token ids, so that what they share is there once.
+"""A radix tree over the token ids of a list of requests, in which every shared prefix occurs once.
 
     tree = PrefixTree([Request(context, continuation), ...])      # ids; both at least one token
-    tree.plain_tokens, tree.num_tokens                            # one by one, and shared
-    PrefixTree(requests, share=False)                             # the plain way: every request for itself
+    tree.plain_tokens, tree.num_tokens                            # without sharing, and with it
+    PrefixTree(requests, share=False)                             # every request by itself
 
-Few-shot headers, question stems and equal contexts of several answers all become inner nodes without being
-told apart. A request's tokens are its context and its continuation without the last token, which is only predicted.
+Few-shot headers, question stems and equal contexts of several answers all become inner nodes. A request's tokens are its
+context and its continuation without the last token, which is only predicted.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-# A fork copies a state; at 385M that costs about as much time as computing this many tokens again.
+# A fork copies a state; at 385M that takes about as long as computing this many tokens again.
 MIN_SAVED_TOKENS = 32
 
 Ids = NDArray[np.int32]
@@ -30,7 +30,7 @@ class Request:
 
 @dataclass(eq=False)
 class Node:
-    """A piece of text after its parent's. `ids[start:end]` of a whole sequence are its tokens."""
+    """A part of a sequence, after its parent's: tokens `ids[start:end]` of the complete sequence `ids`."""
 
     ids: Ids
     start: int
@@ -38,9 +38,9 @@ class Node:
     parent: "Node | None"
     children: list["Node"] = field(default_factory=list)
     depth: int = 0
-    # Predictions asked of this piece: position in the sequence, token, number of the prediction.
+    # Predictions that follow this node's tokens: position in the sequence, token, number of the prediction.
     targets: list[tuple[int, int, int]] = field(default_factory=list)
-    # Where the predictions of a node went that was dissolved.
+    # The node that took over the predictions of a dissolved node.
     heir: "Node | None" = None
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Node:
 
 
 class PrefixTree:
-    """The tree of some requests; `top` are the pieces that start a text."""
+    """The tree of some requests; `top` are the nodes that start a text."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class PrefixTree:
         max_piece: int | None = None,
         min_saved: int = MIN_SAVED_TOKENS,
     ) -> None:
-        """`max_piece` cuts longer pieces into chains. Pieces whose sharing saves under `min_saved` tokens are undone."""
+        """`max_piece` splits longer nodes into chains. Nodes whose sharing saves fewer than `min_saved` tokens dissolve."""
         inputs = _inputs(requests)
         self.plain_tokens = sum(len(ids) for ids in inputs)
         root = Node(np.empty(0, np.int32), 0, 0, None)
@@ -72,7 +72,7 @@ class PrefixTree:
         else:
             ends = [Node(ids, 0, len(ids), root) for ids in inputs]
             root.children = list(ends)
-        self._place_targets(requests, ends)
+        self._assign_targets(requests, ends)
         _settle(root, max_piece)
         self.top = root.children
         for node in self.top:
@@ -80,14 +80,14 @@ class PrefixTree:
         self.num_tokens = sum(len(node) for node in self.nodes())
 
     def nodes(self) -> list[Node]:
-        """Every piece, each after its parent."""
-        found = list(self.top)
-        for node in found:
-            found.extend(node.children)
-        return found
+        """Every node, each after its parent."""
+        nodes = list(self.top)
+        for node in nodes:
+            nodes.extend(node.children)
+        return nodes
 
-    def _place_targets(self, requests: Sequence[Request], ends: list[Node]) -> None:
-        """Number all predictions and hand each to the piece whose token it follows."""
+    def _assign_targets(self, requests: Sequence[Request], ends: list[Node]) -> None:
+        """Number all predictions and assign each to the node whose token it follows."""
         lengths = np.array([len(request.continuation) for request in requests], np.int64)
         self.first_target = np.concatenate([[0], lengths.cumsum()])
         for number, (request, end) in enumerate(zip(requests, ends, strict=True)):
@@ -103,7 +103,7 @@ class PrefixTree:
 
 
 def _inputs(requests: Sequence[Request]) -> list[Ids]:
-    """What each request has the model read. Choices of a question come with one context object, converted once."""
+    """The input ids of each request. Choices of a question share one context object, which is converted once."""
     known: dict[int, Ids] = {}
     inputs = []
     for request in requests:
@@ -117,7 +117,7 @@ def _inputs(requests: Sequence[Request]) -> list[Ids]:
 
 
 def _grow(root: Node, inputs: list[Ids]) -> list[Node]:
-    """Build the tree in the sequences' lexicographic order; returns the node each one ends in."""
+    """Build the tree in the sequences' lexicographic order; returns the last node of each."""
     # Big-endian bytes sort as the ids do, and compare at memcmp's speed.
     known: dict[int, bytes] = {}
     keys = []
@@ -155,14 +155,14 @@ def _grow(root: Node, inputs: list[Ids]) -> list[Node]:
 
 
 def _common(first: Ids, second: Ids) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     length = min(len(first), len(second))
     different = first[:length] != second[:length]
     return int(different.argmax()) if different.any() else length
 
 
 def _dissolve(root: Node, min_saved: int) -> None:
-    """Undo branches that save too little: the piece is computed again in every child."""
+    """Dissolve nodes that save too little: their tokens are computed again in every child."""
     todo = [root]
     while todo:
         node = todo.pop()
@@ -182,7 +182,7 @@ def _dissolve(root: Node, min_saved: int) -> None:
 
 
 def _settle(root: Node, max_piece: int | None) -> None:
-    """Cut long pieces into chains and number the depths."""
+    """Split long nodes into chains and set the depths."""
     todo = list(root.children)
     while todo:
         node = todo.pop()

@@ -1,12 +1,12 @@
-"""Log-probabilities of continuations, every shared beginning read once and its state forked.
+"""Log-probabilities of continuations; every shared prefix is prefilled once and its state is forked.
 
-    for result in Scorer(model).score(requests):               # as they are finished, in no order
+    for result in Scorer(model).score(requests):               # in the order they finish
         result.index, sum(result.logprobs), result.greedy
-    scorer.num_tokens, scorer.plain_tokens                     # computed, and one request at a time
+    scorer.num_tokens, scorer.plain_tokens                     # computed, and without sharing
 
-Pieces of the prefix tree are packed as ragged rows by tokens, each with the state its parent left; padding never enters
-a state. The deepest ready pieces go first, so few states are alive at a time. A document longer than a pass is a chain of
-pieces, so its length costs no memory and nothing is cut off.
+Nodes of the prefix tree are packed as ragged rows, each with the state after its parent; padding never enters a state.
+The deepest ready nodes go first, so few states are alive at a time. A document longer than a pass is a chain of nodes, so
+its length costs no memory and nothing is truncated.
 """
 
 import heapq
@@ -24,7 +24,7 @@ from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
 
-# Tokens of one pass, and bytes for the states it starts from and for its logits.
+# Tokens of one pass, and bytes of its initial states and of its logits.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 _STATE_BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}
 _LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
@@ -37,30 +37,30 @@ class Score:
     """One finished request."""
 
     index: int
-    logprobs: NDArray[np.float64]  # natural logarithm, one for each token of the continuation
-    greedy: bool  # every token of the continuation was the likeliest one
+    logprobs: NDArray[np.float64]  # natural logarithm, one per token of the continuation
+    greedy: bool  # whether every token of the continuation is the argmax
 
 
 @dataclass
 class _Source:
-    """States that pieces start from, one row for each parent; `serial` keeps pieces of one source together."""
+    """Initial states of nodes, one row per parent; `serial` sorts nodes of one source next to each other."""
 
     serial: int
     state: State
-    waiting: int  # pieces that still start from here
+    waiting: int  # nodes that still need it
 
 
 @dataclass
 class _Pending:
-    """Results on the device, fetched after the next pass was launched."""
+    """Results on the device, copied to the host after the next pass was launched."""
 
     numbers: list[int]
     logprobs: Tensor
-    likeliest: Tensor
+    is_argmax: Tensor
 
 
 class Scorer:
-    """Scores requests with a model. `share` False computes each request for itself, as a plain harness does."""
+    """Scores requests with a model. `share` False computes each request separately, as a plain harness does."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class Scorer:
         share: bool = True,
         batch_tokens: int | None = None,
         batch_rows: int | None = None,
-        note: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`batch_tokens` and `batch_rows` bound one pass (None: by device and memory). `note` is told of changes."""
-        self.model, self.share, self.note = model, share, note
+        """`batch_tokens` and `batch_rows` limit one pass (None: by device and memory). `log` is told when they shrink."""
+        self.model, self.share, self.log = model, share, log
         device = model.device.type
         self.batch_tokens = batch_tokens or BATCH_TOKENS[device]
         self.batch_rows = batch_rows
@@ -80,9 +80,9 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, requests: Sequence[Request], report: Report = lambda done, total: None) -> Iterator[Score]:
-        """Yield a Score per request. `report` gets the tokens computed so far and in all.
+        """Yield a Score per request. `report` gets the tokens computed so far and in total.
 
-        Raises UserError for an id outside the vocabulary, RunError when one piece does not fit into memory or the
+        Raises UserError for an id outside the vocabulary, RunError if one node does not fit into memory or the
         model gives non-finite logits.
         """
         vocab_size = self.model.config.vocab_size
@@ -94,7 +94,7 @@ class Scorer:
                     checked.add(id(ids))
                     if not 0 <= min(ids) <= max(ids) < vocab_size:
                         raise UserError(
-                            f"a token id lies outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
+                            f"a token id is outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
                         )
         if not requests:
             return
@@ -103,37 +103,37 @@ class Scorer:
         self.plain_tokens += tree.plain_tokens
         first = tree.first_target
         logprobs = np.empty(first[-1], np.float64)
-        likeliest = np.empty(first[-1], np.bool_)
+        is_argmax = np.empty(first[-1], np.bool_)
         owner = np.repeat(np.arange(len(requests)), np.diff(first))
         missing = np.diff(first)
 
-        def arrived(pending: _Pending) -> Iterator[Score]:
+        def finished(pending: _Pending) -> Iterator[Score]:
             numbers = np.array(pending.numbers, np.int64)
             logprobs[numbers] = pending.logprobs.double().cpu().numpy()
-            likeliest[numbers] = pending.likeliest.cpu().numpy()
+            is_argmax[numbers] = pending.is_argmax.cpu().numpy()
             if not np.isfinite(logprobs[numbers]).all():
                 raise RunError(
-                    "the model gives non-finite log-probabilities; are the weights whole? try --dtype float32"
+                    "the model gives non-finite log-probabilities; are the weights complete? try --dtype float32"
                 )
             touched, counts = np.unique(owner[numbers], return_counts=True)
             missing[touched] -= counts
             for index in touched[missing[touched] == 0].tolist():
                 part = slice(first[index], first[index + 1])
-                yield Score(index, logprobs[part].copy(), bool(likeliest[part].all()))
+                yield Score(index, logprobs[part].copy(), bool(is_argmax[part].all()))
 
         before: _Pending | None = None
         done = 0
         for tokens, pending in self._passes(tree, self._rows(requests)):
             if before is not None:
-                yield from arrived(before)
+                yield from finished(before)
             before = pending
             done += tokens
             report(done, tree.num_tokens)
         if before is not None:
-            yield from arrived(before)
+            yield from finished(before)
 
     def _rows(self, requests: Sequence[Request]) -> int:
-        """How many pieces one pass may hold, by the size of a state."""
+        """How many nodes one pass may hold, by the size of a state."""
         model = self.model
         row_bytes = model.init_state(1).nbytes
         if model.config.kind == "transformer":
@@ -148,11 +148,11 @@ class Scorer:
         ready = [(0, number, node) for number, node in enumerate(tree.top)]
         heapq.heapify(ready)
         serial = len(ready)
-        budget, held = self.batch_tokens, 0
+        budget, states_alive = self.batch_tokens, 0
         while ready:
-            pack = _take(ready, budget, max_rows, held)
-            pack.sort(key=lambda entry: (sources[entry[2]][0].serial if entry[2] in sources else 0, entry[1]))
-            nodes = [node for _, _, node in pack]
+            taken = _take(ready, budget, max_rows, states_alive)
+            taken.sort(key=lambda entry: (sources[entry[2]][0].serial if entry[2] in sources else 0, entry[1]))
+            nodes = [node for _, _, node in taken]
             try:
                 pending, after = self._run(nodes, sources)
             except torch.OutOfMemoryError:
@@ -160,24 +160,24 @@ class Scorer:
                     raise RunError(
                         f"a piece of {len(nodes[0])} tokens does not fit into the GPU's memory; lower --batch-tokens"
                     ) from None
-                for entry in pack:
+                for entry in taken:
                     heapq.heappush(ready, entry)
                 budget, max_rows = max(1, budget // 2), max(1, len(nodes) // 2)
                 torch.cuda.empty_cache()
-                self.note(f"out of GPU memory: going on with {budget} tokens and {max_rows} pieces at a time")
+                self.log(f"out of GPU memory: continuing with {budget} tokens and {max_rows} rows at a time")
                 continue
             for node in nodes:
                 if node in sources:
                     origin, _ = sources.pop(node)
                     origin.waiting -= 1
-                    held -= origin.state.batch if origin.waiting == 0 else 0
+                    states_alive -= origin.state.batch if origin.waiting == 0 else 0
             inner = [node for node in nodes if node.children]
             if inner:
                 rows = [row for row, node in enumerate(nodes) if node.children]
                 serial += 1
                 kept = after if len(inner) == len(nodes) else after.select(rows)
                 source = _Source(serial, kept, sum(len(node.children) for node in inner))
-                held += kept.batch
+                states_alive += kept.batch
                 for row, node in enumerate(inner):
                     for child in node.children:
                         serial += 1
@@ -186,7 +186,7 @@ class Scorer:
             yield sum(map(len, nodes)), pending
 
     def _run(self, nodes: list[Node], sources: dict[Node, tuple[_Source, int]]) -> tuple[_Pending | None, State]:
-        """One pass over a pack of pieces: their predictions and the states after them."""
+        """One pass over nodes: their predictions and the states after them."""
         model = self.model
         tokens, cu_seqlens = pack([node.tokens for node in nodes])
         state = self._states(nodes, sources)
@@ -200,22 +200,22 @@ class Scorer:
         return (self._predictions(hidden[0], targets) if targets else None), after
 
     def _predictions(self, hidden: Tensor, targets: list[tuple[int, int, int]]) -> _Pending:
-        """hidden [T, M]; targets sorted by position. Logits only where something is asked, some rows at a time."""
+        """hidden [T, M]; targets sorted by position. Logits only where they are needed, some rows at a time."""
         positions, tokens, numbers = map(list, zip(*targets, strict=True))
-        places, rows = np.unique(np.array(positions), return_inverse=True)
-        logprobs, likeliest = [], []
-        for low in range(0, len(places), self._logits_rows):
-            high = min(len(places), low + self._logits_rows)
-            logits = self.model.logits(hidden[torch.from_numpy(places[low:high]).to(hidden.device)])
+        indices, rows = np.unique(np.array(positions), return_inverse=True)
+        logprobs, is_argmax = [], []
+        for low in range(0, len(indices), self._logits_rows):
+            high = min(len(indices), low + self._logits_rows)
+            logits = self.model.logits(hidden[torch.from_numpy(indices[low:high]).to(hidden.device)])
             begin, end = np.searchsorted(rows, [low, high])
             row = torch.from_numpy(rows[begin:end] - low).to(hidden.device)
             token = torch.tensor(tokens[begin:end], device=hidden.device)
             logprobs.append(logits[row, token] - logits.logsumexp(-1)[row])
-            likeliest.append(logits.argmax(-1)[row] == token)
-        return _Pending(numbers, torch.cat(logprobs), torch.cat(likeliest))
+            is_argmax.append(logits.argmax(-1)[row] == token)
+        return _Pending(numbers, torch.cat(logprobs), torch.cat(is_argmax))
 
     def _states(self, nodes: list[Node], sources: dict[Node, tuple[_Source, int]]) -> State:
-        """The state each piece starts from; pieces of one source stand together."""
+        """The initial state of each node; nodes of one source are adjacent."""
         parts: list[tuple[State | None, list[int]]] = []
         for node in nodes:
             source, row = sources.get(node, (None, 0))
@@ -227,13 +227,15 @@ class Scorer:
         return states[0] if len(states) == 1 else State.cat(states)
 
 
-def _take(ready: list[tuple[int, int, Node]], budget: int, max_rows: int, held: int) -> list[tuple[int, int, Node]]:
-    """The deepest pieces first, shallower ones to fill the pass as long as their states find room."""
+def _take(
+    ready: list[tuple[int, int, Node]], budget: int, max_rows: int, states_alive: int
+) -> list[tuple[int, int, Node]]:
+    """Take the deepest nodes, then shallower ones to fill the pass while there is room for their states."""
     taken: list[tuple[int, int, Node]] = []
     deepest, tokens = ready[0][0], 0
     while ready and len(taken) < max_rows:
         depth, _, node = ready[0]
-        crowded = depth != deepest and bool(node.children) and held + len(taken) >= max_rows
+        crowded = depth != deepest and bool(node.children) and states_alive + len(taken) >= max_rows
         if taken and (tokens + len(node) > budget or crowded):
             break
         taken.append(heapq.heappop(ready))
