@@ -120,7 +120,7 @@ def test_half_the_memory(recipe):
 
 
 def test_what_does_not_go_together_is_told(recipe):
-    with pytest.raises(UserError, match=r"train.weights is bf16, which does not go with train.dtype fp32"):
+    with pytest.raises(UserError, match=r"train.weights is bf16, which cannot be combined with train.dtype fp32"):
         load_recipe(str(recipe), ["train.weights=bf16", "train.dtype=fp32"])
 
 

@@ -1,4 +1,4 @@
-"""What a run is: one frozen config, read from a recipe.
+"""The config of a run: frozen pydantic models, read from a recipe.
 
 config = load_recipe("385m", ["train.max_steps=20", "model.kind=transformer"])
 config.model                   # tnllm.modeling.config.ModelConfig, the preset and its overrides resolved
@@ -76,7 +76,7 @@ class DataSource(BaseModel):
 
 
 class DataSection(BaseModel):
-    """What is learned from."""
+    """The training data."""
 
     model_config = FROZEN
 
@@ -87,23 +87,26 @@ class DataSection(BaseModel):
     )
     format: Literal["text", "chat"] = Field(
         "text",
-        description="text: documents, all of which is learned. chat: instruction files (alpaca, messages, prompt and "
-        "response), of which the answers are learned.",
+        description="text: documents, trained on in full. chat: instruction files (alpaca, messages, prompt and response), "
+        "trained on the answers only.",
     )
     chat_template: str | None = Field(
         None,
-        description="How a prompt is written, with {prompt} once; the answer and the end token follow. null: as the "
-        "weights of train.init say, else the released models' Human: and Assistant: lines.",
+        description="The text around a prompt, with {prompt} once; the answer and the end token follow. null: that of the "
+        "weights of train.init, else the released models' Human: and Assistant: lines.",
     )
     field: str = Field("text", description="The field of a JSONL or parquet record that holds the text.")
     seq_len: Count = Field(2048, ge=1, description="Tokens in a row.")
     packing: Literal["reset", "concat"] = Field(
         "reset",
-        description="reset: a document in a row never sees the one before it. concat: rows are cut from the stream "
-        "and the state runs on over document borders.",
+        description="reset: the state is reset between the documents of a row. concat: rows are cut from the stream "
+        "and the state continues across document borders.",
     )
     val_fraction: float = Field(
-        0.01, ge=0, lt=1, description="Share of documents or conversations kept for validation, when it is tokenized."
+        0.01,
+        ge=0,
+        lt=1,
+        description="Share of documents or conversations kept for validation when the data is tokenized.",
     )
 
 
@@ -114,13 +117,13 @@ class OptimizerSection(BaseModel):
 
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="Decay of the running mean and mean square of gradients."
+        (0.9, 0.95), description="Decay of the running means of gradients and of their squares."
     )
     eps: float = Field(1e-8, gt=0, description="Added to the root of the mean square.")
     weight_decay: float = Field(
         0.1, ge=0, description="Decoupled decay of matrices; vectors and LRPE's theta are not decayed."
     )
-    grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: no clipping.")
 
 
 class ScheduleSection(BaseModel):
@@ -129,7 +132,7 @@ class ScheduleSection(BaseModel):
     model_config = FROZEN
 
     kind: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="After warm-up: cosine to the end; wsd stays, then falls linearly; constant stays."
+        "cosine", description="After warm-up: cosine to the end; wsd: constant, then a linear fall; constant."
     )
     warmup_steps: Count = Field(
         100, ge=0, description="Steps of linear rise from zero. Left out: 100, or a tenth of a horizon below 1000."
@@ -137,12 +140,12 @@ class ScheduleSection(BaseModel):
     horizon_steps: Count | None = Field(
         None,
         ge=1,
-        description="Step at which the schedule ends. null: the recipe's own length, whatever --set makes of it, so "
+        description="Step at which the schedule ends. null: the recipe's own length, not the one set by --set, so "
         "that runs which differ only in max_steps agree step for step.",
     )
     min_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     decay_steps: Count | None = Field(
-        None, ge=1, description="Length of the fall of wsd. null: a tenth of the horizon."
+        None, ge=1, description="Length of wsd's linear fall. null: a tenth of the horizon."
     )
 
 
@@ -166,24 +169,24 @@ class TrainSection(BaseModel):
     )
     micro_batch_size: Count = Field(8, ge=1, description="Rows of seq_len tokens in one forward pass of one rank.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Compute type, whatever train.weights is. auto: bf16 on a GPU, fp32 on CPU."
+        "auto", description="Compute type, independent of train.weights. auto: bf16 on a GPU, fp32 on CPU."
     )
     weights: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="How weights and AdamW's moments are kept. bf16: 8 bytes a parameter instead of 16, updates rounded "
-        "at random; for models that do not fit otherwise. One device only.",
+        description="Type of weights and AdamW's moments. bf16: 8 bytes a parameter, not 16, with stochastic rounding; "
+        "for models that do not fit otherwise. One device only.",
     )
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="torch.compile. auto: on a GPU only."
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="What a backward pass computes again. selective: all but matrix products, about half the memory for "
-        "next to no work. full: whole blocks, of which only the input is kept, for about a third more work.",
+        description="What the backward pass recomputes. selective: everything but matrix products, about half the memory "
+        "for almost no work. full: entire blocks (only their input is kept), for about a third more work.",
     )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="On a loss or gradient that is NaN or infinite: stop, or skip the step; both name the batch.",
+        description="If a loss or gradient is NaN or infinite: stop, or skip the step; both report the batch.",
     )
     device: Annotated[str, AfterValidator(_device)] = Field(
         "auto",
@@ -199,11 +202,9 @@ class EvalSection(BaseModel):
     every_steps: Count = Field(
         500, ge=0, description="Steps between validations; 0: never. The last step validates too."
     )
-    tokens: Count | None = Field(
-        1_000_000, ge=1, description="Validation tokens read each time; null: the whole split."
-    )
+    tokens: Count | None = Field(1_000_000, ge=1, description="Validation tokens read each time; null: the full split.")
     sample_prompts: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-        (), description="A prompt or a list; each is continued at every validation."
+        (), description="A prompt or a list of them, sampled from at every validation."
     )
     sample_tokens: Count = Field(64, ge=1, description="Tokens sampled for each prompt.")
     tasks: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
@@ -221,7 +222,7 @@ class EvalSection(BaseModel):
 
 
 class LogSection(BaseModel):
-    """What is written while training."""
+    """Logging and profiling."""
 
     model_config = FROZEN
 
@@ -233,13 +234,13 @@ class LogSection(BaseModel):
 
 
 class CheckpointSection(BaseModel):
-    """What a run resumes from."""
+    """Checkpoints, from which a run resumes."""
 
     model_config = FROZEN
 
     every_steps: Count = Field(1000, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: Count = Field(2, ge=1, description="Newest checkpoints kept; older ones are removed.")
-    async_save: bool = Field(True, description="Write in the background while training goes on.")
+    async_save: bool = Field(True, description="Write in the background while training continues.")
 
 
 class ParallelSection(BaseModel):
@@ -249,13 +250,11 @@ class ParallelSection(BaseModel):
 
     replicate: Count = Field(1, ge=1, description="Copies of the model, each with its own rows.")
     shard: Count = Field(
-        1, ge=1, description="Ranks that share one copy's weights and optimizer, each with its own rows."
+        1, ge=1, description="Ranks that shard one copy's weights and optimizer, each with its own rows."
     )
-    sequence: Count = Field(1, ge=1, description="Ranks that share one row along the sequence.")
-    tensor: Count = Field(1, ge=1, description="Ranks that share each matrix and the heads.")
-    timeout_s: float = Field(
-        600, gt=0, description="Seconds a rank waits for the others before the run ends with an error."
-    )
+    sequence: Count = Field(1, ge=1, description="Ranks that split each row along the sequence.")
+    tensor: Count = Field(1, ge=1, description="Ranks that split each matrix and the heads.")
+    timeout_s: float = Field(600, gt=0, description="Seconds that a rank waits for the others before the run fails.")
 
 
 class RunConfig(BaseModel):
@@ -307,9 +306,9 @@ class RunConfig(BaseModel):
             )
         if train.weights == "bf16" and (train.dtype == "fp32" or self.world_size > 1):
             reason = "train.dtype fp32" if train.dtype == "fp32" else f"{self.world_size} ranks"
-            raise ValueError(f"train.weights is bf16, which does not go with {reason}; set train.weights=fp32")
+            raise ValueError(f"train.weights is bf16, which cannot be combined with {reason}; set train.weights=fp32")
         if self.lora.rank and train.weights == "bf16":
-            raise ValueError("train.weights bf16 and lora do not go together: frozen weights are in bf16 anyway")
+            raise ValueError("train.weights bf16 cannot be combined with lora: frozen weights are in bf16 anyway")
         if self.lora.rank and self.parallel.tensor > 1:
             raise ValueError(
                 f"parallel.tensor is {self.parallel.tensor}, but an adapter's matrices are not split; with lora set "
@@ -317,7 +316,7 @@ class RunConfig(BaseModel):
             )
         if self.data.format == "chat" and self.data.packing != "reset":
             raise ValueError(
-                "data.packing concat does not go with data.format chat: conversations must not run together"
+                "data.packing concat cannot be combined with data.format chat: conversations must stay separate"
             )
         for key in ("num_heads", "glu_dim", "vocab_size"):
             size, value = self.parallel.tensor, getattr(self.model, key)
@@ -361,7 +360,7 @@ class RunConfig(BaseModel):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, the last one whole."""
+        """Optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, rounded up."""
         return _length(self.train.max_steps, self.train.max_tokens, self.train.global_batch_tokens)
 
     def to_yaml(self, doc: bool = False) -> str:
@@ -402,7 +401,7 @@ def load_recipe(name: str, sets: Sequence[str] = ()) -> RunConfig:
     init = values.get("train", {}).get("init")
     model = _resolve_model(values.get("model", {}), origins, init)
     try:
-        # The recipe's own length, not the one --set gives: max_steps must not bend the learning rate.
+        # The recipe's own length, not the one from --set: max_steps must not change the learning rate.
         train = TrainSection.model_validate(values.get("train", {}))
         own = TrainSection.model_validate({**own_train, "global_batch_tokens": train.global_batch_tokens})
         ends = own if own.max_steps or own.max_tokens else train
@@ -418,19 +417,19 @@ def load_recipe(name: str, sets: Sequence[str] = ()) -> RunConfig:
 
 
 def most_rows(rows: int, most: int) -> int:
-    """The most rows a rank can take at a time, at most `most`, to go through `rows` of them in equal passes."""
+    """The largest micro-batch of at most `most` rows that divides `rows`."""
     return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
 
 
 def fit_rows(name: str, sets: Sequence[str] = ()) -> list[str]:
-    """`--set` items that make `name` load on its mesh: fewer rows at a time, where a step has too few for it."""
+    """`--set` items that make `name` load on its mesh: a smaller micro-batch, if a step has too few rows for all ranks."""
     values, _ = recipe.apply_sets(FORMAT, *recipe.read_recipe(FORMAT, name), sets)
     try:
         data = DataSection.model_validate(values.get("data", {}))
         train = TrainSection.model_validate(values.get("train", {}))
         mesh = ParallelSection.model_validate(values.get("parallel", {}))
     except ValidationError:
-        return []  # load_recipe says what is wrong
+        return []  # load_recipe reports what is wrong
     rows, left = divmod(train.global_batch_tokens, data.seq_len * mesh.replicate * mesh.shard)
     if left or rows % train.micro_batch_size == 0:
         return []
