@@ -172,9 +172,8 @@ class Step:
 
 def trainer(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Trainer:
     """The trainer's own model, optimizer and loss over random tokens."""
-    if mesh is None:
-        return make_trainer(config, RandomLoader(config), device)  # type: ignore[arg-type]
-    loader = RandomLoader(config, 0, mesh.data_rank, mesh.data_size)
+    rank, size = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_size)
+    loader = RandomLoader(config, 0, rank, size)
     return make_trainer(config, loader, device, mesh)  # type: ignore[arg-type]
 
 
@@ -306,9 +305,11 @@ def time_case(
     empty = ("step_ms", "low_ms", "high_ms", "tokens_per_s", "mfu", "peak_gib", "compile_s", "first_loss", "last_loss")
     row |= {"status": "out of memory", **dict.fromkeys(empty)}
     try:
-        measured = _measure(config, device, steps, warmup)
+        with fastest_softmax(device):
+            step, times = timed_step(config, device, steps, warmup)
     except torch.OutOfMemoryError:
         return row
+    measured = {**times, "first_loss": step.losses[0], "last_loss": step.losses[-1]}
     rate = tokens / (measured["step_ms"] / 1e3)
     work = flops_per_token(config.model, case.seq_len)
     finite = all(math.isfinite(measured[key]) for key in ("first_loss", "last_loss"))
@@ -318,12 +319,6 @@ def time_case(
         "tokens_per_s": rate,
         "mfu": None if peak is None else rate * work / peak,
     }
-
-
-def _measure(config: RunConfig, device: torch.device, steps: int, warmup: int) -> dict[str, Any]:
-    with fastest_softmax(device):
-        step, times = timed_step(config, device, steps, warmup)
-    return {**times, "first_loss": step.losses[0], "last_loss": step.losses[-1]}
 
 
 def timed_step(

@@ -118,7 +118,28 @@ def command(
     options = {key: value for key, value in given.items() if value is not None}
     flags = {"--prompt": prompt, "--prompt-file": prompt_file, "--input": input, "--chat": chat or None}
     source = _source({flag: value for flag, value in flags.items() if value is not None}, state_in)
-    _check_flags(source, output, logprobs is not None, json_, echo, state_out, n not in (None, 1), chat_template)
+    several = n not in (None, 1)
+    for broken, message in (
+        (output and source != "--input", "--output is for --input; redirect stdout instead: tnllm generate ... > file"),
+        (
+            logprobs is not None and not json_ and source != "--input",
+            "--logprobs needs --json or --input; plain text cannot show them",
+        ),
+        (
+            state_out and (source == "--input" or several),
+            "--state-out saves the state of one text; it cannot be combined with --input or --n",
+        ),
+        (
+            source == "--chat" and (json_ or echo or several),
+            "--chat cannot be combined with --json, --echo or --n",
+        ),
+        (
+            chat_template and source != "--chat",
+            "--chat-template is for --chat; write the complete text into the prompt instead",
+        ),
+    ):
+        if broken:
+            raise UserError(message)
 
     from tnllm.generation.context import load_context, save_context, weights_hash
     from tnllm.generation.loading import load
@@ -206,29 +227,6 @@ def _text(run: _Run, text: str, as_json: bool, stream: bool, keep_context: bool)
         result = print_texts(events, params.n, echo)[0]
     log(run.meter.summary(single=params.n == 1))
     return result.context
-
-
-def _check_flags(
-    source: str,
-    output: Path | None,
-    logprobs: bool,
-    as_json: bool,
-    echo: bool,
-    state_out: Path | None,
-    several: bool,
-    chat_template: str | None,
-) -> None:
-    """Raise UserError for options that do not go together."""
-    if output and source != "--input":
-        raise UserError("--output is for --input; redirect stdout instead: tnllm generate ... > file")
-    if logprobs and not (as_json or source == "--input"):
-        raise UserError("--logprobs needs --json or --input; plain text cannot show them")
-    if state_out and (source == "--input" or several):
-        raise UserError("--state-out saves the state of one text; it cannot be combined with --input or --n")
-    if source == "--chat" and (as_json or echo or several):
-        raise UserError("--chat cannot be combined with --json, --echo or --n")
-    if chat_template and source != "--chat":
-        raise UserError("--chat-template is for --chat; write the complete text into the prompt instead")
 
 
 def _source(given: dict[str, object], state_in: Path | None) -> str:
