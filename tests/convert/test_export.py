@@ -143,10 +143,10 @@ def test_lm_eval_scores_a_local_task_as_our_model_does(exported):
     logged = iter(answer["logged"])
     for row in rows:
         for choice, (score, _) in zip(row["choices"], next(logged), strict=True):
-            context, whole = ready.encode(row["text"]), ready.encode(row["text"] + " " + choice)
-            logits, _ = ready.model(torch.tensor([whole]))
+            context, ids = ready.encode(row["text"]), ready.encode(row["text"] + " " + choice)
+            logits, _ = ready.model(torch.tensor([ids]))
             logs = logits[0].log_softmax(-1)
-            ours = sum(float(logs[i - 1, whole[i]]) for i in range(len(context), len(whole)))
+            ours = sum(float(logs[i - 1, ids[i]]) for i in range(len(context), len(ids)))
             assert math.isclose(score, ours, abs_tol=1e-3)
 
 
@@ -179,10 +179,10 @@ def test_the_exported_class_is_our_model(changes):
     tokens = torch.randint(97, (2, 21))
     logits, state = ours(tokens)
     with torch.no_grad():
-        found = theirs(tokens, use_cache=True)
-        more = theirs(tokens[:, :1], past_key_values=found.past_key_values)
-    assert torch.allclose(found.logits, logits, atol=1e-5, rtol=1e-5)
-    assert isinstance(found.past_key_values, TnllmState) and found.past_key_values.get_seq_length() == 22
+        output = theirs(tokens, use_cache=True)
+        more = theirs(tokens[:, :1], past_key_values=output.past_key_values)
+    assert torch.allclose(output.logits, logits, atol=1e-5, rtol=1e-5)
+    assert isinstance(output.past_key_values, TnllmState) and output.past_key_values.get_seq_length() == 22
     assert torch.allclose(more.logits[:, 0], ours.step(tokens[:, 0], state), atol=1e-5, rtol=1e-5)
 
 
@@ -192,10 +192,10 @@ def test_padding_on_either_side_and_in_between():
     masks = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 1, 1, 1, 1]])
     more = torch.randint(1, 97, (3, 4))
     with torch.no_grad():
-        found = model(tokens, attention_mask=masks, use_cache=True)
-        first = found.logits
+        output = model(tokens, attention_mask=masks, use_cache=True)
+        first = output.logits
         later = model(
-            more, attention_mask=torch.cat([masks, torch.ones(3, 4)], 1), past_key_values=found.past_key_values
+            more, attention_mask=torch.cat([masks, torch.ones(3, 4)], 1), past_key_values=output.past_key_values
         )
         for row in range(3):
             keep = masks[row].bool()

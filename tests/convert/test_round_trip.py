@@ -22,11 +22,11 @@ def read_folder(folder) -> dict:
     return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
 
 
-def assert_identical(found: dict, wanted: dict) -> None:
-    assert set(found) == set(wanted)
-    for key, value in wanted.items():
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
+def assert_identical(actual: dict, expected: dict) -> None:
+    assert set(actual) == set(expected)
+    for key, value in expected.items():
+        assert actual[key].dtype == value.dtype, key
+        assert torch.equal(actual[key], value), key
 
 
 @pytest.mark.parametrize(("version", "form"), CASES)

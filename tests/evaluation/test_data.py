@@ -53,8 +53,8 @@ def write(path, content):
 )  # fmt: skip
 def test_layouts(tmp_path, task, file, content, split, subject, document):
     write(tmp_path / file, content)
-    documents, really, place = find_card(task).load(tmp_path, split, subject)
-    assert documents[0] == document and really == split and place == str(tmp_path / file)
+    documents, used_split, path = find_card(task).load(tmp_path, split, subject)
+    assert documents[0] == document and used_split == split and path == str(tmp_path / file)
     assert find_card(task).locate(tmp_path) is not None
 
 
@@ -62,8 +62,8 @@ def test_labels_beside_the_rows_and_files_of_other_tasks(tmp_path):
     write(tmp_path / "dev.jsonl", [{"question": "q", "passage": "p", "answer": True}])
     write(tmp_path / "piqa/dev.jsonl", [PIQA, PIQA])
     write(tmp_path / "piqa/dev-labels.lst", "0\n1\n")
-    documents, _, place = find_card("piqa").load(tmp_path, "validation", None)
-    assert [row["label"] for row in documents] == [0, 1] and place.endswith("piqa/dev.jsonl")
+    documents, _, path = find_card("piqa").load(tmp_path, "validation", None)
+    assert [row["label"] for row in documents] == [0, 1] and path.endswith("piqa/dev.jsonl")
     write(tmp_path / "piqa/dev-labels.lst", "0\n")
     with pytest.raises(UserError, match=r"dev-labels.lst has 1 labels, dev.jsonl has more rows"):
         find_card("piqa").load(tmp_path, "validation", None)
@@ -107,7 +107,7 @@ def test_a_split_that_stands_in_is_told(tmp_path):
     assert find_card("obqa").load(tmp_path, "test", None)[1] == "validation"
 
 
-def test_cards_are_whole():
+def test_cards_are_complete():
     cards = load_cards()
     assert set(PAPER_TASKS) <= set(cards)
     for card in cards.values():

@@ -1,4 +1,4 @@
-"""The model behind the harness: answers, caches, chats, generation, whole evaluations."""
+"""The model behind the harness: answers, caches, chats, generation, complete evaluations."""
 
 import http.server
 import json
@@ -49,8 +49,8 @@ def test_loglikelihoods_are_the_models(lm):
     for instance, (logprob, greedy) in zip(PAIRS, lm.loglikelihood(PAIRS), strict=True):
         context, continuation = instance.args
         before = tokenizer.encode(context.rstrip()) or [tokenizer.bos_id]
-        whole = tokenizer.encode(context + continuation)
-        after = whole[len(before) :] if context.rstrip() else whole
+        ids_of_both = tokenizer.encode(context + continuation)
+        after = ids_of_both[len(before) :] if context.rstrip() else ids_of_both
         ids = torch.tensor([before + after])
         logits = model(ids[:, :-1])[0][0, len(before) - 1 :]
         chosen = logits.log_softmax(-1).gather(-1, ids[0, len(before) :, None])
@@ -61,12 +61,12 @@ def test_loglikelihoods_are_the_models(lm):
 def test_rolling_reads_the_whole_text(lm):
     text = "Once upon a time there was a fox. " * 40
     [rolling, empty] = lm.loglikelihood_rolling(requests((text,), ("",)))
-    [(whole, _)] = lm.loglikelihood(requests(("", text)))
-    assert rolling == pytest.approx(whole, abs=1e-3) and empty == 0.0
-    found = perplexity(lm.ready, [text], window=50)
-    assert found["bits_per_byte"] == pytest.approx(-rolling / 0.6931471805599453 / len(text), abs=1e-6)
-    assert sum(row["tokens"] for row in found["by_position"]) == found["tokens"]
-    assert found["windows"]["pieces"] == -(-found["tokens"] // 50)
+    [(in_one, _)] = lm.loglikelihood(requests(("", text)))
+    assert rolling == pytest.approx(in_one, abs=1e-3) and empty == 0.0
+    result = perplexity(lm.ready, [text], window=50)
+    assert result["bits_per_byte"] == pytest.approx(-rolling / 0.6931471805599453 / len(text), abs=1e-6)
+    assert sum(row["tokens"] for row in result["by_position"]) == result["tokens"]
+    assert result["windows"]["pieces"] == -(-result["tokens"] // 50)
     with pytest.raises(UserError, match="no text to score"):
         perplexity(lm.ready, [""])
 
@@ -179,10 +179,10 @@ def test_counts_are_those_of_all_ranks(folder, monkeypatch):
         "requests_from_cache": 1,
     }
     monkeypatch.setattr(lm, "gather_object", lambda mine: [mine, other])
-    found = evaluate(lm, load_tasks(choose(["piqa"], None, print), None, False, print), Settings(limit=1))["tnllm"]
+    result = evaluate(lm, load_tasks(choose(["piqa"], None, print), None, False, print), Settings(limit=1))["tnllm"]
     own = lm.counts()
-    assert own["requests"] == 2 and found["longest_tokens"] == 9999
-    assert all(found[name] == own[name] + other[name] for name in own if name != "longest_tokens")
+    assert own["requests"] == 2 and result["longest_tokens"] == 9999
+    assert all(result[name] == own[name] + other[name] for name in own if name != "longest_tokens")
 
 
 def test_request_files_give_the_same_scores(lm, tmp_path):

@@ -107,12 +107,12 @@ def to_official_config(config: ModelConfig, generation: dict[str, Any], dtype: t
     for key, wanted in fixed.items():
         if getattr(config, key) != wanted:
             raise UserError(
-                f"the released layout has no place for model.{key} {getattr(config, key)!r} (it always means {wanted!r}); "
+                f"the released layout cannot describe model.{key} {getattr(config, key)!r} (it always means {wanted!r}); "
                 "convert --to hf instead"
             )
     if config.position not in ("mix", "lrpe-d", "decay"):
         raise UserError(
-            f"the released layout has no place for model.position {config.position!r}; convert --to hf instead"
+            f"the released layout cannot describe model.position {config.position!r}; convert --to hf instead"
         )
     return {
         "architectures": ["TransnormerForCausalLM"],

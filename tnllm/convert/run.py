@@ -208,25 +208,21 @@ def _compare(
 
 
 def key_map(source: Source, plan: Plan) -> list[dict[str, Any]]:
-    """What `--dry-run` shows: every key of the source and what becomes of it."""
+    """Return the rows that `--dry-run` prints: each key of the source and the tensors written for it."""
     rows = []
     for name, key in source.keys.items():
-        present = key in source.tensors.infos
+        info = source.tensors.infos.get(key)
         rows.append(
             {
-                "source": key,
-                "shape": list(source.expected[name]),
-                "dtype": str(source.info(name).dtype).removeprefix("torch.") if present else None,
-                "result": [output.name for output in plan.by_name[name]],
-                "status": "ok" if present else "missing",
+                "source": key, "shape": list(source.expected[name]),
+                "dtype": None if info is None else str(info.dtype).removeprefix("torch."),
+                "result": [output.name for output in plan.by_name[name]], "status": "missing" if info is None else "ok",
             }
-        )
+        )  # fmt: skip
     return rows
 
 
 def shard_names(plan: Plan, shard_bytes: int) -> dict[str, int]:
-    """File name → bytes of tensors."""
-    return {
-        name: sum(output.num_bytes for output in shard)
-        for name, shard in plan_shards(plan.outputs, shard_bytes).items()
-    }
+    """Return the weight files of the result: name → bytes of tensors."""
+    shards = plan_shards(plan.outputs, shard_bytes)
+    return {name: sum(output.num_bytes for output in shard) for name, shard in shards.items()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tnllm.convert.official import MODEL_TYPE, from_official_config
-from tnllm.convert.tensors import Info, Tensors, open_tensors
+from tnllm.convert.tensors import Tensors, open_tensors
 from tnllm.errors import RunError, UserError
 from tnllm.files import read_json
 from tnllm.modeling.config import ModelConfig
@@ -58,10 +58,6 @@ class Source:
     def head_key(self) -> str | None:
         """Key of a tied head that the files store beside the embedding; None if they do not."""
         return HEAD if HEAD not in self.expected and HEAD in self.tensors.infos else None
-
-    def info(self, name: str) -> Info:
-        """Shape, dtype and file of a parameter."""
-        return self.tensors.infos[self.keys[name]]
 
     def missing(self) -> list[str]:
         """Keys that the config needs and the files lack."""

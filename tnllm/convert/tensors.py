@@ -28,12 +28,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.modeling.weights import CHECKPOINT, INDEX, SINGLE, tensor_files
 
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-DTYPE_NAMES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
+DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # A mapped `.bin` file is mapped again after this many bytes, to drop its touched pages.
 _REMAP_BYTES = 2**29
 

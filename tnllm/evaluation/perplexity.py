@@ -83,12 +83,9 @@ def _by_position(logprobs: Sequence[Any], num_bytes: Sequence[Any]) -> list[dict
         bits = nats / math.log(2) / size if size else None
         rows.append(
             {
-                "from": low,
-                "to": high - 1,
-                "tokens": count,
-                "token_perplexity": math.exp(nats / count),
+                "from": low, "to": high - 1, "tokens": count, "token_perplexity": math.exp(nats / count),
                 "bits_per_byte": bits,
             }
-        )
+        )  # fmt: skip
         low, high = high, high * 2
     return rows
