@@ -28,8 +28,8 @@ CHECK_TEXTS = (
 _SPACE = "\u2581"
 
 
-def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """File name → text, and what a person should know. `settings` is generation_config.json.
+def tokenizer_files(tokenizer: Tokenizer, generation: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Return file name → text, and notes for people. `generation` is generation_config.json.
 
     Raises MissingExtra without the tokenizers library.
     """
@@ -37,8 +37,8 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
         import tokenizers  # noqa: F401
     except ImportError:
         raise MissingExtra("hf", "tokenizers") from None
-    add_bos = bool(settings.get("add_bos_token", False))
-    template = settings.get("chat_template", DEFAULT)
+    add_bos = bool(generation.get("add_bos_token", False))
+    template = generation.get("chat_template", DEFAULT)
     boundary = _needs_boundary(tokenizer, split_template(template)[1])
     fast = _build(tokenizer, add_bos, boundary)
     differing = [
@@ -76,7 +76,7 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
 
 
 def _control_tokens(tokenizer: Tokenizer) -> list[str]:
-    """The names that the fast tokenizer reads as one token wherever they stand."""
+    """Names that the fast tokenizer reads as one token anywhere in a text."""
     model = tokenizer.backend
     if isinstance(model, TiktokenModel):
         return list(TIKTOKEN_SPECIAL_TOKENS)
@@ -90,9 +90,9 @@ def _adds_space(tokenizer: Tokenizer) -> bool:
 
 
 def _needs_boundary(tokenizer: Tokenizer, closing: str) -> bool:
-    """Whether the end of a prompt could become one token with the start of its answer.
+    """Whether the end of a prompt could merge with the start of its answer into one token.
 
-    Newlines never do where no piece of the vocabulary holds one among other characters.
+    A newline cannot if no piece of the vocabulary contains a newline and another character.
     """
     if isinstance(tokenizer.backend, TiktokenModel) or not closing.endswith("\n") or _adds_space(tokenizer):
         return True
