@@ -47,7 +47,7 @@ def plan(**given) -> Plan:
 
 def test_work_of_a_gpu_is_the_same_in_weak_scaling_and_split_in_strong():
     jobs = make_jobs(plan(presets=["385m"], gpus=[1, 2, 4], meshes=["fsdp", "sp", "tp", "fsdp+sp", "sp+tp"], rows=2))
-    timed = {(job.ranks, job.mesh): job for found in jobs.values() for job in found if job.kind == "time"}
+    timed = {(job.ranks, job.mesh): job for group in jobs.values() for job in group if job.kind == "time"}
     assert {key: (job.rows, job.seq_len) for key, job in timed.items() if key[0] != 1} == {
         (2, "fsdp"): (4, 4096),
         (2, "sp"): (1, 16384),
@@ -64,9 +64,9 @@ def test_work_of_a_gpu_is_the_same_in_weak_scaling_and_split_in_strong():
         ("time", 1, 8192),
     ]
     # Everything is checked before it is timed, on the same batch.
-    for found in jobs.values():
-        for job in found:
-            assert job.kind != "time" or job.mesh == ONE or any(job.needs == other.name for other in found)
+    for group in jobs.values():
+        for job in group:
+            assert job.kind != "time" or job.mesh == ONE or any(job.needs == other.name for other in group)
             assert job.kind != "check" or (job.rows, job.seq_len) == (4, 256)
 
 
@@ -154,12 +154,12 @@ def test_reports(results, tmp_path, capsys):
 
 def test_without_one_gpu_the_fewest_are_the_base():
     many = plan(presets=["385m"], gpus=[1, 2, 4], meshes=["fsdp"])
-    jobs = [job for found in make_jobs(many).values() for job in found if job.kind == "time"]
+    jobs = [job for group in make_jobs(many).values() for job in group if job.kind == "time"]
     rows: list[dict] = []
-    for job, found in zip(
+    for job, outcome in zip(
         jobs, ({"status": "out of memory"}, *({"status": "ok", "step_ms": t} for t in (100, 125))), strict=True
     ):
-        rows.append(timed_row(job, many, found, rows, None))
+        rows.append(timed_row(job, many, outcome, rows, None))
     assert [(row["base_gpus"], row["efficiency"]) for row in rows] == [(None, None), (2, 1.0), (2, pytest.approx(0.8))]
 
 
@@ -176,7 +176,7 @@ def test_time_of_collectives_by_axis():
          "args": {"External id": 3, "Process Group Name": "8"}},
         {"ph": "M", "name": "process_name"},
     ]  # fmt: skip
-    found = times_of_nccl(events, {"7": "weights", "8": "tensor"}, steps=2)
-    assert (found["ms_weights"], found["ms_tensor"], found["ms_sequence"]) == (2.0, 0.5, 0.0)
-    assert (found["comm_ms"], found["comm_exposed_ms"]) == (2.5, 1.25)
+    times = times_of_nccl(events, {"7": "weights", "8": "tensor"}, steps=2)
+    assert (times["ms_weights"], times["ms_tensor"], times["ms_sequence"]) == (2.0, 0.5, 0.0)
+    assert (times["comm_ms"], times["comm_exposed_ms"]) == (2.5, 1.25)
     assert times_of_nccl(events[:1], {}, 2) == {}

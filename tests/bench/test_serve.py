@@ -35,8 +35,8 @@ def test_more_streams_than_slots_are_all_complete_and_their_own(capfd, ready, tm
     assert code == 0, out
     assert "40 streams of 8 tokens at once: 40 complete, 0 failed" in out
     assert "10 requested again alone: 10 the same text" in out
-    found = json.loads(file.read_text())
-    assert found["whole"] == 40 and found["memory_mib"]["peak"] >= found["memory_mib"]["before"] > 10
+    result = json.loads(file.read_text())
+    assert result["whole"] == 40 and result["memory_mib"]["peak"] >= result["memory_mib"]["before"] > 10
 
 
 def test_a_full_queue_is_reported(capfd, ready):

@@ -68,11 +68,11 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
         return trainer
 
     monkeypatch.setattr(bench, "make_trainer", wrong)
-    said: list[str] = []
-    found = bench_training(CASES[:1], CPU, compiled=False, steps=1, log=said.append)
-    assert found["rows"] == [] and not found["accuracy"][0]["passed"]
+    logged: list[str] = []
+    result = bench_training(CASES[:1], CPU, compiled=False, steps=1, log=logged.append)
+    assert result["rows"] == [] and not result["accuracy"][0]["passed"]
     assert any(
-        line.startswith("not timed: tiny transnormer is wrong (relative error of the loss 0.01") for line in said
+        line.startswith("not timed: tiny transnormer is wrong (relative error of the loss 0.01") for line in logged
     )
 
 
@@ -134,6 +134,6 @@ def test_an_unknown_preset_is_told():
 @pytest.mark.parametrize("packing", ["concat", "reset"])
 def test_compiled_on_a_gpu(packing):
     cases = [Case("demo", kind, 512, 4, packing=packing) for kind in ("transnormer", "transformer")]
-    found = bench_training(cases, torch.device("cuda"), steps=3)
-    assert all(row["passed"] for row in found["accuracy"])
-    assert all(row["status"] == "ok" and 0 < row["mfu"] < 1 and row["peak_gib"] > 0.1 for row in found["rows"])
+    result = bench_training(cases, torch.device("cuda"), steps=3)
+    assert all(row["passed"] for row in result["accuracy"])
+    assert all(row["status"] == "ok" and 0 < row["mfu"] < 1 and row["peak_gib"] > 0.1 for row in result["rows"])

@@ -84,8 +84,8 @@ def test_a_list_of_tasks(tnllm):
 def test_perplexity_of_a_file(tnllm, folder, tmp_path):
     (tmp_path / "text.txt").write_text("Once upon a time.\n" * 30)
     code, stdout, _ = tnllm("eval", "ppl", tmp_path / "text.txt", "--model", folder, "--window", 32, "--json")
-    found = json.loads(stdout)
-    assert code == 0 and found["documents"] == 1 and found["bytes"] == 540 and found["windows"]["window"] == 32
+    result = json.loads(stdout)
+    assert code == 0 and result["documents"] == 1 and result["bytes"] == 540 and result["windows"]["window"] == 32
     code, stdout, _ = tnllm("eval", "ppl", tmp_path / "text.txt", "--model", folder)
     assert code == 0 and "bits per byte" in stdout and "0 to 63" in stdout
 

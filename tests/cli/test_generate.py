@@ -271,12 +271,12 @@ def test_a_document_is_read_once_and_asked_many_times(run, tmp_path):
 
 def test_stopping_and_going_on_equals_never_stopping(run, tmp_path):
     options = "--seed", 4, "--ignore-eos"
-    whole = run("--prompt", "今天", "--max-tokens", 30, *options, "--json")[1]
+    unsplit = run("--prompt", "今天", "--max-tokens", 30, *options, "--json")[1]
     first = run("--prompt", "今天", "--max-tokens", 11, *options, "--json", "--state-out", tmp_path / "s")[1]
     second = run("--state-in", tmp_path / "s", "--max-tokens", 19, *options, "--json")[1]
-    first, second, whole = map(json.loads, (first, second, whole))
-    assert first["tokens"] + second["tokens"] == whole["tokens"]
-    assert first["text"] + second["text"] == whole["text"]
+    first, second, unsplit = map(json.loads, (first, second, unsplit))
+    assert first["tokens"] + second["tokens"] == unsplit["tokens"]
+    assert first["text"] + second["text"] == unsplit["text"]
 
 
 def test_a_state_of_another_model_is_refused(run, tmp_path):

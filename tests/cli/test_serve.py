@@ -22,8 +22,8 @@ def start(*args, **environment):
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if found := re.search(r"try the page at (http://\S+)/ or", line):
-            return process, found[1], lines
+        if match := re.search(r"try the page at (http://\S+)/ or", line):
+            return process, match[1], lines
     raise AssertionError("".join(lines))
 
 
@@ -107,6 +107,6 @@ def test_a_taken_port(tnllm):
     ],
 )
 def test_bad_input(tnllm, args, code, message):
-    found, out, err = tnllm("serve", *args)
-    assert found == code and out == ""
+    exit_code, out, err = tnllm("serve", *args)
+    assert exit_code == code and out == ""
     assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("tnllm: ")
