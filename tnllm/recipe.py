@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tnllm.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
-# Of every section: values are fixed once checked, and a key nobody declared is a mistake.
+# For every section: frozen, and undeclared keys are errors.
 FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 BASE_DOC = "A recipe whose keys come before this one's: a packaged name, or a file beside it. One level."
 
@@ -44,8 +44,8 @@ class Format(Generic[Root]):
     """One kind of recipe. The fields of `root` are its sections, each a pydantic model.
 
     `noun` and the examples `sections` and `setting` appear in errors. Packaged recipes are in recipes/`folder`. `extra`:
-    keys that are no fields (the caller takes them out before validation) and their meaning. `restarts`: section → a key
-    which, where given, discards what earlier files said in that section. `may_be_empty`: an empty file means defaults.
+    keys that are not fields (the caller removes them before validation) and their meaning. `restarts`: section → a key
+    that discards what earlier files gave in that section. `may_be_empty`: an empty file means defaults.
     """
 
     root: type[Root]

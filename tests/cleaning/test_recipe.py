@@ -14,8 +14,8 @@ def test_defaults_and_the_packaged_recipe():
 
 
 def test_one_figure_can_be_set():
-    found = load_clean_recipe("data/sample", ["rules.zh.end_marks=[null, null]"])
-    assert found.rules.zh == {"length": (40, 200_000), "end_marks": (None, None)}
+    settings = load_clean_recipe("data/sample", ["rules.zh.end_marks=[null, null]"])
+    assert settings.rules.zh == {"length": (40, 200_000), "end_marks": (None, None)}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_numbers_of_bf16_are_left_alone():
 
 def test_hash_bits_are_fair_and_independent():
     bits = _hash(torch.arange(1 << 16))
-    ones = torch.stack([(bits >> place) & 1 for place in range(32)]).float()
+    ones = torch.stack([(bits >> index) & 1 for index in range(32)]).float()
     assert (ones.mean(1) - 0.5).abs().max() < 0.01
     assert (torch.corrcoef(ones) - torch.eye(32)).abs().max() < 0.03
 
@@ -99,14 +99,14 @@ def test_a_run_learns_and_resumes_bit_for_bit(recipe, config, tmp_path):
         return [row["loss"] for row in rows if "loss" in row]
 
     sets = ["train.weights=bf16"]
-    train(load_recipe(str(recipe), sets), tmp_path / "whole")
+    train(load_recipe(str(recipe), sets), tmp_path / "uninterrupted")
     train(load_recipe(str(recipe), [*sets, "train.max_steps=10"]), tmp_path / "parts")
     train(load_recipe(str(recipe), sets), tmp_path / "parts", resume="auto")
     train(config, tmp_path / "fp32")
-    assert losses("parts") == losses("whole")
+    assert losses("parts") == losses("uninterrupted")
     # Both end near 4.2 from 5.8; rounding noise is well below what was learned.
-    assert losses("whole")[-1] == pytest.approx(losses("fp32")[-1], rel=0.05)
-    assert losses("whole")[-1] < 0.85 * losses("whole")[0]
+    assert losses("uninterrupted")[-1] == pytest.approx(losses("fp32")[-1], rel=0.05)
+    assert losses("uninterrupted")[-1] < 0.85 * losses("uninterrupted")[0]
 
 
 def test_half_the_memory(recipe):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damage named, the one before takes over."""
+"""Checkpoints: complete or absent, damage reported, the previous one used instead."""
 
 import resource
 

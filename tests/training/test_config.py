@@ -95,7 +95,7 @@ def test_sizes_in_words(recipe: Path) -> None:
                                        "train.global_batch_tokens=8K"])  # fmt: skip
     assert (config.train.max_tokens, config.train.max_steps) == (300_000_000_000, 500_000)
     assert config.total_steps == 500_000
-    assert load_recipe(str(recipe), ["train.max_tokens=1000"]).total_steps == 2  # 512 a step, the last one whole
+    assert load_recipe(str(recipe), ["train.max_tokens=1000"]).total_steps == 2  # 512 a step, rounded up
 
 
 def test_lengths_on_the_command_line_do_not_move_the_schedule(recipe: Path) -> None:
@@ -203,7 +203,7 @@ def test_batch_that_does_not_divide_names_its_neighbours(recipe: Path) -> None:
         ("model:\n  preset: tiny\n  num_heads: 3\n", "model: model_dim 128 must be a multiple of num_heads 3"),
     ],
 )  # fmt: skip
-def test_one_clear_line_with_the_place_in_the_file(recipe: Path, text: str, message: str) -> None:
+def test_one_clear_line_with_file_and_line(recipe: Path, text: str, message: str) -> None:
     recipe.write_text(text)
     assert fails(recipe).startswith(message.format(path=recipe))
 

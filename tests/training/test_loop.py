@@ -1,4 +1,4 @@
-"""A run learns, resumes exactly, and survives what can happen to it."""
+"""Training runs: learning, exact resuming, signals, full disks, non-finite losses."""
 
 import importlib.util
 import json
@@ -33,11 +33,11 @@ def rows(run: Path) -> list[dict]:
 
 def test_a_run_learns_and_leaves_a_model(config, tmp_path, capfd):
     train(config, tmp_path / "run")
-    found = rows(tmp_path / "run")
-    losses = [row["loss"] for row in found if "loss" in row]
+    metrics = rows(tmp_path / "run")
+    losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[0] == pytest.approx(math.log(320), rel=0.05)
     assert losses[-1] < losses[0] - 1
-    validated = [row for row in found if "val_loss" in row]
+    validated = [row for row in metrics if "val_loss" in row]
     assert [row["step"] for row in validated] == [10, 20]
     assert validated[1]["val_loss"] < validated[0]["val_loss"]
     assert 0 < validated[1]["val_bpb"] < 8
@@ -69,10 +69,10 @@ def test_the_loss_curve_is_bit_equal_at_a_seed(config, tmp_path):
 
 
 def test_ten_and_ten_more_equal_twenty(recipe, config, tmp_path):
-    train(config, tmp_path / "whole")
+    train(config, tmp_path / "uninterrupted")
     train(load_recipe(str(recipe), ["train.max_steps=10"]), tmp_path / "parts")
     train(config, tmp_path / "parts", resume="auto")
-    straight = [row for row in rows(tmp_path / "whole") if "loss" in row]
+    straight = [row for row in rows(tmp_path / "uninterrupted") if "loss" in row]
     resumed = [row for row in rows(tmp_path / "parts") if "loss" in row]
     assert straight == resumed
 

@@ -202,7 +202,7 @@ def estimate_cost(
     tokens_per_s: float | None = None,
     num_gpus: int | None = None,
 ) -> Cost:
-    """FLOPs and time of the whole run, at `tokens_per_s` of all ranks together.
+    """FLOPs and time of the complete run, at `tokens_per_s` of all ranks together.
 
     Without that rate: at the share `mfu` of the peak of `num_gpus` (default: the recipe's ranks) of `gpu`.
     """

@@ -14,24 +14,24 @@ from tnllm.training.profile import Profile
 
 def test_noise_is_no_spike_and_a_jump_is():
     draw = random.Random(0)
-    watch = SpikeDetector()
+    detector = SpikeDetector()
     for step in range(2000):
-        assert watch.check(step, 3.0 + draw.gauss(0, 0.1)) is None
-    spike = watch.check(2000, 4.2)
+        assert detector.check(step, 3.0 + draw.gauss(0, 0.1)) is None
+    spike = detector.check(2000, 4.2)
     assert spike is not None and abs(spike.usual - 3.0) < 0.05
-    assert watch.check(2001, 4.2) is not None and watch.check(2002, 3.0) is None
+    assert detector.check(2001, 4.2) is not None and detector.check(2002, 3.0) is None
 
 
 def test_a_falling_loss_and_a_flat_one_have_none():
     for loss in (lambda step: 9.0 * 0.98**step + 2, lambda step: 0.001 * (1 + 0.01 * (step % 7))):
-        watch = SpikeDetector()
-        assert [watch.check(step, loss(step)) for step in range(300)] == [None] * 300
+        detector = SpikeDetector()
+        assert [detector.check(step, loss(step)) for step in range(300)] == [None] * 300
 
 
 def test_a_few_losses_are_not_judged():
-    watch = SpikeDetector()
-    assert [watch.check(step, 1.0) for step in range(32)] == [None] * 32
-    assert watch.check(32, 100.0) == Spike(32, 100.0, 1.0)
+    detector = SpikeDetector()
+    assert [detector.check(step, 1.0) for step in range(32)] == [None] * 32
+    assert detector.check(32, 100.0) == Spike(32, 100.0, 1.0)
 
 
 def test_a_run_reports_its_spikes(recipe, tmp_path, monkeypatch, capfd):
