@@ -152,11 +152,7 @@ class ShardedModel:
 
 
 def parallelize(
-    model: LanguageModel,
-    mesh: Mesh,
-    checkpointing: str = "none",
-    compiled: bool = False,
-    low_precision: bool = False,
+    model: LanguageModel, mesh: Mesh, checkpointing: str = "none", compiled: bool = False, low_precision: bool = False
 ) -> ShardedModel:
     """Parallelize `model`, on the meta device, over `mesh`. Raises UserError for a model that an axis cannot split.
 

@@ -22,6 +22,7 @@ state, so its contribution is added to them afterwards.
 
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,15 +89,7 @@ def _reach(log_decay: Tensor, length: int, rank: int, size: int, cu_seqlens: Ten
 
 
 def sequence_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    cu_seqlens: Tensor | None,
-    *,
-    rank: int,
-    size: int,
-    group: str,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, *, rank: int, size: int, group: str
 ) -> Tensor:
     """Causal linear attention over the slices of all ranks; returns the outputs of this rank's slice.
 
@@ -176,14 +169,7 @@ def _gather(state: Tensor, size: int, group: str) -> tuple[Tensor, dist.Work | N
 
 @torch.library.custom_op("tnllm::sequence_attention", mutates_args=())
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    cu_seqlens: Tensor | None,
-    rank: int,
-    size: int,
-    group: str,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, rank: int, size: int, group: str
 ) -> tuple[Tensor, Tensor]:
     """The output, and the initial state of this slice."""
     with torch.autocast(q.device.type, enabled=False):
@@ -202,16 +188,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    cu_seqlens: Tensor | None,
-    rank: int,
-    size: int,
-    group: str,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     state = q.new_empty(q.shape[0], *q.shape[2:], v.shape[-1], dtype=_wide(q))
     return v.new_empty(v.shape), state
 
@@ -250,13 +227,13 @@ def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tenso
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, log_decay, cu_seqlens, ctx.rank, ctx.size, ctx.group = inputs
     ctx.save_for_backward(q, k, v, log_decay, output[1], cu_seqlens)
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, do: Tensor, _dstate: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, do: Tensor, _dstate: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
     grads = _backward(do, q, k, v, log_decay, state, cu_seqlens, ctx.rank, ctx.size, ctx.group)
     return (*grads, None, None, None, None, None)
@@ -324,13 +301,13 @@ def _(dy: Tensor, qkvu: Tensor, *rest: object) -> Tensor:
     return qkvu.new_empty(qkvu.shape)
 
 
-def _gated_save(ctx, inputs: tuple, output: tuple) -> None:
+def _gated_save(ctx: Any, inputs: tuple, output: tuple) -> None:
     qkvu, log_decay, ctx.eps, ctx.rank, ctx.size, ctx.group = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(qkvu, *output[1:], log_decay)
 
 
-def _gated_autograd(ctx, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gated_autograd(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad = _gated_backward(dy, *ctx.saved_tensors, ctx.eps, ctx.rank, ctx.size, ctx.group)
     return grad, None, None, None, None, None
 

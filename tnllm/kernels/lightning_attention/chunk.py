@@ -159,12 +159,7 @@ def _prepare(
 
 
 def chunk_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in the public function; the final state is a new contiguous tensor."""
     chunks, decays, qc, kc, vc, state = _prepare(q, k, v, log_decay, initial_state, cu_seqlens)
