@@ -24,8 +24,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tnllm.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
-# For every section: frozen, and undeclared keys are errors.
-FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 BASE_DOC = "A recipe whose keys come before this one's: a packaged name, or a file beside it. One level."
 
 Root = TypeVar("Root", bound=BaseModel)
@@ -36,7 +34,7 @@ Origins = dict[str, str]  # dotted key → where it was given: "file:line" or "-
 class Section(BaseModel):
     """A section of a recipe: frozen, and unknown keys are errors."""
 
-    model_config = FROZEN
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

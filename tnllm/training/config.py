@@ -14,13 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from tnllm import recipe
 from tnllm.errors import UserError
 from tnllm.files import parse_count
 from tnllm.modeling.config import PRESETS, LoraConfig, ModelConfig, get_preset
-from tnllm.recipe import FROZEN, one_or_more
+from tnllm.recipe import Section, one_or_more
 
 
 def _count(value: Any) -> Any:
@@ -47,10 +47,8 @@ PACKAGED = "packaged"  # train.init: the model that ships
 Count = Annotated[int, BeforeValidator(_count)]
 
 
-class TokenizerSection(BaseModel):
+class TokenizerSection(Section):
     """Which tokenizer."""
-
-    model_config = FROZEN
 
     path: str | None = Field(
         None,
@@ -59,10 +57,8 @@ class TokenizerSection(BaseModel):
     )
 
 
-class DataSource(BaseModel):
+class DataSource(Section):
     """One corpus of a mixture."""
-
-    model_config = FROZEN
 
     path: str = Field(description="Token shards, or text to tokenize first.")
     weight: float | None = Field(None, gt=0, description="Share of the samples; null: its share of all tokens.")
@@ -75,10 +71,8 @@ class DataSource(BaseModel):
         return {"path": value} if isinstance(value, str) else value
 
 
-class DataSection(BaseModel):
+class DataSection(Section):
     """The training data."""
-
-    model_config = FROZEN
 
     path: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(one_or_more)] | None = Field(
         None,
@@ -110,10 +104,8 @@ class DataSection(BaseModel):
     )
 
 
-class OptimizerSection(BaseModel):
+class OptimizerSection(Section):
     """AdamW."""
-
-    model_config = FROZEN
 
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -126,10 +118,8 @@ class OptimizerSection(BaseModel):
     grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: no clipping.")
 
 
-class ScheduleSection(BaseModel):
+class ScheduleSection(Section):
     """Learning rate over the run."""
-
-    model_config = FROZEN
 
     kind: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="After warm-up: cosine to the end; wsd: constant, then a linear fall; constant."
@@ -149,10 +139,8 @@ class ScheduleSection(BaseModel):
     )
 
 
-class TrainSection(BaseModel):
+class TrainSection(Section):
     """Length, batch and precision."""
-
-    model_config = FROZEN
 
     seed: Count = Field(0, description="Seeds the weights, the order of data and sampled text.")
     init: str | None = Field(
@@ -194,10 +182,8 @@ class TrainSection(BaseModel):
     )
 
 
-class EvalSection(BaseModel):
+class EvalSection(Section):
     """Validation while training."""
-
-    model_config = FROZEN
 
     every_steps: Count = Field(
         500, ge=0, description="Steps between validations; 0: never. The last step validates too."
@@ -221,10 +207,8 @@ class EvalSection(BaseModel):
     )
 
 
-class LogSection(BaseModel):
+class LogSection(Section):
     """Logging and profiling."""
-
-    model_config = FROZEN
 
     every_steps: Count = Field(10, ge=1, description="Steps between rows of metrics.jsonl and lines of the log.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
@@ -233,20 +217,16 @@ class LogSection(BaseModel):
     )
 
 
-class CheckpointSection(BaseModel):
+class CheckpointSection(Section):
     """Checkpoints, from which a run resumes."""
-
-    model_config = FROZEN
 
     every_steps: Count = Field(1000, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: Count = Field(2, ge=1, description="Newest checkpoints kept; older ones are removed.")
     async_save: bool = Field(True, description="Write in the background while training continues.")
 
 
-class ParallelSection(BaseModel):
+class ParallelSection(Section):
     """The device mesh; the product is the number of ranks."""
-
-    model_config = FROZEN
 
     replicate: Count = Field(1, ge=1, description="Copies of the model, each with its own rows.")
     shard: Count = Field(
@@ -257,10 +237,8 @@ class ParallelSection(BaseModel):
     timeout_s: float = Field(600, gt=0, description="Seconds that a rank waits for the others before the run fails.")
 
 
-class RunConfig(BaseModel):
+class RunConfig(Section):
     """All sections of a recipe."""
-
-    model_config = FROZEN
 
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerSection = TokenizerSection()
@@ -275,7 +253,7 @@ class RunConfig(BaseModel):
     lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_length(self) -> Self:
         train, schedule = self.train, self.schedule
         if train.max_steps is None and train.max_tokens is None:
             raise ValueError("the run has no end; set train.max_steps or train.max_tokens")
@@ -304,6 +282,11 @@ class RunConfig(BaseModel):
                 f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} "
                 f"do not fit into schedule.horizon_steps {horizon}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        train = self.train
         if train.weights == "bf16" and (train.dtype == "fp32" or self.world_size > 1):
             reason = "train.dtype fp32" if train.dtype == "fp32" else f"{self.world_size} ranks"
             raise ValueError(f"train.weights is bf16, which cannot be combined with {reason}; set train.weights=fp32")
@@ -318,6 +301,10 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "data.packing concat cannot be combined with data.format chat: conversations must stay separate"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mesh(self) -> Self:
         for key in ("num_heads", "glu_dim", "vocab_size"):
             size, value = self.parallel.tensor, getattr(self.model, key)
             if value % size:
