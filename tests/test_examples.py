@@ -132,3 +132,25 @@ def test_files_that_prose_names_exist():
         if not any(f"/{file}".endswith(f"/{name}") for file in existing)
     ]
     assert not missing
+
+
+PROSE = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
+def test_prose_lines_fit_a_window(path):
+    long, in_code = [], False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        in_code ^= line.lstrip().startswith("```")
+        if len(line) > 124 and not in_code and not line.lstrip().startswith("|"):
+            long.append(number)
+    assert not long, f"lines of over 124 characters: {long}"
+
+
+def test_links_between_pages_lead_somewhere():
+    broken = []
+    for path in PROSE:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+            if "://" not in target and not (path.parent / target).exists():
+                broken.append(f"{path.name}: {target}")
+    assert not broken
