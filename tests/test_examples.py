@@ -32,7 +32,10 @@ def imports(tree: ast.Module) -> set[str]:
 # What a reader takes for granted: a model and a tokenizer made before, any function, the standard library's Path.
 ASSUMED = {"model", "tokenizer", "f", "Path"}
 # Names that examples of one module may take from others, with what defines them.
-DEFINED = {name: node for tree in TREES.values() for name, node in definitions(tree).items() if name[0] != "_"}
+DEFINED: dict[str, list[Definition]] = {}
+for module in TREES.values():
+    for name, node in definitions(module).items():
+        DEFINED.setdefault(name, []).append(node)
 
 
 def example(docstring: str) -> list[ast.AST]:
@@ -67,9 +70,11 @@ def problems(path: Path) -> list[str]:
             if name not in known:
                 wrong.append(f"{text}: no {name} in the package")
             elif name not in stored:
-                wrong += wrong_arguments(call, own.get(name) or DEFINED.get(name), text)
+                # Of several functions of that name one must take the arguments.
+                meant = [own[name]] if name in own else DEFINED.get(name, [])
+                wrong += min((wrong_arguments(call, node, text) for node in meant), key=len, default=[])
         elif isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
-            owner = own.get(call.func.value.id) or DEFINED.get(call.func.value.id)
+            owner = own.get(call.func.value.id) or DEFINED.get(call.func.value.id, [None])[0]
             if isinstance(owner, ast.ClassDef) and not owner.bases:
                 methods = {node.name: node for node in owner.body if isinstance(node, Definition)}
                 if call.func.attr not in methods:
