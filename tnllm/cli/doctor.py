@@ -24,7 +24,7 @@ EXTRAS = {
     "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard", "rensa", "resiliparse"),
     "plot": ("matplotlib",),
     "track": ("tensorboard",),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "hf": ("transformers", "tiktoken", "accelerate"),
     "bench": ("fla",),
     "quantize": ("torchao", "transformers"),

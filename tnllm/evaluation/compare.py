@@ -1,7 +1,7 @@
 """Results of two evaluations, or of one and the paper, side by side.
 
 rows = compare(read_results(Path("a.json")), read_results(Path("b.json")))
-rows = compare(read_results(Path("a.json")), paper="385m")
+rows = compare(read_results(Path("a.json")), None, paper="385m")
 """
 
 import math

@@ -1,8 +1,8 @@
 """Crash-safe checkpoints: a run killed at any time resumes exactly.
 
-    saver = Saver(run / "checkpoints", keep=3)
+    saver = Saver(run, keep=3, background=True, tokenizer=path)
     saver.save(state, model, optimizer)               # snapshot now, write in the background
-    folder = find_checkpoint(run, "auto")             # the newest complete one, or None
+    folder = find_checkpoint(run, "auto", log=print)  # the newest complete one, or None
     state = load_checkpoint(folder, model, optimizer)
 
 A step folder holds `model/` and `optimizer/` (torch.distributed.checkpoint over safetensors, readable by any number of

@@ -1,7 +1,7 @@
 """AdamW with and without weight decay by parameter, and an update that skips non-finite gradients.
 
 optimizer = make_optimizer(model, config.optimizer)
-norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0)
+norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0, loss=loss)
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 model = make_model(config, device, low)       # train.init, train.weights, lora and recomputation applied
 model = make_meta_model(config, low)          # the same shapes and dtypes on the meta device, for a mesh
-publish(model, out, config, tokenizer)        # weights/, and adapter/ if there is one
+publish(model, out, config, tokenizer, dtype) # weights/, and adapter/ if there is one
 """
 
 from pathlib import Path

@@ -316,8 +316,9 @@ def _argmax_reduce(high, row, best, tokens, top_logit, P):
         tl.store(top_logit, tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True))
 
 
+# Complexity 33: the phases of a layer, unrolled at compile time; split over functions they would hide their order.
 @triton.jit
-def _decode_narrow_kernel(
+def _decode_narrow_kernel(  # noqa: C901
     tokens, position, embedding, head, log_decay, table, x, qkvu, o, h, residual, logits, steps, best, top_logit,
     num_choices, num_layers, H, V, scale, eps,
     P: tl.constexpr, M: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
