@@ -76,17 +76,13 @@ def tokenizer_files(tokenizer: Tokenizer, generation: dict[str, Any]) -> tuple[d
 
 
 def _control_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Names that the fast tokenizer reads as one token anywhere in a text."""
-    model = tokenizer.backend
-    if isinstance(model, TiktokenModel):
-        return list(TIKTOKEN_SPECIAL_TOKENS)
-    ids = range(model.vocab_size())
-    return [model.id_to_piece(id) for id in ids if model.is_control(id) or model.is_unknown(id)]
+    """Names that the fast tokenizer reads as one token anywhere in a text; ids without a name are gaps."""
+    ids = [id for id, data in enumerate(tokenizer.token_bytes) if not data or id == tokenizer.unk_id]
+    return [name for name in map(tokenizer.piece, ids) if name]
 
 
 def _adds_space(tokenizer: Tokenizer) -> bool:
-    model = tokenizer.backend
-    return not isinstance(model, TiktokenModel) and model.encode("a", out_type=str)[0].startswith(_SPACE)
+    return tokenizer.token_bytes[tokenizer.encode("a")[0]].startswith(b" ")
 
 
 def _needs_boundary(tokenizer: Tokenizer, closing: str) -> bool:
@@ -94,9 +90,8 @@ def _needs_boundary(tokenizer: Tokenizer, closing: str) -> bool:
 
     A newline cannot if no piece of the vocabulary contains a newline and another character.
     """
-    if isinstance(tokenizer.backend, TiktokenModel) or not closing.endswith("\n") or _adds_space(tokenizer):
-        return True
-    return any(b"\n" in piece and piece != b"\n" for piece in tokenizer.token_bytes)
+    joins = any(b"\n" in piece and piece != b"\n" for piece in tokenizer.token_bytes)
+    return joins or not closing.endswith("\n") or _adds_space(tokenizer)
 
 
 def _build(tokenizer: Tokenizer, add_bos: bool, boundary: bool) -> Any:

@@ -88,7 +88,7 @@ def result_object(result: Result, echo: str = "", id: Any = None) -> dict[str, A
         "text": echo + result.text,
         "finish_reason": result.finish_reason,
         "tokens": result.tokens,
-        "logprobs": None if logprobs is None else [_logprob(entry) | _top(entry) for entry in logprobs],
+        "logprobs": None if logprobs is None else [_logprob(entry) for entry in logprobs],
         "seed": result.seed,
         "usage": {
             "prompt_tokens": result.prompt_tokens,
@@ -99,11 +99,8 @@ def result_object(result: Result, echo: str = "", id: Any = None) -> dict[str, A
 
 
 def _logprob(entry: TokenLogprob) -> dict[str, Any]:
-    return {"id": entry.id, "text": entry.text, "logprob": entry.logprob}
-
-
-def _top(entry: TokenLogprob) -> dict[str, Any]:
-    return {"top": [_logprob(other) for other in entry.top]}
+    row: dict[str, Any] = {"id": entry.id, "text": entry.text, "logprob": entry.logprob}
+    return row | {"top": [{"id": top.id, "text": top.text, "logprob": top.logprob} for top in entry.top]}
 
 
 @contextmanager

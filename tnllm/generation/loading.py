@@ -80,29 +80,18 @@ def load(
         SamplingParams.of(sampling)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    eos, bos = settings.get("eos_token_id"), settings.get("bos_token_id")
-    eos = tokenizer.eos_id if eos is None else eos
-    return LoadedModel(
-        folder,
-        weights,
-        tokenizer,
-        sampling,
-        tuple(eos) if isinstance(eos, list) else (eos,),
-        tokenizer.bos_id if bos is None else bos,
-        bool(settings.get("add_bos_token", False)),
-        settings.get("chat_template", chat_template.DEFAULT),
-    )
+    eos = settings.get("eos_token_id")
+    bos = settings.get("bos_token_id")
+    eos_ids = tuple(eos) if isinstance(eos, list) else (tokenizer.eos_id if eos is None else eos,)
+    bos_id = tokenizer.bos_id if bos is None else bos
+    template = settings.get("chat_template", chat_template.DEFAULT)
+    add_bos = bool(settings.get("add_bos_token", False))
+    return LoadedModel(folder, weights, tokenizer, sampling, eos_ids, bos_id, add_bos, template)
 
 
 # The former name.
 Ready = LoadedModel
 
 # The keys that generation_config.json and SamplingParams share.
-_SAMPLING = {field.name for field in fields(SamplingParams)} - {
-    "n",
-    "seed",
-    "stop",
-    "logprobs",
-    "max_tokens",
-    "ignore_eos",
-}
+_OWN = {"n", "seed", "stop", "logprobs", "max_tokens", "ignore_eos"}
+_SAMPLING = {field.name for field in fields(SamplingParams)} - _OWN

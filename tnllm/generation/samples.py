@@ -154,17 +154,11 @@ class Row:
     def result(self, context: Context | None = None) -> Result:
         """The sample, which must have ended."""
         assert self.reason is not None
+        logprobs = self.logprobs if self.params.logprobs is not None else None
         return Result(
-            index=self.index,
-            sample=self.sample,
-            text="".join(self.texts),
-            tokens=self.tokens,
-            finish_reason=self.reason,
-            seed=self.seed,
-            prompt_tokens=self.prompt_tokens,
-            logprobs=self.logprobs if self.params.logprobs is not None else None,
-            context=context,
-        )
+            self.index, self.sample, "".join(self.texts), self.tokens, self.reason, self.seed, self.prompt_tokens,
+            logprobs, context,
+        )  # fmt: skip
 
 
 def token_logprob(

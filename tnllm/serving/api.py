@@ -216,16 +216,22 @@ class Answer:
 
     def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         """The chunks for one token."""
-        raise NotImplementedError
+        if not piece.text and piece.logprob is None:
+            return []
+        return [self._choice(choice, piece.text, None if piece.logprob is None else [piece.logprob], None)]
 
     def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
         """The chunks at the end of a choice."""
-        raise NotImplementedError
+        return [self._choice(choice, None, None, result.finish_reason)]
 
     def full_choice(
         self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
     ) -> dict[str, Any]:
         """A choice that is not streamed."""
+        raise NotImplementedError
+
+    def _choice(self, choice: int, text: str | None, entries: Any, reason: str | None) -> dict[str, Any]:
+        """A choice of a chunk; at its end `text` is None and `reason` is set. `entries`: a TokenLogprob per token."""
         raise NotImplementedError
 
     def _spelled(self, id: int) -> str:
@@ -261,14 +267,6 @@ class TextAnswer(Answer):
             return []
         return [self._choice(choice, text, self._prompt_entries(choice, prompt_logprobs), None)]
 
-    def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        if not piece.text and piece.logprob is None:
-            return []
-        return [self._choice(choice, piece.text, [piece.logprob] if piece.logprob else None, None)]
-
-    def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
-        return [self._choice(choice, "", None, result.finish_reason)]
-
     def full_choice(
         self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
     ) -> dict[str, Any]:
@@ -286,9 +284,8 @@ class TextAnswer(Answer):
         ids = self._prompts[choice // self._params.n]
         return [entry if entry is not None else ids[index] for index, entry in enumerate(logprobs)]
 
-    def _choice(
-        self, choice: int, text: str, entries: "Sequence[TokenLogprob | int] | None", reason: str | None
-    ) -> dict[str, Any]:
+    def _choice(self, choice: int, text: str | None, entries: Any, reason: str | None) -> dict[str, Any]:
+        """`entries` may also hold the id of a token without a log-probability."""
         logprobs = None
         if entries is not None:
             ids = [entry if isinstance(entry, int) else entry.id for entry in entries]
@@ -302,7 +299,7 @@ class TextAnswer(Answer):
                 "text_offset": [self._offsets[choice].take(self._tokenizer.token_bytes[id]) for id in ids],
             }
         finish = None if reason is None else _FINISH[reason]
-        return {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return {"index": choice, "text": text or "", "logprobs": logprobs, "finish_reason": finish}
 
 
 class _Offset:
@@ -328,15 +325,8 @@ class ChatAnswer(Answer):
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
-        return [self._delta(choice, {"role": "assistant", "content": ""}, None, None)]
-
-    def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        if not piece.text and piece.logprob is None:
-            return []
-        return [self._delta(choice, {"content": piece.text}, [piece.logprob] if piece.logprob else None, None)]
-
-    def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
-        return [self._delta(choice, {}, None, result.finish_reason)]
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}]
 
     def full_choice(
         self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
@@ -348,9 +338,8 @@ class ChatAnswer(Answer):
             "finish_reason": _FINISH[result.finish_reason],
         }
 
-    def _delta(
-        self, choice: int, delta: dict[str, Any], entries: Sequence[TokenLogprob] | None, reason: str | None
-    ) -> dict[str, Any]:
+    def _choice(self, choice: int, text: str | None, entries: Any, reason: str | None) -> dict[str, Any]:
+        delta = {} if text is None else {"content": text}
         finish = None if reason is None else _FINISH[reason]
         return {"index": choice, "delta": delta, "logprobs": self._logprobs(entries), "finish_reason": finish}
 
