@@ -16,18 +16,18 @@ FREE = {"ignore_eos": True}
 
 def results(model, tokenizer, prompts, params, **more):
     """Results by (prompt, sample); each is checked against its pieces."""
-    texts, tokens, found = {}, {}, {}
+    texts, tokens, results = {}, {}, {}
     for event in generate(model, tokenizer, prompts, params, **more):
         key = event.index, event.sample
-        assert key not in found
+        assert key not in results
         if isinstance(event, Piece):
             texts[key] = texts.get(key, "") + event.text
             tokens.setdefault(key, []).append(event.token)
         else:
             assert event.text == texts.get(key, "")
             assert event.tokens == tokens.get(key, [])
-            found[key] = event
-    return found
+            results[key] = event
+    return results
 
 
 def one(model, tokenizer, prompt, params, **more) -> Result:
@@ -150,14 +150,14 @@ def test_continuing_a_saved_context_equals_never_stopping(tmp_path, tokenizer, k
     penalized = {"seed": 3, "repetition_penalty": 1.2, "temperature": 0.9, **FREE}
     whole = one(model, tokenizer, PROMPTS[1], SamplingParams(max_tokens=40, **penalized))
     context, prompt, tokens, text = None, PROMPTS[1], [], ""
-    for place in range(4):
+    for index in range(4):
         params = SamplingParams(max_tokens=10, **penalized)
         part = one(model, tokenizer, prompt, params, contexts=[context], keep_contexts=True)
         tokens += part.tokens
         text += part.text
         assert part.context.num_tokens == len(tokenizer.encode(PROMPTS[1])) + len(tokens)
-        save_context(tmp_path / f"{place}.state", part.context, weights)
-        context, prompt = load_context(tmp_path / f"{place}.state", model, weights), ""
+        save_context(tmp_path / f"{index}.state", part.context, weights)
+        context, prompt = load_context(tmp_path / f"{index}.state", model, weights), ""
     assert tokens == whole.tokens
     assert text == whole.text
 
@@ -271,7 +271,7 @@ def test_an_empty_prompt_starts_from_the_begin_token(model, tokenizer):
 
 
 def test_rows_of_a_captured_step_end_one_by_one(model, tokenizer, monkeypatch):
-    """A captured step keeps its batch until half of it has ended; nobody may notice."""
+    """A captured step keeps its batch until half of its rows have ended; the texts stay the same."""
     params = [SamplingParams(seed=row, max_tokens=length, **FREE) for row, length in enumerate((5, 40, 12, 23))]
     plain = results(model, tokenizer, PROMPTS, params)
     batches = []
@@ -337,7 +337,7 @@ def test_a_captured_step_equals_a_plain_one(tokenizer, monkeypatch, dtype):
     plain = results(model, tokenizer, PROMPTS, params, sync_every=1)
     for key, result in plain.items():
         assert captured[key].tokens == again[key].tokens
-        # One kernel for the whole step rounds activations at other places than the model's: in bf16 that shows.
+        # One kernel for the whole step rounds activations at other points than the model's: in bf16 that shows.
         assert dtype == torch.bfloat16 or captured[key].tokens == result.tokens
 
 

@@ -29,15 +29,15 @@ def test_every_prediction_follows_its_own_text(requests, share, min_saved, max_p
         for index, token in enumerate(request.continuation):
             before = whole[: len(request.context) + index]
             expected[int(tree.first_target[number]) + index] = (before, token)
-    found = {}
+    targets = {}
     for node in tree.nodes():
         assert 0 < len(node) <= (max_piece or len(node))
         assert all(child.parent is node and child.start == node.end for child in node.children)
         text = path_text(node)
         for position, token, number in node.targets:
-            assert node.start <= position < node.end and number not in found
-            found[number] = (text[: position + 1], token)
-    assert found == expected
+            assert node.start <= position < node.end and number not in targets
+            targets[number] = (text[: position + 1], token)
+    assert targets == expected
     assert tree.num_tokens <= tree.plain_tokens == sum(len(r.context) + len(r.continuation) - 1 for r in requests)
     if not share:
         assert tree.num_tokens == tree.plain_tokens

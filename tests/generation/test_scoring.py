@@ -79,8 +79,8 @@ def test_out_of_memory_goes_on_with_smaller_passes(monkeypatch):
         return hidden(self, tokens, *rest)
 
     monkeypatch.setattr(type(model), "hidden", scarce)
-    found = {s.index: s.logprobs for s in Scorer(model, log=notes.append).score(requests)}
-    assert all(np.allclose(found[index], expected[index], atol=1e-9) for index in expected)
+    scores = {s.index: s.logprobs for s in Scorer(model, log=notes.append).score(requests)}
+    assert all(np.allclose(scores[index], expected[index], atol=1e-9) for index in expected)
     assert notes and notes[0].startswith("out of GPU memory: continuing with")
     with pytest.raises(RunError, match="a piece of 150 tokens does not fit"):
         list(Scorer(model).score([Request([1] * 150, [1])]))

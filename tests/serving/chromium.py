@@ -53,7 +53,7 @@ class Browser:
         )  # fmt: skip
         os.close(to_child)
         os.close(from_child)
-        self._held, self._count = b"", 0
+        self._buffer, self._count = b"", 0
         self.events: list[dict[str, Any]] = []
 
     def __enter__(self) -> "Browser":
@@ -80,18 +80,18 @@ class Browser:
         os.write(self._out, json.dumps(message).encode() + b"\0")
         end = time.monotonic() + seconds
         while True:
-            while b"\0" in self._held:
-                part, self._held = self._held.split(b"\0", 1)
-                found = json.loads(part)
-                if found.get("id") == self._count:
-                    assert "error" not in found, (method, found["error"])
-                    return found["result"]
-                self.events.append(found)
+            while b"\0" in self._buffer:
+                part, self._buffer = self._buffer.split(b"\0", 1)
+                message = json.loads(part)
+                if message.get("id") == self._count:
+                    assert "error" not in message, (method, message["error"])
+                    return message["result"]
+                self.events.append(message)
             ready, _, _ = select.select([self._in], [], [], max(0, end - time.monotonic()))
             assert ready, f"{method}: the browser did not answer within {seconds} s"
             data = os.read(self._in, 1 << 20)
-            assert data, "the browser went away"
-            self._held += data
+            assert data, "the browser has exited"
+            self._buffer += data
 
     def open(self, url: str, width: int, height: int, phone: bool = False) -> "Page":
         """A new page of this size, loaded."""
@@ -122,9 +122,9 @@ class Page:
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        message = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in message, message["exceptionDetails"]
+        return message["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 20) -> None:
         """Wait until an expression is true."""
@@ -156,15 +156,15 @@ class Page:
     def problems(self) -> list[str]:
         """Errors the page logged: exceptions, refused content, failed requests."""
         self.evaluate("1")
-        found = []
+        problems = []
         for event in self._browser.events:
             if event.get("sessionId") != self._session:
                 continue
             if event["method"] == "Runtime.exceptionThrown":
-                found.append(event["params"]["exceptionDetails"]["text"])
+                problems.append(event["params"]["exceptionDetails"]["text"])
             if event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
-                found.append(event["params"]["entry"]["text"])
-        return found
+                problems.append(event["params"]["entry"]["text"])
+        return problems
 
     def requests(self) -> list[str]:
         """Addresses the page asked for."""

@@ -27,8 +27,8 @@ def ready(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def server(ready):
-    with running(ready, Settings(name="small", api_key=KEY, max_body_bytes=50_000), **LIMITS) as found:
-        yield found
+    with running(ready, Settings(name="small", api_key=KEY, max_body_bytes=50_000), **LIMITS) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +130,17 @@ def test_logprobs(client, ready):
     done = client.completions.create(
         model="small", prompt="The 天", max_tokens=6, seed=1, logprobs=2, echo=True, temperature=0
     )
-    found = done.choices[0].logprobs
+    logprobs = done.choices[0].logprobs
     ids = ready.encode("The 天")
     [expected] = alone(ready, ids, max_tokens=6, seed=1, logprobs=2, temperature=0)
-    assert len(found.tokens) == len(ids) + len(expected.tokens)
-    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+    assert len(logprobs.tokens) == len(ids) + len(expected.tokens)
+    assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
     # Order of sums in fp32.
-    assert found.token_logprobs[len(ids) :] == pytest.approx([entry.logprob for entry in expected.logprobs], abs=1e-3)
+    assert logprobs.token_logprobs[len(ids) :] == pytest.approx(
+        [entry.logprob for entry in expected.logprobs], abs=1e-3
+    )
     assert done.choices[0].text.startswith("The 天")
-    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
         assert token.startswith("bytes:") or done.choices[0].text[offset:].startswith(token)
     chat = client.chat.completions.create(
         model="small", messages=[{"role": "user", "content": "天"}], max_tokens=4, logprobs=True, top_logprobs=3

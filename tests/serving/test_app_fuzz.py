@@ -69,9 +69,9 @@ def schema_of(app, path):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             return (await client.get("/openapi.json")).json()
 
-    found = asyncio.run(get())
-    body = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    return body, found["components"]["schemas"]
+    schema = asyncio.run(get())
+    body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    return body, schema["components"]["schemas"]
 
 
 def check(answer):

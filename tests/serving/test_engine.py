@@ -1,6 +1,8 @@
 """The serving engine: what `generate` gives, whatever happens around a request."""
 
+import importlib
 import random
+import sys
 import threading
 import time
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from tests.small_models import make_ready, small_model
-from tnllm.errors import RunError, UserError
+from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.generation.decoder import generate
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result
@@ -68,10 +70,10 @@ def requests(ready, count, seed=0):
         )
 
 
-def assert_same(found, expected):
-    assert [r.tokens for r in found] == [r.tokens for r in expected]
-    assert [(r.text, r.finish_reason, r.seed) for r in found] == [(r.text, r.finish_reason, r.seed) for r in expected]
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_same(actual, expected):
+    assert [r.tokens for r in actual] == [r.tokens for r in expected]
+    assert [(r.text, r.finish_reason, r.seed) for r in actual] == [(r.text, r.finish_reason, r.seed) for r in expected]
+    for ours, theirs in zip(actual, expected, strict=True):
         assert (ours.logprobs is None) == (theirs.logprobs is None)
         for a, b in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
             # Order of sums in fp32, as for `batched = alone`.
@@ -86,9 +88,9 @@ def test_every_request_gets_what_generate_gives(ready):
             tickets.append(engine.submit(ids, params, client=str(number % 3)))
             if number % 5 == 4:
                 time.sleep(0.05)  # others are under way when the next ones come
-        found = [results(ticket) for ticket in tickets]
+        actual = [results(ticket) for ticket in tickets]
     assert engine.metrics.cached_tokens > 0, "the shared beginning was read again each time"
-    for (ids, params), ours in zip(wanted, found, strict=True):
+    for (ids, params), ours in zip(wanted, actual, strict=True):
         assert_same(ours, alone(ready, ids, params))
     assert engine.slots.free == 5 and engine.num_active == 0
 
@@ -110,8 +112,8 @@ def test_looking_ahead_and_unused_rows_change_nothing(ready, monkeypatch):
     wanted = list(requests(ready, 12, seed=1))
     with Engine(ready, num_slots=5) as engine:
         tickets = [engine.submit(ids, params) for ids, params in wanted]
-        found = [results(ticket) for ticket in tickets]
-    for (ids, params), ours in zip(wanted, found, strict=True):
+        actual = [results(ticket) for ticket in tickets]
+    for (ids, params), ours in zip(wanted, actual, strict=True):
         assert_same(ours, alone(ready, ids, params))
 
 
@@ -122,8 +124,8 @@ def test_every_request_gets_what_generate_gives_on_a_gpu(tokenizer):
     wanted = list(requests(ready, 24))
     with Engine(ready, num_slots=5, prefill_tokens=32) as engine:
         tickets = [engine.submit(ids, params) for ids, params in wanted]
-        found = [results(ticket) for ticket in tickets]
-    for (ids, params), ours in zip(wanted, found, strict=True):
+        actual = [results(ticket) for ticket in tickets]
+    for (ids, params), ours in zip(wanted, actual, strict=True):
         assert_same(ours, alone(ready, ids, params))
 
 
@@ -135,7 +137,7 @@ def test_pieces_add_up_and_come_after_the_prompt(ready):
     assert len(events) == 2 + len(events[-1].tokens)
 
 
-def test_a_long_prompt_stalls_nobody(ready):
+def test_a_long_prompt_stalls_no_other_request(ready):
     """While 1,500 tokens are read, a running text gets a token per pass, and a short prompt comes through."""
     order = []
     long = ready.encode("The lazy dog. " * 400)[:1500]
@@ -152,7 +154,7 @@ def test_a_long_prompt_stalls_nobody(ready):
     assert order.index("short") < end
 
 
-def test_a_cancelled_request_frees_its_slot_and_touches_nobody(ready):
+def test_a_cancelled_request_frees_its_slot_and_touches_no_other(ready):
     params = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
     endless = SamplingParams(max_tokens=60_000, seed=6, ignore_eos=True)
     ids = ready.encode("The quick brown")
@@ -258,11 +260,11 @@ def test_prompt_logprobs_are_those_of_the_full_forward_pass(ready):
     logits[:, ready.tokenizer.vocab_size :] = -torch.inf
     expected = logits.log_softmax(-1)
     assert first.logprobs[0] is None and len(first.logprobs) == len(ids)
-    for place, entry in enumerate(first.logprobs[1:]):
+    for index, entry in enumerate(first.logprobs[1:]):
         # Order of sums in fp32, logits of size 10.
-        assert entry.id == ids[place + 1]
-        assert entry.logprob == pytest.approx(expected[place, entry.id].item(), abs=1e-3)
-        assert [top.logprob for top in entry.top] == pytest.approx(expected[place].topk(2).values.tolist(), abs=1e-3)
+        assert entry.id == ids[index + 1]
+        assert entry.logprob == pytest.approx(expected[index, entry.id].item(), abs=1e-3)
+        assert [top.logprob for top in entry.top] == pytest.approx(expected[index].topk(2).values.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -306,3 +308,10 @@ def test_metrics_are_prometheus_text(ready):
     assert lines['tnllm_request_seconds_bucket{le="+Inf"}'] == lines["tnllm_request_seconds_count"] == "1"
     kinds = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(kinds) == len(set(kinds)) and text.endswith("\n")
+
+
+def test_without_prometheus_client_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "tnllm.serving.metrics")
+    with pytest.raises(MissingExtra, match=r"tnllm\[serve\]"):
+        importlib.import_module("tnllm.serving.metrics")

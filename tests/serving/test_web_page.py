@@ -16,27 +16,27 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium.Browser(EXECUTABLE) as found:
-        yield found
+    with chromium.Browser(EXECUTABLE) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
 def server(model, tokenizer):
-    with running(make_ready(model, tokenizer), Settings(name="small"), num_slots=2) as found:
-        yield found
+    with running(make_ready(model, tokenizer), Settings(name="small"), num_slots=2) as server:
+        yield server
 
 
 @pytest.fixture
 def page(browser, server):
-    found = browser.open(server[0], 1200, 800)
-    found.evaluate("localStorage.clear()")
-    found.call("Page.reload")
-    found.wait_for("document.querySelector('#model')?.textContent === 'small'")
-    yield found
-    assert found.problems() == []
+    page = browser.open(server[0], 1200, 800)
+    page.evaluate("localStorage.clear()")
+    page.call("Page.reload")
+    page.wait_for("document.querySelector('#model')?.textContent === 'small'")
+    yield page
+    assert page.problems() == []
     # Nothing from outside, whatever was done.
-    assert all(url.startswith((server[0], "data:", "about:")) for url in found.requests())
-    found.call("Page.close")
+    assert all(url.startswith((server[0], "data:", "about:")) for url in page.requests())
+    page.call("Page.close")
 
 
 def slide(page, name, value):
@@ -87,7 +87,7 @@ def test_text_streams_and_stops(page, server):
         if engine.slots.free == 2:
             break
         page.evaluate("new Promise((done) => setTimeout(done, 10))")
-    assert engine.slots.free == 2, "the server goes on for nobody"
+    assert engine.slots.free == 2, "the server continues an abandoned text"
     assert page.evaluate("document.querySelector('#text').value") == text
     page.click("#undo")
     assert page.evaluate("document.querySelector('#text').value") == "The quick"

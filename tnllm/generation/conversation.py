@@ -32,7 +32,7 @@ def message_ids(loaded: LoadedModel, messages: Sequence[tuple[str, str]]) -> lis
 
 
 class Conversation:
-    """The turns of one conversation, in the form that `message_ids` gives the whole of it."""
+    """The turns of one conversation; all of them have the token ids that `message_ids` gives for the same messages."""
 
     def __init__(
         self,
