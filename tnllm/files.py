@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from tnllm.errors import UserError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
@@ -124,6 +122,9 @@ def lock(folder: Path, busy: str, wait: Callable[[], None] | None = None) -> Ite
 
     Where another process holds it: raises UserError(`busy`), or with `wait`, calls that once and waits.
     """
+    # Imported here, so that `tnllm --help` does not pay for it.
+    import filelock
+
     folder.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(folder / ".lock")
     try:
