@@ -94,14 +94,15 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
 
     asked = []
 
-    def bench(plan, log, on_environment, on_check, on_row):
+    def bench(plan, log, on_environment, on_check, on_row, folder):
         asked.append(plan)
+        assert folder == tmp_path / "s.json.cases"
         device = {"device": "cpu", "dtype": "float32", "matmul_tflop_per_s": None}
         results = {"environment": device, "accuracy": [], "rows": [], "longest": []}
         on_environment(results)
-        for job in (job for jobs in scale.make_jobs(plan).values() for job in jobs if job.kind == "time"):
+        for case in (case for case in scale.make_cases(plan) if "time" in case.phases):
             row = scale.timed_row(
-                job, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
+                case, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
             )
             results["rows"].append(row)
             on_row(row, results)

@@ -1,29 +1,32 @@
-"""One rank of `bench_scaling`: run by torchrun as `python -m tnllm.bench.scale_rank TASK.json`, not by people.
+"""One rank of a case of `bench_scaling`: torchrun runs it as `python -m tnllm.bench.scale_rank CASE.part`, not people.
 
-Every rank runs the task's jobs in the same order, each on its own mesh. Rank 0 appends results to the task's file of
-events, one JSON object per line. A rank that fails appends the reason and exits at once: the others may wait for it in a
-collective, so torchrun stops them, and the parent starts new ranks for the remaining jobs.
+The file says what to measure, and rank 0 adds what came of each phase. A rank that fails records the reason for torchrun
+and exits at once: the others may wait for it in a collective, so torchrun stops them.
 """
 
-import importlib
+import faulthandler
 import json
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from tnllm.bench.scale import CHECK_STEPS, LONGEST, ONE, Job, Plan, run_config
+from tnllm.bench.scale import CHECK_STEPS, LONGEST, ONE, MeshCase, Plan, run_config
 from tnllm.bench.timing import synchronize
 from tnllm.bench.train import Step, reset, step_environment, timed_step
+from tnllm.files import write_text_atomic
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
 from tnllm.parallel.ranks import Distributed, SingleProcess
 from tnllm.parallel.traffic import TRAFFIC_AXES, Traffic, axis_names
+from tnllm.training.config import RunConfig
 from tnllm.training.launch import is_lost_rank
 from tnllm.training.loop import compute_dtype
 from tnllm.training.metrics import matmul_rate
@@ -35,107 +38,78 @@ LIMITS = {torch.float32: (2e-5, 5e-4), torch.bfloat16: (1e-3, 2e-3)}
 _PROFILED = 2
 
 
-class Ranks:
-    """This process's rank, device and rendezvous, for all jobs."""
+def main(path: Path, make_step: type[Step] = Step) -> None:
+    """Run the case in the file `path`. `make_step` builds the step that is checked and timed."""
+    results = json.loads(path.read_text())
+    plan, rank = Plan(**results["plan"]), int(os.environ["RANK"])
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    with open(path.with_suffix(f".{rank}.log"), "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
 
-    def __init__(self, plan: Plan, events: Path) -> None:
-        self.plan, self.events = plan, events
-        self.rank = int(os.environ["RANK"])
-        self.device = torch.device(plan.device)
-        if plan.device == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        self._store = next(iter(dist.rendezvous("env://")))[0]
-        self._opened = 0
+    def report(line: str = "", **measured: Any) -> None:
+        # Ends a rank that reports nothing for too long, with its stack in the log; a collective should time out before.
+        faulthandler.dump_traceback_later(plan.timeout_s + 30, exit=True)
+        if rank == 0:
+            results.update(measured)
+            write_text_atomic(path, json.dumps(results))
+            print(line, file=terminal, end="\n" if line else "")
 
-    def write(self, event: dict[str, Any]) -> None:
-        """Append one line; a single system call, so that lines of several ranks do not mix."""
-        file = os.open(self.events, os.O_WRONLY | os.O_APPEND)
-        os.write(file, (json.dumps(event) + "\n").encode())
-        os.close(file)
-
-    def mesh(self, job: Job) -> Mesh | None:
-        """The job's mesh, with its own rendezvous; None for one GPU."""
-        if job.mesh == ONE:
-            return None
-        self._opened += 1
-        store = dist.PrefixStore(f"mesh-{self._opened}", self._store)
-        return open_mesh(**job.axes, device_type=self.plan.device, timeout_s=self.plan.timeout_s, store=store)
-
-
-def main(task: Path) -> None:
-    """Do the jobs of a task."""
-    given = json.loads(task.read_text())
-    plan, jobs = Plan(**given["plan"]), [Job(**job) for job in given["jobs"]]
-    if plan.plugin:
-        importlib.import_module(plan.plugin)
-    ranks = Ranks(plan, Path(given["events"]))
-    if ranks.rank == 0:
-        ranks.write({"environment": _environment(plan, jobs[0], ranks.device)})
-    wrong: set[str] = set()
-    for job in jobs:
-        if job.needs in wrong:
-            if ranks.rank == 0:
-                ranks.write({"job": job.name, "result": {"status": "wrong", "reason": "its check did not pass"}})
-            continue
-        if ranks.rank == 0:
-            ranks.write({"start": _announce(job)})
-        try:
-            result = {"check": check, "time": time_steps, "longest": longest}[job.kind](job, ranks)
-        except torch.OutOfMemoryError as error:
-            _exit(ranks, job, "out of memory", error)
-        except Exception as error:  # any failure costs this job only: the parent continues with the others
-            _exit(ranks, job, "failed", error)
-        if job.kind == "check" and job.mesh != ONE and not result["passed"]:
-            wrong.add(job.name)
-        if ranks.rank == 0:
-            ranks.write({"job": job.name, "result": result})
-
-
-def _announce(job: Job) -> str:
-    where = "one GPU" if job.mesh == ONE else f"{job.mesh} on {job.ranks}"
-    what = {"check": "checking", "time": "timing", "longest": "the longest row of"}[job.kind]
-    return f"{what} {job.preset}, {where}: {job.rows} x {job.seq_len} tokens"
-
-
-def _exit(ranks: Ranks, job: Job, status: str, error: Exception) -> NoReturn:
-    """Report the failure and end this process without waiting for collectives that will never complete."""
-    # A rank that only lost its connection to a failed one has nothing to add.
-    if status == "out of memory" or not (isinstance(error, RuntimeError) and is_lost_rank(error)):
-        first, *more = str(error).strip().splitlines() or [""]
-        # A compiler's first line says where, its last line why.
-        message = f"{first} {more[-1].strip()}" if first.endswith(":") and more else first
-        reason = f"rank {ranks.rank}: {type(error).__name__}: {message[:300]}"
-        ranks.write({"job": job.name, "failed": {"status": status, "reason": reason}})
-    if status != "out of memory":
-        import traceback
-
+    try:
+        _run(MeshCase(**results["case"]), plan, results["expected"], make_step, report)
+    except Exception as error:  # any failure costs this case only
+        get_error_handler().record_exception(error)
         traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(1)
+        sys.stderr.flush()
+        # Without waiting for collectives that will never complete. A lost connection is another rank's failure.
+        full = isinstance(error, torch.OutOfMemoryError)
+        os._exit(2 if isinstance(error, RuntimeError) and not full and is_lost_rank(error) else 1)
 
 
-def _environment(plan: Plan, job: Job, device: torch.device) -> dict[str, Any]:
-    environment = step_environment(run_config(job, plan), device, matmul_rate(device), plan.steps, plan.warmup)
-    if device.type == "cuda":
+def _run(
+    case: MeshCase,
+    plan: Plan,
+    expected: dict[str, list[float]] | None,
+    make_step: type[Step],
+    report: Callable[..., None],
+) -> None:
+    report()
+    device = torch.device(plan.device)
+    if plan.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    environment = step_environment(run_config(case, plan), device, matmul_rate(device), plan.steps, plan.warmup)
+    if plan.device == "cuda":
         environment["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return environment
+    report(environment=environment)
+    mesh = None
+    if case.mesh != ONE:
+        mesh = open_mesh(**case.axes, device_type=plan.device, timeout_s=plan.timeout_s)
+    for phase in case.phases:
+        reset(device)
+        config = run_config(case, plan, phase)
+        if phase == "check":
+            measured = check(make_step(config, device, mesh), expected)
+        elif phase == "time":
+            measured = time_steps(config, plan, device, mesh, make_step)
+        else:
+            measured = longest(case, plan, device, mesh, make_step, report)
+        report(**{phase: measured})
+        if not measured.get("passed", True):
+            break
+    if mesh is not None:
+        close_mesh(mesh)
 
 
-def check(job: Job, ranks: Ranks) -> dict[str, Any]:
-    """Ten steps of a small model in the precision that will be timed; losses and norms are compared with `job.expected`."""
-    reset(ranks.device)
-    config = run_config(job, ranks.plan)
-    mesh = ranks.mesh(job)
-    step = Step(config, ranks.device, mesh)
+def check(step: Step, expected: dict[str, list[float]] | None) -> dict[str, Any]:
+    """Ten steps of a small model in the precision that will be timed; losses and norms are compared with `expected`."""
     for _ in range(CHECK_STEPS):
         step()
-    measured: dict[str, Any] = {"loss": step.losses, "norm": step.norms}
-    _close(mesh)
-    if job.expected is None:
-        return measured
-    loss, norm = (_difference(measured[key], job.expected[key]) for key in ("loss", "norm"))
-    loss_limit, norm_limit = LIMITS[compute_dtype(config, ranks.device)]
+    measured = {"loss": step.losses, "norm": step.norms}
+    if expected is None:
+        return {"status": "ok", **measured}
+    loss, norm = (_difference(measured[key], expected[key]) for key in ("loss", "norm"))
+    loss_limit, norm_limit = LIMITS[compute_dtype(step.trainer.config, step.trainer.device)]
     return {
         "status": "ok",
         "loss_difference": loss,
@@ -155,15 +129,13 @@ def _difference(ours: list[float], theirs: list[float]) -> float:
     return max(differences) if all(map(math.isfinite, differences)) else math.nan
 
 
-def time_steps(job: Job, ranks: Ranks) -> dict[str, Any]:
+def time_steps(
+    config: RunConfig, plan: Plan, device: torch.device, mesh: Mesh | None, make_step: type[Step]
+) -> dict[str, Any]:
     """Full training steps, timed; then a few more under the profiler, to measure communication."""
-    reset(ranks.device)
-    plan, device = ranks.plan, ranks.device
     left = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    config = run_config(job, plan)
-    mesh = ranks.mesh(job)
     everyone = SingleProcess() if mesh is None else Distributed(mesh)
-    step, times = timed_step(config, device, plan.steps, plan.warmup, mesh)
+    step, times = timed_step(config, device, plan.steps, plan.warmup, mesh, make_step)
     if times["peak_gib"] is not None:
         times["peak_gib"] = max(everyone.all_gather(times["peak_gib"]))
     result: dict[str, Any] = {"status": "ok", **times, "left_gib": left}
@@ -171,8 +143,6 @@ def time_steps(job: Job, ranks: Ranks) -> dict[str, Any]:
         result |= profile_communication(step, mesh)
     if not all(map(math.isfinite, step.losses)):
         result |= {"status": "failed", "reason": "the loss is not finite"}
-    del step
-    _close(mesh)
     return result
 
 
@@ -247,31 +217,29 @@ def _union(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def longest(job: Job, ranks: Ranks) -> dict[str, Any]:
+def longest(
+    case: MeshCase,
+    plan: Plan,
+    device: torch.device,
+    mesh: Mesh | None,
+    make_step: type[Step],
+    report: Callable[..., None],
+) -> dict[str, Any]:
     """Double the row until a step does not fit; each length that fits is reported at once, as an OOM ends the ranks."""
-    length, fits = job.seq_len, None
-    mesh = ranks.mesh(job)
-    while length // job.ranks <= LONGEST:
-        reset(ranks.device)
-        step = Step(run_config(Job(**{**vars(job), "seq_len": length}), ranks.plan), ranks.device, mesh)
+    length, fits = case.seq_len, None
+    while length // case.ranks <= LONGEST:
+        reset(device)
+        step = make_step(run_config(replace(case, seq_len=length), plan), device, mesh)
         # The first step allocates the optimizer's moments, so the second one is the larger.
         for _ in range(2):
             step()
-        synchronize(ranks.device)
+        synchronize(device)
         fits = length
-        if ranks.rank == 0:
-            ranks.write({"job": job.name, "partial": {"longest": fits, "tried": 2 * length}})
+        report(f"{fits} tokens fit", longest={"longest": fits, "tried": 2 * length})
         del step
         length *= 2
-    _close(mesh)
     return {"status": "ok", "longest": fits, "tried": fits}
 
 
-def _close(mesh: Mesh | None) -> None:
-    if mesh is not None:
-        close_mesh(mesh)
-
-
 if __name__ == "__main__":
-    # Through its name, so that what a plugin patches in the module takes effect here.
-    importlib.import_module("tnllm.bench.scale_rank").main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

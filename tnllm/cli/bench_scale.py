@@ -36,7 +36,12 @@ def command(
     ),
     timeout_s: float = typer.Option(300, min=1, help="Give up a case after so many seconds without any report."),
     device: str = typer.Option("auto", help="auto, cuda or cpu."),
-    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
+    json_file: Path | None = typer.Option(
+        None,
+        "--json",
+        help="Write every figure as JSON, anew after each row. FILE.cases beside it keeps each finished case until none "
+        "is left: the same command after an interruption or a failure skips those.",
+    ),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV, anew after each row."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
 ) -> None:
@@ -93,7 +98,8 @@ def command(
         print_check(row)
         save(results)
 
-    results = bench_scaling(plan, log, print_environment, on_check, on_row)
+    folder = json_file.with_name(f"{json_file.name}.cases") if json_file is not None else None
+    results = bench_scaling(plan, log, print_environment, on_check, on_row, folder)
     for line in summary(results["rows"]):
         print(line)
     if results["environment"]:

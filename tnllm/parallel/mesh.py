@@ -13,7 +13,6 @@ should stay within a machine. Weights are sharded over the shard and sequence ax
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,15 +86,12 @@ def open_mesh(
     device_type: str,
     timeout_s: float,
     fake: int | None = None,
-    store: dist.Store | None = None,
 ) -> Mesh:
     """Initialise torch.distributed from torchrun's environment variables and form the process groups.
 
     `device_type` "cuda" uses NCCL and the GPU LOCAL_RANK; "cpu" uses gloo. A collective that not all ranks join within
     `timeout_s` raises. `fake` builds the mesh as rank 0 of that many simulated ranks, in one process, where collectives
-    do nothing. `store` is the rendezvous store; None takes the one of the environment. A process that opens several
-    meshes in turn needs a new store for each, or it reads the addresses of the previous one.
-    Raises UserError if the product of the axes is not the number of ranks.
+    do nothing. Raises UserError if the product of the axes is not the number of ranks.
     """
     sizes = dict(zip(AXES, (replicate, shard, sequence, tensor), strict=True))
     product = replicate * shard * sequence * tensor
@@ -105,9 +101,6 @@ def open_mesh(
         axes = " * ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise UserError(f"{world} ranks were started, but the parallel section asks for {product} ({axes})")
     device = torch.device(device_type)
-    rendezvous: dict[str, Any] = {"timeout": timeout}
-    if store is not None:
-        rendezvous |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
     if fake is not None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -120,9 +113,9 @@ def open_mesh(
                 "start as many ranks on each machine as it has GPUs"
             )
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", **rendezvous)
+        dist.init_process_group("nccl", timeout=timeout)
     else:
-        dist.init_process_group("gloo", **rendezvous)
+        dist.init_process_group("gloo", timeout=timeout)
     rank = dist.get_rank()
     grid = torch.arange(world).view(replicate, shard, sequence, tensor)
     r, s, q, p = (int(n) for n in (grid == rank).nonzero()[0])

@@ -24,6 +24,7 @@ from tnllm.training.mesh import config_mesh
 
 # After SIGTERM, the time for ranks to finish their pass and write a checkpoint before they are killed.
 _SHUTDOWN_S = 300
+_TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(args: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
@@ -34,17 +35,11 @@ def launch(args: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
 
-    # Its log repeats as an error what the rank itself has reported in one line.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     # Otherwise restarted ranks find the addresses of the dead ones in the store of the first attempt.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    options = ["--standalone", "--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts)]
-    options += ["--shutdown-timeout", str(_SHUTDOWN_S)] if _knows_shutdown_timeout() else []
     try:
-        run(get_args_parser().parse_args([*options, "-m", "tnllm", *args]))
+        torchrun(["tnllm", *args], nproc, ["--max-restarts", str(max_restarts)], _SHUTDOWN_S)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
@@ -57,6 +52,28 @@ def launch(args: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
         # Rank 0 has reported whether everything is saved.
         return 128 + stopped.sigval
     return 0
+
+
+def torchrun(module: Sequence[str], nproc: int, options: Sequence[str] = (), shutdown_s: int = 30) -> None:
+    """Run `python -m MODULE...` as `nproc` ranks on this machine, with more `options` of torchrun.
+
+    A signal to this process stops the ranks, which are killed after `shutdown_s`. Raises torch's ChildFailedError if a
+    rank fails, and its SignalException after a signal.
+    """
+    from torch.distributed.run import get_args_parser, run
+
+    # Its log repeats as an error what the rank itself has reported in one line.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    given = ["--standalone", "--nproc-per-node", str(nproc), *options]
+    given += ["--shutdown-timeout", str(shutdown_s)] if _knows_shutdown_timeout() else []
+    handlers = {number: signal.getsignal(number) for number in _TORCHRUN_SIGNALS}
+    try:
+        run(get_args_parser().parse_args([*given, "-m", *module]))
+    finally:
+        # torchrun leaves its own, which raise.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _knows_shutdown_timeout() -> bool:
