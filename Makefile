@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test quick check bench clean
 
 install: .venv/installed
 
@@ -15,14 +15,19 @@ demo: install
 	$(BIN)/tnllm train recipes/tiny.yaml --out runs/tiny
 	$(BIN)/tnllm generate --model runs/tiny --prompt "My dear" --max-tokens 60 --seed 1
 
+# The hooks of pre-commit, over every file.
 check: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/pre-commit run --all-files
 
 # Two workers of one thread each: the tests are many small tensors, where threads only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(PYTEST)
+
+# While working: without the tests that take seconds each, in under two minutes on two cores.
+quick: install
+	$(PYTEST) -m "not slow"
 
 bench: install
 	$(BIN)/tnllm bench-attn

@@ -1,6 +1,7 @@
 """Shared by all tests. Without a GPU, Triton kernels run on CPU tensors under Triton's interpreter."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 # Triton reads this when a kernel is declared, so it is set before any test module imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# A shell that starts the suite in the background has it ignore Ctrl-C, and every child inherits that: tests that send
+# Ctrl-C would then wait for ever. With Python's own handler here, children start with the system's default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -7,33 +7,40 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "tnllm"
 
-# Part → the parts of ours it may import. Siblings never import each other; nobody imports cli.
-BASE = {"errors", "files", "assets", "tokenizer", "tiktoken_model"}
-MODEL = BASE | {"kernels", "modeling"}
-ALLOWED = {
-    "errors": set(),
-    "files": {"errors"},
-    "assets": {"errors"},
-    "tiktoken_model": {"errors"},
-    "tokenizer": {"errors", "files", "tiktoken_model"},
-    "kernels": {"errors"},
-    "modeling": BASE | {"kernels"},
-    "parallel": MODEL,
-    "data": MODEL,
-    "generation": MODEL,
-    "training": MODEL | {"parallel", "data", "generation"},
-    "evaluation": MODEL | {"parallel", "data", "generation"},
-    # It times the trainer's own step, so it stands on the trainer.
-    "bench": MODEL | {"parallel", "data", "generation", "training"},
-    "convert": MODEL,
+# Every layer may use the ground floor, which imports only itself.
+GROUND = {"errors", "files", "device", "progress", "tokenizer", "chat_template", "recipe", "assets", "__version__"}
+# Package → the packages above the ground floor that it imports; each is used, so the table is also the picture.
+ALLOWED: dict[str, set[str]] = {
+    "kernels": set(),
+    "modeling": {"kernels"},
+    "parallel": {"modeling", "kernels"},
+    "data": set(),
+    "generation": {"modeling"},
+    "convert": {"modeling", "kernels"},
+    "serving": {"generation", "modeling"},
+    "training": {"parallel", "data", "generation", "modeling"},
+    "evaluation": {"generation", "modeling"},
     # Self-cleaning trains the model it scores with.
-    "cleaning": MODEL | {"data", "generation", "training"},
+    "cleaning": {"training", "data", "generation", "modeling"},
+    # It times the trainer's own step, so it stands on the trainer.
+    "bench": {"training", "parallel", "data", "generation", "modeling", "kernels"},
     # It reads recipes as the trainer does; the trainer itself runs in other processes.
-    "sweep": MODEL | {"training"},
-    "cli": MODEL
-    | {"parallel", "data", "generation", "training", "evaluation", "bench", "convert", "cleaning", "sweep"},
+    "sweep": {"training", "modeling"},
+    "cli": {
+        "bench",
+        "cleaning",
+        "convert",
+        "data",
+        "evaluation",
+        "generation",
+        "kernels",
+        "modeling",
+        "parallel",
+        "serving",
+        "sweep",
+        "training",
+    },
     "__main__": {"cli"},
-    "__init__": set(),
 }
 # Heavy packages a command must not import until it runs, so that `tnllm --help` answers at once.
 HEAVY = {
@@ -86,13 +93,48 @@ def top_level(tree: ast.Module) -> ast.Module:
     return Strip().visit(tree)
 
 
+def imported_packages(path: Path) -> set[str]:
+    names = imported(ast.parse(path.read_text(encoding="utf-8")))
+    return {name.split(".")[1] for name in names if name.startswith("tnllm.")}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
     own = part(path)
-    for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
-        if name.startswith("tnllm."):
-            other = name.split(".")[1]
-            assert other in ALLOWED[own] | {own, "__version__"}, f"{own} must not import {name}"
+    allowed = GROUND if own in GROUND | {"__init__"} else GROUND | ALLOWED[own] | {own}
+    above = imported_packages(path) - allowed
+    assert not above, f"{own} must not import {sorted(above)}"
+
+
+def test_every_permission_is_used():
+    used: dict[str, set[str]] = {}
+    for path in FILES:
+        used.setdefault(part(path), set()).update(imported_packages(path) - GROUND - {part(path)})
+    unused = {own: allowed - used.get(own, set()) for own, allowed in ALLOWED.items()}
+    assert not {own: names for own, names in unused.items() if names}
+
+
+def test_no_files_import_each_other():
+    """Imports inside functions count too, except in cli, where every import is one."""
+    modules = {dotted(path): path for path in FILES}
+    arrows = {
+        name: {owner(other, modules) for other in imported(ast.parse(path.read_text(encoding="utf-8")))} - {name, None}
+        for name, path in modules.items()
+        if part(path) != "cli"
+    }
+    # Take away files whose imports are all gone, until only circles (and what stands on them) are left.
+    while leaves := {name for name, others in arrows.items() if not others & arrows.keys()}:
+        arrows = {name: others for name, others in arrows.items() if name not in leaves}
+    assert not arrows, {name: sorted(others & arrows.keys()) for name, others in arrows.items()}
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def owner(name: str, modules: dict[str, Path]) -> str | None:
+    """The module of ours that an imported dotted name is, or lies in."""
+    return next((module for module in (name, name.rpartition(".")[0]) if module in modules), None)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda path: path.name)
@@ -100,12 +142,13 @@ def test_commands_import_late(path):
     for name in imported(top_level(ast.parse(path.read_text(encoding="utf-8")))):
         assert name.split(".")[0] not in HEAVY, f"{path.name} imports {name} at the top"
         if name.startswith("tnllm."):
-            assert name.split(".")[1] in {"errors", "files", "cli", "__version__"}, f"{path.name}: {name}"
+            assert name.split(".")[1] in {"errors", "files", "progress", "cli", "__version__"}, f"{path.name}: {name}"
 
 
 def test_cleaning_and_tokenizing_need_no_torch():
-    for path in (ROOT / "data").rglob("*.py"):
-        if path.name not in ("loader.py", "instruct_loader.py"):
+    needs_torch = {"loader.py", "instruct_loader.py", "score.py", "self_clean.py"}
+    for path in [*(ROOT / "data").rglob("*.py"), *(ROOT / "cleaning").rglob("*.py")]:
+        if path.name not in needs_torch:
             names = imported(ast.parse(path.read_text(encoding="utf-8")))
             assert not any(name.split(".")[0] == "torch" for name in names), path
 

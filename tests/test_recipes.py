@@ -4,10 +4,10 @@ import pytest
 
 from tnllm.files import format_count
 from tnllm.modeling.flops import count_parameters
-from tnllm.training.check import check_recipe
+from tnllm.recipe import packaged_recipes, read_header
 from tnllm.training.config import load_recipe
 from tnllm.training.estimate import estimate_memory
-from tnllm.training.recipes import packaged_recipes, read_header
+from tnllm.training.recipe_check import check_recipe
 
 NAMES = [path.stem for path in packaged_recipes()]
 # Trained parameters: the released checkpoints', and for 13b and 65b the papers' vocabulary.

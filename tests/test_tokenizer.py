@@ -157,6 +157,12 @@ def test_bad_input_is_named():
             SHIPPED.decode([id])
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    SHIPPED.check_vocabulary(8192)
+    with pytest.raises(UserError, match=r"has 8192 pieces, more than model\.vocab_size 8191; set it$"):
+        SHIPPED.check_vocabulary(8191, advice="set it")
+
+
 def test_every_byte_has_a_token():
     single = set(itertools.chain.from_iterable(data for data in SHIPPED.token_bytes if len(data) == 1))
     assert single == set(range(256))

@@ -1,14 +1,24 @@
-"""Files written whole or not at all, and the numbers people read and type.
+"""Files and folders written completely or not at all, read with a clear error, and locked; and the numbers people type.
 
 write_text_atomic(folder / "latest", "step-00001000")
-parse_count("0.5M")     # 500000
-format_bytes(3 << 30)   # "3.00 GiB"
+with written_folder(Path("weights")) as temporary:      # renamed to weights/ when the block ends without an error
+    (temporary / "config.json").write_text("{}")
+values = read_json(folder / "config.json")              # a dict, or one clear line
+with lock(folder, busy="another process writes here"):  # released when the process ends, however it ends
+    ...
+parse_count("0.5M")                                     # 500000
+format_bytes(3 << 30)                                   # "3.00 GiB"
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tnllm.errors import UserError
 
@@ -25,17 +35,17 @@ def fsync_dir(folder: Path) -> None:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write `data` aside, flush it to disk and rename it to `path`: readers see the old file or the new."""
+    """Write `data` to a temporary file, flush it to disk and rename it to `path`: readers see the old file or the new."""
     path = Path(path)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
 
 
@@ -44,28 +54,90 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def replace_dir(aside: Path, final: Path) -> None:
-    """Flush every file of `aside` to disk and rename the folder to `final`, replacing one that is there.
+def replace_dir(temporary: Path, final: Path) -> None:
+    """Flush every file of `temporary` to disk and rename the folder to `final`, replacing an older one.
 
-    The old folder goes only when the new one is in its place; if anything stops this before, it stays.
+    The older folder is deleted only after the rename; if anything fails before, it stays.
     """
-    for file in aside.rglob("*"):
+    for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
     old = final.with_name(f"{final.name}.tmp-old")
     try:
         if final.exists():
-            # One that a kill left behind while `final` was already the newer.
+            # Left behind by a process that was killed after its rename.
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
-        os.replace(aside, final)
+        os.replace(temporary, final)
     except BaseException:
         if old.exists() and not final.exists():
             os.replace(old, final)
         raise
     fsync_dir(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def written_folder(final: Path, suffix: str = "save") -> Iterator[Path]:
+    """Yield an empty temporary folder beside `final`; rename it to `final` (`replace_dir`) if the block succeeds.
+
+    Whatever the block raises, the temporary folder is removed and an older `final` is untouched. A folder of the same
+    name left by a killed process is removed first. `.tmp-` in the name tells readers to ignore it.
+    """
+    final = Path(final)
+    temporary = final.with_name(f"{final.name}.tmp-{suffix}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        replace_dir(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path, advice: str = "fix it or remove it") -> dict[str, Any]:
+    """The JSON object in a UTF-8 file. Raises UserError, which ends with `advice`, for a missing file or other content."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {advice}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); {advice}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}; {advice}")
+    return values
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def lock(folder: Path, busy: str, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold `folder`/.lock. The system releases it when the process ends, even if it is killed.
+
+    Where another process holds it: raises UserError(`busy`), or with `wait`, calls that once and waits.
+    """
+    # Imported here, so that `tnllm --help` does not pay for it.
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        if wait is None:
+            raise UserError(busy) from None
+        wait()
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def parse_count(value: int | float | str, name: str = "count") -> int:

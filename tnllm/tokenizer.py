@@ -11,6 +11,8 @@ Models trained here round-trip every text: `decode(encode(text)) == text`, space
 included. Ids follow the released models: unknown 0, begin 1, end 2, and 0 pads where a model has no padding.
 """
 
+import base64
+import binascii
 import codecs
 import hashlib
 import io
@@ -23,8 +25,7 @@ from typing import Any
 
 import sentencepiece
 
-from tnllm.errors import UserError
-from tnllm.tiktoken_model import SUFFIX, TiktokenModel
+from tnllm.errors import MissingExtra, UserError
 
 FILE_NAME = "tokenizer.model"
 # SentencePiece writes a space as this character, so the character itself must go through its bytes.
@@ -32,6 +33,24 @@ _SPACE = "\u2581"
 # SentencePiece drops longer training lines (4,192 bytes); a character is at most 4 bytes.
 _MAX_LINE_CHARS = 1000
 _MIN_VOCAB_SIZE = 320
+TIKTOKEN_SUFFIX = ".tiktoken"
+# The vocabulary of TransNormerLLM3 (15B): cl100k's split pattern with digits standing alone, and ten control tokens above
+# the ranks, with a gap.
+TIKTOKEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TIKTOKEN_SPECIAL_TOKENS = {
+    "<|J2PM|>": 100256,
+    "<|endoftext|>": 100257,
+    "<|fim_prefix|>": 100258,
+    "<|fim_middle|>": 100259,
+    "<|fim_suffix|>": 100260,
+    "<s>": 100261,
+    "<pad>": 100262,
+    "<unk>": 100263,
+    "<mask>": 100264,
+    "<|endofprompt|>": 100276,
+}
 
 
 class Tokenizer:
@@ -41,7 +60,7 @@ class Tokenizer:
         """`model` holds the bytes of a model file; `path` names it in messages. Raises UserError."""
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor = TiktokenModel(model, path) if path.suffix == SUFFIX else _sentencepiece(model, path)
+        self._processor = TiktokenModel(model, path) if path.suffix == TIKTOKEN_SUFFIX else _sentencepiece(model, path)
         self.vocab_size: int = self._processor.vocab_size()
         self.unk_id: int = self._processor.unk_id()
         self.bos_id: int = self._processor.bos_id()
@@ -58,6 +77,13 @@ class Tokenizer:
         byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = byte_ids if all(map(self._processor.is_byte, byte_ids)) else None
 
+    def check_vocabulary(self, vocab_size: int, advice: str = "they do not belong together") -> None:
+        """Raises UserError, which ends with `advice`, if there are more ids than a model's `vocab_size` embedding rows."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer {self.path} has {self.vocab_size} pieces, more than model.vocab_size {vocab_size}; {advice}"
+            )
+
     @property
     def backend(self) -> Any:
         """The library's model behind it: a SentencePieceProcessor, or a TiktokenModel."""
@@ -68,7 +94,7 @@ class Tokenizer:
         """Load a model file, or a folder's: `tokenizer.model`, else its one `*.tiktoken`. Raises UserError."""
         file = Path(path)
         if file.is_dir():
-            found = sorted(file.glob(f"*{SUFFIX}"))
+            found = sorted(file.glob(f"*{TIKTOKEN_SUFFIX}"))
             use_found = len(found) == 1 and not (file / FILE_NAME).is_file()
             file = found[0] if use_found else file / FILE_NAME
         if not file.is_file():
@@ -137,6 +163,76 @@ def _sentencepiece(model: bytes, path: Path) -> sentencepiece.SentencePieceProce
         return sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
     except (RuntimeError, ValueError):
         raise UserError(f"{path} is not a SentencePiece model; 'tnllm tokenizer train' writes one") from None
+
+
+def read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
+    """Token → rank. Raises UserError for a file that is not a tiktoken vocabulary."""
+    ranks: dict[bytes, int] = {}
+    try:
+        for line in data.splitlines():
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+        raise UserError(f"{path} is not a tiktoken vocabulary (lines of a base64 token and a rank)") from None
+    bytes_missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if bytes_missing or max(ranks.values()) >= min(TIKTOKEN_SPECIAL_TOKENS.values()):
+        raise UserError(f"{path} is not a vocabulary of TransNormerLLM3: it needs all 256 bytes and ranks below 100256")
+    return ranks
+
+
+class TiktokenModel:
+    """TransNormerLLM3's vocabulary behind the methods of a SentencePiece model that `Tokenizer` uses.
+
+    A `.tiktoken` file holds lines of a base64 token and its rank, which is its id. Ids in the gap below the control
+    tokens are empty.
+    """
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        """Raises UserError for a bad file, MissingExtra without the library."""
+        try:
+            import tiktoken
+        except ImportError:
+            raise MissingExtra("hf", "tiktoken") from None
+        self.ranks = read_ranks(data, path)
+        self._encoding = tiktoken.Encoding(
+            path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=self.ranks, special_tokens=TIKTOKEN_SPECIAL_TOKENS
+        )
+
+    @cached_property
+    def _tokens(self) -> dict[int, bytes]:
+        return {rank: token for token, rank in self.ranks.items()}
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id: name for name, id in TIKTOKEN_SPECIAL_TOKENS.items()}
+
+    def vocab_size(self) -> int:
+        return max(TIKTOKEN_SPECIAL_TOKENS.values()) + 1
+
+    def unk_id(self) -> int:
+        return TIKTOKEN_SPECIAL_TOKENS["<unk>"]
+
+    def bos_id(self) -> int:
+        return TIKTOKEN_SPECIAL_TOKENS["<s>"]
+
+    def eos_id(self) -> int:
+        return TIKTOKEN_SPECIAL_TOKENS["<|endoftext|>"]
+
+    def pad_id(self) -> int:
+        return TIKTOKEN_SPECIAL_TOKENS["<pad>"]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids; the names of control tokens in a text are text."""
+        return self._encoding.encode_ordinary(text)
+
+    def token_bytes(self, id: int) -> bytes:
+        """UTF-8 bytes of an id, empty for control tokens and gaps."""
+        return self._tokens.get(id, b"")
+
+    def id_to_piece(self, id: int) -> str:
+        """For people: a control token's name, or the bytes as text."""
+        return self._names.get(id) or self.token_bytes(id).decode("utf-8", "replace")
 
 
 class StreamDecoder:

@@ -1,27 +1,25 @@
-"""Imported by the ranks of test_scale.py before they start: a wrong mesh, a rank that dies, a memory that is full."""
+"""What each rank of test_scale.py runs: a wrong mesh, a rank that dies, a memory that is full."""
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
 from tnllm.bench import scale_rank, train
 
-_Step, _divide = scale_rank.Step, FSDPModule.set_gradient_divide_factor
 
-
-def _average(module: FSDPModule, factor: float) -> None:
-    _divide(module, 2 * factor)
-
-
-class Step(_Step):
+class Step(train.Step):
     """FSDP averages gradients instead of adding them, which the losses of Adam hardly show; rank 1 is killed while
     sequence parallelism is timed; rows beyond 128 tokens do not fit."""
 
-    def __init__(self, config, *args) -> None:
-        FSDPModule.set_gradient_divide_factor = _average if config.parallel.shard == 2 else _divide
-        super().__init__(config, *args)
+    def __init__(self, config, device, mesh=None) -> None:
+        super().__init__(config, device, mesh)
+        for module in self.trainer.model.modules():
+            if isinstance(module, FSDPModule) and config.parallel.shard == 2:
+                module.set_gradient_divide_factor(2.0)
 
     def __call__(self) -> None:
         config = self.trainer.config
@@ -33,5 +31,5 @@ class Step(_Step):
         super().__call__()
 
 
-# The check and the search make theirs there, the timed step is made here.
-scale_rank.Step = train.Step = Step
+if __name__ == "__main__":
+    scale_rank.main(Path(sys.argv[1]), Step)

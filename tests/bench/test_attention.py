@@ -20,7 +20,7 @@ def results():
     return bench_attention(SHAPES, torch.float32, ["tnllm", "torch", "sdpa"], CPU, budget_s=0.01)
 
 
-def test_every_provider_is_gated_and_timed(results):
+def test_every_provider_is_checked_and_timed(results):
     assert [row["provider"] for row in results["accuracy"]] == ["tnllm", "torch", "sdpa"]
     assert all(row["passed"] and row["o"] < 1e-5 for row in results["accuracy"])
     assert [(row["length"], row["provider"]) for row in results["rows"]] == [
@@ -41,10 +41,10 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
 
     bad = providers.Provider("torch", wrong, heads_first=True, devices=("cpu",))
     monkeypatch.setitem(providers.PROVIDERS, "torch", bad)
-    said: list[str] = []
-    found = bench_attention(SHAPES, torch.float32, ["tnllm", "torch"], CPU, 0.01, said.append)
-    assert {row["provider"] for row in found["rows"]} == {"tnllm"}
-    assert any(line.startswith("not timed: torch is wrong (relative error 0.1") for line in said)
+    logged: list[str] = []
+    result = bench_attention(SHAPES, torch.float32, ["tnllm", "torch"], CPU, 0.01, logged.append)
+    assert {row["provider"] for row in result["rows"]} == {"tnllm"}
+    assert any(line.startswith("not timed: torch is wrong (relative error 0.1") for line in logged)
 
 
 def test_a_provider_that_never_ends_loses_none_before_it(monkeypatch):
@@ -66,9 +66,9 @@ def test_a_provider_that_never_ends_loses_none_before_it(monkeypatch):
 
 
 def test_missing_peers_are_named():
-    said: list[str] = []
-    assert attention.choose(["tnllm", "fla"], CPU, torch.float32, said.append)[0].name == "tnllm"
-    assert said == ["skipped fla: runs on cuda only"]
+    logged: list[str] = []
+    assert attention.choose(["tnllm", "fla"], CPU, torch.float32, logged.append)[0].name == "tnllm"
+    assert logged == ["skipped fla: runs on cuda only"]
     with pytest.raises(UserError, match=r"provider 'fla2' is unknown.*did you mean 'fla'"):
         attention.choose(["fla2"], CPU, torch.float32, print)
 

@@ -1,11 +1,11 @@
-"""The decoding benchmark: its gate, its rows, its counts of bytes."""
+"""The decoding benchmark: its check, its rows, its counts of bytes."""
 
 import json
 
 import pytest
 import torch
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm.bench import decode
 from tnllm.bench.decode_baseline import FixedStep, cache_of
 from tnllm.cli.main import main
@@ -27,8 +27,8 @@ def test_rows_and_files(capfd, tmp_path):
     code, out, err = run(capfd, *SMALL, "--json", str(files[0]), "--csv", str(files[1]), "--plot", str(files[2]))
     assert code == 0
     assert "no GPU in use" in err and "slowest position" in out and "of the limit" in out
-    found = json.loads(files[0].read_text())
-    rows = {(row["provider"], row["sweep"], row["batch"], row["position"]): row for row in found["rows"]}
+    result = json.loads(files[0].read_text())
+    rows = {(row["provider"], row["sweep"], row["batch"], row["position"]): row for row in result["rows"]}
     assert set(rows) == {
         ("tnllm", "position", 1, 64), ("tnllm", "position", 1, 128), ("tnllm", "batch", 1, 1024),
         ("tnllm", "batch", 2, 1024), ("transformer", "batch", 1, 32), ("transformer", "batch", 2, 32),
@@ -40,7 +40,7 @@ def test_rows_and_files(capfd, tmp_path):
     assert rows["transformer", "batch", 2, 32]["state_gib"] * 2**30 == 2 * cache
     for row in rows.values():
         bytes_moved = row["weight_gib"] + row["state_gib"] * (2 if row["provider"] == "tnllm" else 1)
-        rate = found["environment"]["copy_tb_per_s"] * 1e12 / 2**30
+        rate = result["environment"]["copy_tb_per_s"] * 1e12 / 2**30
         assert row["bandwidth_share"] == pytest.approx(bytes_moved / rate / (row["step_ms"] / 1e3))
         assert row["low_ms"] <= row["step_ms"] <= row["high_ms"]
     assert len(files[1].read_text().splitlines()) == 1 + len(rows)
@@ -71,7 +71,7 @@ def test_the_baseline_step_is_the_models():
 
 
 def test_what_does_not_fit_is_skipped_and_said(capfd, monkeypatch):
-    monkeypatch.setattr(decode, "_room_bytes", lambda device: 600_000)
+    monkeypatch.setattr(decode, "_usable_bytes", lambda device: 600_000)
     code, out, _ = run(capfd, *SMALL)
     assert code == 0 and out.count("skipped: ") == 1
     assert "skipped: tnllm, batch 2, position 1K (needs about" in out

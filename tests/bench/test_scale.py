@@ -1,13 +1,14 @@
 """Scaling over ranks: the plan, real gloo ranks with faults in them, what a trace tells, the report."""
 
 import csv
+import dataclasses
 import json
+import shutil
 
 import pytest
 
-from tnllm.bench import scale
 from tnllm.bench.report import write_csv
-from tnllm.bench.scale import ONE, Plan, bench_scaling, make_jobs, mesh_axes, timed_row
+from tnllm.bench.scale import ONE, Plan, bench_scaling, make_cases, mesh_axes, timed_row
 from tnllm.bench.scale_rank import times_of_nccl
 from tnllm.bench.scale_report import longest_line, plot_scaling, print_check, print_environment, print_row, summary
 from tnllm.errors import UserError
@@ -46,9 +47,9 @@ def plan(**given) -> Plan:
 
 
 def test_work_of_a_gpu_is_the_same_in_weak_scaling_and_split_in_strong():
-    jobs = make_jobs(plan(presets=["385m"], gpus=[1, 2, 4], meshes=["fsdp", "sp", "tp", "fsdp+sp", "sp+tp"], rows=2))
-    timed = {(job.ranks, job.mesh): job for found in jobs.values() for job in found if job.kind == "time"}
-    assert {key: (job.rows, job.seq_len) for key, job in timed.items() if key[0] != 1} == {
+    cases = make_cases(plan(presets=["385m"], gpus=[1, 2, 4], meshes=["fsdp", "sp", "tp", "fsdp+sp", "sp+tp"], rows=2))
+    timed = {(case.ranks, case.mesh): case for case in cases if "time" in case.phases}
+    assert {key: (case.rows, case.seq_len) for key, case in timed.items() if key[0] != 1} == {
         (2, "fsdp"): (4, 4096),
         (2, "sp"): (1, 16384),
         (2, "tp"): (2, 4096),
@@ -58,16 +59,14 @@ def test_work_of_a_gpu_is_the_same_in_weak_scaling_and_split_in_strong():
         (4, "fsdp+sp"): (2, 16384),
         (4, "sp+tp"): (1, 16384),
     }
-    assert [(job.kind, job.rows, job.seq_len) for job in jobs[1]] == [
-        ("gate", 4, 256),
-        ("time", 2, 4096),
-        ("time", 1, 8192),
+    assert [(case.phases, case.rows, case.seq_len) for case in cases if case.ranks == 1] == [
+        (["check", "time"], 2, 4096),
+        (["time"], 1, 8192),
     ]
     # Everything is checked before it is timed, on the same batch.
-    for found in jobs.values():
-        for job in found:
-            assert job.kind != "time" or job.mesh == ONE or any(job.needs == other.name for other in found)
-            assert job.kind != "gate" or (job.rows, job.seq_len) == (4, 256)
+    for case in cases:
+        assert case.mesh == ONE or case.phases == ["check", "time"]
+        assert case.checked == [256, 4]
 
 
 @pytest.mark.parametrize(
@@ -80,20 +79,65 @@ def test_work_of_a_gpu_is_the_same_in_weak_scaling_and_split_in_strong():
 )
 def test_plans_that_do_not_fit(given, message):
     with pytest.raises(UserError) as told:
-        make_jobs(plan(**given))
+        make_cases(plan(**given))
     assert message in str(told.value)
 
 
+FAULTS = "tests.bench.scale_faults"
+
+
 @pytest.fixture(scope="module")
-def results():
-    """Real ranks with `scale_faults` in them."""
-    small = plan(
-        seq_len=32, rows=2, compiled=False, steps=2, warmup=1, longest=True, plugin="tests.bench.scale_faults",
+def folder(tmp_path_factory):
+    """Of the cases, which stay because some of them fail."""
+    return tmp_path_factory.mktemp("scale")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return plan(
+        seq_len=32,
+        rows=2,
+        compiled=False,
+        steps=2,
+        warmup=1,
+        longest=True,
         meshes=["fsdp", "sp", "tp"],
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scale, "_GATE_TOKENS", 32)
-        return bench_scaling(small)
+        check_tokens=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(small, folder):
+    """Real ranks with `scale_faults` in them."""
+    return bench_scaling(small, folder=folder, module=FAULTS)
+
+
+def test_a_second_run_measures_only_what_failed(results, small, folder):
+    said = []
+    again = bench_scaling(small, said.append, folder=folder, module="tests.bench.no_such_module")
+    assert sum("measured before" in line for line in said) == 4
+    for key in ("rows", "longest"):
+        for old, new in zip(results[key], again[key], strict=True):
+            if old["mesh"] == "sp":
+                assert new["status"] in ("failed", "wrong")
+            else:
+                assert new == old
+    assert again["accuracy"][1]["reason"] == "the ranks ended with exit code 1"
+
+
+def test_other_settings_are_measured_anew(results, small, folder, tmp_path):
+    said = []
+    shutil.copytree(folder, tmp_path / "cases")
+    other = dataclasses.replace(small, steps=3, gpus=[1], meshes=[], longest=False)
+    bench_scaling(other, said.append, folder=tmp_path / "cases", module="tests.bench.no_such_module")
+    assert not any("measured before" in line for line in said)
+
+
+def test_a_finished_run_leaves_no_files(tmp_path):
+    kept = tmp_path / "s.json.cases"
+    alone = plan(gpus=[1], meshes=[], seq_len=32, rows=1, compiled=False, steps=1, warmup=1, check_tokens=32)
+    assert [row["status"] for row in bench_scaling(alone, folder=kept)["rows"]] == ["ok"]
+    assert not kept.exists()
 
 
 def test_a_wrong_mesh_is_caught_and_not_timed(results):
@@ -154,12 +198,13 @@ def test_reports(results, tmp_path, capsys):
 
 def test_without_one_gpu_the_fewest_are_the_base():
     many = plan(presets=["385m"], gpus=[1, 2, 4], meshes=["fsdp"])
-    jobs = [job for found in make_jobs(many).values() for job in found if job.kind == "time"]
     rows: list[dict] = []
-    for job, found in zip(
-        jobs, ({"status": "out of memory"}, *({"status": "ok", "step_ms": t} for t in (100, 125))), strict=True
+    for case, outcome in zip(
+        make_cases(many),
+        ({"status": "out of memory"}, *({"status": "ok", "step_ms": t} for t in (100, 125))),
+        strict=True,
     ):
-        rows.append(timed_row(job, many, found, rows, None))
+        rows.append(timed_row(case, many, outcome, rows, None))
     assert [(row["base_gpus"], row["efficiency"]) for row in rows] == [(None, None), (2, 1.0), (2, pytest.approx(0.8))]
 
 
@@ -176,7 +221,7 @@ def test_time_of_collectives_by_axis():
          "args": {"External id": 3, "Process Group Name": "8"}},
         {"ph": "M", "name": "process_name"},
     ]  # fmt: skip
-    found = times_of_nccl(events, {"7": "weights", "8": "tensor"}, steps=2)
-    assert (found["ms_weights"], found["ms_tensor"], found["ms_sequence"]) == (2.0, 0.5, 0.0)
-    assert (found["comm_ms"], found["comm_exposed_ms"]) == (2.5, 1.25)
+    times = times_of_nccl(events, {"7": "weights", "8": "tensor"}, steps=2)
+    assert (times["ms_weights"], times["ms_tensor"], times["ms_sequence"]) == (2.0, 0.5, 0.0)
+    assert (times["comm_ms"], times["comm_exposed_ms"]) == (2.5, 1.25)
     assert times_of_nccl(events[:1], {}, 2) == {}

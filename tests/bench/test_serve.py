@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from tests.generation.serving import running
-from tests.generation.small_models import make_ready, small_model
+from tests.serving.serving import running
+from tests.small_models import make_ready, small_model
 from tnllm.cli.main import main
-from tnllm.generation.guard import Settings
-from tnllm.generation.rows import Row
+from tnllm.generation.samples import Row
+from tnllm.serving.middleware import Settings
 from tnllm.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -25,7 +25,7 @@ def run(capfd, *args):
     return stop.value.code, *capfd.readouterr()
 
 
-def test_more_streams_than_slots_are_all_whole_and_their_own(capfd, ready, tmp_path):
+def test_more_streams_than_slots_are_all_complete_and_their_own(capfd, ready, tmp_path):
     file = tmp_path / "load.json"
     with running(ready, Settings(name="small", api_key="k"), num_slots=8) as (address, engine):
         args = ("--url", address, "--streams", "40", "--tokens", "8", "--check", "10")
@@ -33,10 +33,10 @@ def test_more_streams_than_slots_are_all_whole_and_their_own(capfd, ready, tmp_p
         code, out, _ = run(capfd, *args, "--api-key", "k", "--json", str(file))
         assert engine.slots.free == 8 and engine.num_active == 0
     assert code == 0, out
-    assert "40 streams of 8 tokens at once: 40 whole, 0 failed" in out
-    assert "10 asked again alone: 10 the same text" in out
-    found = json.loads(file.read_text())
-    assert found["whole"] == 40 and found["memory_mib"]["peak"] >= found["memory_mib"]["before"] > 10
+    assert "40 streams of 8 tokens at once: 40 complete, 0 failed" in out
+    assert "10 requested again alone: 10 the same text" in out
+    result = json.loads(file.read_text())
+    assert result["whole"] == 40 and result["memory_mib"]["peak"] >= result["memory_mib"]["before"] > 10
 
 
 def test_a_full_queue_is_reported(capfd, ready):
@@ -47,18 +47,18 @@ def test_a_full_queue_is_reported(capfd, ready):
 
 
 def test_texts_that_were_mixed_up_are_found(capfd, ready, monkeypatch):
-    right, seen = Row.take_all, []
+    right, seen = Row.append, []
 
-    def wrong(self, drawn, place, ends, tokenizer):
+    def wrong(self, sampled, index, eos_ids, tokenizer):
         """While several are decoded, rows get their neighbours' tokens."""
-        seen.append(len(drawn.tokens))
-        return right(self, drawn, (place + 1) % len(drawn.tokens), ends, tokenizer)
+        seen.append(len(sampled.tokens))
+        return right(self, sampled, (index + 1) % len(sampled.tokens), eos_ids, tokenizer)
 
-    monkeypatch.setattr(Row, "take_all", wrong)
+    monkeypatch.setattr(Row, "append", wrong)
     with running(ready, Settings(name="small"), num_slots=8) as (address, _):
         code, _, err = run(capfd, "--url", address, "--streams", "8", "--tokens", "8", "--check", "8")
     assert max(seen) > 1
-    assert code == 1 and "said something else when asked alone" in err.splitlines()[-1]
+    assert code == 1 and "have another text when requested alone" in err.splitlines()[-1]
 
 
 def test_nobody_there(capfd):

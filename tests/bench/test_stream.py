@@ -18,12 +18,12 @@ def test_float32_holds_where_the_naive_form_breaks(capfd, tmp_path):
     file = tmp_path / "s.json"
     code, out, err = run(capfd, "--tokens", "4k", "--json", str(file))
     assert code == 0 and "not finite from token" in out and "4096 tokens: gap" in err
-    found = json.loads(file.read_text())
-    assert [row["tokens"] for row in found["model"]] == [1024, 4096]
-    assert all(max(row["logits_gap"], row["steps_gap"]) < stream.GAP_LIMIT for row in found["model"])
+    result = json.loads(file.read_text())
+    assert [row["tokens"] for row in result["model"]] == [1024, 4096]
+    assert all(max(row["logits_gap"], row["steps_gap"]) < stream.GAP_LIMIT for row in result["model"])
     # Memory of one chunk and two states, whatever was read: less than one MiB a thousand tokens would be 7.
-    assert found["model"][-1]["resident_mib"] - found["model"][0]["resident_mib"] < 150
-    last = {row["decay"]: row for row in found["layer"] if row["tokens"] == 4096}
+    assert result["model"][-1]["resident_mib"] - result["model"][0]["resident_mib"] < 150
+    last = {row["decay"]: row for row in result["layer"] if row["tokens"] == 4096}
     # e^(0.84 t) and e^(t / 16) pass the largest float32, e^88.7.
     assert abs(last["fastest"]["naive_broken_at"] - 88.7 / 2**-0.25) < 3
     assert abs(last["middle"]["naive_broken_at"] - 88.7 * 16) < 60

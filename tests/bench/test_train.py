@@ -1,4 +1,4 @@
-"""Whole training steps: gated, timed with the trainer's own step, reported."""
+"""Full training steps: checked, timed with the trainer's own step, reported."""
 
 import csv
 import json
@@ -68,24 +68,24 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
         return trainer
 
     monkeypatch.setattr(bench, "make_trainer", wrong)
-    said: list[str] = []
-    found = bench_training(CASES[:1], CPU, compiled=False, steps=1, note=said.append)
-    assert found["rows"] == [] and not found["accuracy"][0]["passed"]
+    logged: list[str] = []
+    result = bench_training(CASES[:1], CPU, compiled=False, steps=1, log=logged.append)
+    assert result["rows"] == [] and not result["accuracy"][0]["passed"]
     assert any(
-        line.startswith("not timed: tiny transnormer is wrong (relative error of the loss 0.01") for line in said
+        line.startswith("not timed: tiny transnormer is wrong (relative error of the loss 0.01") for line in logged
     )
 
 
 def test_nan_fails_the_check(monkeypatch):
     monkeypatch.setattr(bench, "LIMITS", {torch.float32: (float("nan"), 1.0)})
-    assert not bench.gate(CASES[0], CPU, False, "auto")["passed"]
+    assert not bench.check(CASES[0], CPU, False, "auto")["passed"]
 
 
 def test_recomputation_and_documents_pass_the_check():
     for kind in ("transnormer", "transformer"):
         for mode in ("selective", "full"):
             case = Case("tiny", kind, 32, 2, activation_checkpointing=mode, packing="reset")
-            assert bench.gate(case, CPU, False, "auto")["passed"]
+            assert bench.check(case, CPU, False, "auto")["passed"]
 
 
 def test_documents_are_rows():
@@ -134,6 +134,6 @@ def test_an_unknown_preset_is_told():
 @pytest.mark.parametrize("packing", ["concat", "reset"])
 def test_compiled_on_a_gpu(packing):
     cases = [Case("demo", kind, 512, 4, packing=packing) for kind in ("transnormer", "transformer")]
-    found = bench_training(cases, torch.device("cuda"), steps=3)
-    assert all(row["passed"] for row in found["accuracy"])
-    assert all(row["status"] == "ok" and 0 < row["mfu"] < 1 and row["peak_gib"] > 0.1 for row in found["rows"])
+    result = bench_training(cases, torch.device("cuda"), steps=3)
+    assert all(row["passed"] for row in result["accuracy"])
+    assert all(row["status"] == "ok" and 0 < row["mfu"] < 1 and row["peak_gib"] > 0.1 for row in result["rows"])

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.data.cleaning.texts import CHINESE, ENGLISH
-from tests.generation.small_models import small_model
+from tests.cleaning.texts import CHINESE, ENGLISH
+from tests.small_models import small_model
 from tnllm import assets
 from tnllm.cleaning.score import Score, score_texts
 from tnllm.tokenizer import Tokenizer

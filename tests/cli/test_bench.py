@@ -41,7 +41,7 @@ def test_constant_tokens(capfd, tmp_path):
         (["--shape", "1x2x3x4", "--seqlen", "5"], "--shape gives lengths itself"),
         (["--dtype", "int8"], "--dtype is 'int8'; allowed: bf16, fp16, fp32"),
         (["--providers", "tnlm"], "did you mean 'tnllm'?"),
-        (["--device", "tpu"], "--device is 'tpu'; allowed: auto, cuda, cpu"),
+        (["--device", "tpu"], "--device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
     ],
 )
 def test_bad_input(capfd, args, message):
@@ -61,7 +61,7 @@ def test_bench_train_on_cpu(capfd, tmp_path):
     args = ("--seqlens", "32,64", "--tokens-per-batch", "64", "--steps", "1", "--warmup", "0", "--json", str(file))
     code, out, err = run(capfd, "bench-train", "--device", "cpu", *args)
     assert code == 0
-    assert "no GPU in use: sizes for a CPU" in err and f"wrote {file}" in err
+    assert "no GPU in use: small sizes" in err and f"wrote {file}" in err
     assert "tiny: transnormer over transformer, tokens/s: " in out
     rows = json.loads(file.read_text())["rows"]
     assert [(row["rows"], row["seq_len"]) for row in rows] == [(2, 32), (2, 32), (1, 64), (1, 64)]
@@ -94,18 +94,20 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
 
     asked = []
 
-    def bench(plan, note, on_environment, on_check, on_row):
+    def bench(plan, log, on_environment, on_check, on_row, folder):
         asked.append(plan)
+        assert folder == tmp_path / "s.json.cases"
         device = {"device": "cpu", "dtype": "float32", "matmul_tflop_per_s": None}
         results = {"environment": device, "accuracy": [], "rows": [], "longest": []}
         on_environment(results)
-        for job in (job for jobs in scale.make_jobs(plan).values() for job in jobs if job.kind == "time"):
+        for case in (case for case in scale.make_cases(plan) if "time" in case.phases):
             row = scale.timed_row(
-                job, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
+                case, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
             )
             results["rows"].append(row)
             on_row(row, results)
-            assert len(json.loads(file.read_text())["rows"]) == len(results["rows"])  # a run cut short leaves its rows
+            # An interrupted run leaves its rows.
+            assert len(json.loads(file.read_text())["rows"]) == len(results["rows"])
         return results
 
     monkeypatch.setattr(scale, "bench_scaling", bench)
@@ -114,7 +116,7 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
         capfd, "bench-scale", "--device", "cpu", "--json", str(file), "--gpus", "2,4", "--meshes", "fsdp,sp"
     )
     assert code == 0
-    assert "processes of this CPU in their place, which say nothing about GPUs" in err and f"wrote {file}" in err
+    assert "CPU processes instead, whose figures say nothing about GPUs" in err and f"wrote {file}" in err
     assert (asked[0].presets, asked[0].gpus, asked[0].compiled) == (["tiny"], [1, 2, 4], False)
     assert [row["mesh"] for row in json.loads(file.read_text())["rows"]] == ["one", "one", "fsdp", "sp", "fsdp", "sp"]
     assert "tiny sp: a row 4 times as long on 4 ranks takes 1.00 times one rank's time per token of a rank" in out
@@ -124,14 +126,14 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
     ("args", "message"),
     [
         (["--preset", "386m"], "did you mean '385m'?"),
-        (["--meshes", "fsdp,pp"], "--meshes has 'pp'; write fsdp, sp, tp, ddp, joined by +"),
+        (["--meshes", "fsdp,pp"], "--meshes has 'pp'; write fsdp, sp, tp, ddp, several axes joined by +"),
         (
             ["--meshes", "shard=2+sequence=2"],
             "--meshes has 'shard=2+sequence=2', which fits none of the numbers of GPUs",
         ),
         (["--meshes", "tp", "--gpus", "4"], "tiny on tp: parallel.tensor is 4; it must divide model.num_heads 2"),
-        (["--gpus", "two"], "--gpus is 'two'; write numbers of GPUs such as 1,2,4"),
-        (["--longest"], "--longest looks for the end of a GPU's memory; it does not go with a CPU"),
+        (["--gpus", "two"], "--gpus is 'two'; write numbers with commas, such as 1,2,4"),
+        (["--longest"], "--longest fills a GPU's memory; it needs a GPU"),
         (
             ["--activation-checkpointing", "some"],
             "--activation-checkpointing is 'some'; allowed: none, selective, full",

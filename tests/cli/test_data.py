@@ -22,13 +22,13 @@ def test_tokenize_and_inspect(tnllm, corpus, tmp_path):
     assert summary.startswith(f"{out}: 2 shards in ")
 
     code, stdout, _ = tnllm("data", "inspect", out, "--verify", "--json", "--samples", "1")
-    found = json.loads(stdout)
-    assert code == 0 and found["complete"] and found["hashes"] == "all match"
-    assert [found["splits"][split]["documents"] for split in ("train", "val")] == counts
-    assert sum(split["text_bytes"] for split in found["splits"].values()) == sum(
+    result = json.loads(stdout)
+    assert code == 0 and result["complete"] and result["hashes"] == "all match"
+    assert [result["splits"][split]["documents"] for split in ("train", "val")] == counts
+    assert sum(split["text_bytes"] for split in result["splits"].values()) == sum(
         len(line["text"].encode()) for line in LINES
     )
-    assert found["samples"] == [LINES[0]["text"]]
+    assert result["samples"] == [LINES[0]["text"]]
     code, stdout, _ = tnllm("data", "inspect", out)
     assert code == 0 and "bytes per token" in stdout and "all match" not in stdout
 
@@ -37,11 +37,11 @@ def test_inspect_a_corpus(tnllm, corpus):
     with open(corpus, "ab") as file:
         file.write(b'junk\n{"text": ""}\n')
     code, stdout, stderr = tnllm("data", "inspect", corpus, "--json")
-    found = json.loads(stdout)
+    result = json.loads(stdout)
     assert (code, stderr) == (0, "")
-    assert (found["documents"], found["empty_documents"], found["bad_documents"]) == (41, 1, 1)
-    assert found["bad"] == [f"{corpus}:41: invalid JSON (Expecting value, column 1)"]
-    assert found["letters_by_script"] == {"han": 40 * 7, "latin": 40 * 8}
+    assert (result["documents"], result["empty_documents"], result["bad_documents"]) == (41, 1, 1)
+    assert result["bad"] == [f"{corpus}:41: invalid JSON (Expecting value, column 1)"]
+    assert result["letters_by_script"] == {"han": 40 * 7, "latin": 40 * 8}
     code, stdout, _ = tnllm("data", "inspect", corpus)
     assert code == 0 and f"{corpus}:41: invalid JSON" in stdout
 
@@ -60,8 +60,8 @@ def test_inspect_a_corpus(tnllm, corpus):
 )
 def test_tokenize_says_what_is_wrong(tnllm, corpus, tmp_path, args, code, message):
     places = {"CORPUS": corpus, "OUT": tmp_path / "out"}
-    found, stdout, stderr = tnllm("data", "tokenize", *[places.get(arg, arg) for arg in args])
-    assert (found, stdout) == (code, "")
+    exit_code, stdout, stderr = tnllm("data", "tokenize", *[places.get(arg, arg) for arg in args])
+    assert (exit_code, stdout) == (code, "")
     assert stderr.count("\n") == 1 and stderr.startswith("tnllm: ") and message in stderr
 
 
@@ -70,7 +70,7 @@ def test_text_that_is_not_utf8_and_skipping_it(tnllm, corpus, tmp_path):
         file.write('{"text": "café"}\n'.encode("latin-1"))
     code, _, stderr = tnllm("data", "tokenize", corpus, "-o", tmp_path / "out")
     assert code == 2
-    assert f"{corpus}:41: not UTF-8 (byte 14 of the line); mend it, or leave such documents out with" in stderr
+    assert f"{corpus}:41: not UTF-8 (byte 14 of the line); fix it, or leave such documents out with" in stderr
     code, stdout, stderr = tnllm("data", "tokenize", corpus, "-o", tmp_path / "out", "--on-error", "skip")
     assert code == 0
     assert stderr == f"left out: {corpus}:41: not UTF-8 (byte 14 of the line)\n"
@@ -88,7 +88,7 @@ def test_a_truncated_shard_ends_with_code_1(tnllm, corpus, tmp_path):
 
 def test_verifying_a_corpus_makes_no_sense(tnllm, corpus):
     code, _, stderr = tnllm("data", "inspect", corpus, "--verify")
-    assert code == 2 and "is no folder of token shards, so there is no hash to verify" in stderr
+    assert code == 2 and "is not a folder of token shards, so there is no hash to verify" in stderr
 
 
 @pytest.mark.parametrize("command", ["tokenize", "inspect"])

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.data.cleaning.texts import CHINESE, ENGLISH
+from tests.cleaning.texts import CHINESE, ENGLISH
 from tnllm.cli.data_clean import separation
 from tnllm.errors import UserError
 
@@ -73,7 +73,7 @@ def test_separation_is_the_area_under_the_curve():
         (["clean", "nowhere.txt", "-o", "OUT"], "no such file or folder: nowhere.txt"),
         (["clean", "nowhere.yaml", "-o", "OUT"], "no cleaning recipe nowhere.yaml"),
         (["clean", "a.yaml", "b.yaml", "-o", "OUT"], "2 recipes are given (a.yaml, b.yaml); name one"),
-        (["clean", "CORPUS", "-o", "OUT", "--set", "dedup.treshold=1"], "did you mean 'threshold'? (--set)"),
+        (["clean", "CORPUS", "-o", "OUT", "--set", "dedup.treshold=1"], "did you mean 'dedup.threshold'? (--set)"),
         (["clean", "CORPUS", "-o", "OUT", "--executor", "slurm"], "there is no sbatch on this machine"),
         (
             ["clean", "CORPUS", "-o", "OUT", "--set", "input.on_error=stop", "--workers", "1"],

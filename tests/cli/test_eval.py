@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm import assets
 from tnllm.cli.evaluation_view import show_results
-from tnllm.evaluation import bench
+from tnllm.evaluation import sharing_bench
 from tnllm.modeling.weights import save_model
 
 
@@ -84,8 +84,8 @@ def test_a_list_of_tasks(tnllm):
 def test_perplexity_of_a_file(tnllm, folder, tmp_path):
     (tmp_path / "text.txt").write_text("Once upon a time.\n" * 30)
     code, stdout, _ = tnllm("eval", "ppl", tmp_path / "text.txt", "--model", folder, "--window", 32, "--json")
-    found = json.loads(stdout)
-    assert code == 0 and found["documents"] == 1 and found["bytes"] == 540 and found["windows"]["window"] == 32
+    result = json.loads(stdout)
+    assert code == 0 and result["documents"] == 1 and result["bytes"] == 540 and result["windows"]["window"] == 32
     code, stdout, _ = tnllm("eval", "ppl", tmp_path / "text.txt", "--model", folder)
     assert code == 0 and "bits per byte" in stdout and "0 to 63" in stdout
 
@@ -98,7 +98,7 @@ def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
     assert code == 0 and "0 of 5 answers differ" in stdout
     assert json.loads((tmp_path / "bench.json").read_text())["token_ratio"] > 4
     # Too far apart is an error, but not before all is shown and written.
-    monkeypatch.setitem(bench.TOLERANCE, torch.float32, -1.0)
+    monkeypatch.setitem(sharing_bench.TOLERANCE, torch.float32, -1.0)
     code, stdout, stderr = tnllm("bench-eval", file, "--model", folder, "--json", tmp_path / "far.json")
     assert code == 1 and "0 of 5 answers differ" in stdout and "its speeds do not count" in stderr
     assert json.loads((tmp_path / "far.json").read_text())["agreement"]["tolerance"] == -1
@@ -111,14 +111,14 @@ def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
         (["--tasks", "mmul"], "did you mean 'mmlu'?"),
         (["--tasks", "mmlu", "--limit", "0"], "--limit is 0; give a number of questions from 1"),
         (["--tasks", "boolq"], "none ship with tnllm; give --data-dir"),
-        (["--tasks", "mmlu", "--data-dir", "/nowhere"], "--data-dir /nowhere is no folder"),
+        (["--tasks", "mmlu", "--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),
         (["--tasks", "mmlu", "--batch-size", "many"], "--batch-size is 'many'; allowed: auto"),
         (["--tasks", "mmlu", "--log-samples"], "say where with --out DIR"),
         (["--tasks", "mmlu", "--gen-kwargs", "temperature"], "write name=value with commas"),
         (["--tasks", "tnl-paper", "-n", "3"], "tnl-paper fixes its number of examples"),
         (["check", "--tasks", ","], "no tasks; give --tasks openbookqa,piqa"),
         (["check", "--tasks", "piqa", "--dtype", "float16"], "--dtype is 'float16'; allowed: float32, bfloat16"),
-        (["compare", "/nowhere", "/nowhere"], "/nowhere is no file; give a results_*.json"),
+        (["compare", "/nowhere", "/nowhere"], "/nowhere does not exist; give a results_*.json"),
         (["ls", "zzzzzz"], "no task matches 'zzzzzz'"),
     ],
 )

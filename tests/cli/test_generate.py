@@ -156,14 +156,14 @@ def test_a_batch_comes_back_in_order(run, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "in.jsonl:3: no JSON (Expecting property name enclosed in double quotes at column 2)"),
+        (b"{", "in.jsonl:3: not JSON (Expecting property name enclosed in double quotes at column 2)"),
         (b'"The"', 'in.jsonl:3: each line is a JSON object with a string "prompt"'),
         (b'{"prompt": 3}', 'in.jsonl:3: each line is a JSON object with a string "prompt"'),
-        (b'{"prompt": "a", "temprature": 1}', "in.jsonl:3: 'temprature' is no sampling option"),
+        (b'{"prompt": "a", "temprature": 1}', "in.jsonl:3: 'temprature' is not a sampling option"),
         (b'{"prompt": "a", "top_p": 2}', "in.jsonl:3: top_p is 2; allowed: a number, above 0, up to 1"),
-        (b'{"prompt": "a", "top_p": NaN}', "in.jsonl:3: no JSON (NaN is no JSON number)"),
-        (b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}", "in.jsonl:3: no JSON (Exceeds the limit"),
-        (b'{"prompt": "a", "id": ' + b"[" * 100_000, "in.jsonl:3: no JSON (it is nested too deep)"),
+        (b'{"prompt": "a", "top_p": NaN}', "in.jsonl:3: not JSON (NaN is not a JSON number)"),
+        (b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}", "in.jsonl:3: not JSON (Exceeds the limit"),
+        (b'{"prompt": "a", "id": ' + b"[" * 100_000, "in.jsonl:3: not JSON (it is nested too deep)"),
         (b'{"prompt": "\xff"}', "in.jsonl:3: byte 12 of the line is not UTF-8"),
         (b'{"prompt": "\\ud800"}', "in.jsonl:3: text holds a lone surrogate (U+D800)"),
         (b'{"prompt": "a", "id": "\\ud800"}', 'in.jsonl:3: "id" holds a lone surrogate'),
@@ -216,8 +216,8 @@ def test_chat_takes_turns(run, weights):
     assert code == 0
     answers = out.removesuffix("\n").split("\n")
     assert answers[0] == answers[2] != answers[1], "a reset forgets"
-    assert "forgotten" in err
-    assert "/help is no command; there are /reset and /exit" in err
+    assert "conversation cleared" in err
+    assert "/help is not a command; the commands are /reset and /exit" in err
     turn = "Human:\nHello\nAssistant:\n"
     single = run("--prompt", turn, *options, "--stop", r"\nHuman:")[1]
     assert single == answers[0] + "\n"
@@ -248,7 +248,7 @@ def test_ctrl_c_in_a_chat_breaks_the_answer_off(run, monkeypatch):
     interrupt_after(monkeypatch, 5)
     code, out, err = run("--chat", "--seed", 1, "--max-tokens", 12, stdin=b"Hello\nAgain\n")
     assert code == 0
-    assert [line.split(" at ")[0] for line in err.splitlines()] == ["answer broken off", "12 tokens"]
+    assert [line.split(" at ")[0] for line in err.splitlines()] == ["answer interrupted", "12 tokens"]
     assert out.count("\n") >= 2
 
 
@@ -271,12 +271,12 @@ def test_a_document_is_read_once_and_asked_many_times(run, tmp_path):
 
 def test_stopping_and_going_on_equals_never_stopping(run, tmp_path):
     options = "--seed", 4, "--ignore-eos"
-    whole = run("--prompt", "今天", "--max-tokens", 30, *options, "--json")[1]
+    unsplit = run("--prompt", "今天", "--max-tokens", 30, *options, "--json")[1]
     first = run("--prompt", "今天", "--max-tokens", 11, *options, "--json", "--state-out", tmp_path / "s")[1]
     second = run("--state-in", tmp_path / "s", "--max-tokens", 19, *options, "--json")[1]
-    first, second, whole = map(json.loads, (first, second, whole))
-    assert first["tokens"] + second["tokens"] == whole["tokens"]
-    assert first["text"] + second["text"] == whole["text"]
+    first, second, unsplit = map(json.loads, (first, second, unsplit))
+    assert first["tokens"] + second["tokens"] == unsplit["tokens"]
+    assert first["text"] + second["text"] == unsplit["text"]
 
 
 def test_a_state_of_another_model_is_refused(run, tmp_path):
@@ -314,15 +314,15 @@ def test_text_that_is_not_utf8(run, tmp_path):
         (["--prompt", "a", "--temprature", "1"], "No such option: --temprature"),
         (["--prompt", "a", "--stop", ""], "stop is ['']; allowed: strings that are not empty"),
         (["--prompt", "a", "--output", "x"], "--output is for --input"),
-        (["--prompt", "a", "--logprobs", "2"], "--logprobs needs --json, or --input"),
+        (["--prompt", "a", "--logprobs", "2"], "--logprobs needs --json or --input"),
         (["--prompt", "a", "--n", "2", "--state-out", "x"], "--state-out saves the state of one text"),
-        (["--chat", "--json"], "--chat goes with none of"),
+        (["--chat", "--json"], "--chat cannot be combined with --json"),
         (["--chat", "--chat-template", "Q:"], "the chat template is 'Q:'; it must hold {prompt} once"),
         (["--prompt", "a", "--chat-template", "{prompt}"], "--chat-template is for --chat"),
         (["--prompt", "a", "--device", "tpu"], "device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
         (["--prompt", "a", "--device", "cuda:99"], "device is 'cuda:99', but torch sees"),
         (["--prompt", "a", "--dtype", "float16"], "dtype is 'float16'; allowed: auto, float32, bfloat16"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt is no file"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt is not a file"),
     ],
 )
 def test_one_line_for_each_mistake(run, args, message):
@@ -330,7 +330,7 @@ def test_one_line_for_each_mistake(run, args, message):
 
 
 def test_a_folder_that_is_no_model(run, tmp_path):
-    fails(run("--model", tmp_path / "none", "-p", "a", model=False), "is no folder; give a run folder")
+    fails(run("--model", tmp_path / "none", "-p", "a", model=False), "is not a folder; give a run folder")
     fails(run("--model", tmp_path, "-p", "a", model=False), "holds neither config.json nor weights/config.json")
 
 

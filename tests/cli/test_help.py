@@ -16,11 +16,11 @@ HEAVY = ("torch", "pydantic", "numpy", "lm_eval", "matplotlib", "triton", "sente
 def commands() -> list[list[str]]:
     """Every command line prefix: groups and what is in them."""
     group = typer.main.get_command(app)
-    found = []
+    paths = []
     for name, command in group.commands.items():  # type: ignore[attr-defined]
-        found.append([name])
-        found += [[name, inner] for inner in getattr(command, "commands", {})]
-    return found
+        paths.append([name])
+        paths += [[name, inner] for inner in getattr(command, "commands", {})]
+    return paths
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

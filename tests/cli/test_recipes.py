@@ -17,9 +17,9 @@ def test_list(tnllm: Run) -> None:
     line = next(line for line in out.splitlines() if line.split()[:1] == ["385m"])
     assert line.split()[1:3] == ["399M", "1T"]
     code, out, _ = tnllm("recipes", "list", "--json")
-    found = json.loads(out)
-    assert [item["parameters"] for item in found] == sorted(item["parameters"] for item in found)
-    assert {item["recipe"]: item["parameters"] for item in found}["7b"] == 6_836_719_616
+    result = json.loads(out)
+    assert [item["parameters"] for item in result] == sorted(item["parameters"] for item in result)
+    assert {item["recipe"]: item["parameters"] for item in result}["7b"] == 6_836_719_616
 
 
 @pytest.mark.parametrize("doc", [[], ["--doc"]])

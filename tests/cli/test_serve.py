@@ -22,8 +22,8 @@ def start(*args, **environment):
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if found := re.search(r"try the page at (http://\S+)/ or", line):
-            return process, found[1], lines
+        if match := re.search(r"try the page at (http://\S+)/ or", line):
+            return process, match[1], lines
     raise AssertionError("".join(lines))
 
 
@@ -35,7 +35,7 @@ def post(address, **body):
     return urllib.request.urlopen(request, timeout=60)
 
 
-def test_it_serves_and_sigterm_lets_running_texts_end(tnllm):
+def test_it_serves_and_sigterm_lets_running_requests_end(tnllm):
     process, address, lines = start("--max-tokens", "200", TNLLM_API_KEY="sesame")
     try:
         assert "using the demo model" in lines[0] and "serving tnllm-demo on http://127.0.0.1:" in lines[1]
@@ -51,7 +51,7 @@ def test_it_serves_and_sigterm_lets_running_texts_end(tnllm):
         assert first.startswith(b"data: {") and rest.endswith("data: [DONE]\n\n")
         assert '"finish_reason":"length"' in rest
         assert process.wait(60) == 143
-        assert process.stderr.read().strip() == "tnllm: stopped by SIGTERM; running texts were finished"
+        assert process.stderr.read().strip() == "tnllm: stopped by SIGTERM; running requests were finished"
     finally:
         process.kill()
         process.wait()
@@ -107,6 +107,6 @@ def test_a_taken_port(tnllm):
     ],
 )
 def test_bad_input(tnllm, args, code, message):
-    found, out, err = tnllm("serve", *args)
-    assert found == code and out == ""
+    exit_code, out, err = tnllm("serve", *args)
+    assert exit_code == code and out == ""
     assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("tnllm: ")

@@ -18,12 +18,12 @@ def test_train_and_inspect(tnllm, corpus, tmp_path):
     assert code == 0 and stdout.startswith(f"{out / 'tokenizer.model'}: 340 tokens, ")
     tokenizer = Tokenizer.load(out)
     code, stdout, _ = tnllm("tokenizer", "inspect", out, "--text", "a 国\n", "--file", corpus, "--json")
-    found = json.loads(stdout)
-    assert code == 0 and found["vocab_size"] == 340 and found["sha256"] == tokenizer.sha256
-    assert [id for id, _ in found["tokens"]] == tokenizer.encode("a 国\n")
-    assert found["decoded"] == "a 国\n"
+    result = json.loads(stdout)
+    assert code == 0 and result["vocab_size"] == 340 and result["sha256"] == tokenizer.sha256
+    assert [id for id, _ in result["tokens"]] == tokenizer.encode("a 国\n")
+    assert result["decoded"] == "a 国\n"
     text = corpus.read_text()
-    assert found["bytes_per_token"] == round(len(text.encode()) / len(tokenizer.encode(text)), 3)
+    assert result["bytes_per_token"] == round(len(text.encode()) / len(tokenizer.encode(text)), 3)
 
 
 def test_a_tokenizer_is_not_replaced_unasked(tnllm, corpus, tmp_path):

@@ -62,7 +62,7 @@ def test_a_run_and_its_continuation(capfd, tmp_path, sets):
     code, _, err = run(capfd, "train", "tiny", "--device", "cpu", "--out", out, *sets)
     assert (code, err) == (
         2,
-        f"tnllm: {out} holds a run already; add --resume auto to go on with it, or choose another --out\n",
+        f"tnllm: {out} holds a run already; add --resume auto to resume it, or choose another --out\n",
     )
     more = (*sets, "--set", "train.max_steps=6", "--resume", "auto")
     code, _, err = run(capfd, "train", "tiny", "--device", "cpu", "--out", out, *more)
@@ -107,5 +107,5 @@ def test_a_signal_saves_and_says_so(tmp_path, sets, number, code):
             break
     rest = process.stderr.read()
     assert process.wait() == code
-    assert "go on with --resume auto" in rest and "Traceback" not in rest
+    assert "resume with --resume auto" in rest and "Traceback" not in rest
     assert (tmp_path / "run" / "latest").exists()

@@ -59,7 +59,7 @@ def test_a_lost_rank_a_sigterm_and_another_mesh(tmp_path):
     assert process.wait() == 143, text
     assert killed and stopped and "Traceback" not in text
     assert "another rank was lost" in text and "resumed from" in text
-    assert "stopped by SIGTERM; everything is saved, go on with --resume auto" in text
+    assert "stopped by SIGTERM; everything is saved, resume with --resume auto" in text
 
     # One process goes on, and all losses are those of one that was alone from the start.
     config = load_recipe("tiny", [*SETS, "train.max_steps=20", "eval.sample_prompts=[]"])
@@ -84,11 +84,11 @@ def test_dry_run_spreads_the_model_over_imaginary_ranks(tnllm):
 
 def test_dry_run_of_an_adapter(tnllm):
     flags = ["--dry-run", "--world-size", "64", "--set"]
-    whole, adapter = (tnllm("train", "7b", *flags, f"lora.rank={rank}")[1] for rank in (0, 16))
-    whole, adapter = (dict(line.split(maxsplit=1) for line in out.splitlines()) for out in (whole, adapter))
+    full, adapter = (tnllm("train", "7b", *flags, f"lora.rank={rank}")[1] for rank in (0, 16))
+    full, adapter = (dict(line.split(maxsplit=1) for line in out.splitlines()) for out in (full, adapter))
     assert "with an adapter of" in adapter["model"] and "= 64 ranks" in adapter["mesh"]
-    assert "optimizer 6.37 GiB" in whole["rank"] and "MiB, optimizer" in adapter["rank"]
-    assert float(adapter["sends"].split()[0]) < float(whole["sends"].split()[0])
+    assert "optimizer 6.37 GiB" in full["rank"] and "MiB, optimizer" in adapter["rank"]
+    assert float(adapter["sends"].split()[0]) < float(full["sends"].split()[0])
 
 
 def test_dry_run_shards_a_recipe_of_one_rank(tnllm):

@@ -30,7 +30,7 @@ def write_release(folder: Path, layers: int) -> None:
         "v2", **WIDTHS, decoder_layers=layers, decoder_attention_heads=32, linear_use_lrpe_list=lrpe
     )
     (folder / "config.json").write_text(json.dumps(values))
-    # A large pool of random numbers, entered at a new place each time: drawing all would take longer than converting.
+    # A large pool of random numbers, shifted for each tensor: drawing all of them would take longer than converting.
     pool = (0.02 * torch.randn(2**26)).bfloat16()
     shard: dict[str, torch.Tensor] = {}
     shards: list[list[str]] = []

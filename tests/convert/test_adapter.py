@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.convert import official_files
-from tnllm.convert.remote.configuration_tnllm import TnllmConfig
-from tnllm.convert.remote.modeling_tnllm import TnllmForCausalLM
+from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
+from tnllm.convert.hf_code.modeling_tnllm import TnllmForCausalLM
 from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.hf_names import from_official, to_hf_config
@@ -98,7 +98,7 @@ def test_adapters_that_are_refused(tmp_path, base, run, changes, message):
 
 def test_no_base(tmp_path, run):
     write_adapter(tmp_path / "adapter", base_model_name_or_path="somewhere/else")
-    with pytest.raises(UserError, match="base 'somewhere/else' is no folder here; give it with --base"):
+    with pytest.raises(UserError, match="base 'somewhere/else' is not a folder here; give it with --base"):
         run(tmp_path / "adapter", tmp_path / "merged", "tnllm")
 
 

@@ -30,8 +30,8 @@ def write_rank(rank: int, world_size: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (world_size,))
     tensors = {}
     for name, value in build_model(CONFIG, seed=0).state_dict().items():
-        place = Replicate() if "theta" in name else Shard(1) if "l3" in name else Shard(0)
-        tensors[name] = distribute_tensor(value, mesh, [place])
+        placement = Replicate() if "theta" in name else Shard(1) if "l3" in name else Shard(0)
+        tensors[name] = distribute_tensor(value, mesh, [placement])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
@@ -57,9 +57,9 @@ def test_two_ranks(step_folder, tmp_path, run):
     assert len(list((step_folder / "model").glob("*.safetensors"))) == 2
     report = run(step_folder, tmp_path / "weights", "tnllm")
     assert report.source.kind == "checkpoint"
-    found = load_file(tmp_path / "weights/model.safetensors")
+    weights = load_file(tmp_path / "weights/model.safetensors")
     for name, value in build_model(CONFIG, seed=0).state_dict().items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(weights[name], value), name
 
 
 def test_a_run_folder_and_its_figures(step_folder, tmp_path, run):

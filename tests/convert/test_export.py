@@ -12,10 +12,11 @@ import torch
 
 from tests.convert import official_files
 from tnllm import assets
-from tnllm.convert import hub
+from tnllm.chat_template import BOUNDARY
+from tnllm.convert import hf_folder
 from tnllm.convert.fast_tokenizer import CHECK_TEXTS, tokenizer_files
-from tnllm.convert.remote.configuration_tnllm import TnllmConfig
-from tnllm.convert.remote.modeling_tnllm import TnllmForCausalLM, TnllmState
+from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
+from tnllm.convert.hf_code.modeling_tnllm import TnllmForCausalLM, TnllmState
 from tnllm.generation.decoder import generate_text
 from tnllm.generation.loading import load
 from tnllm.modeling.config import get_preset
@@ -142,10 +143,10 @@ def test_lm_eval_scores_a_local_task_as_our_model_does(exported):
     logged = iter(answer["logged"])
     for row in rows:
         for choice, (score, _) in zip(row["choices"], next(logged), strict=True):
-            context, whole = ready.encode(row["text"]), ready.encode(row["text"] + " " + choice)
-            logits, _ = ready.model(torch.tensor([whole]))
+            context, ids = ready.encode(row["text"]), ready.encode(row["text"] + " " + choice)
+            logits, _ = ready.model(torch.tensor([ids]))
             logs = logits[0].log_softmax(-1)
-            ours = sum(float(logs[i - 1, whole[i]]) for i in range(len(context), len(whole)))
+            ours = sum(float(logs[i - 1, ids[i]]) for i in range(len(context), len(ids)))
             assert math.isclose(score, ours, abs_tol=1e-3)
 
 
@@ -178,10 +179,10 @@ def test_the_exported_class_is_our_model(changes):
     tokens = torch.randint(97, (2, 21))
     logits, state = ours(tokens)
     with torch.no_grad():
-        found = theirs(tokens, use_cache=True)
-        more = theirs(tokens[:, :1], past_key_values=found.past_key_values)
-    assert torch.allclose(found.logits, logits, atol=1e-5, rtol=1e-5)
-    assert isinstance(found.past_key_values, TnllmState) and found.past_key_values.get_seq_length() == 22
+        output = theirs(tokens, use_cache=True)
+        more = theirs(tokens[:, :1], past_key_values=output.past_key_values)
+    assert torch.allclose(output.logits, logits, atol=1e-5, rtol=1e-5)
+    assert isinstance(output.past_key_values, TnllmState) and output.past_key_values.get_seq_length() == 22
     assert torch.allclose(more.logits[:, 0], ours.step(tokens[:, 0], state), atol=1e-5, rtol=1e-5)
 
 
@@ -191,10 +192,10 @@ def test_padding_on_either_side_and_in_between():
     masks = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 1, 1, 1, 1]])
     more = torch.randint(1, 97, (3, 4))
     with torch.no_grad():
-        found = model(tokens, attention_mask=masks, use_cache=True)
-        first = found.logits
+        output = model(tokens, attention_mask=masks, use_cache=True)
+        first = output.logits
         later = model(
-            more, attention_mask=torch.cat([masks, torch.ones(3, 4)], 1), past_key_values=found.past_key_values
+            more, attention_mask=torch.cat([masks, torch.ones(3, 4)], 1), past_key_values=output.past_key_values
         )
         for row in range(3):
             keep = masks[row].bool()
@@ -221,7 +222,7 @@ def test_training_gives_our_gradients():
 
 
 def test_the_code_needs_no_tnllm():
-    for name, text in hub.code_files().items():
+    for name, text in hf_folder.code_files().items():
         assert not re.search(r"^\s*(from|import) tnllm", text, re.M), name
         compile(text, name, "exec")
 
@@ -249,4 +250,6 @@ def test_chat_template(tmp_path):
     files, _ = tokenizer_files(Tokenizer.load(assets.tokenizer_model()), {"chat_template": "It's {prompt}\n=> "})
     template = jinja2.Template(json.loads(files["tokenizer_config.json"])["chat_template"])
     talk = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]
-    assert template.render(messages=talk, eos_token="</s>") == "It's A\n=> B</s>It's C\n=> "
+    text = template.render(messages=talk, eos_token="</s>")
+    assert text.replace(BOUNDARY, "") == "It's A\n=> B</s>It's C\n=> "
+    assert text.count(BOUNDARY) == 1 and f"=> {BOUNDARY}B" in text

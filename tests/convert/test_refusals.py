@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tests.convert import official_files
 from tnllm import files
 from tnllm.convert import check, writer
-from tnllm.convert import run as convert_run
 from tnllm.convert.tensors import open_tensors
 from tnllm.errors import CheckFailed, RunError, UserError
 
@@ -119,9 +118,9 @@ def test_truncated_and_flipped_safetensors(release, run):
 
 
 def test_what_the_downloader_recorded_is_checked(release, run):
-    note = release / ".cache/huggingface/download/model.safetensors.metadata"
-    note.parent.mkdir(parents=True)
-    note.write_text(f"{'a' * 40}\n{'0' * 64}\n1700000000.0\n")
+    metadata = release / ".cache/huggingface/download/model.safetensors.metadata"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"{'a' * 40}\n{'0' * 64}\n1700000000.0\n")
     refused(run, release, RunError, "SHA-256 is not the recorded one")
 
 
@@ -133,9 +132,9 @@ def test_damaged_pickles(tmp_path, run, form):
     file.write_bytes(data[: len(data) // 2])
     refused(run, tmp_path / "release", (RunError, UserError), "damaged")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        place = max(archive.infolist(), key=lambda record: record.file_size).header_offset + 500
+        offset = max(archive.infolist(), key=lambda record: record.file_size).header_offset + 500
     flipped = bytearray(data)
-    flipped[place] ^= 1
+    flipped[offset] ^= 1
     file.write_bytes(flipped)
     refused(run, tmp_path / "release", RunError, "damaged .*CRC")
 
@@ -149,7 +148,7 @@ class Evil:
     ("content", "message"),
     [
         ({"x": Evil()}, "asks for (posix|os).system: it holds more than tensors"),
-        ({"model": {"x": torch.ones(2)}}, "'model' is a dict; a checkpoint of weights holds tensors alone"),
+        ({"model": {"x": torch.ones(2)}}, "'model' is a dict; a weights checkpoint holds only tensors"),
         ([torch.ones(2)], "holds a list, not tensors by name"),
         (OrderedDict(step=3), "'step' is a int"),
     ],
@@ -194,7 +193,7 @@ def test_an_index_that_lies(tmp_path, run):
     index.write_text(json.dumps(values))
     refused(run, tmp_path / "release", UserError, "holds lm_head.weight, which .* does not list")
     index.write_text("{")
-    refused(run, tmp_path / "release", UserError, "is no index")
+    refused(run, tmp_path / "release", UserError, "is not an index")
     index.unlink()
     refused(run, tmp_path / "release", UserError, "holds no weights; looked for")
 
@@ -223,17 +222,20 @@ def test_targets(release, run):
     assert not (release.parent / "full/mine.txt").exists()
 
 
-def test_choices_a_target_has_no_place_for(tmp_path, run):
+def test_models_a_target_cannot_describe(tmp_path, run):
     from tnllm.modeling.config import get_preset
     from tnllm.modeling.model import build_model
     from tnllm.modeling.weights import save_model
 
     small = {"vocab_size": 97, "model_dim": 32, "num_heads": 2, "num_layers": 2, "glu_dim": 48}
     save_model(build_model(get_preset("tiny", norm="rmsnorm", **small), seed=0), tmp_path / "rms")
-    refused(run, tmp_path / "rms", UserError, "no place for model.norm 'rmsnorm'", to="official")
+    refused(run, tmp_path / "rms", UserError, "cannot describe model.norm 'rmsnorm'", to="official")
+    v3 = {"gate": "low-rank", "gate_dim": 8, "value_activation": "silu"}
+    save_model(build_model(get_preset("tiny", **v3, **small), seed=0), tmp_path / "v3")
+    refused(run, tmp_path / "v3", UserError, "cannot describe model.value_activation 'silu'", to="official")
     save_model(build_model(get_preset("tiny", kind="transformer", **small), seed=0), tmp_path / "soft")
     refused(run, tmp_path / "soft", UserError, "the softmax baseline has no code there", to="hf")
-    refused(run, tmp_path / "soft", UserError, "no place for model.kind 'transformer'", to="official")
+    refused(run, tmp_path / "soft", UserError, "cannot describe model.kind 'transformer'", to="official")
     run(tmp_path / "soft", tmp_path / "copy", "tnllm", dtype=torch.bfloat16)
     refused(run, tmp_path / "rms", UserError, "--quantize is for --to hf", quantize="int8")
     refused(run, tmp_path / "rms", UserError, "--base is for adapters", base=tmp_path)
@@ -290,12 +292,14 @@ def test_interruption_of_the_last_step_keeps_the_old_folder(release, run, monkey
             raise KeyboardInterrupt
         return real(*args)
 
-    def replace_dir(aside, final):
+    replace_dir = files.replace_dir
+
+    def interrupted(temporary, final):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, stop)
-            files.replace_dir(aside, final)
+            replace_dir(temporary, final)
 
-    monkeypatch.setattr(convert_run, "replace_dir", replace_dir)
+    monkeypatch.setattr(files, "replace_dir", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(release, target, "tnllm", overwrite=True)
     assert calls and (target / "mine.txt").read_text() == "keep"

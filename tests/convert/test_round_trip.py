@@ -11,7 +11,7 @@ from tests.convert import official_files
 from tests.modeling import official
 from tnllm.errors import UserError
 from tnllm.generation.loading import load
-from tnllm.modeling.weights import load_model, read_config
+from tnllm.modeling.weights import load_model
 from tnllm.tokenizer import Tokenizer
 
 FORMS = ("bin", "bins", "safetensors", "shards")
@@ -22,11 +22,11 @@ def read_folder(folder) -> dict:
     return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
 
 
-def assert_identical(found: dict, wanted: dict) -> None:
-    assert set(found) == set(wanted)
-    for key, value in wanted.items():
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
+def assert_identical(actual: dict, expected: dict) -> None:
+    assert set(actual) == set(expected)
+    for key, value in expected.items():
+        assert actual[key].dtype == value.dtype, key
+        assert torch.equal(actual[key], value), key
 
 
 @pytest.mark.parametrize(("version", "form"), CASES)
@@ -72,43 +72,12 @@ def test_logits_are_those_of_the_released_forward(tmp_path, run, version, dtype)
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-def test_the_guesses_about_v3_can_be_set(tmp_path, run):
+def test_another_layout_of_v3_is_refused(tmp_path, run):
     tensors = official_files.write(tmp_path / "release", "v3", "bin")
-    # The same model with other rows and names, as if that were how the release is laid out.
-    other = {}
-    for key, value in tensors.items():
-        if "qkv_proj" in key:
-            value = value.view(3, 2, 16, 32).transpose(0, 1).reshape(96, 32)
-        other[key.replace("output_gate.0", "g1").replace("output_gate.1", "g2")] = value
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text((tmp_path / "release/config.json").read_text())
-    official_files.write_tensors(tmp_path / "other", other, "bin")
-    with pytest.raises(UserError, match="v3's key names can be given with --set"):
-        run(tmp_path / "other", tmp_path / "x", "tnllm")
-    settings = ("qkv_layout=per-head", "gate_in=g1", "gate_out=g2")
-    run(tmp_path / "release", tmp_path / "a", "tnllm", verify=False)
-    run(tmp_path / "other", tmp_path / "b", "tnllm", settings=settings)
-    assert_identical(read_folder(tmp_path / "b"), read_folder(tmp_path / "a"))
-    run(tmp_path / "b", tmp_path / "back", "official", settings=settings)
-    assert_identical(read_folder(tmp_path / "back"), other)
-    run(
-        tmp_path / "other", tmp_path / "c", "tnllm", settings=(*settings, "value_activation=silu", "norm_position=gate")
-    )
-    config, _ = read_config(tmp_path / "c")
-    assert (config.value_activation, config.norm_position) == ("silu", "gate")
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("qkv_layout=rows", "allowed for qkv_layout: split, per-head"),
-        ("qkv_layot=split", "did you mean .qkv_layout"),
-        ("gate_in", "KEY=VALUE"),
-    ],
-)
-def test_bad_settings(tmp_path, run, setting, message):
-    with pytest.raises(UserError, match=message):
-        run(tmp_path, tmp_path / "x", "tnllm", settings=(setting,))
+    renamed = {key.replace("output_gate.0", "g1"): value for key, value in tensors.items()}
+    official_files.write_tensors(tmp_path / "release", renamed, "bin")
+    with pytest.raises(UserError, match=r"3 missing: model\.layers\.0\.token_mixer\.output_gate\.0\.weight"):
+        run(tmp_path / "release", tmp_path / "x", "tnllm")
 
 
 def test_v3_says_that_it_is_a_guess(tmp_path, run):

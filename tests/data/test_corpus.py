@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnllm.data.corpus import BadDocument, find_files, kind_of, read_documents
+from tnllm.data.corpus import find_files, kind_of, read_documents
+from tnllm.data.documents import BadDocument
 from tnllm.errors import RunError, UserError
 
 zstandard = pytest.importorskip("zstandard")
@@ -21,8 +22,8 @@ def records(texts=TEXTS) -> bytes:
 
 
 def write(path: Path, data: bytes) -> Path:
-    packers = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
-    path.write_bytes(packers.get(path.suffix, bytes)(data))
+    compressors = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+    path.write_bytes(compressors.get(path.suffix, bytes)(data))
     return path
 
 
@@ -31,7 +32,7 @@ def texts_of(path: Path, **options) -> list[str]:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".bz2", ".zst"])
-def test_json_lines_packed_and_not(tmp_path, suffix):
+def test_json_lines_compressed_and_not(tmp_path, suffix):
     path = write(tmp_path / f"web.jsonl{suffix}", records())
     found = list(read_documents([path]))
     assert [document.text for document in found] == TEXTS
@@ -41,7 +42,7 @@ def test_json_lines_packed_and_not(tmp_path, suffix):
     assert found[-1].position <= path.stat().st_size
 
 
-def test_frames_one_after_another_are_one_file(tmp_path):
+def test_concatenated_frames_are_one_file(tmp_path):
     path = tmp_path / "web.jsonl.zst"
     data = records()
     path.write_bytes(zstandard.compress(data[:20]) + zstandard.compress(data[20:]))
@@ -61,11 +62,11 @@ def test_parquet(tmp_path):
     with pytest.raises(UserError, match=r"has no column 'body' \(columns: text, id\); choose one with --field"):
         texts_of(path, field="body")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(RunError, match="is no whole parquet file"):
+    with pytest.raises(RunError, match="is not a complete parquet file"):
         texts_of(path)
 
 
-def test_a_text_file_is_one_document_or_cut_where_asked(tmp_path):
+def test_a_text_file_is_one_document_or_split_as_asked(tmp_path):
     path = write(tmp_path / "book.txt", b"\xef\xbb\xbfone\ntwo\n\n \n\nthree\r\nfour")
     assert texts_of(path) == ["one\ntwo\n\n \n\nthree\r\nfour"]
     assert texts_of(path, split_on="blank-line") == ["one\ntwo", "three\r\nfour"]
@@ -95,15 +96,15 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
         (b'{"text": 5}', "field 'text' is a int, not text"),
         (b'["x"]', "a JSON list where an object is expected"),
         (b'{"text": "caf\xe9"}', "not UTF-8 (byte 14 of the line)"),
-        (b'{"text": "\\ud800"}', "field 'text' holds a lone surrogate, which is no Unicode text"),
+        (b'{"text": "\\ud800"}', "field 'text' holds a lone surrogate, which is not Unicode text"),
     ],
 )
-def test_what_is_no_document_is_located(tmp_path, line, reason):
+def test_unreadable_records_are_located(tmp_path, line, reason):
     path = write(tmp_path / "web.jsonl", b'{"text": "good"}\n\n' + line + b'\n{"text": "good too"}\n')
     with pytest.raises(UserError) as error:
         texts_of(path)
     assert str(error.value).startswith(f"{path}:3: {reason}")
-    assert str(error.value).endswith("; mend it, or leave such documents out with --on-error skip")
+    assert str(error.value).endswith("; fix it, or leave such documents out with --on-error skip")
     bad: list[BadDocument] = []
     assert texts_of(path, on_bad=bad.append) == ["good", "good too"]
     assert len(bad) == 1 and str(bad[0]).startswith(f"{path}:3: {reason}")
@@ -125,7 +126,7 @@ def test_a_json_array_is_explained(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "junk"])
 def test_damaged_files_are_named(tmp_path, suffix, damage):
     path = write(tmp_path / f"web.jsonl{suffix}", records([str(i**5) for i in range(5000)]))
-    path.write_bytes(path.read_bytes()[:-7] if damage == "cut" else b"this was never packed")
+    path.write_bytes(path.read_bytes()[:-7] if damage == "cut" else b"this was never compressed")
     with pytest.raises(RunError, match=f"web.jsonl{suffix} is cut short or damaged after line"):
         texts_of(path)
 
@@ -141,13 +142,13 @@ def test_files_of_folders(tmp_path):
     assert kind_of(Path("x.parquet.gz")) is None
 
 
-def test_inputs_that_are_no_corpus(tmp_path):
+def test_inputs_that_are_not_a_corpus(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.pdf").touch()
     (tmp_path / "a.txt").touch()
     for inputs, message in (
         (["nowhere.txt"], "no such file or folder: nowhere.txt"),
-        ([tmp_path / "a.pdf"], "a.pdf is of no known corpus format; allowed: .txt"),
+        ([tmp_path / "a.pdf"], "a.pdf is not in a known corpus format; allowed: .txt"),
         ([tmp_path / "empty"], "empty holds no corpus file; allowed: .txt"),
         ([tmp_path / "a.txt", tmp_path / "a.txt"], "a.txt is given twice; name each file once"),
     ):

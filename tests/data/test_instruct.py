@@ -66,13 +66,13 @@ def messages(*roles):
         ({"instruction": "a"}, "f:1: 'output' is missing; expected text"),
         ({"messages": "hi"}, "expected a list of messages"),
         (messages("user", "robot"), "role is 'robot'; allowed: system, user"),
-        (messages("user"), "roles are user; after a system message, if any, user and assistant take turns"),
+        (messages("user"), "roles are user; after a system message, if any, user and assistant alternate"),
         (messages("user", "user", "assistant"), "roles are user, user, assistant"),
         (messages("system"), "roles are none"),
         ({"messages": []}, "roles are none"),
     ],
 )
-def test_what_is_no_conversation(record, message):
+def test_bad_records_are_named(record, message):
     with pytest.raises(UserError) as error:
         parse_record(record, "f:1")
     assert message in str(error.value) and error.value.exit_code == 2
@@ -86,9 +86,9 @@ def test_files(tmp_path):
     (tmp_path / "notes.txt").write_text("no")
     files = find_instruction_files(tmp_path)
     assert [file.name for file in files] == ["a.json", "b.jsonl.gz"]
-    found = list(read_conversations(files))
-    assert {c.turns for c in found} == {(("Hé?", "b"),)}
-    where = [c.where.removeprefix(str(tmp_path)) for c in found]
+    conversations = list(read_conversations(files))
+    assert {c.turns for c in conversations} == {(("Hé?", "b"),)}
+    where = [c.where.removeprefix(str(tmp_path)) for c in conversations]
     assert where == ["/a.json, record 1", "/a.json, record 2", "/b.jsonl.gz:1", "/b.jsonl.gz:3"]
 
 
@@ -96,7 +96,7 @@ def test_files(tmp_path):
     ("name", "data", "error", "message"),
     [
         ("a.jsonl", b'{"prompt": "a"\n', UserError, "a.jsonl:1: invalid JSON"),
-        ("a.json", b'[{"prompt": "a"', UserError, "is no whole JSON array"),
+        ("a.json", b'[{"prompt": "a"', UserError, "is not a complete JSON array"),
         ("a.jsonl", b"\xff\xfe", UserError, "is not UTF-8 (byte 1)"),
         (
             "a.jsonl.gz",
@@ -109,16 +109,16 @@ def test_files(tmp_path):
 )
 def test_damaged_files_are_named(tmp_path, name, data, error, message):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as raised:
         list(read_conversations([tmp_path / name]))
-    assert message in str(found.value) and name in str(found.value)
+    assert message in str(raised.value) and name in str(raised.value)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("")
     for path, message in (
         (tmp_path / "b", "no such file"),
-        (tmp_path / "a.txt", "is no instruction file"),
+        (tmp_path / "a.txt", "is not an instruction file"),
         (tmp_path, "no inst"),
     ):
         with pytest.raises(UserError, match=message):

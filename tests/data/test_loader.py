@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnllm.data.loader import IGNORE, Loader, Source, permute
+from tnllm.data.loader import IGNORE, Loader, Source
 from tnllm.data.shards import TOKEN_BYTES, Manifest, TokenStream, write_manifest, write_shard
 from tnllm.errors import UserError
 
@@ -43,18 +43,6 @@ def same(a, b) -> bool:
 def cat(parts, packing):
     dim = 1 if packing == "reset" else 0
     return [torch.cat([getattr(part, name) for part in parts], dim) for name in ("tokens", "labels")]
-
-
-@given(st.integers(1, 10**9), st.integers(0, 2**64 - 1))
-def test_permute_stays_inside(size, key):
-    for index in {0, size // 2, size - 1}:
-        assert 0 <= permute(index, size, key) < size
-
-
-@given(st.integers(1, 300), st.integers(0, 2**64 - 1))
-@settings(max_examples=40)
-def test_permute_is_a_permutation(size, key):
-    assert sorted(permute(index, size, key) for index in range(size)) == list(range(size))
 
 
 @pytest.mark.parametrize("packing", ["reset", "concat"])
@@ -197,7 +185,7 @@ def test_sources_are_drawn_in_turn_without_gaps(three):
     loader = Loader([Source(s) for s in three], 16, 4)
     seen = [[], [], []]
     for sample in range(500):
-        source, nth = loader._mix.place(sample)
+        source, nth = loader._mix.locate(sample)
         seen[source].append(nth)
     assert [part == list(range(len(part))) for part in seen] == [True] * 3
     # Without weights a source's share is its share of the tokens: 1 : 2 : 3.

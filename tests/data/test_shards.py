@@ -49,9 +49,9 @@ def test_the_stream_is_its_documents_in_a_circle(tmp_path_factory, shards, data)
         assert stream.document(number).tolist() == document
     start = data.draw(st.integers(0, len(ids) - 1))
     count = data.draw(st.integers(1, 3 * len(ids)))
-    places = (start + np.arange(count)) % len(ids)
-    assert stream.read(start, count).tolist() == ids[places].tolist()
-    assert stream.document_starts(start, count).tolist() == np.flatnonzero(np.isin(places, starts)).tolist()
+    offsets = (start + np.arange(count)) % len(ids)
+    assert stream.read(start, count).tolist() == ids[offsets].tolist()
+    assert stream.document_starts(start, count).tolist() == np.flatnonzero(np.isin(offsets, starts)).tolist()
     windows = [np.isin((at + np.arange(1, count)) % len(ids), starts).sum() for at in range(len(ids))]
     assert stream.max_inner_starts(count) == max(windows)
 
@@ -61,7 +61,7 @@ def test_ids_are_stored_small_where_they_fit():
     assert token_dtype(65537) == np.dtype("uint32")
 
 
-def test_the_manifest_comes_back_and_counts(tmp_path):
+def test_the_manifest_round_trips_and_counts(tmp_path):
     folder = make(tmp_path / "s", [[[5, 2], [6, 7, 2]]])
     manifest = read_manifest(folder)
     assert (manifest.total("tokens"), manifest.total("documents", "train"), manifest.total("tokens", "val")) == (
@@ -87,7 +87,7 @@ def test_a_truncated_shard_is_named_with_its_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.idx"])
-def test_a_flipped_bit_is_found(tmp_path, name):
+def test_a_flipped_bit_is_detected(tmp_path, name):
     folder = make(tmp_path / "s", [[[5, 2]]])
     data = bytearray((folder / name).read_bytes())
     data[-1] ^= 1
@@ -97,14 +97,14 @@ def test_a_flipped_bit_is_found(tmp_path, name):
         verify_hashes(folder, read_manifest(folder))
 
 
-def test_folders_that_are_no_shards(tmp_path):
+def test_folders_that_are_not_shards(tmp_path):
     with pytest.raises(UserError, match=r"holds no manifest.json; make token shards with: tnllm data tokenize"):
         TokenStream.open(tmp_path)
-    with pytest.raises(UserError, match="is not finished; run the same 'tnllm data tokenize' again to go on"):
+    with pytest.raises(UserError, match="is not finished; run the same 'tnllm data tokenize' again to resume"):
         TokenStream.open(make(tmp_path / "a", [[[5, 2]]], complete=False))
     for text in ("", "[]", "{}", '{"format": "tnllm-tokens", "version": 1}'):
         (tmp_path / MANIFEST).write_text(text)
-        with pytest.raises(UserError, match="is no manifest of token shards"):
+        with pytest.raises(UserError, match="is not a manifest of token shards"):
             TokenStream.open(tmp_path)
     (tmp_path / MANIFEST).write_text('{"format": "tnllm-tokens", "version": 99}')
     with pytest.raises(UserError, match="has another format or version; this tnllm reads tnllm-tokens 1"):

@@ -14,6 +14,7 @@ import pytest
 
 from tnllm import assets, files
 from tnllm.data import encode, tokenize
+from tnllm.data.corpus import read_documents
 from tnllm.data.encode import Options
 from tnllm.data.shards import MANIFEST, TokenStream, read_manifest, verify_hashes
 from tnllm.data.tokenize import prepare, tokenize_corpus
@@ -84,7 +85,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, Stop])
 @pytest.mark.parametrize("after", [0, 2, 7])
-def test_a_stopped_run_goes_on_where_it_was(corpus, tmp_path, stop, after):
+def test_a_stopped_run_resumes(corpus, tmp_path, stop, after):
     options = Options(val_fraction=0.1)
     tokenize_corpus(corpus, tmp_path / "whole", TOKENIZER, options)
     seen = []
@@ -112,7 +113,7 @@ def run_cli(corpus: Path, out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_process_that_is_stopped_or_killed_leaves_whole_shards(tmp_path, sent, code):
+def test_a_process_that_is_stopped_or_killed_leaves_complete_shards(tmp_path, sent, code):
     corpus = write_jsonl(tmp_path / "big.jsonl", texts(60) * 500)
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -149,7 +150,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(corpus, tmp_path, monkeypatch
     monkeypatch.setattr(files, "open", full, raising=False)
     with pytest.raises(RunError) as error:
         tokenize_corpus(corpus, out, TOKENIZER, shard_tokens=700)
-    assert str(error.value) == f"the disk of {out} is full; free some space and run the same again to go on"
+    assert str(error.value) == f"the disk of {out} is full; free some space and run the same again to resume"
     assert error.value.exit_code == 1
     manifest = read_manifest(out)
     assert [shard.file for shard in manifest.shards if shard.split == "train"] == ["train-00000.bin", "train-00001.bin"]
@@ -178,7 +179,7 @@ def test_a_lost_worker_is_one_line(corpus, tmp_path):
     assert ids(out) == ids(tmp_path / "whole")
 
 
-def test_finished_work_is_not_done_again(corpus, tmp_path):
+def test_finished_work_is_not_redone(corpus, tmp_path):
     out = tmp_path / "out"
     tokenize_corpus(corpus, out, TOKENIZER)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
@@ -239,7 +240,7 @@ def test_bad_documents_stop_or_are_left_out_and_counted(tmp_path, capsys):
     assert documents(out) == ["one", "two", "three"]
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(f"left out: {path}:3: invalid JSON")
-    assert len(lines) == 11 and lines[-1] == "further ones are left out without a line each"
+    assert len(lines) == 11 and lines[-1] == "further ones are counted, not shown"
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3])
@@ -268,7 +269,7 @@ def test_begin_tokens_and_large_vocabularies(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, float("nan")])
-def test_a_senseless_fraction_is_refused(corpus, tmp_path, fraction):
+def test_an_invalid_fraction_is_refused(corpus, tmp_path, fraction):
     with pytest.raises(UserError, match="give a share from 0 to below 1"):
         tokenize_corpus(corpus, tmp_path / "out", TOKENIZER, Options(val_fraction=fraction))
 
@@ -312,8 +313,6 @@ def test_processes_that_ask_at_once_share_the_work(tmp_path):
 
 
 def test_the_sample_ships_and_is_what_its_notice_says(tmp_path):
-    from tnllm.data.corpus import read_documents
-
     found = list(read_documents([assets.sample_corpus()]))
     assert len(found) == 7056
     assert sum(len(document.text.encode()) for document in found) == 11_188_741

@@ -2,7 +2,8 @@ import gzip
 
 import pytest
 
-from tnllm.data.corpus import Document, find_files, kind_of, read_file
+from tnllm.data.corpus import find_files, kind_of, read_file
+from tnllm.data.documents import Document
 from tnllm.errors import RunError
 
 LATIN = "text/html; charset=latin-1"

@@ -6,7 +6,7 @@ import pytest
 
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm import assets
 from tnllm.modeling.weights import save_model
 

@@ -7,8 +7,8 @@ import pytest
 from tnllm import assets
 from tnllm.errors import UserError
 from tnllm.evaluation.cards import PAPER_TASKS, find_card, load_cards, subject_card
-from tnllm.evaluation.encoding import LineEncoder
-from tnllm.evaluation.rows import KINDS
+from tnllm.evaluation.datasets import KINDS
+from tnllm.evaluation.prompt_encoding import LineEncoder
 from tnllm.tokenizer import Tokenizer
 
 ARC = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
@@ -53,8 +53,8 @@ def write(path, content):
 )  # fmt: skip
 def test_layouts(tmp_path, task, file, content, split, subject, document):
     write(tmp_path / file, content)
-    documents, really, place = find_card(task).load(tmp_path, split, subject)
-    assert documents[0] == document and really == split and place == str(tmp_path / file)
+    documents, used_split, path = find_card(task).load(tmp_path, split, subject)
+    assert documents[0] == document and used_split == split and path == str(tmp_path / file)
     assert find_card(task).locate(tmp_path) is not None
 
 
@@ -62,17 +62,17 @@ def test_labels_beside_the_rows_and_files_of_other_tasks(tmp_path):
     write(tmp_path / "dev.jsonl", [{"question": "q", "passage": "p", "answer": True}])
     write(tmp_path / "piqa/dev.jsonl", [PIQA, PIQA])
     write(tmp_path / "piqa/dev-labels.lst", "0\n1\n")
-    documents, _, place = find_card("piqa").load(tmp_path, "validation", None)
-    assert [row["label"] for row in documents] == [0, 1] and place.endswith("piqa/dev.jsonl")
+    documents, _, path = find_card("piqa").load(tmp_path, "validation", None)
+    assert [row["label"] for row in documents] == [0, 1] and path.endswith("piqa/dev.jsonl")
     write(tmp_path / "piqa/dev-labels.lst", "0\n")
-    with pytest.raises(UserError, match=r"dev-labels.lst has 1 labels, dev.jsonl more rows"):
+    with pytest.raises(UserError, match=r"dev-labels.lst has 1 labels, dev.jsonl has more rows"):
         find_card("piqa").load(tmp_path, "validation", None)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"goal": "g", "sol1": "x", "sol2": "y", "label": 0}\n{"goal": \n', r"validation.jsonl:2: no JSON"),
+        ('{"goal": "g", "sol1": "x", "sol2": "y", "label": 0}\n{"goal": \n', r"validation.jsonl:2: not JSON"),
         ([PIQA | {"label": 0}, PIQA], r"validation.jsonl:2: there is no 'label'"),
         ([PIQA | {"label": 7}], r"validation.jsonl:1: the answer is 7; allowed: 0, 1"),
         ("[1]\n", r"validation.jsonl:1: a JSON list; each line must be an object"),
@@ -107,7 +107,7 @@ def test_a_split_that_stands_in_is_told(tmp_path):
     assert find_card("obqa").load(tmp_path, "test", None)[1] == "validation"
 
 
-def test_cards_are_whole():
+def test_cards_are_complete():
     cards = load_cards()
     assert set(PAPER_TASKS) <= set(cards)
     for card in cards.values():

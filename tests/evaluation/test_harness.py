@@ -1,4 +1,4 @@
-"""The model behind the harness: answers, caches, chats, generation, whole evaluations."""
+"""The model behind the harness: answers, caches, chats, generation, complete evaluations."""
 
 import http.server
 import json
@@ -14,13 +14,14 @@ import torch
 
 from tnllm.errors import RunError, UserError
 from tnllm.evaluation import tasks
-from tnllm.evaluation.bench import bench_sharing
-from tnllm.evaluation.bundle import load_bundle, save_bundle
-from tnllm.evaluation.cache import AnswerCache
+from tnllm.evaluation.answer_cache import AnswerCache
 from tnllm.evaluation.harness import TransNormerLM, trained_length
+from tnllm.evaluation.multiple_choice import build_bundle
 from tnllm.evaluation.perplexity import perplexity
-from tnllm.evaluation.requests import build_bundle
+from tnllm.evaluation.prompt_encoding import encode_pairs
+from tnllm.evaluation.request_file import load_bundle, save_bundle
 from tnllm.evaluation.run import Settings, evaluate, write_results
+from tnllm.evaluation.sharing_bench import bench_sharing
 from tnllm.evaluation.tasks import choose, definition_files, hub_answers, load_tasks, search
 
 
@@ -48,8 +49,8 @@ def test_loglikelihoods_are_the_models(lm):
     for instance, (logprob, greedy) in zip(PAIRS, lm.loglikelihood(PAIRS), strict=True):
         context, continuation = instance.args
         before = tokenizer.encode(context.rstrip()) or [tokenizer.bos_id]
-        whole = tokenizer.encode(context + continuation)
-        after = whole[len(before) :] if context.rstrip() else whole
+        ids_of_both = tokenizer.encode(context + continuation)
+        after = ids_of_both[len(before) :] if context.rstrip() else ids_of_both
         ids = torch.tensor([before + after])
         logits = model(ids[:, :-1])[0][0, len(before) - 1 :]
         chosen = logits.log_softmax(-1).gather(-1, ids[0, len(before) :, None])
@@ -60,12 +61,12 @@ def test_loglikelihoods_are_the_models(lm):
 def test_rolling_reads_the_whole_text(lm):
     text = "Once upon a time there was a fox. " * 40
     [rolling, empty] = lm.loglikelihood_rolling(requests((text,), ("",)))
-    [(whole, _)] = lm.loglikelihood(requests(("", text)))
-    assert rolling == pytest.approx(whole, abs=1e-3) and empty == 0.0
-    found = perplexity(lm.ready, [text], window=50)
-    assert found["bits_per_byte"] == pytest.approx(-rolling / 0.6931471805599453 / len(text), abs=1e-6)
-    assert sum(row["tokens"] for row in found["by_position"]) == found["tokens"]
-    assert found["windows"]["pieces"] == -(-found["tokens"] // 50)
+    [(in_one, _)] = lm.loglikelihood(requests(("", text)))
+    assert rolling == pytest.approx(in_one, abs=1e-3) and empty == 0.0
+    result = perplexity(lm.ready, [text], window=50)
+    assert result["bits_per_byte"] == pytest.approx(-rolling / 0.6931471805599453 / len(text), abs=1e-6)
+    assert sum(row["tokens"] for row in result["by_position"]) == result["tokens"]
+    assert result["windows"]["pieces"] == -(-result["tokens"] // 50)
     with pytest.raises(UserError, match="no text to score"):
         perplexity(lm.ready, [""])
 
@@ -89,17 +90,20 @@ def test_chats_use_the_models_turns(folder):
         {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Who?"},
     ]  # fmt: skip
     text = lm.apply_chat_template(history)
-    assert text == "Be kind.\n\nHuman:\nHi\nAssistant:\nHello</s>Human:\nWho?\nAssistant:\n"
+    assert lm.shown(text) == "Be kind.\nHuman:\nHi\nAssistant:\nHello</s>Human:\nWho?\nAssistant:\n"
     assert lm.tok_encode(text).count(lm.ready.tokenizer.eos_id) == 1
     open_end = lm.apply_chat_template([*history, {"role": "assistant", "content": "I am"}], add_generation_prompt=False)
-    assert open_end.endswith("Assistant:\nI am")
+    assert lm.shown(open_end).endswith("Assistant:\nI am")
+    # The prompt's newline is not scored with the answer.
+    [pair] = encode_pairs([(text, "Me")], lm.tok_encode, lm.prefix_token_id)
+    assert (pair.context, pair.continuation) == (lm.tok_encode(text), lm.tok_encode("Me"))
 
 
 def test_answers_are_kept_for_these_weights_and_settings_alone(folder, tmp_path):
     first = TransNormerLM(folder, device="cpu", cache_dir=tmp_path)
     answers = first.loglikelihood(PAIRS)
     notes = []
-    again = TransNormerLM(folder, device="cpu", cache_dir=tmp_path, note=notes.append)
+    again = TransNormerLM(folder, device="cpu", cache_dir=tmp_path, log=notes.append)
     again.scorer.score = None  # nothing is left to compute
     assert again.loglikelihood(PAIRS) == answers and again.num_cached == len(PAIRS)
     assert notes == [f"loglikelihood: {len(PAIRS)} of {len(PAIRS)} answers are in the cache, 0 are left"]
@@ -175,10 +179,10 @@ def test_counts_are_those_of_all_ranks(folder, monkeypatch):
         "requests_from_cache": 1,
     }
     monkeypatch.setattr(lm, "gather_object", lambda mine: [mine, other])
-    found = evaluate(lm, load_tasks(choose(["piqa"], None, print), None, False, print), Settings(limit=1))["tnllm"]
+    result = evaluate(lm, load_tasks(choose(["piqa"], None, print), None, False, print), Settings(limit=1))["tnllm"]
     own = lm.counts()
-    assert own["requests"] == 2 and found["longest_tokens"] == 9999
-    assert all(found[name] == own[name] + other[name] for name in own if name != "longest_tokens")
+    assert own["requests"] == 2 and result["longest_tokens"] == 9999
+    assert all(result[name] == own[name] + other[name] for name in own if name != "longest_tokens")
 
 
 def test_request_files_give_the_same_scores(lm, tmp_path):
@@ -193,7 +197,7 @@ def test_request_files_give_the_same_scores(lm, tmp_path):
     mmlu = bench_sharing(lm.ready.model, again, questions=10, plain=False)
     assert mmlu["ways"][0]["accuracy"] == pytest.approx(harness["results"]["mmlu"]["acc,none"])
     (tmp_path / "bad.xz").write_bytes(b"no")
-    with pytest.raises(UserError, match="no file of requests"):
+    with pytest.raises(UserError, match="not a file of requests"):
         load_bundle(tmp_path / "bad.xz")
 
 

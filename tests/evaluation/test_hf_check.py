@@ -21,12 +21,12 @@ def sets(*names, shots=None):
 def test_both_ways_give_the_same_answers(folder):
     seen = []
     asked = sets("mmlu", "winogrande", "openbookqa", shots=2)
-    found = check_against_hf(asked, export, folder, "cpu", limit=2, report=lambda *progress: seen.append(progress))
-    mmlu, winogrande, openbookqa = found["tasks"]
-    assert [row["questions"] for row in found["tasks"]] == [10, 2, 2]
+    results = check_against_hf(asked, export, folder, "cpu", limit=2, progress=lambda *args: seen.append(args))
+    mmlu, winogrande, openbookqa = results["tasks"]
+    assert [row["questions"] for row in results["tasks"]] == [10, 2, 2]
     assert set(mmlu["metrics"]) == {"acc"} and set(openbookqa["metrics"]) == {"acc", "acc_norm"}
-    for row in found["tasks"]:
-        assert row["changed"] == [] and 0 < row["largest_difference"] < found["tolerance"] == 1e-3
+    for row in results["tasks"]:
+        assert row["changed"] == [] and 0 < row["largest_difference"] < results["tolerance"] == 1e-3
         assert all(ways["tnllm"] == ways["hf"] for ways in row["metrics"].values())
     # A header and its questions are read once here; the other way computes each question's one input, padded.
     assert 2 * mmlu["tokens"]["tnllm"] < mmlu["tokens"]["hf"]

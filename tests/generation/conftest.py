@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["The quick brown fox jumps over the lazy dog and the cat.\n", "今天天气很好，我们去公园。\n"] * 20

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm.errors import RunError, UserError
 from tnllm.generation.context import load_context, read, save_context, weights_hash
 
@@ -127,7 +127,7 @@ def test_states_of_other_models_and_other_files_are_refused(tmp_path, model):
     with pytest.raises(UserError, match=r"does not exist; write one with --state-out"):
         load_context(tmp_path / "b.state", model, "")
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="holds no state"):
+    with pytest.raises(UserError, match="is not a state file"):
         load_context(tmp_path / "weights.safetensors", model, "")
     (tmp_path / "text").write_text("no tensors here")
     with pytest.raises(RunError, match="damaged"):

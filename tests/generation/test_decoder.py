@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm.errors import RunError, UserError
 from tnllm.generation import decoder
 from tnllm.generation.context import load_context, read, save_context, weights_hash
@@ -16,18 +16,18 @@ FREE = {"ignore_eos": True}
 
 def results(model, tokenizer, prompts, params, **more):
     """Results by (prompt, sample); each is checked against its pieces."""
-    texts, tokens, found = {}, {}, {}
+    texts, tokens, results = {}, {}, {}
     for event in generate(model, tokenizer, prompts, params, **more):
         key = event.index, event.sample
-        assert key not in found
+        assert key not in results
         if isinstance(event, Piece):
             texts[key] = texts.get(key, "") + event.text
             tokens.setdefault(key, []).append(event.token)
         else:
             assert event.text == texts.get(key, "")
             assert event.tokens == tokens.get(key, [])
-            found[key] = event
-    return found
+            results[key] = event
+    return results
 
 
 def one(model, tokenizer, prompt, params, **more) -> Result:
@@ -150,14 +150,14 @@ def test_continuing_a_saved_context_equals_never_stopping(tmp_path, tokenizer, k
     penalized = {"seed": 3, "repetition_penalty": 1.2, "temperature": 0.9, **FREE}
     whole = one(model, tokenizer, PROMPTS[1], SamplingParams(max_tokens=40, **penalized))
     context, prompt, tokens, text = None, PROMPTS[1], [], ""
-    for place in range(4):
+    for index in range(4):
         params = SamplingParams(max_tokens=10, **penalized)
         part = one(model, tokenizer, prompt, params, contexts=[context], keep_contexts=True)
         tokens += part.tokens
         text += part.text
         assert part.context.num_tokens == len(tokenizer.encode(PROMPTS[1])) + len(tokens)
-        save_context(tmp_path / f"{place}.state", part.context, weights)
-        context, prompt = load_context(tmp_path / f"{place}.state", model, weights), ""
+        save_context(tmp_path / f"{index}.state", part.context, weights)
+        context, prompt = load_context(tmp_path / f"{index}.state", model, weights), ""
     assert tokens == whole.tokens
     assert text == whole.text
 
@@ -258,7 +258,9 @@ def test_faults_of_the_caller(model, tokenizer):
         generate_text(model, tokenizer, "a", temperature=-1)
     with pytest.raises(UserError, match="n is 2; generate_text gives one text"):
         generate_text(model, tokenizer, "a", n=2)
-    with pytest.raises(UserError, match="the tokenizer has 340 tokens, the model 100; they do not belong together"):
+    with pytest.raises(
+        UserError, match=r"has 340 pieces, more than model\.vocab_size 100; they do not belong together"
+    ):
         generate(small_model(vocab_size=100), tokenizer, ["a"])
 
 
@@ -269,13 +271,13 @@ def test_an_empty_prompt_starts_from_the_begin_token(model, tokenizer):
 
 
 def test_rows_of_a_captured_step_end_one_by_one(model, tokenizer, monkeypatch):
-    """A captured step keeps its batch until half of it has ended; nobody may notice."""
+    """A captured step keeps its batch until half of its rows have ended; the texts stay the same."""
     params = [SamplingParams(seed=row, max_tokens=length, **FREE) for row, length in enumerate((5, 40, 12, 23))]
     plain = results(model, tokenizer, PROMPTS, params)
     batches = []
 
     class FakeCapture:
-        likeliest = None
+        top_token = None
 
         def __init__(self, model, state, num_choices):
             self.step = lambda tokens: model.step(tokens, state)
@@ -296,7 +298,7 @@ def test_rows_of_a_captured_step_end_one_by_one(model, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"logprobs": 2}, {"repetition_penalty": 1.3}, {"temperature": 0.5, "seed": 1}])
 def test_a_captured_step_may_choose_the_token(model, tokenizer, monkeypatch, options):
-    """Only the likeliest token: any other wish is for the sampler."""
+    """Only the argmax: every other option needs the sampler."""
     params = [SamplingParams(**{"temperature": 0.0, "max_tokens": 20, **options})]
     plain = results(model, tokenizer, PROMPTS[:1], params)
     calls = []
@@ -304,16 +306,16 @@ def test_a_captured_step_may_choose_the_token(model, tokenizer, monkeypatch, opt
     class FakeCapture:
         def __init__(self, model, state, num_choices):
             self.model, self.state, self.num_choices = model, state, num_choices
-            self.likeliest, self.logits = torch.zeros(1, dtype=torch.int64), None
+            self.top_token, self.logits = torch.zeros(1, dtype=torch.int64), None
 
         @property
-        def top(self):
+        def top_logit(self):
             calls.append(self.state.position)
             return self.logits.amax(dim=-1)
 
         def __call__(self, tokens):
             self.logits = self.model.step(tokens, self.state)
-            self.likeliest.copy_(self.logits[:, : self.num_choices].argmax(dim=-1))
+            self.top_token.copy_(self.logits[:, : self.num_choices].argmax(dim=-1))
             return self.logits
 
     monkeypatch.setattr(decoder, "CapturedStep", FakeCapture)
@@ -335,7 +337,7 @@ def test_a_captured_step_equals_a_plain_one(tokenizer, monkeypatch, dtype):
     plain = results(model, tokenizer, PROMPTS, params, sync_every=1)
     for key, result in plain.items():
         assert captured[key].tokens == again[key].tokens
-        # One kernel for the whole step rounds activations at other places than the model's: in bf16 that shows.
+        # One kernel for the whole step rounds activations at other points than the model's: in bf16 that shows.
         assert dtype == torch.bfloat16 or captured[key].tokens == result.tokens
 
 

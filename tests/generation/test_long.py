@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from tests.generation.small_models import small_model
+from tests.small_models import small_model
 from tnllm.generation.context import read
 from tnllm.kernels.lightning_attention import lightning_attention_step
 

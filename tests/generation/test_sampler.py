@@ -11,11 +11,11 @@ from tnllm.errors import UserError
 from tnllm.generation.sampler import (
     Options,
     SamplingParams,
-    choose,
     gumbel,
-    keep_likeliest,
+    keep_most_likely,
     log_probabilities,
     penalize,
+    sample_ids,
 )
 
 V = 50
@@ -32,7 +32,9 @@ def options(*params, seeds=None):
 def kept(row, top_k=0, top_p=1.0, min_p=0.0):
     """Ids that survive the filters."""
     columns = options(SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p))
-    return keep_likeliest(row[None], columns.top_k, columns.top_p, columns.min_p)[0].isfinite().nonzero()[:, 0].tolist()
+    return (
+        keep_most_likely(row[None], columns.top_k, columns.top_p, columns.min_p)[0].isfinite().nonzero()[:, 0].tolist()
+    )
 
 
 def filtered_by_hand(row, top_k, top_p, min_p):
@@ -63,7 +65,7 @@ def test_filters_at_their_edges():
     assert kept(row) == [0, 1, 2, 3]
     assert kept(row, top_k=1) == [1], "of equal logits the first id ranks first"
     assert kept(row, top_k=100) == [0, 1, 2, 3]
-    assert kept(row, top_p=1e-9) == [1], "the likeliest always stays"
+    assert kept(row, top_p=1e-9) == [1], "the top token always stays"
     assert kept(row, min_p=1.0) == [1, 2]
     assert kept(torch.tensor([0.0, -math.inf, 0.0])) == [0, 2]
 
@@ -73,7 +75,7 @@ def test_draws_follow_the_distribution():
     count = 40_000
     for seeds, positions in ([7] * count, torch.arange(count)), (list(range(count)), torch.zeros(count).long()):
         columns = options(*[SamplingParams()] * count, seeds=seeds)
-        tokens = choose(p.log().expand(count, -1), columns, positions)
+        tokens = sample_ids(p.log().expand(count, -1), columns, positions)
         observed = torch.bincount(tokens, minlength=4)
         chi2 = ((observed - count * p) ** 2 / (count * p)).sum()
         assert chi2 < 16.3, "chi-square with 3 degrees of freedom exceeds this once in 1000 seeds; these are fixed"
@@ -132,28 +134,28 @@ def test_a_row_is_drawn_as_if_alone(params, seed):
     rows = logits(len(params), seed)
     positions = torch.arange(len(params)) * 17 + seed
     counts = torch.randint(0, 3, rows.shape, generator=torch.Generator().manual_seed(seed))
-    together = choose(rows, options(*params), positions, counts > 0, counts)
+    together = sample_ids(rows, options(*params), positions, counts > 0, counts)
     for i, row in enumerate(params):
         here = slice(i, i + 1)
-        alone = choose(rows[here], options(row), positions[here], counts[here] > 0, counts[here])
+        alone = sample_ids(rows[here], options(row), positions[here], counts[here] > 0, counts[here])
         assert alone[0] == together[i]
 
 
 def test_greedy_takes_the_maximum_whatever_the_rest():
     rows = logits()
     for params in SamplingParams(temperature=0), SamplingParams(temperature=0, top_k=3), SamplingParams(top_k=1):
-        assert choose(rows, options(*[params] * 4), torch.arange(4)).equal(rows.argmax(-1))
+        assert sample_ids(rows, options(*[params] * 4), torch.arange(4)).equal(rows.argmax(-1))
 
 
 def test_tiny_temperatures_are_greedy():
     rows = 1e4 * logits()
-    tokens = choose(rows, options(*[SamplingParams(temperature=1e-38, top_p=0.9)] * 4), torch.arange(4))
+    tokens = sample_ids(rows, options(*[SamplingParams(temperature=1e-38, top_p=0.9)] * 4), torch.arange(4))
     assert tokens.equal(rows.argmax(-1))
 
 
 def test_nothing_outside_the_filters_is_drawn():
     rows = torch.zeros(1, V).expand(2000, V)
-    tokens = choose(rows, options(*[SamplingParams(temperature=50.0, top_k=2)] * 2000), torch.arange(2000))
+    tokens = sample_ids(rows, options(*[SamplingParams(temperature=50.0, top_k=2)] * 2000), torch.arange(2000))
     assert set(tokens.tolist()) == {0, 1}
 
 
@@ -171,7 +173,7 @@ def test_the_input_is_not_changed():
     before = rows.clone()
     params = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=2.0, presence_penalty=1)
     counts = torch.ones(4, V, dtype=torch.int32)
-    choose(rows, options(*[params] * 4), torch.arange(4), counts > 0, counts)
+    sample_ids(rows, options(*[params] * 4), torch.arange(4), counts > 0, counts)
     log_probabilities(rows, torch.zeros(4).long(), 2)
     assert rows.equal(before)
 
@@ -211,7 +213,7 @@ def test_log_probabilities():
         ({"stop": ["a", ""]}, "stop is ['a', '']; allowed: strings that are not empty"),
         ({"stop": 3}, "stop is 3; allowed: strings that are not empty"),
         ({"ignore_eos": 1}, "ignore_eos is 1; allowed: true, false"),
-        ({"temprature": 1}, "'temprature' is no sampling option"),
+        ({"temprature": 1}, "'temprature' is not a sampling option"),
     ],
 )
 def test_a_bad_option_gets_one_line(values, message):

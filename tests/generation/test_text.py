@@ -10,9 +10,9 @@ from tnllm.generation.text import StopFinder, TextStream
 def cut_by_hand(text, stops):
     """Scan character by character: the text before the first stop string to be complete, the longer one of two."""
     for end in range(1, len(text) + 1):
-        found = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: min(found)], True
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)], True
     return text, False
 
 

@@ -1,7 +1,7 @@
 """Compile every kernel for a compute capability, with no GPU: `python compile_without_gpu.py 90`.
 
-Triton's interpreter runs kernels as Python, so it sees neither the types of their variables nor what instructions a GPU
-has. Here the launches run on CPU tensors, up to where the compiled kernel would start. Prints the name of each.
+Triton's interpreter runs kernels as Python, so it checks neither the types of variables nor the instructions of a GPU. Here
+the launch functions run on CPU tensors up to the start of the compiled kernel. Prints the name of each kernel.
 """
 
 import os
@@ -16,10 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tnllm.generation.graph import persistent_step
-from tnllm.kernels.fused import decode, decode_rows, gate, glu, lrpe, norm, softmax
+from tnllm.kernels import gated_attention_triton as gate
+from tnllm.kernels import glu_triton as glu
+from tnllm.kernels import linear_cross_entropy_triton as softmax
+from tnllm.kernels import lrpe_triton as lrpe
+from tnllm.kernels import srms_norm_triton as norm
+from tnllm.kernels.decode_step import common, narrow, wide
 from tnllm.kernels.lightning_attention import launch, step
 from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.decode_step import persistent_step
 from tnllm.modeling.model import build_model
 
 CAPABILITY = int(sys.argv[1])
@@ -27,7 +32,7 @@ HOPPER = CAPABILITY >= 90
 
 
 class NoGpu:
-    """What Triton asks of a driver before it launches."""
+    """The methods of a driver that Triton calls before a launch."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", CAPABILITY, 32)
@@ -46,7 +51,7 @@ def compile_only(kernel: JITFunction, *args: Any, run: Any = JITFunction.run, **
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, state: bool = False, packed: bool = False) -> None:
-    """Forward and backward, and what a slice leaves in the state."""
+    """Forward, backward, and the state of a slice."""
     _, T, H, D = q.shape
     lengths = torch.tensor([0, T // 3, T], dtype=torch.int32) if packed else None
     states = torch.zeros(2, 2 if packed else 1, H, D, v.shape[-1]) if state else (None, None)
@@ -57,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, state: bool = False, packed: bool
 
 
 def all_attention() -> None:
-    q, k, v = torch.zeros(3, 1, 8192, 1, 128, dtype=torch.bfloat16)  # one head: cut in segments
+    q, k, v = torch.zeros(3, 1, 8192, 1, 128, dtype=torch.bfloat16)  # one head: several splits
     attention(q, k, v)
     attention(q[:, :1000], k[:, :1000], v[:, :1000], state=True)
     q, v = torch.zeros(1, 1000, 2, 192), torch.zeros(1, 1000, 2, 64)
@@ -85,7 +90,7 @@ def all_fused() -> None:
 
 
 def all_decoding() -> None:
-    for width in (1024, 2560):  # a row kernel, and the one of wide models
+    for width in (1024, 2560):  # the narrow kernel, and the wide one
         config = ModelConfig(vocab_size=500, num_layers=1, model_dim=width, num_heads=width // 128, glu_dim=2048)
         model = build_model(config, "cpu", seed=0).bfloat16()
         _, state = model(torch.zeros(1, 3, dtype=torch.int64))
@@ -94,8 +99,8 @@ def all_decoding() -> None:
 
 driver.set_active(NoGpu())
 JITFunction.run = compile_only
-decode.num_programs = decode_rows.num_programs = lambda device: 132
-decode.can_ask = decode_rows.can_ask = lambda device: HOPPER
+wide.num_programs = narrow.num_programs = lambda device: 132
+common.has_bulk_prefetch = lambda device: HOPPER
 launch._device = lambda x: launch.Device(4, 232448 if HOPPER else 166912, has_tma=HOPPER)
 all_attention()
 all_fused()

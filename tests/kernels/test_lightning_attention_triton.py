@@ -45,8 +45,8 @@ def check(args, tolerance=None):
 
 
 @pytest.fixture
-def short_segments(monkeypatch):
-    """Cut even short texts in segments of 128 tokens, each of two pieces."""
+def short_splits(monkeypatch):
+    """Split even short texts every 128 tokens, with two sub-splits each."""
     monkeypatch.setattr(launch, "plan", lambda T, *_: launch.Plan(128, 64) if T > 128 else launch.Plan(T, T))
 
 
@@ -68,18 +68,18 @@ def test_head_dims(D, E):
 
 
 def check_state(args, reverse):
-    """What a rank tells the others of its tokens: the final state alone, or the gradient of the first."""
+    """What sequence ranks exchange: the final state of a slice, or the gradient of its initial state."""
     do, _, q, k, v, log_decay, *_ = args
     a, b = (q, do) if reverse else (k, v)
     T = a.shape[1]
     distance = torch.arange(T)[:, None] + 1 if reverse else T - 1 - torch.arange(T)[:, None]
     weight = (log_decay.cpu().double() * distance).exp()[..., None].to(DEVICE)
     exact = torch.einsum("bthd,bthe->bhde", a.double() * weight, b.double())
-    found = launch.triton_state(a, b, log_decay, reverse)
-    assert float((found.double() - exact).norm() / exact.norm()) <= TOLERANCE[a.dtype]
+    state = launch.triton_state(a, b, log_decay, reverse)
+    assert float((state.double() - exact).norm() / exact.norm()) <= TOLERANCE[a.dtype]
 
 
-@pytest.mark.parametrize("T", [1, 64, 65, 600, 1040])  # 1040: four pieces, the first of 272 tokens
+@pytest.mark.parametrize("T", [1, 64, 65, 600, 1040])  # 1040: four sub-splits, the first of 272 tokens
 @pytest.mark.parametrize("reverse", [False, True])
 def test_state_of_a_slice(T, reverse):
     check_state(make(1, T, 5, 32, 64, torch.float32), reverse)
@@ -90,7 +90,7 @@ def test_half_precision():
 
 
 @pytest.mark.parametrize("with_state", [False, True])
-def test_segments(short_segments, with_state):
+def test_splits(short_splits, with_state):
     check(make(1, 290, 2, 32, 32, torch.float32, with_state=with_state))
 
 
@@ -100,15 +100,15 @@ def test_segments(short_segments, with_state):
     [[0, 0, 3, 67, 0, 58, 22, 0, 150, 0, 0], [290, 10], [128, 128, 44]],
     ids=["odd", "long", "aligned"],
 )
-def test_packed_segments(short_segments, lengths, with_state):
+def test_packed_splits(short_splits, lengths, with_state):
     check(make(1, sum(lengths), 1, 32, 32, torch.float32, lengths, with_state))
 
 
-def test_packed_with_different_head_dims(short_segments):
+def test_packed_with_different_head_dims(short_splits):
     check(make(1, 200, 1, 32, 64, torch.float32, [70, 0, 130]))
 
 
-def test_fast_heads_leave_out_only_what_decayed_to_nothing(short_segments):
+def test_fast_decaying_heads_skip_only_negligible_terms(short_splits):
     args = make(1, 290, 2, 32, 32, torch.float32, with_state=False)
     args[5][:] = torch.tensor([-30.0, -0.84])
     check(args)
@@ -146,10 +146,10 @@ def test_step(D, E):
 @pytest.mark.parametrize("num_sms", [4, 30, 132])
 @pytest.mark.parametrize("num_programs", [1, 16, 64, 131, 133, 256, 4000])
 @pytest.mark.parametrize("T", [1, 100, 4096, 65537, 2**20])
-def test_every_plan_covers_the_text_in_whole_chunks(T, num_programs, num_sms):
-    cut = launch.plan(T, num_programs, num_sms, 64)
-    assert cut.segment == cut.piece == T or (cut.segment % cut.piece == 0 and cut.piece % 64 == 0)
-    assert -(-T // cut.segment) * num_programs <= max(num_programs, 4 * num_sms)
+def test_every_plan_covers_all_tokens_in_full_chunks(T, num_programs, num_sms):
+    plan = launch.plan(T, num_programs, num_sms, 64)
+    assert plan.split == plan.sub_split == T or (plan.split % plan.sub_split == 0 and plan.sub_split % 64 == 0)
+    assert -(-T // plan.split) * num_programs <= max(num_programs, 4 * num_sms)
 
 
 def test_small_gpus_get_a_shallower_pipeline_or_a_clear_error():
@@ -185,7 +185,7 @@ def test_large_shapes(B, T, H):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("T", [8192, 30001])  # 30001: the first piece is shorter
+@pytest.mark.parametrize("T", [8192, 30001])  # 30001: the first sub-split is shorter
 def test_state_of_a_long_slice(T, reverse):
     check_state(make(2, T, 6, 128, 128, torch.bfloat16), reverse)
 
@@ -210,16 +210,16 @@ def test_offsets_beyond_32_bits(layout):
     else:
         q, k, v, _ = torch.randn(1, T, 32, D, device="cuda", dtype=torch.bfloat16).chunk(4, dim=2)
     do = torch.randn(q.shape, device="cuda", dtype=torch.bfloat16)
-    g = torch.full((q.shape[2],), -1.0, device="cuda")  # forgets fast: the end alone checks the whole
+    g = torch.full((q.shape[2],), -1.0, device="cuda")  # decays fast, so the end of the row can be checked alone
 
     def run(do, q, k, v):
         o, final = launch.triton_forward(q, k, v, g, None, None)
         return final, o, *launch.triton_backward(do, None, q, k, v, g, None, None)[:3]
 
-    final, *whole = run(do, q, k, v)
+    final, *full = run(do, q, k, v)
     final_end, *end = run(*(x[:, -1000:].contiguous() for x in (do, q, k, v)))
     # Chunks begin elsewhere, so the same sums are rounded in another order.
-    for a, b in ((final, final_end), *((a[:, -900:], b[:, -900:]) for a, b in zip(whole, end, strict=True))):
+    for a, b in ((final, final_end), *((a[:, -900:], b[:, -900:]) for a, b in zip(full, end, strict=True))):
         assert float((a - b).float().norm() / b.float().norm()) < TOLERANCE[torch.bfloat16]
 
 
@@ -242,7 +242,7 @@ def test_compiled_module_trains_and_steps():
             assert float((a - b).norm() / b.norm()) < 1e-5
     state = torch.zeros(2, 4, 64, 64, device="cuda")
     steps = [lightning_attention_step(q[:, t], k[:, t], v[:, t], g, state) for t in range(5)]
-    whole, final = lightning_attention(q[:, :5], k[:, :5], v[:, :5], g)
+    full, final = lightning_attention(q[:, :5], k[:, :5], v[:, :5], g)
     # fp32 with tf32x3 products against exact ones.
-    torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(steps, 1), full, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)

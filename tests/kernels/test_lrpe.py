@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from tnllm.kernels.fused import lrpe as kernels
+from tnllm.kernels import lrpe_triton as kernels
 from tnllm.kernels.lrpe import _backward, _forward, lrpe, lrpe_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from tnllm.kernels.fused import norm as kernels
+from tnllm.kernels import srms_norm_triton as kernels
 from tnllm.kernels.srms_norm import _backward, _forward, srms_norm, srms_norm_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -59,11 +59,11 @@ def test_decays_stay_fp32_under_every_cast():
         torch.set_default_dtype(torch.float32)
     model.to(torch.bfloat16).half().bfloat16()
     for layer, block in enumerate(model.layers):
-        held = block.token_mixer.log_decay
-        assert held.dtype == torch.float32
-        assert torch.equal(held, log_decay(config, layer))
+        kept = block.token_mixer.log_decay
+        assert kept.dtype == torch.float32
+        assert torch.equal(kept, log_decay(config, layer))
         # In bfloat16 the last layer's decays would be exactly 1.
-        assert (held.exp() < 1).all()
+        assert (kept.exp() < 1).all()
     assert model.layers[2].token_mixer.log_decay.bfloat16().exp().max() == 1
 
 
@@ -75,9 +75,9 @@ def test_theta_is_one_frequency_per_head_and_channel_and_stays_fp32():
     assert theta[31, 0, 127].item() == pytest.approx(10_000 ** (-2 * 4095 / 4096), rel=1e-6)
     assert (theta < 1e-4).float().mean().item() == pytest.approx(0.5, abs=1e-3)
     model = build_model(get_preset("tiny"), dtype=torch.bfloat16, seed=0).to(torch.bfloat16)
-    held = model.layers[0].token_mixer.lrpe.theta
-    assert held.dtype == torch.float32
-    assert torch.equal(held, initial_theta(model.config))
+    theta = model.layers[0].token_mixer.lrpe.theta
+    assert theta.dtype == torch.float32
+    assert torch.equal(theta, initial_theta(model.config))
     assert model.layers[1].token_mixer.lrpe is None
     assert math.isclose(model.double().layers[0].token_mixer.lrpe.theta[0, 0, 1].item(), theta_at(model.config, 1))
 

@@ -128,7 +128,7 @@ def test_rank_stabilised_scale(tmp_path):
     [
         ({"peft_type": "IA3"}, UserError, "peft_type is 'IA3'; allowed: LORA"),
         ({"use_dora": True}, UserError, "use_dora is True, which is not supported"),
-        ("no config", UserError, "has no adapter_config.json; give an adapter's folder"),
+        ("no config", UserError, "adapter_config.json does not exist; give an adapter's folder"),
         ("no weights", UserError, "adapter_model.safetensors is missing"),
         ("damaged", RunError, "is damaged"),
         (
@@ -136,7 +136,7 @@ def test_rank_stabilised_scale(tmp_path):
             UserError,
             "does not fit: its layers.0.channel_mixer.l1 is not one of this model's projections",
         ),
-        ("other key", UserError, "holds 'lora_embedding', which is no LoRA matrix"),
+        ("other key", UserError, "holds 'lora_embedding', which is not a LoRA matrix"),
     ],
     ids=str,
 )
@@ -156,9 +156,9 @@ def test_adapters_that_are_none(tmp_path, change, error, message):
         model = build_model(get_preset("tiny", **{**SMALL, "glu_dim": 64}), seed=0)
     else:
         save_file({"lora_embedding": torch.zeros(2)}, weights)
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as caught:
         merge_adapter(model, tmp_path)
-    assert message in str(found.value)
+    assert message in str(caught.value)
 
 
 def test_saved_merged_weights_are_a_plain_model(tmp_path):

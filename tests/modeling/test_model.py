@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.modeling.official import forward as official_forward
 from tnllm.errors import UserError
 from tnllm.modeling.config import LoraConfig, get_preset
-from tnllm.modeling.hf_names import official_keys, to_official
+from tnllm.modeling.hf_names import HEAD, to_official
 from tnllm.modeling.layers import GLU
 from tnllm.modeling.lora import add_lora
 from tnllm.modeling.model import build_model
@@ -66,7 +66,7 @@ def test_equals_the_released_forward(name):
 
 def test_keys_are_five_per_layer_and_three():
     model = small("v1")
-    keys = official_keys(model.config, model.state_dict())
+    keys = [*map(to_official, model.state_dict()), HEAD]  # released files list the tied head
     assert len(keys) == len(set(keys)) == 5 * model.config.num_layers + 3
     assert {"model.embed_tokens.weight", "model.layers.0.token_mixer.lrpe.theta", "lm_head.weight"} <= set(keys)
     assert tuple(model.state_dict()["layers.0.token_mixer.lrpe.theta"].shape) == (4, 1, 16)
@@ -77,12 +77,12 @@ def test_keys_are_five_per_layer_and_three():
 @torch.no_grad()
 def test_any_split_gives_the_same_logits_and_state(name):
     model, tokens = small(name), text(2, 40)
-    whole, end = model(tokens)
+    full, end = model(tokens)
     state, parts = None, []
     for piece in tokens.split([1, 17, 2, 19, 1], dim=1):
         logits, state = model(piece, state)
         parts.append(logits)
-    close(torch.cat(parts, 1), whole)
+    close(torch.cat(parts, 1), full)
     assert state.position.tolist() == [40, 40]
     if name != "transformer":
         for ours, theirs in zip(state.layers, end.layers, strict=True):
@@ -93,11 +93,11 @@ def test_any_split_gives_the_same_logits_and_state(name):
 @torch.no_grad()
 def test_steps_equal_the_full_forward(name):
     model, tokens = small(name), text(3, 30)
-    whole, _ = model(tokens)
+    full, _ = model(tokens)
     _, state = model(tokens[:, :11])
     kept = state.clone()
-    for place in range(11, 30):
-        close(model.step(tokens[:, place], state), whole[:, place])
+    for index in range(11, 30):
+        close(model.step(tokens[:, index], state), full[:, index])
     assert state.position.tolist() == [30] * 3
     # Forward never changes the state it is given.
     before = kept.clone()
@@ -219,12 +219,12 @@ def test_both_halves_of_the_glu_in_one_product(name, mode, monkeypatch):
     products = model.blocks[0].num_products
     model.zero_grad()
     add_lora(adapted := small(name), LoraConfig(rank=2, targets=("l2",)))
-    assert not model.blocks[0].channel_mixer.joins
+    assert not model.blocks[0].channel_mixer.fuses_up_projections
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    assert model.blocks[0].channel_mixer.joins and model.blocks[0].num_products == products - 1
-    assert not adapted.blocks[0].channel_mixer.joins
+    assert model.blocks[0].channel_mixer.fuses_up_projections and model.blocks[0].num_products == products - 1
+    assert not adapted.blocks[0].channel_mixer.fuses_up_projections
     monkeypatch.undo()
-    monkeypatch.setattr(GLU, "joins", True)
+    monkeypatch.setattr(GLU, "fuses_up_projections", True)
     model.set_activation_checkpointing(mode)
     again = model.loss(tokens, tokens)
     again.backward()
@@ -262,13 +262,13 @@ def test_a_seed_fixes_the_weights():
 def test_bfloat16_decode_agrees_with_its_own_forward():
     """Decays of late layers survive bfloat16 weights: stepping and scanning see the same ones."""
     model, tokens = small(dtype=torch.bfloat16), text(1, 200)
-    whole, _ = model(tokens)
+    full, _ = model(tokens)
     _, state = model(tokens[:, :1])
-    steps = torch.stack([model.step(tokens[:, place], state) for place in range(1, 200)], 1)
-    assert whole.dtype == steps.dtype == torch.float32
-    # bfloat16 rounds activations to 8 bits (4e-3) in every layer; both paths round at the same places but sum
+    steps = torch.stack([model.step(tokens[:, index], state) for index in range(1, 200)], 1)
+    assert full.dtype == steps.dtype == torch.float32
+    # bfloat16 rounds activations to 8 bits (4e-3) in every layer; both paths round at the same points but sum
     # in another order.
-    error = (steps - whole[:, 1:]).norm() / whole.norm()
+    error = (steps - full[:, 1:]).norm() / full.norm()
     assert error < 2e-2
 
 

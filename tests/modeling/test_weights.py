@@ -1,4 +1,4 @@
-"""Weights folders: written whole, read back exactly, damaged ones named."""
+"""Weights folders: written completely or not at all, read back exactly, damaged ones named."""
 
 import json
 
@@ -62,6 +62,8 @@ def damage(folder, how):
         (folder / "config.json").write_text(json.dumps(values))
     elif how == "json":
         (folder / "config.json").write_text("{")
+    elif how == "other":
+        (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,8 @@ def damage(folder, how):
         ("missing", UserError, "model.safetensors is missing"),
         ("config", RunError, "lacks 5 tensors, first 'layers.2"),
         ("shape", RunError, r"config.json says \[49, 32\]"),
-        ("json", UserError, "is not a tnllm config"),
+        ("json", UserError, "config.json is not JSON"),
+        ("other", UserError, "is not a tnllm config"),
     ],
 )
 def test_damaged_folders_are_named(tmp_path, model, how, error, message):
@@ -91,7 +94,7 @@ def test_an_index_cannot_point_elsewhere(tmp_path, model):
 
 
 def test_no_model_there(tmp_path):
-    with pytest.raises(UserError, match="is no folder; give a run folder or a weights folder"):
+    with pytest.raises(UserError, match="is not a folder; give a run folder or a weights folder"):
         resolve_model(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds neither"):
         resolve_model(tmp_path)

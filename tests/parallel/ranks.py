@@ -1,6 +1,6 @@
 """What four processes do for test_meshes.py: every mesh trains as one process does, and reads what another wrote.
 
-found = run_all(folder)      # by rank, then by case
+results = run_all(folder)      # by rank, then by case
 """
 
 import json
@@ -17,12 +17,12 @@ from tnllm.modeling.model import build_model
 from tnllm.modeling.weights import load_model
 from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
 from tnllm.parallel.parallelize import ShardedModel, parallelize
-from tnllm.parallel.ranks import ManyRanks
-from tnllm.parallel.sequence import cut
+from tnllm.parallel.ranks import Distributed
+from tnllm.parallel.sequence import shard_sequence
 from tnllm.training.checkpoint import Saver, TrainState, load_checkpoint
 from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, make_optimizer
-from tnllm.training.setup import fill_parts
+from tnllm.training.run_model import fill_shards
 from tnllm.training.sharded import ShardedSaver, load_sharded
 
 STEPS = 10
@@ -51,9 +51,9 @@ CASES = {
     "replicate 2 x fsdp 2, adapter": (4, (2, 2, 1, 1), {}, False, "none"),
     "fsdp 2 x sp 2, adapter": (4, (1, 2, 2, 1), {}, False, "none"),
 }
-# Three rows of A on two ranks and on four: parts differ, and one is empty.
+# Three rows of A on two ranks and on four: shards differ in size, and one is empty.
 ADAPTER = LoraConfig(rank=3, alpha=6)
-# Each group of processes meets at an address of its own.
+# Each group of processes has a rendezvous port of its own.
 HAND_OVER = [f"hand over {number}" for number in range(4)]
 
 
@@ -62,7 +62,7 @@ def model_config(choices: dict) -> ModelConfig:
 
 
 def batch(step: int, packed: bool, rank: int = 0, size: int = 1):
-    """Part `rank` of `size` of a step's four rows of 48; or all 192 tokens packed, one document covering a slice."""
+    """Shard `rank` of `size` of a step's four rows of 48; or all 192 tokens packed, one document covering a slice."""
     text = (torch.arange(193) + 7 * step) ** 2 % 61
     tokens, labels = text[:-1].view(4, 48), text[1:].view(4, 48).clone()
     cu_seqlens = torch.tensor([0, 7, 40, 40, 110, 111, 190, 192, 192], dtype=torch.int32)
@@ -102,7 +102,7 @@ class Together:
     def __init__(
         self, config: ModelConfig, packed: bool, mesh: Mesh, checkpointing: str = "none", lora: LoraConfig | None = None
     ) -> None:
-        self.mesh, self.packed, self.ranks = mesh, packed, ManyRanks(mesh)
+        self.mesh, self.packed, self.ranks = mesh, packed, Distributed(mesh)
         model = build_model(config, "meta")
         if lora is not None:
             add_lora(model, lora)
@@ -112,27 +112,26 @@ class Together:
 
     def step(self, step: int) -> tuple[float, float]:
         mine = batch(step, self.packed, self.mesh.data_rank, self.mesh.data_size)
-        piece = cut(*mine, self.mesh.place["sequence"], self.mesh.sizes["sequence"])
-        loss = self.sharded.model.loss(*piece) / counted(step, self.packed)
+        local_batch = shard_sequence(*mine, self.mesh.index["sequence"], self.mesh.sizes["sequence"])
+        loss = self.sharded.model.loss(*local_batch) / counted(step, self.packed)
         loss.backward()
         total = self.ranks.sum_loss(loss.detach())
-        norm = self.sharded.reduce()
+        norm = self.sharded.reduce_gradients()
         self.gradients = {name: p.grad.clone() for name, p in self.sharded.named_parameters() if p.requires_grad}
         clip_and_step(self.sharded, self.optimizer, 1e-2, 1.0, total, norm)
         return total.item(), norm.item()
 
 
-def difference(parts: dict, sharded: ShardedModel, whole: dict) -> float:
-    """The largest relative difference of any parameter's part from the same part of the whole."""
+def difference(local: dict, sharded: ShardedModel, full: dict) -> float:
+    """The largest relative difference of any parameter's shard from the same elements of the full one."""
     worst = 0.0
-    for name in whole:
-        part = sharded.parts[name]
-        for mine, slices in part.layout.pieces():
-            if not parts[name][mine].any() and not whole[name].any():
+    for name in full:
+        for mine, slices in sharded.shards[name].layout.slices():
+            if not local[name][mine].any() and not full[name].any():
                 continue  # an adapter's A has no gradient before its B has a value
-            # Against the whole tensor's size: a part may hold next to nothing.
-            scale = whole[name].norm() * (parts[name][mine].numel() / whole[name].numel()) ** 0.5
-            worst = max(worst, float((parts[name][mine] - whole[name][slices]).norm() / scale))
+            # Relative to the full tensor's size: a shard may be nearly zero.
+            scale = full[name].norm() * (local[name][mine].numel() / full[name].numel()) ** 0.5
+            worst = max(worst, float((local[name][mine] - full[name][slices]).norm() / scale))
     return worst
 
 
@@ -160,7 +159,7 @@ def compare(name: str) -> dict:
     return {"rows": rows, "gradient": first, "started": started, "weights": last, "kept": kept}
 
 
-def whole_weights(folder: Path) -> dict[str, torch.Tensor]:
+def full_weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_model(folder).state_dict())
 
 
@@ -182,9 +181,9 @@ def hand_over(folder: Path, ports: list[int]) -> dict:
         saver = ShardedSaver(folder, keep=2, background=True, tokenizer=None, sharded=run.sharded)
         saver.save(state, run.sharded, run.optimizer)
         saver.wait()
-        whole = whole_weights(folder)
-        parts = {name: p.detach() for name, p in run.sharded.named_parameters()}
-        same = difference(parts, run.sharded, whole)
+        full = full_weights(folder)
+        local = {name: p.detach() for name, p in run.sharded.named_parameters()}
+        same = difference(local, run.sharded, full)
         close_mesh(mesh)
     if rank == 0:
         alone = Alone(config, False)
@@ -196,10 +195,10 @@ def hand_over(folder: Path, ports: list[int]) -> dict:
     mesh = open_mesh(1, 1, 4, 1, "cpu", timeout_s=120)
     run = Together(config, False, mesh)
     torch.distributed.barrier()
-    fill_parts(run.sharded, folder / "back/checkpoints/step-00000010")
+    fill_shards(run.sharded, folder / "back/checkpoints/step-00000010")
     started = {name: p.detach().clone() for name, p in run.sharded.named_parameters()}
     state = load_sharded(folder / "back/checkpoints/step-00000010", run.sharded, run.optimizer)
-    same += difference(started, run.sharded, whole_weights(folder / "back"))
+    same += difference(started, run.sharded, full_weights(folder / "back"))
     losses.append(run.step(9)[0])
     close_mesh(mesh)
     files = sorted(str(path.relative_to(folder)) for path in (folder / "checkpoints").glob("*/*/*"))
@@ -210,17 +209,17 @@ def rank_main(rank: int, ports: dict[str, int], folder: Path) -> None:
     """One of four processes: a member of one of two worlds of two ranks side by side, then of one world of four."""
     torch.set_num_threads(1)
     pairs, fours = ([name for name, case in CASES.items() if case[0] == size] for size in (2, 4))
-    found = {}
+    results = {}
     for name in [*pairs[rank // 2 :: 2], *fours]:
         size = CASES[name][0]
         os.environ |= {"WORLD_SIZE": str(size), "RANK": str(rank % size), "MASTER_PORT": str(ports[name])}
-        found[name] = compare(name)
-    found["hand over"] = hand_over(folder, [ports[name] for name in HAND_OVER])
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+        results[name] = compare(name)
+    results["hand over"] = hand_over(folder, [ports[name] for name in HAND_OVER])
+    (folder / f"rank-{rank}.json").write_text(json.dumps(results))
 
 
 def run_all(folder: Path) -> list[dict]:
-    """Start the four processes; what each found, by rank."""
+    """Start the four processes; their results by rank."""
     # The stores live here, so that no port can be taken between being chosen and being used.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     names = [*CASES, *HAND_OVER]

@@ -128,17 +128,17 @@ def damages(folder: Path, say: Any) -> list[dict[str, Any]]:
     from tnllm.training.checkpoint import list_checkpoints
 
     recipe = make_recipe(folder, steps=12)
-    code, shown = finish(recipe, folder / "whole", folder)
+    code, shown = finish(recipe, folder / "undisturbed", folder)
     assert code == 0, shown
-    expected = outcome(folder / "whole")
-    newest = list_checkpoints(folder / "whole")[-1]
-    files = sorted(str(path.relative_to(folder / "whole")) for path in newest.rglob("*") if path.is_file())
+    expected = outcome(folder / "undisturbed")
+    newest = list_checkpoints(folder / "undisturbed")[-1]
+    files = sorted(str(path.relative_to(folder / "undisturbed")) for path in newest.rglob("*") if path.is_file())
     cases = [(file, how) for file in [*files, "latest"] for how in ("truncated", "bit-flipped", "missing")]
     results = []
     for file, how in cases:
         out = folder / "damaged"
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(folder / "whole", out)
+        shutil.copytree(folder / "undisturbed", out)
         spoil(out / file, how)
         code, shown = finish(recipe, out, folder)
         # `latest` is for other commands; a run looks at the folders themselves.
@@ -165,9 +165,9 @@ def spoil(file: Path, how: str) -> None:
 def disks(folder: Path, say: Any) -> list[dict[str, Any]]:
     """A disk that fills up, and one that becomes read-only; both mended, the run goes on to the same end."""
     recipe = make_recipe(folder, steps=12)
-    code, shown = finish(recipe, folder / "whole", folder)
+    code, shown = finish(recipe, folder / "undisturbed", folder)
     assert code == 0, shown
-    expected = outcome(folder / "whole")
+    expected = outcome(folder / "undisturbed")
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
     if os.geteuid() != 0:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damage named, the one before takes over."""
+"""Checkpoints: complete or absent, damage reported, the previous one used instead."""
 
 import resource
 
@@ -108,7 +108,7 @@ def test_where_all_are_damaged_the_run_stops_and_says_so(tmp_path, saved):
     for file in tmp_path.rglob("state.json"):
         file.unlink()
     warnings: list[str] = []
-    with pytest.raises(RunError, match=r"no checkpoint in .* can be used; move that folder away to start anew"):
+    with pytest.raises(RunError, match=r"no checkpoint in .* can be used; move that folder away to start a new run"):
         find_checkpoint(tmp_path, "auto", warnings.append)
     assert len(warnings) == 2
 
@@ -116,7 +116,7 @@ def test_where_all_are_damaged_the_run_stops_and_says_so(tmp_path, saved):
 @pytest.mark.parametrize("how", ["truncated", "missing"])
 def test_generating_from_a_damaged_step_is_one_line(tmp_path, saved, how):
     DAMAGES[how][0](next((tmp_path / "checkpoints/step-00000002/model").glob("*.safetensors")))
-    with pytest.raises(RunError, match="is damaged or is no checkpoint of this model") as caught:
+    with pytest.raises(RunError, match="is damaged or not a checkpoint of this model") as caught:
         load_model(tmp_path / "checkpoints/step-00000002")
     assert "\n" not in str(caught.value)
 

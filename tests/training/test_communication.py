@@ -5,12 +5,12 @@ import torch
 
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
-from tnllm.parallel.sequence import cut
+from tnllm.parallel.sequence import shard_sequence
 from tnllm.parallel.traffic import Traffic
 from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig, load_recipe
-from tnllm.training.launch import config_mesh
-from tnllm.training.setup import make_outline
+from tnllm.training.mesh import config_mesh
+from tnllm.training.run_model import make_meta_model
 
 SETS = ["data.seq_len=64", "train.micro_batch_size=2", "train.global_batch_tokens=512", "model.num_layers=3"]
 SETS += ["data.packing=concat", "train.device=cpu"]
@@ -20,13 +20,13 @@ def one_pass(config: RunConfig) -> dict[str, float]:
     """Bytes by axis of forward and backward of one micro-batch as rank 0 of imaginary ranks."""
     mesh = config_mesh(config, "cpu", fake=config.world_size)
     try:
-        model = make_outline(config, low=False)
+        model = make_meta_model(config, low=False)
         sharded = parallelize(model, mesh, config.train.activation_checkpointing)
         sharded.materialize(torch.device("cpu"), seed=0)
         tokens = torch.ones(2, 64, dtype=torch.int64)
         with Traffic() as traffic:
-            model.loss(*cut(tokens, tokens, None, 0, mesh.sizes["sequence"])).backward()
-            sharded.reduce()
+            model.loss(*shard_sequence(tokens, tokens, None, 0, mesh.sizes["sequence"])).backward()
+            sharded.reduce_gradients()
         return traffic.by_axis(mesh)
     finally:
         close_mesh(mesh)

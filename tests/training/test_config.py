@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset
+from tnllm.recipe import dump_yaml, find_recipe, parse_yaml, read_header
 from tnllm.training.config import RunConfig, describe_keys, fit_rows, load_recipe
-from tnllm.training.recipes import dump_yaml, find_recipe, parse_yaml, read_header
 
 SMALL = "model:\n  preset: tiny\ndata:\n  seq_len: 64\ntrain:\n  max_steps: 200\n  global_batch_tokens: 512\n"
 
@@ -95,7 +95,7 @@ def test_sizes_in_words(recipe: Path) -> None:
                                        "train.global_batch_tokens=8K"])  # fmt: skip
     assert (config.train.max_tokens, config.train.max_steps) == (300_000_000_000, 500_000)
     assert config.total_steps == 500_000
-    assert load_recipe(str(recipe), ["train.max_tokens=1000"]).total_steps == 2  # 512 a step, the last one whole
+    assert load_recipe(str(recipe), ["train.max_tokens=1000"]).total_steps == 2  # 512 a step, rounded up
 
 
 def test_lengths_on_the_command_line_do_not_move_the_schedule(recipe: Path) -> None:
@@ -115,6 +115,11 @@ def test_scalars_follow_yaml_1_2() -> None:
         "j": "2026-01-02", "k": 0.5, "l": -3,
     }  # fmt: skip
     assert lines["l"] == 12
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:13"])
+def test_devices(recipe: Path, name: str) -> None:
+    assert load_recipe(str(recipe), [f"train.device={name}"]).train.device == name
 
 
 @pytest.mark.parametrize(("written", "meant"), [("on", "on"), ("off", "off"), ("true", "on"), ("false", "off")])
@@ -156,6 +161,8 @@ def test_data_path_forms(recipe: Path) -> None:
         ("log.tensorboard=maybe", "log.tensorboard is 'maybe': expected true or false (--set)"),
         ("tokenizer.path=3", "tokenizer.path is 3: expected a string (quote it) (--set)"),
         ("train.dtype=fp16", "train.dtype is 'fp16': input should be 'auto', 'fp32' or 'bf16' (--set)"),
+        ("train.device=tpu", "train.device is 'tpu': expected auto, cpu, cuda or cuda:N (--set)"),
+        ("train.device=cuda:x", "train.device is 'cuda:x': expected auto, cpu, cuda or cuda:N (--set)"),
         ("data.path=[]", "data.path is []: expected more items (--set)"),
         ("train.max_steps={", "--set train.max_steps:1: not YAML: "),
         ("train.max_steps", "--set is 'train.max_steps'; write section.key=value, such as train.max_steps=100"),
@@ -196,7 +203,7 @@ def test_batch_that_does_not_divide_names_its_neighbours(recipe: Path) -> None:
         ("model:\n  preset: tiny\n  num_heads: 3\n", "model: model_dim 128 must be a multiple of num_heads 3"),
     ],
 )  # fmt: skip
-def test_one_clear_line_with_the_place_in_the_file(recipe: Path, text: str, message: str) -> None:
+def test_one_clear_line_with_file_and_line(recipe: Path, text: str, message: str) -> None:
     recipe.write_text(text)
     assert fails(recipe).startswith(message.format(path=recipe))
 

@@ -92,7 +92,7 @@ def test_activations_of_the_baseline() -> None:
 
 def test_recomputation_keeps_one_residual_for_each_block() -> None:
     config = get_preset("tiny")
-    # Not kept during the forward pass but counted: the one block that is whole again in the backward pass.
+    # Not kept during the forward pass but counted: the one block that is recomputed in full in the backward pass.
     alone = activation_bytes(get_preset("tiny", num_layers=1), ROWS * LENGTH, 4)
     final = ROWS * LENGTH * (config.model_dim * 4 + 4)
     expected = activation_bytes(config, ROWS * LENGTH, 4, "full") - (alone - final)
@@ -108,18 +108,18 @@ def test_recomputation_keeps_one_residual_for_each_block() -> None:
 def test_selective_recomputation_keeps_products(choices: dict[str, str], autocast: bool) -> None:
     config = get_preset("tiny", **choices)
     tokens, item = ROWS * LENGTH, 2 if autocast else 4
-    # As above: the block that is whole again in the backward pass is counted and not yet there.
+    # As above: the block that is recomputed in full in the backward pass is counted and not yet saved.
     one = get_preset("tiny", num_layers=1, **choices)
-    whole = activation_bytes(get_preset("tiny", num_layers=1, **(choices | {"position": "lrpe-d"})), tokens, item)
+    full = activation_bytes(get_preset("tiny", num_layers=1, **(choices | {"position": "lrpe-d"})), tokens, item)
     kept = activation_bytes(config, tokens, item, "selective")
     alone = activation_bytes(one, tokens, item, "selective")
     per_block = (kept - alone) / (config.num_layers - 1)
     final = tokens * (config.model_dim * item + 4)
-    found = kept_bytes(config, "selective", autocast)
+    saved = kept_bytes(config, "selective", autocast)
     # 2 %: bf16 halves what grows with the model, not the few tensors that do not.
-    assert found == pytest.approx(config.num_layers * per_block + final, rel=0.02)
-    assert found < 0.6 * kept_bytes(config, "none", autocast)
-    assert alone == pytest.approx(whole, rel=0.01)  # one block gains nothing: it is whole again
+    assert saved == pytest.approx(config.num_layers * per_block + final, rel=0.02)
+    assert saved < 0.6 * kept_bytes(config, "none", autocast)
+    assert alone == pytest.approx(full, rel=0.01)  # one block gains nothing: it is recomputed in full
 
 
 def test_weights_gradients_and_optimizer_are_what_adamw_allocates() -> None:

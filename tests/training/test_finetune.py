@@ -12,16 +12,16 @@ import torch
 
 from tnllm.errors import UserError
 from tnllm.modeling import load_model
+from tnllm.modeling.flops import lora_parameters
 from tnllm.modeling.lora import merge_adapter
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
-from tnllm.training.communication import lora_parameters
 from tnllm.training.config import load_recipe
-from tnllm.training.corpus import open_loaders, open_tokenizer
 from tnllm.training.estimate import estimate_memory
-from tnllm.training.launch import config_mesh
+from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.loop import train
-from tnllm.training.setup import make_model, make_outline
+from tnllm.training.mesh import config_mesh
+from tnllm.training.run_model import make_meta_model, make_model
 
 CHAT = """
 tokenizer: {path: TOKENIZER}
@@ -72,25 +72,28 @@ def rows(run, key="loss"):
 
 @pytest.mark.parametrize("sets", [[], ["lora.rank=8"]], ids=["all", "adapter"])
 def test_a_run_learns_resumes_exactly_and_is_published(chat, base, tmp_path, sets, capfd):
-    train(load_recipe(chat, sets), tmp_path / "whole")
+    train(load_recipe(chat, sets), tmp_path / "uninterrupted")
     shown = capfd.readouterr().err
     assert "20 conversations (0 cut to data.seq_len, 0 more without an answer): 18 to learn from" in shown
     assert "sample at step 12: the quick -> " in shown and "generate --model" in shown and "--chat" in shown
-    losses = rows(tmp_path / "whole")
-    assert losses[-1] < losses[0] - 0.2 and len(rows(tmp_path / "whole", "val_loss")) == 2
+    losses = rows(tmp_path / "uninterrupted")
+    assert losses[-1] < losses[0] - 0.2 and len(rows(tmp_path / "uninterrupted", "val_loss")) == 2
     train(load_recipe(chat, [*sets, "train.max_steps=5"]), tmp_path / "parts")
     train(load_recipe(chat, sets), tmp_path / "parts", resume="auto")
     assert rows(tmp_path / "parts") == losses
-    published, step = load_model(tmp_path / "whole"), load_model(tmp_path / "whole/checkpoints/step-00000012")
+    published, step = (
+        load_model(tmp_path / "uninterrupted"),
+        load_model(tmp_path / "uninterrupted/checkpoints/step-00000012"),
+    )
     for name, value in published.state_dict().items():
         assert torch.equal(value, step.state_dict()[name]), name
-    settings = json.loads((tmp_path / "whole/weights/generation_config.json").read_text())
+    settings = json.loads((tmp_path / "uninterrupted/weights/generation_config.json").read_text())
     assert settings["chat_template"] == "Q: {prompt} A: "
-    assert (tmp_path / "whole/adapter").is_dir() == bool(sets)
+    assert (tmp_path / "uninterrupted/adapter").is_dir() == bool(sets)
     start = load_model(base)
     assert not all(torch.equal(a, b) for a, b in zip(start.parameters(), published.parameters(), strict=True))
     if sets:
-        merge_adapter(start, tmp_path / "whole/adapter")
+        merge_adapter(start, tmp_path / "uninterrupted/adapter")
         for name, value in published.state_dict().items():
             torch.testing.assert_close(value, start.state_dict()[name], rtol=1e-6, atol=1e-7)
         assert torch.equal(start.embed_tokens.weight, published.embed_tokens.weight)
@@ -137,15 +140,15 @@ def test_the_tokenizer_and_template_come_with_the_weights(chat, base, tmp_path):
     [
         (
             ["train.init=/no/such"],
-            "train.init: model '/no/such' is no folder; give a run folder or a weights folder (--set)",
+            "train.init: model '/no/such' is not a folder; give a run folder or a weights folder (--set)",
         ),
         (["model.num_layers=3"], "but the weights of train.init"),
-        (["lora.rank=4", "train.weights=bf16"], "do not go together"),
+        (["lora.rank=4", "train.weights=bf16"], "cannot be combined with lora"),
         (
             ["lora.rank=4", "parallel.tensor=2"],
             "parallel.tensor is 2, but an adapter's matrices",
         ),
-        (["data.packing=concat"], "data.packing concat does not go with data.format chat"),
+        (["data.packing=concat"], "data.packing concat cannot be combined with data.format chat"),
         (["lora.targets=[qkv]"], "lora.targets.0 is 'qkv': input should be 'qkvu_proj'"),
         (["data.path=/no/such.jsonl"], "no such file or folder: /no/such.jsonl"),
         (["data.chat_template=Hello"], "it must hold {prompt} once"),
@@ -162,7 +165,7 @@ def test_an_adapter_saves_memory(chat):
     config, small = load_recipe(chat), load_recipe(chat, ["lora.rank=4"])
     model = make_model(small, torch.device("cpu"), low=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert lora_parameters(small) == trained
+    assert lora_parameters(small.model, small.lora) == trained
     wide, narrow = (estimate_memory(c, low_precision=True) for c in (config, small))
     assert narrow.optimizer == 8 * trained < wide.optimizer
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
@@ -175,15 +178,15 @@ def test_memory_of_a_rank_is_what_it_holds(axes):
     batch = ["data.seq_len=64", "train.global_batch_tokens=4096", "train.micro_batch_size=1"]
     config = load_recipe("tiny", [*mesh, *batch, "lora.rank=16", "train.dtype=bf16"])
     mesh = config_mesh(config, "cpu", fake=config.world_size)
-    sharded = parallelize(make_outline(config, low=True), mesh)
-    sharded.find_parts()
+    sharded = parallelize(make_meta_model(config, low=True), mesh)
+    sharded.locate_shards()
     close_mesh(mesh)
-    held = [(p.requires_grad, p.numel() * p.element_size()) for p in sharded.parameters()]
-    trained = sum(size for learned, size in held if learned)
+    sizes = [(p.requires_grad, p.numel() * p.element_size()) for p in sharded.parameters()]
+    trained = sum(size for learned, size in sizes if learned)
     memory = estimate_memory(config, low_precision=True)
-    # Rows do not divide evenly, and theta is whole and fp32 everywhere.
+    # Rows do not divide evenly, and theta is unsharded and fp32 everywhere.
     assert memory.gradients == pytest.approx(trained, rel=0.01) and memory.optimizer == 2 * memory.gradients
-    assert memory.weights == pytest.approx(sum(size for _, size in held), rel=0.01)
+    assert memory.weights == pytest.approx(sum(size for _, size in sizes), rel=0.01)
 
 
 def test_two_ranks_start_from_the_same_weights(chat, tmp_path):

@@ -74,19 +74,19 @@ def losses(choices: dict, steps: int = 12) -> list[float]:
     tokens, labels = text[None, :-1], text[None, 1:].clone()
     labels[0, [69, 129]] = -100
     cu_seqlens = torch.tensor([0, 70, 130, 192, 192], dtype=torch.int32)
-    found = []
+    values = []
     for step in range(steps):
         loss = model.loss(tokens, labels, cu_seqlens) / 190
         loss.backward()
         clip_and_step(model, optimizer, learning_rate(schedule, 1e-2, step), 1.0, loss.detach())
-        found.append(loss.item())
-    return found
+        values.append(loss.item())
+    return values
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_first_losses_are_these(name):
     choices, golden = GOLDEN[name]
-    found = losses(choices)
-    assert found[-1] < found[0] - 0.5
+    result = losses(choices)
+    assert result[-1] < result[0] - 0.5
     # Equal to the bit on one kind of CPU. Others sum fp32 products in another order: 1e-7 a step, grown by 12 updates.
-    assert found == pytest.approx(golden, rel=1e-4)
+    assert result == pytest.approx(golden, rel=1e-4)

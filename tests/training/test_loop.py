@@ -1,4 +1,4 @@
-"""A run learns, resumes exactly, and survives what can happen to it."""
+"""Training runs: learning, exact resuming, signals, full disks, non-finite losses."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from tnllm.modeling.weights import load_model
 from tnllm.tokenizer import train_tokenizer
 from tnllm.training.checkpoint import TrainState, list_checkpoints
 from tnllm.training.config import load_recipe
-from tnllm.training.corpus import open_loaders, open_tokenizer
+from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.loop import Meter, make_trainer, train, train_step
 from tnllm.training.metrics import read_metrics
 from tnllm.training.signals import StopSignals
@@ -33,11 +33,11 @@ def rows(run: Path) -> list[dict]:
 
 def test_a_run_learns_and_leaves_a_model(config, tmp_path, capfd):
     train(config, tmp_path / "run")
-    found = rows(tmp_path / "run")
-    losses = [row["loss"] for row in found if "loss" in row]
+    metrics = rows(tmp_path / "run")
+    losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[0] == pytest.approx(math.log(320), rel=0.05)
     assert losses[-1] < losses[0] - 1
-    validated = [row for row in found if "val_loss" in row]
+    validated = [row for row in metrics if "val_loss" in row]
     assert [row["step"] for row in validated] == [10, 20]
     assert validated[1]["val_loss"] < validated[0]["val_loss"]
     assert 0 < validated[1]["val_bpb"] < 8
@@ -69,10 +69,10 @@ def test_the_loss_curve_is_bit_equal_at_a_seed(config, tmp_path):
 
 
 def test_ten_and_ten_more_equal_twenty(recipe, config, tmp_path):
-    train(config, tmp_path / "whole")
+    train(config, tmp_path / "uninterrupted")
     train(load_recipe(str(recipe), ["train.max_steps=10"]), tmp_path / "parts")
     train(config, tmp_path / "parts", resume="auto")
-    straight = [row for row in rows(tmp_path / "whole") if "loss" in row]
+    straight = [row for row in rows(tmp_path / "uninterrupted") if "loss" in row]
     resumed = [row for row in rows(tmp_path / "parts") if "loss" in row]
     assert straight == resumed
 
@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_overwritten(config, tmp_path):
         (["model.vocab_size=300"], "has 320 pieces, more than model.vocab_size 300"),
         (["data.path=/no/such/file"], "/no/such/file"),
         (["tokenizer.path=/no/such/file"], "/no/such/file"),
-        (["train.device=cuda"], "train.device is 'cuda', but torch sees no CUDA device"),
+        (["train.device=cuda"], "train.device is 'cuda', but torch sees 0 CUDA devices here; allowed: auto, cpu"),
     ],
 )
 def test_bad_input_is_one_line(recipe, tmp_path, sets, message):

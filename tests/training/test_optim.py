@@ -20,8 +20,10 @@ def test_groups_hold_every_weight_once():
     model = build_model(get_preset("tiny", num_layers=2), seed=0)
     optimizer = make_optimizer(model, OptimizerSection(weight_decay=0.3))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in held} == {id(p) for p in model.parameters()} and len(held) == len(set(map(id, held)))
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters()} and len(grouped) == len(
+        set(map(id, grouped))
+    )
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient", None])

@@ -7,8 +7,8 @@ import pytest
 os.environ.update(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
 from tnllm.errors import UserError
+from tnllm.evaluation.during_training import task_scorer
 from tnllm.evaluation.harness import TransNormerLM
-from tnllm.evaluation.live import task_scorer
 from tnllm.evaluation.run import Settings, evaluate
 from tnllm.evaluation.tasks import choose, load_tasks
 from tnllm.training.config import load_recipe
@@ -41,7 +41,7 @@ def test_bad_tasks_are_told_before_training(recipe, tmp_path):
         task_scorer(["piqua"])
     with pytest.raises(UserError, match=r"eval.tasks: no data for sciq .* --set eval.tasks_data_dir=DIR"):
         task_scorer(["sciq"])
-    with pytest.raises(UserError, match=r"eval.tasks_data_dir /no is no folder"):
+    with pytest.raises(UserError, match=r"eval.tasks_data_dir /no is not a folder"):
         task_scorer(["piqa"], data_dir="/no")
     with pytest.raises(UserError, match="train with `tnllm train`"):
         train(load_recipe(str(recipe), ["eval.tasks=piqa"]), tmp_path / "run")

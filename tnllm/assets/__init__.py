@@ -3,7 +3,7 @@
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
 sample_instructions()   # .../sample/instructions.jsonl: questions and answers to fine-tune on
 demo_weights()      # .../demo: a small model's weights folder
-named("dirty-sample")   # .../dirty/pages: text with known dirt, for the cleaning pipeline
+named("dirty-sample")   # .../dirty/pages: text with known noise, for the cleaning pipeline
 tokenizer_model()   # .../tokenizer.model: 8,192 pieces; tokenizer_model("tnllm-64k"): 64,000
 """
 
@@ -42,10 +42,10 @@ def demo_weights() -> Path:
 
 
 def named(name: str) -> Path:
-    """The path a recipe means: `dirty-sample`, `dirty-held-out` and `dirty-evaluation` ship; others are paths.
+    """The path that a recipe's name means: `dirty-sample`, `dirty-held-out` and `dirty-evaluation` ship; others are paths.
 
-    The dirty sample is text as the web brings it (JSON Lines; text, id, source, noise), with clean text of the same
-    sources to measure losses on and an invented evaluation set.
+    The dirty sample is text with noise like that of the web (JSON Lines; text, id, source, noise). The others are clean
+    text of the same sources, to measure losses on, and an invented evaluation set.
     """
     dirty = folder() / "dirty"
     packaged = {

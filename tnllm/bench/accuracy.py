@@ -1,8 +1,8 @@
-"""How wrong linear attention is, by decay and length: relative RMS errors against float64 on the same inputs.
+"""Errors of linear attention by decay and length, relative RMS against float64 on the same inputs.
 
     rows = decay_errors(choose(["tnllm", "fla"], device, dtype, print), [2048, 65536], [0.5, 1e-5], dtype, device, 16, 128)
 
-Long texts and decays near 1 are where errors of the state would pile up; fast decays are where scales could run out.
+Errors of the state would accumulate in long sequences with decays near 1; scales could overflow with fast decays.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from tnllm.bench.providers import Provider
+from tnllm.bench.providers import Provider, outputs_and_gradients
 from tnllm.kernels.lightning_attention.chunk import chunk_backward, chunk_forward
 
-# Slopes of the first and the last layers of a released model, fast and slow heads; 0 never forgets.
+# Slopes of the first and the last layers of a released model, fast and slow heads; 0 is no decay.
 SLOPES = (0.84, 0.0625, 0.0039, 1e-5, 0.0)
+
+
+def relative_rms(result: Tensor, exact: Tensor) -> float:
+    """RMS of the error over the RMS of `exact`, in float64."""
+    exact = exact.double()
+    return float((result.detach().double() - exact).norm() / exact.norm())
 
 
 def decay_errors(
@@ -27,9 +34,9 @@ def decay_errors(
     heads: int,
     head_dim: int,
 ) -> list[dict[str, Any]]:
-    """One row for each provider, length and slope: the errors of o, dq, dk and dv; `state` where the provider gives one.
+    """One row per provider, length and slope: the errors of o, dq, dk and dv, and `state` if the provider returns it.
 
-    q and k are random after SiLU, as a model's are. The softmax providers have no decay and are left out.
+    q and k are random after SiLU, as in a model. The softmax providers have no decay and are left out.
     """
     rows = []
     for length in lengths:
@@ -45,19 +52,9 @@ def decay_errors(
             for provider in providers:
                 if provider.softmax or provider.quadratic_memory:
                     continue
-                given = [x.transpose(1, 2).contiguous() if provider.heads_first else x.clone() for x in (q, k, v, do)]
-                leaves = [x.requires_grad_() for x in given[:3]]
-                got = provider.attend(leaves[0], leaves[1], leaves[2], log_decay)
-                found = dict(
-                    zip(("o", "dq", "dk", "dv"), (got, *torch.autograd.grad(got, leaves, given[3])), strict=True)
-                )
-                if provider.heads_first:
-                    found = {name: x.transpose(1, 2) for name, x in found.items()}
+                results = outputs_and_gradients(provider, [q, k, v, do], log_decay)
                 if provider.state is not None:
-                    found["state"] = provider.state(q, k, v, log_decay)
-                errors = {
-                    name: float((x.detach().double() - exact[name]).norm() / exact[name].norm())
-                    for name, x in found.items()
-                }
+                    results["state"] = provider.state(q, k, v, log_decay)
+                errors = {name: relative_rms(x, exact[name]) for name, x in results.items()}
                 rows.append({"provider": provider.name, "length": length, "slope": slope, **errors})
     return rows

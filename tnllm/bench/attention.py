@@ -1,4 +1,4 @@
-"""Attention against its peers: checked against float64 first, then time and memory by length.
+"""Attention beside its peers: checked against float64 first, then time and memory by length.
 
     shapes = [Shape(batch=1, heads=16, length=length, head_dim=128) for length in (1024, 4096)]
     results = bench_attention(shapes, torch.bfloat16, ["tnllm", "fla"], torch.device("cuda"))
@@ -13,20 +13,22 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from tnllm.bench.providers import PROVIDERS, Provider, softmax_reference
-from tnllm.bench.timing import copy_bandwidth, describe_device, extra_memory, measure
+from tnllm.bench.accuracy import relative_rms
+from tnllm.bench.providers import PROVIDERS, Provider, outputs_and_gradients, softmax_reference
+from tnllm.bench.timing import copy_bandwidth, extra_memory, measure
+from tnllm.device import describe_device
 from tnllm.errors import UserError, did_you_mean
 from tnllm.kernels.lightning_attention.reference import quadratic
 
 # Largest relative RMS error against float64 that is still timed. bf16 keeps 8 bits: rounding q, k, v, do and the result
-# gives 2e-3 to 5e-3 whoever computes. fp32 peers may use tf32 products (3e-4).
+# gives 2e-3 to 5e-3 in any implementation. fp32 peers may use tf32 products (3e-4).
 ERROR_LIMIT = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3, torch.float32: 2e-3}
-GATE_LENGTH = 513  # odd on purpose: no block size divides it
+CHECK_LENGTH = 513  # odd, so that no block size divides it
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What every provider is given: q, k, v [batch, length, heads, head_dim]."""
+    """The inputs of every provider: q, k, v [batch, length, heads, head_dim]."""
 
     batch: int
     heads: int
@@ -44,8 +46,8 @@ def slopes(heads: int, device: torch.device) -> Tensor:
     return -torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device=device)
 
 
-def choose(names: list[str], device: torch.device, dtype: torch.dtype, note: Callable[[str], None]) -> list[Provider]:
-    """The providers of these names that can run here; `note` is told of the others and why."""
+def choose(names: list[str], device: torch.device, dtype: torch.dtype, log: Callable[[str], None]) -> list[Provider]:
+    """The providers of these names that can run here; logs why the others cannot."""
     for name in names:
         if name not in PROVIDERS:
             raise UserError(
@@ -57,7 +59,7 @@ def choose(names: list[str], device: torch.device, dtype: torch.dtype, note: Cal
         if reason is None:
             chosen.append(provider)
         else:
-            note(f"skipped {provider.name}: {reason}")
+            log(f"skipped {provider.name}: {reason}")
     return chosen
 
 
@@ -67,17 +69,17 @@ def bench_attention(
     names: list[str],
     device: torch.device,
     budget_s: float = 0.5,
-    note: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     on_row: Callable[[dict], None] = lambda results: None,
 ) -> dict:
-    """Gate and measure one provider after another: {"environment", "accuracy": [...], "rows": [...]}, plain values.
+    """Check and time one provider after another: {"environment", "accuracy": [...], "rows": [...]}, plain values.
 
-    `on_row` is given the results so far after each row, so that a run cut short loses none.
+    `on_row` gets the results so far after each row, so that an interrupted run loses none.
 
     A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor and host_ms for each;
     compile_ms; tb_per_s, tflop_per_s; extra_mib (fwd+bwd, inputs not counted; null on CPU).
     """
-    providers = choose(names, device, dtype, note)
+    providers = choose(names, device, dtype, log)
     bandwidth = copy_bandwidth(device)
     environment = {
         **describe_device(device),
@@ -87,24 +89,24 @@ def bench_attention(
     accuracy: list[dict] = []
     rows: list[dict] = []
     results = {"environment": environment, "accuracy": accuracy, "rows": rows}
-    places = {tuple(asdict(shape).values()): place for place, shape in enumerate(shapes)}
+    order = {tuple(asdict(shape).values()): index for index, shape in enumerate(shapes)}
     limit = ERROR_LIMIT[dtype]
-    # One provider after another: one that compiles for many minutes holds up none before it.
+    # One provider after another: one that compiles for many minutes delays only those after it.
     for provider in providers:
-        note(f"checking {provider.name} against float64")
-        errors = gate(provider, shapes[0], dtype, device)
+        log(f"checking {provider.name} against float64")
+        errors = check(provider, shapes[0], dtype, device)
         good = all(error <= limit for error in errors.values())
         accuracy.append({"provider": provider.name, **errors, "limit": limit, "passed": good})
         if not good:
-            note(f"not timed: {provider.name} is wrong (relative error {max(errors.values()):.2g}, limit {limit:g})")
+            log(f"not timed: {provider.name} is wrong (relative error {max(errors.values()):.2g}, limit {limit:g})")
             continue
         for shape in shapes:
-            row = _time(provider, shape, dtype, device, bandwidth, budget_s, note)
+            row = _time(provider, shape, dtype, device, bandwidth, budget_s, log)
             if row is not None:
-                note(f"  forward {row['fwd_ms']:.3f} ms, with backward {row['fwd_bwd_ms']:.3f} ms")
+                log(f"  forward {row['fwd_ms']:.3f} ms, with backward {row['fwd_bwd_ms']:.3f} ms")
                 rows.append(row)
-                # Readers compare providers of one shape.
-                rows.sort(key=lambda row: places[row["batch"], row["heads"], row["length"], row["head_dim"]])
+                # Providers of one shape stand together in the table.
+                rows.sort(key=lambda row: order[row["batch"], row["heads"], row["length"], row["head_dim"]])
                 on_row(results)
     return results
 
@@ -112,28 +114,22 @@ def bench_attention(
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device, heads_first: bool) -> list[Tensor]:
     """q, k, v and the gradient of o; random, never zeros."""
     size = (shape.batch, shape.length, shape.heads, shape.head_dim)
-    made = [torch.randn(size, device=device, dtype=dtype) for _ in range(4)]
-    # Scores of the size that SiLU and normalised activations give, so that outputs stay in fp16's range.
-    made[0] *= shape.head_dim**-0.5
-    return [part.transpose(1, 2).contiguous() for part in made] if heads_first else made
+    inputs = [torch.randn(size, device=device, dtype=dtype) for _ in range(4)]
+    # Scores as large as SiLU and normalised activations give, so that outputs stay in fp16's range.
+    inputs[0] *= shape.head_dim**-0.5
+    return [x.transpose(1, 2).contiguous() for x in inputs] if heads_first else inputs
 
 
-def gate(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def check(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Relative RMS error of o, dq, dk, dv against float64, on fresh random inputs of an odd length."""
     log_decay = slopes(shape.heads, device)
-    parts = _inputs(replace(shape, batch=2, length=GATE_LENGTH), dtype, device, heads_first=False)
-    exact = [part.double().requires_grad_() for part in parts[:3]]
-    q, k, v = exact
+    inputs = _inputs(replace(shape, batch=2, length=CHECK_LENGTH), dtype, device, heads_first=False)
+    q, k, v = exact = [x.double().requires_grad_() for x in inputs[:3]]
     expected = softmax_reference(q, k, v) if provider.softmax else quadratic(q, k, v, log_decay)[0]
-    exact_grads = torch.autograd.grad(expected, exact, parts[3].double())
-    expected = expected.detach()
-    given = [part.transpose(1, 2).contiguous() if provider.heads_first else part for part in parts]
-    q, k, v = leaves = [part.requires_grad_() for part in given[:3]]
-    got = provider.attend(q, k, v, log_decay)
-    grads = torch.autograd.grad(got, leaves, given[3])
-    found = [part.transpose(1, 2) if provider.heads_first else part for part in (got, *grads)]
-    pairs = zip(("o", "dq", "dk", "dv"), found, (expected, *exact_grads), strict=True)
-    return {name: float((a.detach().double() - b).norm() / b.norm()) for name, a, b in pairs}
+    exact_grads = torch.autograd.grad(expected, exact, inputs[3].double())
+    results = outputs_and_gradients(provider, inputs, log_decay)
+    pairs = zip(results.items(), (expected.detach(), *exact_grads), strict=True)
+    return {name: relative_rms(result, exact) for (name, result), exact in pairs}
 
 
 def _time(
@@ -143,7 +139,7 @@ def _time(
     device: torch.device,
     bandwidth: float,
     budget_s: float,
-    note: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict | None:
     elements, itemsize = shape.elements, dtype.itemsize
     if provider.quadratic_memory:
@@ -151,7 +147,7 @@ def _time(
         needed = (4 * shape.batch + 1) * shape.heads * shape.length**2 * itemsize
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
         if needed > 0.8 * free:
-            note(f"skipped {provider.name} at {shape.length}: its [T, T] scores need {needed / 2**30:.0f} GiB")
+            log(f"skipped {provider.name} at {shape.length}: its [T, T] scores need {needed / 2**30:.0f} GiB")
             return None
     log_decay = slopes(shape.heads, device)
     *parts, grad = _inputs(shape, dtype, device, provider.heads_first)
@@ -164,17 +160,17 @@ def _time(
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(provider.attend(q, k, v, log_decay), leaves, grad)
 
-    note(f"timing {provider.name} at {shape.batch} x {shape.length}")
+    log(f"timing {provider.name} at {shape.batch} x {shape.length}")
     try:
         fwd = measure(forward, device, budget_s)
         fwd_bwd = measure(both, device, budget_s)
         memory = extra_memory(both, device)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        note(f"skipped {provider.name} at {shape.length}: out of memory")
+        log(f"skipped {provider.name} at {shape.length}: out of memory")
         return None
     floors = (4 * elements * itemsize / bandwidth * 1e3, 11 * elements * itemsize / bandwidth * 1e3)
-    # Multiply-adds the function defines: the recurrence for linear attention, the causal half for softmax.
+    # Multiply-adds by the definition of the function: the recurrence for linear attention, the causal half for softmax.
     flops = elements * (2.0 * (shape.length + 1) if provider.softmax else 4.0 * shape.head_dim)
     return {
         "provider": provider.name,

@@ -2,18 +2,17 @@
 
     results = bench_decode("385m", [1024, 1 << 20], [1, 64], [1024, 16384], torch.bfloat16, torch.device("cuda"))
 
-Weights are random: what a step costs does not depend on their values. Nothing is timed before the step's logits were found
-to be those of the full forward pass. A timing is that of a chain of steps, each fed the likeliest token of the one before
-it and all of them kept, as in greedy decoding; on a GPU every step is one CUDA graph, which for one row also chooses the
-token, and the host stays ahead.
+Weights are random: a step's cost does not depend on their values. A step is timed only after its logits were checked
+against the full forward pass. Timed is a chain of steps, each fed the argmax token of the one before it, all tokens
+kept, as in greedy decoding; on a GPU every step is one CUDA graph (for one row with the argmax inside), and the host
+runs ahead.
 
-The limit of a step is the bytes it must move over the copy bandwidth measured in the same run: every weight once
-(of an embedding that is not the head only the rows looked up), and per row its state read and written, or its key-value
+The limit of a step is the bytes it must move over the copy bandwidth measured in the same run: every weight once (of an
+embedding that is not tied to the head only the rows looked up), and per row its state read and written, or its key-value
 cache read.
 """
 
 import copy
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,19 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnllm.bench.accuracy import relative_rms
 from tnllm.bench.decode_baseline import FixedStep, cache_of, filled_cache
-from tnllm.bench.timing import copy_bandwidth, describe_device, measure
+from tnllm.bench.timing import copy_bandwidth, free_memory, measure
+from tnllm.device import describe_device
 from tnllm.errors import RunError
-from tnllm.generation.graph import CapturedStep, can_capture
+from tnllm.generation.captured_step import CapturedStep, can_capture
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import LanguageModel, build_model
 
 Step = Callable[[Tensor], Tensor]
-# Tokens of the correctness gate; the second half of them is read one by one.
-_GATE_TOKENS = 48
-# The step may be wrong by this much more than the full forward pass is in the same dtype, both against the wider one
-# (relative RMS errors): they round at different places, so neither is always the smaller one. The constant is fp32's.
-_GATE_RATIO, _GATE_SLACK = 1.25, 1e-4
+# Tokens of the correctness check; the second half of them is read one by one.
+_CHECK_TOKENS = 48
+# The step's error may exceed that of the full forward pass in the same dtype by this factor and constant (relative RMS
+# against the wider dtype): they round at different points, so neither is always the smaller one. The constant is fp32's.
+_CHECK_RATIO, _CHECK_SLACK = 1.25, 1e-4
 # Steps between two readings of the clock.
 _CHAIN = {"cuda": 32, "cpu": 4}
 _FAR = 1 << 20
@@ -48,7 +49,7 @@ class _Point:
     provider: str  # tnllm or transformer
     sweep: str  # position or batch
     batch: int
-    position: int  # tokens before the step; the baseline's cache holds as many with the new one
+    position: int  # tokens before the step; the baseline's cache holds as many, the new one included
 
 
 def bench_decode(
@@ -60,15 +61,14 @@ def bench_decode(
     device: torch.device,
     budget_s: float = 0.5,
     compiled: bool = True,
-    note: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     on_row: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measure one preset: batch 1 at every position, every batch, and the baseline at every context and batch.
 
-    `on_row` is given the results so far after each row, so that a run cut short loses none.
-
-    compiled: compile the baseline (GPU only). Returns environment, accuracy, rows, and what was skipped with its reason.
-    Raises RunError if a step's logits are not those of the full forward pass.
+    `on_row` gets the results so far after each row, so that an interrupted run loses none. `compiled`: compile the
+    baseline (GPU only). Returns environment, accuracy, rows, and what was skipped with its reason. Raises RunError if a
+    step's logits differ from those of the full forward pass.
     """
     bandwidth = copy_bandwidth(device)
     accuracy: list[dict[str, Any]] = []
@@ -87,31 +87,31 @@ def bench_decode(
             continue
         config = get_preset(preset, kind=kind)
         model = build_model(config, device, dtype, seed=0).eval().requires_grad_(False)
-        note(f"{preset} {kind}: checking the step against the full forward pass")
-        accuracy.append(_gate(model, compiled))
-        found = accuracy[-1]
-        if not found["passed"]:
+        log(f"{preset} {kind}: checking the step against the full forward pass")
+        checked = _check(model, compiled)
+        accuracy.append(checked)
+        if not checked["passed"]:
             raise RunError(
                 f"the decoding step of {preset} {kind} is wrong, so nothing is timed: "
-                f"relative error {found['step_error']:.2g}, allowed {found['limit']:.2g}"
+                f"relative error {checked['step_error']:.2g}, allowed {checked['limit']:.2g}"
             )
         for point in _points(kind, positions, batches, contexts):
-            needed, room = _needed_bytes(model, point), _room_bytes(device)
+            needed, usable = _needed_bytes(model, point), _usable_bytes(device)
             row = {"preset": preset, **point.__dict__}
-            if needed > room:
-                reason = f"needs about {needed / 2**30:.1f} GiB, {room / 2**30:.1f} GiB may be used"
-                note(f"{_name(point)}: skipped, {reason}")
+            if needed > usable:
+                reason = f"needs about {needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB may be used"
+                log(f"{_name(point)}: skipped, {reason}")
                 skipped.append({**row, "reason": reason})
                 continue
-            note(_name(point))
+            log(_name(point))
             try:
                 rows.append(row | _time(model, point, bandwidth, budget_s, compiled))
                 on_row(results)
             except torch.OutOfMemoryError:
                 skipped.append({**row, "reason": "out of memory"})
-                note(f"{_name(point)}: skipped, out of memory")
+                log(f"{_name(point)}: skipped, out of memory")
         del model
-        _free(device)
+        free_memory(device)
     return results
 
 
@@ -129,14 +129,14 @@ def _name(point: _Point) -> str:
 
 
 @torch.no_grad()
-def _gate(model: LanguageModel, compiled: bool) -> dict[str, Any]:
+def _check(model: LanguageModel, compiled: bool) -> dict[str, Any]:
     """Relative RMS errors of the logits, of the full forward pass and of the timed step, against a wider dtype."""
-    # Two rows, so that a row which leaks into another is seen.
+    # Two rows, so that a row leaking into another is detected.
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, model.config.vocab_size, (2, _GATE_TOKENS), generator=generator).to(model.device)
+    tokens = torch.randint(3, model.config.vocab_size, (2, _CHECK_TOKENS), generator=generator).to(model.device)
     wide = copy.deepcopy(model).to(torch.float64 if model.device.type == "cpu" else torch.float32)
     worst = {"forward": 0.0, "step": 0.0}
-    half = _GATE_TOKENS // 2
+    half = _CHECK_TOKENS // 2
     linear = model.config.kind == "transnormer"
     for start in (0, _FAR) if linear else (0,):
         states = []
@@ -147,21 +147,21 @@ def _gate(model: LanguageModel, compiled: bool) -> dict[str, Any]:
         exact = wide(tokens[:, half:], states[0])[0]
         forward = model(tokens[:, half:], states[1])[0]
         if linear:
-            # One row has a step of its own.
+            # A single row takes another code path in the step.
             stepped = torch.cat(
                 [_stepped(model, states[1].select(rows), tokens[rows, half:]) for rows in ([0, 1], [0])]
             )
             exact, forward = exact[[0, 1, 0]], forward[[0, 1, 0]]
         else:
-            # The baseline's step knows one position alone: the last one.
+            # The baseline's step covers one position only, the last.
             state = model.hidden(tokens[:, :-1])[1]
             stepped = FixedStep(model, cache_of(state), compiled)(tokens[:, -1])[:, None]
             exact, forward = exact[:, -1:], forward[:, -1:]
         for name, logits in (("forward", forward), ("step", stepped)):
-            error = float((logits.double() - exact.double()).norm() / exact.double().norm())
-            # A NaN must not pass as the smaller one.
+            error = relative_rms(logits, exact)
+            # Written so that NaN is kept.
             worst[name] = error if not error <= worst[name] else worst[name]
-    limit = _GATE_RATIO * worst["forward"] + _GATE_SLACK
+    limit = _CHECK_RATIO * worst["forward"] + _CHECK_SLACK
     return {
         "provider": "tnllm" if linear else "transformer",
         "forward_error": worst["forward"],
@@ -173,22 +173,22 @@ def _gate(model: LanguageModel, compiled: bool) -> dict[str, Any]:
 
 def _stepped(model: LanguageModel, state: Any, tokens: Tensor) -> Tensor:
     """Logits [B, T, V] of tokens [B, T] read one by one."""
-    step = _own_step(model, state, _GATE_TOKENS)
+    step = _own_step(model, state, _CHECK_TOKENS)
     return torch.stack([step(column).clone() for column in tokens.unbind(1)], dim=1)
 
 
 def _own_step(model: LanguageModel, state: Any, num_steps: int) -> Step:
-    """What `generate` runs: a captured step where there is a GPU."""
+    """The step that `generate` runs: on a GPU a captured one."""
     if can_capture(model, num_steps):
         return CapturedStep(model, state)
     return lambda tokens: model.step(tokens, state)
 
 
 def _next(step: Step, tokens: Tensor) -> Tensor:
-    """The likeliest token after `tokens`: the step's own choice where its graph makes one."""
+    """The argmax token after `tokens`, from the step's own graph where that computes it."""
     logits = step(tokens)
-    chosen = getattr(step, "likeliest", None)
-    return logits.argmax(dim=-1) if chosen is None else chosen
+    top_token = getattr(step, "top_token", None)
+    return logits.argmax(dim=-1) if top_token is None else top_token
 
 
 @torch.no_grad()
@@ -196,32 +196,32 @@ def _time(model: LanguageModel, point: _Point, bandwidth: float, budget_s: float
     device = model.device
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, model.config.vocab_size, (point.batch,), generator=generator).to(device)
-    _free(device)
+    free_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     state = None
     started = time.perf_counter()
     if point.provider == "tnllm":
-        # The state of a text that was read, carried to where it would be after `position` tokens.
+        # The state after a short prompt, moved to `position`: a step costs the same whatever the state holds.
         prompt = torch.randint(3, model.config.vocab_size, (1, 64), generator=generator).to(device)
         state = model.hidden(prompt)[1].select([0] * point.batch)
         step = _own_step(model, state, 1 << 30)
-        held, moved = state.nbytes, 2 * state.nbytes
+        stored, moved = state.nbytes, 2 * state.nbytes
     else:
         cache = filled_cache(model, point.batch, point.position)
         step = FixedStep(model, cache, compiled)
-        held = moved = cache.nbytes
+        stored = moved = cache.nbytes
     length = _CHAIN[device.type]
-    drawn = torch.zeros(length, point.batch, dtype=torch.int64, device=device)
+    chosen = torch.zeros(length, point.batch, dtype=torch.int64, device=device)
 
     def chain() -> Tensor:
         if state is not None:
             state.position.fill_(point.position)
         last = tokens
-        for place in range(length):
+        for index in range(length):
             last = _next(step, last)
-            drawn[place] = last
-        return drawn
+            chosen[index] = last
+        return chosen
 
     chain()
     peak = None
@@ -238,7 +238,7 @@ def _time(model: LanguageModel, point: _Point, bandwidth: float, budget_s: float
         "high_ms": 1e3 * high,
         "tokens_per_s": point.batch / median,
         "weight_gib": weights / 2**30,
-        "state_gib": held / 2**30,
+        "state_gib": stored / 2**30,
         "bandwidth_share": (weights + moved) / bandwidth / median,
         "peak_gib": None if peak is None else peak / 2**30,
         "prepare_s": prepared_s,
@@ -253,14 +253,8 @@ def _weight_bytes(model: LanguageModel, batch: int) -> int:
     return total - table.nbytes + batch * table[0].nbytes
 
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _needed_bytes(model: LanguageModel, point: _Point) -> int:
-    """Bytes a measurement needs beyond the weights, about."""
+    """About how many bytes a measurement needs beyond the weights."""
     config = model.config
     logits = 3 * 4 * point.batch * config.vocab_size
     if point.provider == "tnllm":
@@ -270,8 +264,8 @@ def _needed_bytes(model: LanguageModel, point: _Point) -> int:
     return logits + point.batch * row
 
 
-def _room_bytes(device: torch.device) -> int:
-    """Free memory on a GPU; a quarter of a CPU's, which others use too."""
+def _usable_bytes(device: torch.device) -> int:
+    """Most of a GPU's free memory; a quarter of a CPU's, which other processes use too."""
     if device.type == "cuda":
         return int(0.95 * torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

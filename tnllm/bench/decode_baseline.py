@@ -1,11 +1,11 @@
-"""The softmax baseline's decoding step at one fixed position, as fast as torch makes it.
+"""The softmax baseline's decoding step at one fixed position, as fast as torch can run it.
 
 step = FixedStep(model, filled_cache(model, batch, 16384), compiled=True)
 logits = step(tokens)          # tokens [B] int64 → logits [B, V] fp32
 
-`LanguageModel.step` lets the cache grow, which a CUDA graph cannot; timing one position needs no growth. So here every row
-holds `context` tokens with the new one, nothing is masked (flash attention splits the keys over the whole GPU), the
-layers are compiled and the whole step is one CUDA graph: what a serving engine's step costs at best.
+`LanguageModel.step` grows its cache, which a CUDA graph cannot; timing one position needs no growth. So every row holds
+`context` tokens, the new one included; nothing is masked (flash attention splits the keys over all SMs); the layers are
+compiled and the step is one CUDA graph: the best a serving engine's step can do.
 """
 
 import torch
@@ -25,14 +25,14 @@ def filled_cache(model: LanguageModel, batch: int, context: int) -> Tensor:
 
 
 def cache_of(state: State) -> Tensor:
-    """The cache of a model's own state, all of whose rows have the same length, with room for one more token."""
+    """The cache out of a model's state whose rows all have the same length, with room for one more token."""
     length = int(state.position[0])
     layers = torch.stack([layer[:, :, :length].transpose(2, 3) for layer in state.layers])
     return F.pad(layers, (0, 0, 0, 1))
 
 
 def _layer(block: Block, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One block for one token a row: x [B, M], keys and values [B, H, context, d], whose last slot is written."""
+    """One block for one token per row: x [B, M]; keys and values [B, H, context, d], whose last slot is written."""
     mixer = block.token_mixer
     assert isinstance(mixer, SoftmaxAttention)
     q, k, v = (part[:, 0] for part in mixer.project(block.token_norm(x)[:, None], positions))
@@ -53,7 +53,7 @@ class FixedStep:
         self._positions = torch.full((cache.shape[2], 1), cache.shape[4] - 1, device=cache.device)
         self._layer = _layer
         if compiled:
-            # Every batch and context is a function of its own; the layers share one.
+            # Each batch and context is compiled anew; all layers share the code.
             torch._dynamo.reset()
             self._layer = torch.compile(
                 _layer, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
@@ -74,8 +74,8 @@ class FixedStep:
             self._graph = graph
 
     @property
-    def likeliest(self) -> Tensor | None:
-        """[1] the likeliest token after the last call, chosen in the graph; None for several rows and on CPU."""
+    def top_token(self) -> Tensor | None:
+        """[1] argmax of the last call's logits, taken inside the graph; None for several rows and on CPU."""
         return self._tokens if self._graph is not None and len(self._tokens) == 1 else None
 
     def _hidden(self) -> Tensor:

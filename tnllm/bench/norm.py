@@ -1,4 +1,4 @@
-"""SRMSNorm beside torch's fused RMSNorm and LayerNorm: alone, and in a whole training step.
+"""SRMSNorm beside torch's fused RMSNorm and LayerNorm: alone, and in a full training step.
 
 results = bench_norm([1024, 4096], rows=16384, dtype=torch.bfloat16, device=torch.device("cuda"), step_preset="385m")
 """
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tnllm.bench.timing import copy_bandwidth, describe_device, measure
+from tnllm.bench.accuracy import relative_rms
+from tnllm.bench.timing import copy_bandwidth, measure
+from tnllm.device import describe_device
 from tnllm.kernels.srms_norm import srms_norm, srms_norm_reference
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model
@@ -21,7 +23,7 @@ EPS = 1e-6
 
 
 def _norms(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Each norm with the weights it really carries: none, one vector, one vector (none of them a bias)."""
+    """Each norm with its own weights: none, one vector, one vector (no bias)."""
     weight = torch.ones(width, dtype=dtype, device=device, requires_grad=True)
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "srmsnorm": lambda x: srms_norm(x, EPS),
@@ -34,17 +36,17 @@ def _norms(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Ca
     return norms
 
 
-def gate(norm: Callable[[Tensor], Tensor], name: str, x: Tensor, dy: Tensor) -> float:
+def check(norm: Callable[[Tensor], Tensor], name: str, x: Tensor, dy: Tensor) -> float:
     """Larger of the relative RMS errors of y and dx against float64."""
     exact = x.detach().double().requires_grad_()
-    width = x.shape[-1]
-    centred = (
-        F.layer_norm(exact, (width,), None, None, EPS) if name.startswith("layer") else srms_norm_reference(exact, EPS)
-    )
-    true = torch.autograd.grad(centred, exact, dy.double())[0]
+    if name.startswith("layer"):
+        expected = F.layer_norm(exact, (x.shape[-1],), None, None, EPS)
+    else:
+        expected = srms_norm_reference(exact, EPS)
+    expected_grad = torch.autograd.grad(expected, exact, dy.double())[0]
     y = norm(x)
-    pairs = ((y.detach(), centred.detach()), (torch.autograd.grad(y, x, dy)[0], true))
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    pairs = ((y, expected.detach()), (torch.autograd.grad(y, x, dy)[0], expected_grad))
+    return max(relative_rms(result, true) for result, true in pairs)
 
 
 def bench_norm(
@@ -54,26 +56,26 @@ def bench_norm(
     device: torch.device,
     budget_s: float = 0.3,
     step_preset: str | None = None,
-    note: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict:
     """Time each norm on [rows, width]; with `step_preset`, also one eager training step of that model with each norm.
 
     Shares of bandwidth count x and y forward (2 operands), and x, dy, dx more for forward and backward (5).
     """
     bandwidth = copy_bandwidth(device)
-    found = []
+    norms = []
     for width in widths:
         x = torch.randn(rows, width, dtype=dtype, device=device).requires_grad_()
         dy = torch.randn(rows, width, dtype=dtype, device=device)
         for name, norm in _norms(width, dtype, device).items():
-            note(f"{name} at {width}")
-            error = gate(norm, name, x, dy)
+            log(f"{name} at {width}")
+            error = check(norm, name, x, dy)
             if error > ERROR_LIMIT[dtype]:
-                note(f"not timed: {name} is wrong (relative error {error:.2g})")
+                log(f"not timed: {name} is wrong (relative error {error:.2g})")
                 continue
             fwd = measure(partial(_forward, norm, x), device, budget_s)
             fwd_bwd = measure(partial(_both, norm, x, dy), device, budget_s)
-            found.append(
+            norms.append(
                 {
                     "norm": name,
                     "width": width,
@@ -84,17 +86,14 @@ def bench_norm(
                     "fwd_bwd_share": 5 * x.nbytes / bandwidth / (fwd_bwd.median_ms / 1e3),
                 }
             )
-    steps = (
-        []
-        if step_preset is None
-        else [_step(step_preset, name, device, note) for name in ("srmsnorm", "rmsnorm", "layernorm")]
-    )
+    names = () if step_preset is None else ("srmsnorm", "rmsnorm", "layernorm")
+    steps = [_step(step_preset or "", name, device, log) for name in names]
     environment = {
         **describe_device(device),
         "dtype": str(dtype).removeprefix("torch."),
         "copy_tb_per_s": bandwidth / 1e12,
     }
-    return {"environment": environment, "rows": rows, "norms": found, "steps": steps}
+    return {"environment": environment, "rows": rows, "norms": norms, "steps": steps}
 
 
 def _forward(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -106,9 +105,9 @@ def _both(norm: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[Tens
     return torch.autograd.grad(norm(x), x, dy)
 
 
-def _step(preset: str, norm: str, device: torch.device, note: Callable[[str], None]) -> dict:
-    """Forward, backward and AdamW of a whole model on 8 rows of 2048 tokens (CPU: 1 of 256), bf16 autocast, eager."""
-    note(f"a training step of {preset} with {norm}")
+def _step(preset: str, norm: str, device: torch.device, log: Callable[[str], None]) -> dict:
+    """Forward, backward and AdamW of a full model on 8 rows of 2048 tokens (CPU: 1 of 256), bf16 autocast, eager."""
+    log(f"a training step of {preset} with {norm}")
     model = build_model(get_preset(preset, norm=norm), device, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     tokens = torch.randint(0, model.config.vocab_size, (8, 2048) if device.type == "cuda" else (1, 256), device=device)

@@ -1,7 +1,7 @@
-"""Who computes attention in `tnllm bench-attn`: ours and the peers, each behind `attend(q, k, v, log_decay) -> o`.
+"""Attention implementations for `tnllm bench-attn`: ours and the peers', each as `attend(q, k, v, log_decay) -> o`.
 
-Inputs are [B, T, H, D]; a peer with another layout gets its own contiguous copy before the clock starts. `softmax` peers
-compute another function and are checked against its own definition.
+Inputs are [B, T, H, D]; a peer with another layout gets a contiguous copy before the clock starts. `softmax` peers compute
+another function and are checked against its definition.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Provider:
     """One implementation.
 
-    `heads_first`: wants [B, H, T, D]; `devices`: where it runs; `module`: what it needs; `state`: its final state.
+    `heads_first`: takes [B, H, T, D]; `devices`: device types it runs on; `module`: the package it needs; `state`: returns
+    the final state.
     """
 
     name: str
@@ -63,11 +64,11 @@ _MASKS: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
 def decay_mask(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[H, T, T]; kept between calls, as model code keeps it, so it is neither timed nor counted as extra memory."""
+    """[H, T, T]; cached between calls, as models do, so it is neither timed nor counted as extra memory."""
     key = (length, dtype, log_decay.device)
     if key not in _MASKS or _MASKS[key].shape[0] != len(log_decay):
         _MASKS.clear()
-        # A head at a time: the whole mask in fp32 would be the largest tensor of the benchmark.
+        # One head at a time: the full mask in fp32 would be the largest tensor of the benchmark.
         step = torch.arange(length, device=log_decay.device)
         gap = step[:, None] - step
         heads = [torch.where(gap >= 0, (g * gap.clamp(min=0)).exp(), 0.0).to(dtype) for g in log_decay]
@@ -115,6 +116,17 @@ PROVIDERS = {
         Provider("sdpa", _sdpa(None), softmax=True, heads_first=True, devices=("cpu",)),
     )
 }
+
+
+def outputs_and_gradients(provider: Provider, inputs: list[Tensor], log_decay: Tensor) -> dict[str, Tensor]:
+    """o, dq, dk and dv for `inputs` q, k, v and do, all [B, T, H, D]."""
+    inputs = [x.transpose(1, 2).contiguous() if provider.heads_first else x.clone() for x in inputs]
+    q, k, v = leaves = [x.requires_grad_() for x in inputs[:3]]
+    out = provider.attend(q, k, v, log_decay)
+    results = out.detach(), *torch.autograd.grad(out, leaves, inputs[3])
+    if provider.heads_first:
+        results = tuple(x.transpose(1, 2) for x in results)
+    return dict(zip(("o", "dq", "dk", "dv"), results, strict=True))
 
 
 def softmax_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,42 +1,28 @@
-"""Results of `bench_scaling` as lines while they come, sentences, and a chart; JSON and CSV are those of `report`."""
+"""Results of `bench_scaling` as lines while they come, sentences, and a chart; `report` writes JSON and CSV."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from tnllm.bench.report import COLOURS, MARKERS, length_label, pyplot
+from tnllm.bench import report
+from tnllm.bench.report import length_label, or_dash
 from tnllm.bench.scale import ONE
 from tnllm.files import format_bytes
 from tnllm.parallel.traffic import TRAFFIC_AXES
 
 _COLUMNS = (
-    ("preset", 6),
-    ("GPUs", 4),
-    ("mesh", 8),
-    ("scaling", 22),
-    ("rows x T", 9),
-    ("tokens/s", 9),
-    ("per GPU / one", 13),
-    ("MFU", 6),
-    ("ms/step (20-80 %)", 24),
-    ("peak GiB", 8),
-    ("comm ms (exposed)", 17),
-    ("sent a step", 11),
-)
-_LEFT = ("preset", "mesh", "scaling")
+    ("preset", 6), ("GPUs", 4), ("mesh", 8), ("scaling", 22), ("rows x T", 9), ("tokens/s", 9), ("per GPU / one", 13),
+    ("MFU", 6), ("ms/step (20-80 %)", 24), ("peak GiB", 8), ("comm ms (exposed)", 17), ("sent a step", 11),
+)  # fmt: skip
 
 
 def print_environment(results: dict[str, Any]) -> None:
     """Device, versions and column names, on stdout, before the first row."""
-    environment = dict(results["environment"])
-    rate = environment.pop("matmul_tflop_per_s")
-    measured = "" if rate is None else f", bf16 matrix product {rate:.0f} TFLOP/s"
-    device = environment.pop("device")
-    more = ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in environment.items()
-    )
-    print(f"{device}{measured}; {more}")
-    _print_cells([name for name, _ in _COLUMNS])
+    print(report.environment_line(results["environment"]))
+    _print([name for name, _ in _COLUMNS])
+
+
+def _print(cells: list[str]) -> None:
+    report.print_cells(_COLUMNS, cells, ("preset", "mesh", "scaling"))
 
 
 def print_check(row: dict[str, Any]) -> None:
@@ -47,7 +33,7 @@ def print_check(row: dict[str, Any]) -> None:
         return
     print(
         f"{name}: loss {row['loss_difference']:.1e} (limit {row['loss_limit']:g}), gradient norm "
-        f"{row['norm_difference']:.1e} (limit {row['norm_limit']:g}): {'ok' if row['passed'] else 'WRONG'}",
+        f"{row['norm_difference']:.1e} (limit {row['norm_limit']:g}): {report.verdict(row)}",
         flush=True,
     )
 
@@ -65,20 +51,20 @@ def print_row(row: dict[str, Any]) -> None:
         f"{row['rows']} x {length_label(row['seq_len'])}",
     ]
     if row["status"] != "ok":
-        _print_cells([*cells, f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]])
+        _print([*cells, f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]])
         return
     share = f"{row['efficiency']:.0%}" + ("" if row["base_gpus"] == 1 else f" of {row['base_gpus']}")
     sent = sum(row[f"sent_{axis}"] or 0 for axis in TRAFFIC_AXES)
-    comm = "-" if row["comm_ms"] is None else f"{row['comm_ms']:.1f}"
+    comm = or_dash(row["comm_ms"], ".1f")
     comm += "" if row["comm_exposed_ms"] is None else f" ({row['comm_exposed_ms']:.1f})"
-    _print_cells(
+    _print(
         [
             *cells,
             f"{row['tokens_per_s']:,.0f}",
             share,
-            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            f"{row['step_ms']:.1f} ({row['low_ms']:.1f}-{row['high_ms']:.1f})",
-            "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}",
+            or_dash(row["mfu"], ".1%"),
+            report.step_spread(row),
+            or_dash(row["peak_gib"], ".2f"),
             comm,
             "-" if row["mesh"] == ONE else format_bytes(sent),
         ]
@@ -102,17 +88,8 @@ def mesh_name(mesh: str, gpus: int) -> str:
     return "-" if mesh == ONE else mesh
 
 
-def _print_cells(cells: list[str]) -> None:
-    padded = [
-        cell.ljust(width) if name in _LEFT else cell.rjust(width)
-        for (name, width), cell in zip(_COLUMNS, cells, strict=False)
-    ]
-    print("  ".join(padded).rstrip(), flush=True)
-    sys.stdout.flush()
-
-
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Sentences: what was compared with what, what is sent along each axis, and whether long rows cost more a token."""
+    """Sentences: bytes sent along each axis, counted and computed, and whether long rows cost more per token."""
     lines = []
     done = [row for row in rows if row["status"] == "ok" and row["mesh"] != ONE]
     for row in done:
@@ -136,8 +113,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def plot_scaling(results: dict[str, Any], path: Path) -> None:
-    """Throughput per GPU beside one GPU's, length of a row and memory, against GPUs; as PNG, SVG or PDF."""
-    plt = pyplot()
+    """Throughput per GPU relative to one GPU's, length of a row and memory, against the number of GPUs."""
     rows = [row for row in results["rows"] if row["status"] == "ok"]
     numbers = sorted({row["gpus"] for row in results["rows"]})
     long = any(row.get("longest") for row in results["longest"])
@@ -155,7 +131,7 @@ def plot_scaling(results: dict[str, Any], path: Path) -> None:
         "per_gpu": "throughput per GPU (tokens/s)",
     }
     word = "GPUs" if results["environment"]["device"][:3] != "cpu" else "processes"
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.0), layout="constrained")
+    figure, axes = report.pyplot().subplots(1, len(panels), figsize=(4.6 * len(panels), 4.0), layout="constrained")
     series = list(dict.fromkeys((row["preset"], row["mesh"]) for row in rows if row["mesh"] != ONE))
     for axis, key in zip(axes, panels, strict=True):
         source = results["longest"] if key == "longest" else rows
@@ -171,35 +147,25 @@ def plot_scaling(results: dict[str, Any], path: Path) -> None:
             points = sorted((row["gpus"], row[key]) for row in mine if row.get(key))
             if points:
                 name = f"{preset} {mesh}" + (f", {_kind(rows, preset, mesh)}" if key == "efficiency" else "")
-                axis.plot(
-                    *zip(*points, strict=True), label=name, color=COLOURS[index % 7], marker=MARKERS[index % 7],
-                    markersize=5, linewidth=1.7, linestyle=("-", "--", ":")[index // 7 % 3],
-                )  # fmt: skip
+                report.draw_line(axis, points, index, name, 1.7, linestyle=("-", "--", ":")[index // 7 % 3])
         label = labels[key] if word == "GPUs" else labels[key].replace("GPU", "process")
         axis.set(xscale="log", xlabel=f"number of {word}", ylabel=label)
-        axis.set_xticks(numbers, [str(number) for number in numbers])
-        axis.minorticks_off()
         axis.margins(x=0.08)
         if key == "efficiency":
             axis.axhline(1, color="0.5", linestyle=":", linewidth=1)
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         if key == "longest":
             axis.set_yscale("log", base=2)
-            found = sorted({row["longest"] for row in source if row.get("longest")})
-            axis.set_yticks(found, [length_label(value) for value in found])
-            axis.minorticks_off()
+            fitting = sorted({row["longest"] for row in source if row.get("longest")})
+            axis.set_yticks(fitting, [length_label(value) for value in fitting])
         else:
             axis.set_ylim(0, 1.06 * axis.get_ylim()[1])
         if key == "per_gpu":
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.lines and axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
+        legend = bool(axis.get_legend_handles_labels()[0])
+        report.style_axis(axis, numbers, [str(number) for number in numbers], legend)
     environment = results["environment"]
-    figure.suptitle(f"{environment['device']}: whole training steps, {environment['dtype']}", fontsize=10)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    report.save_figure(figure, f"{environment['device']}: full training steps, {environment['dtype']}", path)
 
 
 def _kind(rows: list[dict[str, Any]], preset: str, mesh: str) -> str:

@@ -1,9 +1,9 @@
-"""Load on a running server: many streams at once; are all answered, whole, and each with its own text?
+"""Load on a running server: many streams at once; is each answered completely and with its own text?
 
     results = bench_serve("http://127.0.0.1:8000", streams=500, num_tokens=64, check=50)
 
-Every stream has a prompt and a seed of its own. Afterwards some are asked again, one at a time: the same seed gives
-the same text, so a text that differs was mixed up, or a step's last digits decided between two tokens.
+Every stream has its own prompt and seed. Afterwards some are requested again, one at a time: the same seed gives the same
+text, so a text that differs belongs to another stream, or a step's last digits decided between two tokens.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _PATIENCE_S = 300.0
 
 @dataclass
 class _Stream:
-    """What one stream saw."""
+    """What one stream received."""
 
     number: int
     text: str = ""
@@ -40,51 +40,51 @@ def bench_serve(
     num_tokens: int,
     check: int,
     api_key: str | None = None,
-    note: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Open `streams` at once, read all to their ends, ask the first `check` again. Raises RunError if nobody answers."""
+    """Open `streams` at once, read all to their ends, request the first `check` again. Raises RunError without a server."""
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme != "http" or not parts.hostname:
         raise UserError(f"the address is {url!r}; give one like http://127.0.0.1:8000 (plain HTTP)")
     server = _Server(parts.hostname, parts.port or 80, api_key)
-    return asyncio.run(_bench(server, streams, num_tokens, check, note))
+    return asyncio.run(_bench(server, streams, num_tokens, check, log))
 
 
 async def _bench(
-    server: "_Server", streams: int, num_tokens: int, check: int, note: Callable[[str], None]
+    server: "_Server", streams: int, num_tokens: int, check: int, log: Callable[[str], None]
 ) -> dict[str, Any]:
     before = await server.memory()
     peak = before
-    note(f"{streams} streams of {num_tokens} tokens")
+    log(f"{streams} streams of {num_tokens} tokens")
     started = time.perf_counter()
     tasks = [asyncio.create_task(server.stream(number, num_tokens)) for number in range(streams)]
     while not all(task.done() for task in tasks):
         await asyncio.wait(tasks, timeout=2)
         peak = max(peak, await server.memory())
-        note(f"{sum(task.done() for task in tasks)} of {streams} ended")
+        log(f"{sum(task.done() for task in tasks)} of {streams} ended")
     seconds = time.perf_counter() - started
-    found = [task.result() for task in tasks]
+    results = [task.result() for task in tasks]
     after = await server.memory()
-    whole = [stream for stream in found if stream.error is None]
-    note(f"asking {min(check, len(whole))} again, one at a time")
+    answered = [stream for stream in results if stream.error is None]
+    log(f"requesting {min(check, len(answered))} again, one at a time")
     different = []
-    for stream in whole[:check]:
+    for stream in answered[:check]:
         again = await server.stream(stream.number, num_tokens)
         if again.text != stream.text:
             different.append(stream.number)
-    tokens = sum(stream.tokens for stream in whole)
+    tokens = sum(stream.tokens for stream in answered)
     return {
         "streams": streams,
         "tokens_each": num_tokens,
-        "whole": sum(stream.tokens == num_tokens and stream.finish_reason == "length" for stream in whole),
-        "failed": [{"stream": stream.number, "error": stream.error} for stream in found if stream.error is not None],
-        "checked": min(check, len(whole)),
+        "whole": sum(stream.tokens == num_tokens and stream.finish_reason == "length" for stream in answered),
+        "failed": [{"stream": stream.number, "error": stream.error} for stream in results if stream.error is not None],
+        "checked": min(check, len(answered)),
         "different": different,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "first_token_s": _spread([stream.first_s for stream in whole if stream.first_s is not None]),
-        "between_tokens_s": _spread([gap for stream in whole for gap in stream.gaps]),
-        "stream_s": _spread([stream.seconds for stream in whole]),
+        "first_token_s": _spread([stream.first_s for stream in answered if stream.first_s is not None]),
+        "between_tokens_s": _spread([gap for stream in answered for gap in stream.gaps]),
+        "stream_s": _spread([stream.seconds for stream in answered]),
         "memory_mib": {"before": before / 2**20, "peak": peak / 2**20, "after": after / 2**20},
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -101,7 +101,7 @@ _SHARES = {"median": 0.5, "p95": 0.95, "most": 1.0}
 
 
 class _Server:
-    """A client of few lines: HTTP/1.0, so that an answer ends where the connection does."""
+    """A small client. HTTP/1.0, so that a response ends with its connection."""
 
     def __init__(self, host: str, port: int, api_key: str | None) -> None:
         self._host, self._port = host, port
@@ -137,42 +137,42 @@ class _Server:
         raise RunError(f"/metrics of {self._host}:{self._port} (status {status}) is not that of tnllm serve")
 
     async def stream(self, number: int, num_tokens: int) -> _Stream:
-        """Ask for one text and read it as it comes. What goes wrong is in `error`."""
-        found = _Stream(number)
-        asked = {
+        """Request one text and read it as it comes. A failure is kept in the result's `error`."""
+        result = _Stream(number)
+        body = {
             "prompt": f"Once upon a time there were {number}", "max_tokens": num_tokens, "seed": number,
             "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True,
         }  # fmt: skip
         started = last = time.perf_counter()
         try:
-            status, reader, writer = await self._ask("POST", "/v1/completions", json.dumps(asked).encode())
+            status, reader, writer = await self._ask("POST", "/v1/completions", json.dumps(body).encode())
             if status != 200:
-                found.error = f"status {status}: {(await reader.read()).decode(errors='replace')[:200]}"
+                result.error = f"status {status}: {(await reader.read()).decode(errors='replace')[:200]}"
             ended = False
-            while found.error is None and not ended:
+            while result.error is None and not ended:
                 line = (await asyncio.wait_for(reader.readline(), _PATIENCE_S)).strip()
                 now = time.perf_counter()
                 if not line and reader.at_eof():
-                    found.error = "the stream broke off"
+                    result.error = "the stream was interrupted"
                 elif line == b"data: [DONE]":
                     ended = True
                 elif line.startswith(b"data: "):
                     event = json.loads(line.removeprefix(b"data: "))
                     if "error" in event:
-                        found.error = event["error"]["message"]
+                        result.error = event["error"]["message"]
                         continue
                     if event["usage"]:
-                        found.tokens = event["usage"]["completion_tokens"]
+                        result.tokens = event["usage"]["completion_tokens"]
                     for choice in event["choices"]:
-                        found.text += choice["text"]
-                        found.finish_reason = choice["finish_reason"]
-                        if choice["text"] and found.first_s is None:
-                            found.first_s = now - started
+                        result.text += choice["text"]
+                        result.finish_reason = choice["finish_reason"]
+                        if choice["text"] and result.first_s is None:
+                            result.first_s = now - started
                         elif choice["text"]:
-                            found.gaps.append(now - last)
+                            result.gaps.append(now - last)
                     last = now
             writer.close()
         except (OSError, TimeoutError, RunError) as error:
-            found.error = str(error) or type(error).__name__
-        found.seconds = time.perf_counter() - started
-        return found
+            result.error = str(error) or type(error).__name__
+        result.seconds = time.perf_counter() - started
+        return result

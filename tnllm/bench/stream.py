@@ -1,16 +1,16 @@
-"""A text of a million tokens: does the state drift, does memory grow, where does the naive form break?
+"""A million tokens in a row: does the state drift, does memory grow, where does the naive form overflow?
 
     results = bench_stream("tiny", 1 << 20)
 
 Two measurements, both against float64 with the same weights, decays and tokens.
 
-1. The whole model in float32 reads a stream of random tokens in chunks. At every fourth power of two it is compared:
-   the next token's logits, those of some decoding steps from there, and every layer's state.
-2. One attention layer steps token by token through as long a stream, with the fastest decay of the released models, a
-   middle one, and the slowest. Beside it run two other forms in float32. The naive one never decays the state but
-   scales keys by λ^-t and queries by λ^t (arXiv 2307.14995, Algorithm 1): the same function in exact arithmetic, an
-   overflow here. The plain one, S ← λS + kvᵀ, is stable but rounds λ once for all: where 1 - λ is below 2^-24, it forgets
-   at another speed.
+1. The full model in float32 reads a stream of random tokens in chunks. At every power of four it is compared: the next
+   token's logits, those of some decoding steps from there, and every layer's state.
+2. One attention layer steps token by token through a stream of the same length, with the fastest decay of the released
+   models, a middle one, and the slowest. Beside it run two other forms in float32. The naive one never decays the state
+   but scales keys by λ^-t and queries by λ^t (arXiv 2307.14995, Algorithm 1): the same function in exact arithmetic, an
+   overflow here. The plain one, S ← λS + kvᵀ, is stable but rounds λ once: where 1 - λ is below 2^-24, it decays at
+   another rate.
 """
 
 import copy
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnllm.bench.timing import describe_device
+from tnllm.bench.accuracy import relative_rms
+from tnllm.device import describe_device
 from tnllm.kernels.lightning_attention import lightning_attention_step
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import LanguageModel, build_model
@@ -32,50 +33,49 @@ from tnllm.modeling.state import State
 # hundred terms rounded at 2^-24 through a few layers; it must not grow with the position.
 GAP_LIMIT = 1e-4
 _CHUNK = 2048
-_STEPS = 32  # decoding steps at each look
+_STEPS = 32  # decoding steps at each compared position
 # Slopes: head 0 of 32 in layer 0; head 3 of 8 in layer 0; the last head in the last layer of any size.
 _LOG_DECAYS = {"fastest": -(2.0**-0.25), "middle": -(2.0**-4), "slowest": -(2.0**-8) * 1e-5}
 _WIDTH = 16
 
 
-def bench_stream(preset: str, num_tokens: int, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def bench_stream(preset: str, num_tokens: int, log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Stream `num_tokens` through a model of `preset` with random weights, and through one layer alone, on the CPU.
 
     Returns environment, `model` rows, `layer` rows, and `passed`: whether every gap is within GAP_LIMIT.
     """
-    note(f"the whole model reads {num_tokens} tokens, in float32 and in float64")
-    model_rows = _stream_model(preset, num_tokens, note)
-    note(f"one layer steps through {num_tokens} tokens")
-    layer_rows = _stream_layer(num_tokens, note)
+    log(f"the full model reads {num_tokens} tokens, in float32 and in float64")
+    model_rows = _stream_model(preset, num_tokens, log)
+    log(f"one layer steps through {num_tokens} tokens")
+    layer_rows = _stream_layer(num_tokens, log)
     return {
         "environment": describe_device(torch.device("cpu")),
         "preset": preset,
         "limit": GAP_LIMIT,
         "model": model_rows,
         "layer": layer_rows,
-        # A NaN is not below any limit.
+        # Written so that NaN fails.
         "passed": all(row["logits_gap"] <= GAP_LIMIT and row["steps_gap"] <= GAP_LIMIT for row in model_rows)
         and all(row["error"] <= GAP_LIMIT for row in layer_rows),
     }
 
 
-def _looks(num_tokens: int) -> list[int]:
+def _compared_positions(num_tokens: int) -> list[int]:
     """1K, 4K, 16K ... and the end."""
-    looks = [1 << power for power in range(10, 63, 2) if 1 << power < num_tokens]
-    return [*looks, num_tokens]
+    return [*(1 << power for power in range(10, 63, 2) if 1 << power < num_tokens), num_tokens]
 
 
 @torch.no_grad()
-def _stream_model(preset: str, num_tokens: int, note: Callable[[str], None]) -> list[dict[str, Any]]:
+def _stream_model(preset: str, num_tokens: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
     single = build_model(get_preset(preset), seed=0).eval()
     double = copy.deepcopy(single).double()
     generator = torch.Generator().manual_seed(0)
     states = [single.init_state(1), double.init_state(1)]
     rows: list[dict[str, Any]] = []
     position, busy_s, since = 0, 0.0, 0
-    for look in _looks(num_tokens):
-        while position < look:
-            count = min(_CHUNK, look - position)
+    for end in _compared_positions(num_tokens):
+        while position < end:
+            count = min(_CHUNK, end - position)
             tokens = torch.randint(3, single.config.vocab_size, (1, count), generator=generator)
             started = time.perf_counter()
             hidden, states[0] = single.hidden(tokens, states[0])
@@ -88,49 +88,45 @@ def _stream_model(preset: str, num_tokens: int, note: Callable[[str], None]) -> 
                 "tokens": position,
                 "logits_gap": _gap(logits, exact),
                 "steps_gap": _steps_gap(single, double, states, exact),
-                "state_error": max(_relative(a, b) for a, b in zip(states[0].layers, states[1].layers, strict=True)),
+                "state_error": max(relative_rms(a, b) for a, b in zip(states[0].layers, states[1].layers, strict=True)),
                 "resident_mib": _resident_bytes() / 2**20,
                 "tokens_per_s": (position - since) / busy_s,
             }
         )
-        note(f"{position} tokens: gap {rows[-1]['logits_gap']:.1e}, {rows[-1]['resident_mib']:.0f} MiB")
+        log(f"{position} tokens: gap {rows[-1]['logits_gap']:.1e}, {rows[-1]['resident_mib']:.0f} MiB")
         busy_s, since = 0.0, position
     return rows
 
 
 def _steps_gap(single: LanguageModel, double: LanguageModel, states: list[State], logits: Tensor) -> float:
-    """Largest gap over some decoding steps from copies of the states, both fed what float64 finds likeliest."""
+    """Largest gap over some decoding steps from copies of the states, both fed float64's argmax token."""
     a, b = (state.clone() for state in states)
     worst = 0.0
     for _ in range(_STEPS):
         token = logits.argmax(dim=-1)
-        found, logits = single.step(token, a), double.step(token, b)
-        gap = _gap(found, logits)
+        result, logits = single.step(token, a), double.step(token, b)
+        gap = _gap(result, logits)
         worst = gap if not gap <= worst else worst
     return worst
 
 
-def _gap(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).abs().max() / exact.std())
-
-
-def _relative(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def _gap(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).abs().max() / exact.std())
 
 
 @torch.no_grad()
-def _stream_layer(num_tokens: int, note: Callable[[str], None]) -> list[dict[str, Any]]:
+def _stream_layer(num_tokens: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
     log_decay = torch.tensor(list(_LOG_DECAYS.values()), dtype=torch.float32)
     heads = len(log_decay)
     generator = torch.Generator().manual_seed(0)
     state = torch.zeros(1, heads, _WIDTH, _WIDTH)
     exact = state.double()
     naive, plain, decay = _Naive(log_decay), state.clone(), log_decay.exp()[:, None, None]
-    looks = _looks(num_tokens)
+    ends = _compared_positions(num_tokens)
     rows: list[dict[str, Any]] = []
     position = 0
     while position < num_tokens:
-        count = min(1024, looks[0] - position)
+        count = min(1024, ends[0] - position)
         q, k, v = torch.randn(3, count, 1, heads, _WIDTH, generator=generator)
         wide = q.double(), k.double(), v.double()
         difference = plain_difference = size = torch.zeros(heads, dtype=torch.float64)
@@ -144,9 +140,9 @@ def _stream_layer(num_tokens: int, note: Callable[[str], None]) -> list[dict[str
             size = size + true.square().sum((0, 2))
             naive.step(q[t, 0], k[t, 0], v[t, 0])
         position += count
-        if position == looks[0]:
-            looks.pop(0)
-            # Of the last tokens alone: an early error that has been forgotten must not stand for a late one.
+        if position == ends[0]:
+            ends.pop(0)
+            # Over the last tokens only, so that an early error that has decayed does not count.
             error, plain_error = (difference / size).sqrt(), (plain_difference / size).sqrt()
             for head, name in enumerate(_LOG_DECAYS):
                 rows.append(
@@ -159,7 +155,7 @@ def _stream_layer(num_tokens: int, note: Callable[[str], None]) -> list[dict[str
                         "naive_broken_at": naive.broken_at[head],
                     }
                 )
-            note(f"{position} steps: error {float(error.max()):.1e}")
+            log(f"{position} steps: error {float(error.max()):.1e}")
     return rows
 
 
@@ -173,16 +169,16 @@ class _Naive:
         self.broken_at: list[int | None] = [None] * len(log_decay)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """One token; q, k, v [H, D]. Notes where an output first is not finite."""
+        """One token; q, k, v [H, D]. Records the first position whose output is not finite."""
         self._t += 1
         self._state += (k * (-self._t * self._log_decay).exp())[..., None] * v[..., None, :]
         out = ((q * (self._t * self._log_decay).exp())[..., None, :] @ self._state).squeeze(-2)
-        for head, fine in enumerate(out.isfinite().all(dim=-1).tolist()):
-            if not fine and self.broken_at[head] is None:
+        for head, finite in enumerate(out.isfinite().all(dim=-1).tolist()):
+            if not finite and self.broken_at[head] is None:
                 self.broken_at[head] = self._t
 
 
 def _resident_bytes() -> int:
-    """Memory of this process now."""
+    """Resident memory of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

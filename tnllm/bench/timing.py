@@ -1,10 +1,10 @@
-"""Honest timing: compile and warm up first, then medians with their spread; bandwidth and peak memory measured.
+"""Timing: compile and warm up first, then medians with their spread; measured bandwidth and peak memory.
 
 timing = measure(lambda: f(x), device)     # Timing(median_ms, low_ms, high_ms, compile_ms, host_ms)
 bandwidth = copy_bandwidth(device)         # bytes/s, reads and writes counted
 """
 
-import platform
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-# Read before every repetition on a GPU, so that no input is found in its cache. Writing would leave the cache full of
-# lines that go back to memory while the timed call runs: 40 MB or more, as much as a small call moves itself.
+# Read before every repetition on a GPU, so that no input is still in the L2 cache. Writing instead would leave dirty
+# lines that are written back while the timed call runs: 40 MB or more, as much as a small call moves itself.
 _CACHE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: median, 20th and 80th percentile; what the first call took beyond it; the host's part of a call.
+    """Milliseconds: median, 20th and 80th percentile; compilation (first call minus median); host time of one call.
 
-    On a GPU the first three are the device's time, with the host running ahead as it does in a training step; where
-    `host_ms` is larger, single calls wait for the host.
+    On a GPU the first three are device time, with the host running ahead as it does in training; where `host_ms` is
+    larger, a single call is limited by the host.
     """
 
     median_ms: float
@@ -32,25 +32,32 @@ class Timing:
     host_ms: float
 
 
-def measure(run: Callable[[], Any], device: torch.device, budget_s: float = 0.5, most: int = 200) -> Timing:
-    """Time `run` until `budget_s` is spent: at least 5 and at most `most` repetitions."""
+def measure(run: Callable[[], Any], device: torch.device, budget_s: float = 0.5) -> Timing:
+    """Time `run` until `budget_s` is spent: at least 5 and at most 200 repetitions."""
     started = time.perf_counter()
     run()
-    _wait(device)
+    synchronize(device)
     first = time.perf_counter() - started
     started = time.perf_counter()
     run()
     host = time.perf_counter() - started
-    _wait(device)
+    synchronize(device)
     again = time.perf_counter() - started
-    repeats = int(min(most, max(5, budget_s / max(again, 1e-6))))
-    times = _on_gpu(run, device, repeats, host) if device.type == "cuda" else _on_cpu(run, repeats)
-    times.sort()
-    median, low, high = (times[min(repeats - 1, int(repeats * share))] for share in (0.5, 0.2, 0.8))
+    repeats = int(min(200, max(5, budget_s / max(again, 1e-6))))
+    median, low, high = spread(
+        _gpu_times(run, device, repeats, host) if device.type == "cuda" else cpu_times(run, repeats)
+    )
     return Timing(median, low, high, max(0.0, 1e3 * first - median), 1e3 * host)
 
 
-def _on_gpu(run: Callable[[], Any], device: torch.device, repeats: int, host_s: float) -> list[float]:
+def spread(times: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    times = sorted(times)
+    median, low, high = (times[min(len(times) - 1, int(len(times) * share))] for share in (0.5, 0.2, 0.8))
+    return median, low, high
+
+
+def _gpu_times(run: Callable[[], Any], device: torch.device, repeats: int, host_s: float) -> list[float]:
     cache = torch.zeros(_CACHE_BYTES // 4, dtype=torch.int32, device=device)
     starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
@@ -58,7 +65,7 @@ def _on_gpu(run: Callable[[], Any], device: torch.device, repeats: int, host_s: 
         run()
     for start, end in zip(starts, ends, strict=True):
         cache.sum()
-        # The device idles (at about 2 GHz) until the host has enqueued the whole call.
+        # The device spins (at about 2 GHz) until the host has enqueued the complete call.
         torch.cuda._sleep(int(1.5 * host_s * 2e9))
         start.record()
         run()
@@ -67,7 +74,8 @@ def _on_gpu(run: Callable[[], Any], device: torch.device, repeats: int, host_s: 
     return [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
 
 
-def _on_cpu(run: Callable[[], Any], repeats: int) -> list[float]:
+def cpu_times(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Milliseconds of each call."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -76,13 +84,21 @@ def _on_cpu(run: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished everything enqueued; nothing on CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+def free_memory(device: torch.device) -> None:
+    """Collect garbage and return torch's cached blocks to the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def extra_memory(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Peak bytes allocated during `run` beyond what was allocated before it; None on CPU, where nobody counts."""
+    """Peak bytes allocated during `run` beyond what was allocated before it; None on CPU, where torch does not count."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -94,22 +110,8 @@ def extra_memory(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy, bytes read and written counted: what moving data can reach here."""
+    """Bytes per second of a large copy, bytes read and written counted: the limit for moving data here."""
     count = 1 << (29 if device.type == "cuda" else 24)
     source = torch.randn(count, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     return 2 * source.nbytes / (measure(lambda: target.copy_(source), device).median_ms / 1e3)
-
-
-def describe_device(device: torch.device) -> dict[str, str]:
-    """Device and versions, for the head of every report."""
-    found = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["cuda"] = str(torch.version.cuda)
-        import triton
-
-        found["triton"] = triton.__version__
-    else:
-        found["device"] = f"cpu ({platform.machine()}), {torch.get_num_threads()} threads"
-    return found

@@ -1,14 +1,13 @@
-"""The speed and memory of whole training steps, TransNormerLLM beside the softmax Transformer, by length.
+"""Speed and memory of full training steps, TransNormerLLM beside the softmax Transformer, by length.
 
     cases = [Case("385m", kind, seq_len=8192, rows=4) for kind in ("transnormer", "transformer")]
     results = bench_training(cases, torch.device("cuda"), on_row=print)
 
-What is timed is the trainer's own step on random tokens: gather the batch, copy it to the device, forward and backward
-in the trainer's precision, clip, fused AdamW. Each kind is first checked on a small model against plain fp32 on the
-CPU. Compilation and warm-up are timed apart.
+It times the trainer's own step on random tokens: gather the batch, copy it to the device, forward and backward in the
+trainer's precision, clip, fused AdamW. Each kind is first checked on a small model against plain fp32 on the CPU.
+Compilation and warm-up are not part of a step's time.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tnllm.bench.timing import describe_device
+from tnllm.bench.timing import cpu_times, free_memory, spread, synchronize
 from tnllm.data.loader import Batch
+from tnllm.device import describe_device
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import build_model
@@ -34,17 +34,17 @@ from tnllm.training.metrics import matmul_rate
 from tnllm.training.signals import StopSignals
 
 # Largest relative error of loss and gradients (RMS over all parameters) that is still timed, in the step's precision:
-# bf16 keeps 8 bits, and two blocks' products put some of their roundings on top of each other.
+# bf16 keeps 8 bits, and the roundings of two blocks' products add up.
 LIMITS = {torch.bfloat16: (2e-3, 6e-2), torch.float32: (1e-5, 1e-3)}
-_GATE_LAYERS, _GATE_VOCAB, _GATE_LENGTH = 2, 2048, 192
+_CHECK_LAYERS, _CHECK_VOCAB, _CHECK_LENGTH = 2, 2048, 192
 
 
 @dataclass(frozen=True)
 class Case:
     """One row: `rows` rows of `seq_len` tokens in a step of the preset's model.
 
-    `same` says what the Transformer shares with the preset: its "width" (it is then about 6 % smaller, having no output
-    gate), or its number of "parameters" (a wider channel mixer makes up for the gate).
+    `same`: what the Transformer shares with the preset: its "width" (it has no output gate, so it is about 6 % smaller), or
+    its number of "parameters" (a wider channel mixer makes up for the gate).
     """
 
     preset: str
@@ -65,15 +65,15 @@ class Case:
         other = get_preset(self.preset, kind=self.kind)
         if self.same == "parameters":
             missing = count_parameters(own) - count_parameters(other)
-            # Whole multiples of 64, which matrix products like.
+            # A multiple of 64, so that matrix products stay fast.
             wider = 64 * round(missing / (64 * 3 * own.num_layers * own.model_dim))
             other = get_preset(self.preset, kind=self.kind, glu_dim=own.glu_dim + wider)
         return other
 
 
-def gate_model(full: ModelConfig) -> ModelConfig:
-    """`full` cut to a few layers and a small vocabulary: the same widths and heads."""
-    changes = {"num_layers": min(full.num_layers, _GATE_LAYERS), "vocab_size": min(full.vocab_size, _GATE_VOCAB)}
+def check_model(full: ModelConfig) -> ModelConfig:
+    """`full` cut to a few layers and a small vocabulary, with the same widths and heads."""
+    changes = {"num_layers": min(full.num_layers, _CHECK_LAYERS), "vocab_size": min(full.vocab_size, _CHECK_VOCAB)}
     return full.model_copy(update={**changes, "pad_token_id": 0})
 
 
@@ -85,7 +85,7 @@ def run_config(
     model: ModelConfig | None = None,
     parallel: ParallelSection | None = None,
 ) -> RunConfig:
-    """The run whose step is timed: constant learning rate, clipping, one pass a step; the case's rows over all ranks."""
+    """The run whose step is timed: constant learning rate, clipping, one micro-batch; the case's rows over all ranks."""
     parallel = parallel or ParallelSection()
     return RunConfig(
         model=model or case.model,
@@ -106,18 +106,17 @@ def run_config(
 
 
 class RandomLoader:
-    """Random tokens in the form of the trainer's loader; with packing "reset" every row is a document.
+    """Random tokens through the interface of the trainer's loader; with packing "reset" every row is a document.
 
-    A step's rows are the same on any mesh; data rank `data_rank` of `data_size` reads its part of them.
+    A step's rows are the same on any mesh; data rank `data_rank` of `data_size` reads its shard of them.
     """
 
     def __init__(self, config: RunConfig, seed: int = 0, data_rank: int = 0, data_size: int = 1) -> None:
-        self.config, self._rank, self._part = config, data_rank, config.global_batch_rows // data_size
+        self.config, self._rank, self._rank_rows = config, data_rank, config.global_batch_rows // data_size
         rows, length = config.global_batch_rows, config.data.seq_len
         generator = torch.Generator().manual_seed(seed)
-        # Four batches in turn: the loss of a single one, seen again and again, would soon be no usual one.
-        ids = torch.randint(1, config.model.vocab_size, (4, rows, length + 1), generator=generator)
-        self._ids = ids
+        # Four batches in turn: a single one would soon be memorised, and its loss would not be a usual one.
+        self._ids = torch.randint(1, config.model.vocab_size, (4, rows, length + 1), generator=generator)
 
     def _batch(self, tokens: Tensor, labels: Tensor) -> Batch:
         cu_seqlens = None
@@ -129,18 +128,18 @@ class RandomLoader:
 
     def rank_samples(self, first_sample: int) -> range:
         """This rank's samples of the step that begins at `first_sample`."""
-        first = first_sample + self._rank * self._part
-        return range(first, first + self._part)
+        first = first_sample + self._rank * self._rank_rows
+        return range(first, first + self._rank_rows)
 
     def batch(self, first_sample: int, num_rows: int) -> Batch:
-        """Rows `first_sample` and the next; steps take the four batches in turn."""
+        """`num_rows` rows from `first_sample` on; steps take the four batches in turn."""
         step, row = divmod(first_sample, self.config.global_batch_rows)
-        part = self._ids[step % len(self._ids), row : row + num_rows]
-        return self._batch(part[:, :-1].contiguous(), part[:, 1:].contiguous())
+        ids = self._ids[step % len(self._ids), row : row + num_rows]
+        return self._batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 
 class _Losses(Meter):
-    """Keeps losses and gradient norms on the device; nothing waits for the host."""
+    """Keeps losses and gradient norms on the device, so that no step waits for the host."""
 
     seen: list[Tensor]
 
@@ -149,7 +148,7 @@ class _Losses(Meter):
 
 
 class Step:
-    """The trainer's step of `config`, alone or on a mesh, ready to be called again and again."""
+    """The trainer's step for `config`, on one device or a mesh; call it once per step."""
 
     def __init__(self, config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> None:
         self.trainer = trainer(config, device, mesh)
@@ -173,14 +172,13 @@ class Step:
 
 def trainer(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Trainer:
     """The trainer's own model, optimizer and loss over random tokens."""
-    if mesh is None:
-        return make_trainer(config, RandomLoader(config), device)  # type: ignore[arg-type]
-    loader = RandomLoader(config, 0, mesh.data_rank, mesh.data_size)
+    rank, size = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_size)
+    loader = RandomLoader(config, 0, rank, size)
     return make_trainer(config, loader, device, mesh)  # type: ignore[arg-type]
 
 
 def fastest_softmax(device: torch.device) -> AbstractContextManager[Any]:
-    """The baseline at its best: on a GPU cuDNN's attention where it can, flash attention else."""
+    """The baseline's fastest attention: on a GPU cuDNN's where it applies, else flash attention."""
     if device.type != "cuda":
         return nullcontext()
     # The last two serve fp32, which the first two do not.
@@ -195,87 +193,96 @@ def bench_training(
     compiled: bool = True,
     steps: int = 10,
     warmup: int = 3,
-    note: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     on_start: Callable[[dict[str, Any]], None] = lambda results: None,
     on_row: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, results: None,
 ) -> dict[str, Any]:
-    """Gate, then time each case. Returns {"environment", "accuracy": [...], "rows": [...]}, all plain values.
+    """Check, then time each case. Returns {"environment", "accuracy": [...], "rows": [...]}, all plain values.
 
-    `on_start` is given the results once the gate is passed, `on_row` each row as it comes and the results so far. A
-    row: the case; status "ok" or "out of memory"; parameters, tokens, step_ms (median, with low and high: the 20th and
-    80th percentile), tokens_per_s, mfu (share of the matrix product rate measured at the start; null on CPU), peak_gib
+    `on_start` gets the results after the checks, `on_row` each row as it comes and the results so far. A row: the case;
+    status "ok" or "out of memory"; parameters, tokens, step_ms (median, with low and high: the 20th and 80th
+    percentile), tokens_per_s, mfu (share of the matrix product rate measured at the start; null on CPU), peak_gib
     (allocated by torch in a steady step; null on CPU), compile_s (what the first step took beyond a steady one), and
-    the first and last loss. A kind that fails the gate is not timed. Raises UserError for a bad preset.
+    the first and last loss. A kind that fails its check is not timed. Raises UserError for a bad preset.
     """
     peak = matmul_rate(device)
     config = run_config(cases[0], device, compiled, dtype)
-    environment = {
-        **describe_device(device),
-        "dtype": str(compute_dtype(config, device)).removeprefix("torch."),
-        "compiled": compiled,
-        "matmul_tflop_per_s": None if peak is None else peak / 1e12,
-        "steps": steps,
-        "warmup": warmup,
-    }
-    if device.type == "cuda":
-        environment["gpu_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+    environment = step_environment(config, device, peak, steps, warmup)
     results: dict[str, Any] = {"environment": environment, "accuracy": [], "rows": []}
     passed = set()
     for preset, kind, mode in dict.fromkeys(_form(case) for case in cases):
         first = next(case for case in cases if _form(case) == (preset, kind, mode))
-        note(f"checking {preset} {kind} on a small model")
-        found = {"preset": preset, "kind": kind, "activation_checkpointing": mode}
-        found |= gate(first, device, compiled, dtype)
-        results["accuracy"].append(found)
-        if found["passed"]:
+        log(f"checking {preset} {kind} on a small model")
+        checked = {"preset": preset, "kind": kind, "activation_checkpointing": mode}
+        checked |= check(first, device, compiled, dtype)
+        results["accuracy"].append(checked)
+        if checked["passed"]:
             passed.add(_form(first))
         else:
-            note(
-                f"not timed: {preset} {kind} is wrong (relative error of the loss {found['loss']:.2g}, of the gradients "
-                f"{found['gradient']:.2g}; limits {found['loss_limit']:g}, {found['gradient_limit']:g})"
+            log(
+                f"not timed: {preset} {kind} is wrong (relative error of the loss {checked['loss']:.2g}, of the gradients "
+                f"{checked['gradient']:.2g}; limits {checked['loss_limit']:g}, {checked['gradient_limit']:g})"
             )
     on_start(results)
     for case in cases:
         if _form(case) in passed:
-            note(f"timing {case.preset} {case.kind}, {case.rows} x {case.seq_len} tokens")
+            log(f"timing {case.preset} {case.kind}, {case.rows} x {case.seq_len} tokens")
             row = time_case(case, device, dtype, compiled, steps, warmup, peak)
             results["rows"].append(row)
             on_row(row, results)
     return results
 
 
+def step_environment(
+    config: RunConfig, device: torch.device, peak: float | None, steps: int, warmup: int
+) -> dict[str, Any]:
+    """Device, versions and settings that a step's time depends on; `peak`: the measured matrix product rate, FLOP/s."""
+    environment = {
+        **describe_device(device),
+        "dtype": str(compute_dtype(config, device)).removeprefix("torch."),
+        "compiled": config.train.compile == "on",
+        "matmul_tflop_per_s": None if peak is None else peak / 1e12,
+        "steps": steps,
+        "warmup": warmup,
+    }
+    if device.type == "cuda":
+        environment["gpu_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return environment
+
+
 def _form(case: Case) -> tuple[str, str, str]:
-    """What is checked once."""
+    """Cases that agree in these share one check."""
     return case.preset, case.kind, case.activation_checkpointing
 
 
-def gate(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[str, Any]:
+def check(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[str, Any]:
     """Relative errors of the step's loss and gradients against the model's plain fp32 form on the CPU.
 
     The model is the case's, cut to a few layers and a small vocabulary; the step is the one that will be timed:
     compiled, in the same precision, with the same recomputation and packing.
     """
-    small = gate_model(case.model)
-    part = replace(case, seq_len=_GATE_LENGTH, rows=2)
-    forget(device)
+    small = check_model(case.model)
+    short = replace(case, seq_len=_CHECK_LENGTH, rows=2)
+    reset(device)
     exact = build_model(small, "cpu", torch.float32, seed=1)
-    config = run_config(part, device, compiled, dtype, small)
+    config = run_config(short, device, compiled, dtype, small)
     step = trainer(config, device)
     step.model.load_state_dict(exact.state_dict())
-    exact.load_state_dict(step.model.state_dict())  # what rounding left, where weights are bf16
-    batch = RandomLoader(config, seed=1).batch(0, part.rows)
+    # Back again: bf16 weights were rounded.
+    exact.load_state_dict(step.model.state_dict())
+    batch = RandomLoader(config, seed=1).batch(0, short.rows)
     expected = exact.loss(batch.tokens, batch.labels, batch.cu_seqlens)
     expected.backward()
     with fastest_softmax(device):
-        got = step.loss_sum(batch)
-        got.backward()
+        loss_sum = step.loss_sum(batch)
+        loss_sum.backward()
     wrong = size = 0.0
     for ours, theirs in zip(step.model.parameters(), exact.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
         wrong += float((ours.grad.cpu().double() - theirs.grad.double()).square().sum())
         size += float(theirs.grad.double().square().sum())
     loss_limit, gradient_limit = LIMITS[compute_dtype(config, device)]
-    value, target = got.item(), expected.item()
+    value, target = loss_sum.item(), expected.item()
     loss, gradient = abs(value - target) / target, math.sqrt(wrong / size)
     return {
         "loss": loss,
@@ -291,16 +298,18 @@ def time_case(
     case: Case, device: torch.device, dtype: str, compiled: bool, steps: int, warmup: int, peak: float | None
 ) -> dict[str, Any]:
     """One row of results; see `bench_training`."""
-    forget(device)
+    reset(device)
     config = run_config(case, device, compiled, dtype)
     tokens = case.rows * case.seq_len
     row: dict[str, Any] = {**asdict(case), "parameters": count_parameters(config.model), "tokens": tokens}
     empty = ("step_ms", "low_ms", "high_ms", "tokens_per_s", "mfu", "peak_gib", "compile_s", "first_loss", "last_loss")
     row |= {"status": "out of memory", **dict.fromkeys(empty)}
     try:
-        measured = _measure(config, device, steps, warmup)
+        with fastest_softmax(device):
+            step, times = timed_step(config, device, steps, warmup)
     except torch.OutOfMemoryError:
         return row
+    measured = {**times, "first_loss": step.losses[0], "last_loss": step.losses[-1]}
     rate = tokens / (measured["step_ms"] / 1e3)
     work = flops_per_token(config.model, case.seq_len)
     finite = all(math.isfinite(measured[key]) for key in ("first_loss", "last_loss"))
@@ -312,28 +321,26 @@ def time_case(
     }
 
 
-def _measure(config: RunConfig, device: torch.device, steps: int, warmup: int) -> dict[str, Any]:
-    with fastest_softmax(device):
-        step, times = timed_step(config, device, steps, warmup)
-    return {**times, "first_loss": step.losses[0], "last_loss": step.losses[-1]}
-
-
 def timed_step(
-    config: RunConfig, device: torch.device, steps: int, warmup: int, mesh: Mesh | None = None
+    config: RunConfig,
+    device: torch.device,
+    steps: int,
+    warmup: int,
+    mesh: Mesh | None = None,
+    make_step: type[Step] = Step,
 ) -> tuple[Step, dict[str, Any]]:
     """A step, and its times: step_ms (median), low_ms, high_ms, compile_s, peak_gib; see `bench_training`."""
     started = time.perf_counter()
-    step = Step(config, device, mesh)
+    step = make_step(config, device, mesh)
     step()
-    wait(device)
+    synchronize(device)
     first_s = time.perf_counter() - started
     for _ in range(warmup):
         step()
-    wait(device)
+    synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times = sorted(_step_times(step, device, steps))
-    median, low, high = (times[min(steps - 1, int(steps * share))] for share in (0.5, 0.2, 0.8))
+    median, low, high = spread(_step_times(step, device, steps))
     return step, {
         "step_ms": median,
         "low_ms": low,
@@ -346,12 +353,7 @@ def timed_step(
 def _step_times(step: Callable[[], None], device: torch.device, steps: int) -> list[float]:
     """Milliseconds of each step, the host running ahead of the device as it does in training."""
     if device.type != "cuda":
-        times = []
-        for _ in range(steps):
-            started = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - started))
-        return times
+        return cpu_times(step, steps)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -361,15 +363,7 @@ def _step_times(step: Callable[[], None], device: torch.device, steps: int) -> l
     return [before.elapsed_time(after) for before, after in pairwise(marks)]
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def forget(device: torch.device) -> None:
-    """Free the case before, and its compiled code: a second length must not be compiled as one of varying shape."""
+def reset(device: torch.device) -> None:
+    """Free the previous case's memory and compiled code: a second length must not be compiled with dynamic shapes."""
     torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)

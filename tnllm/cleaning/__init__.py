@@ -1,1 +1,1 @@
-"""The corpus pipeline's upper half: recipes, scoring by a model, self-cleaning, the whole run. See docs/cleaning.md."""
+"""From raw web text to documents worth training on: repair, filters, de-duplication, decontamination, self-cleaning."""

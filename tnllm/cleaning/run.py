@@ -1,27 +1,28 @@
 """A whole cleaning run: filters and de-duplication, then self-cleaning, then the report.
 
-report = clean(settings, Path("clean-out"), workers=2)    # None where Slurm has only taken the jobs
+report = clean(settings, Path("clean-out"), 2, on_progress)    # None if the jobs were only submitted to Slurm
 """
 
 import json
 import shutil
-import sys
 import time
+from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnllm import assets
-from tnllm.cleaning.selfclean import self_clean
-from tnllm.data.cleaning.report import build_report, self_clean_report, write_report
-from tnllm.data.cleaning.settings import CleanSettings
-from tnllm.data.cleaning.shards import Lines, locked, read_lines
+from tnllm.cleaning.records import RecordWriter, read_folder
+from tnllm.cleaning.report import build_report, self_clean_report, write_report
+from tnllm.cleaning.self_clean import self_clean
+from tnllm.cleaning.settings import CleanSettings
 from tnllm.data.corpus import find_files, read_documents
 from tnllm.errors import MissingExtra, UserError
-from tnllm.files import write_text_atomic
+from tnllm.files import lock, write_text_atomic
 
 if TYPE_CHECKING:
-    # Self-cleaning alone runs where datatrove is not installed, on a GPU machine say.
-    from tnllm.data.cleaning.executor import ExecutorName, Watch
+    # Self-cleaning alone also runs where datatrove is not installed, such as a GPU machine.
+    from tnllm.cleaning.executor import ExecutorName, OnProgress
 
 _SHARD_CHARS = 64 << 20
 
@@ -30,31 +31,31 @@ def clean(
     settings: CleanSettings,
     out: Path,
     workers: int,
-    watch: "Watch",
+    on_progress: "OnProgress",
     executor: "ExecutorName" = "local",
     device: str = "auto",
     overwrite: bool = False,
     prune: bool = False,
 ) -> dict[str, Any] | None:
-    """Clean into OUT/clean, or go on where a run was stopped; returns the report that OUT/report.json holds.
+    """Clean into OUT/clean, or resume a run that was stopped; returns the report that OUT/report.json holds.
 
-    `prune` removes OUT/work at the end. Raises UserError for bad settings or input and a folder made otherwise,
-    RunError for damage and lost workers; finished shards stay in every case.
+    `prune` removes OUT/work at the end. Raises UserError for bad settings or input and for a folder made with others,
+    RunError for damaged files and lost workers; finished shards are kept in every case.
     """
     try:
-        from tnllm.data.cleaning.executor import run_stages
-        from tnllm.data.cleaning.pipeline import open_run
+        from tnllm.cleaning.executor import run_stages
+        from tnllm.cleaning.pipeline import open_run
     except ImportError as error:
         raise MissingExtra("data", error.name or "datatrove") from None
     if not settings.input.path:
         raise UserError("no input is given; name files or folders, or set input.path in the recipe")
     files = find_files(map(assets.named, settings.input.path))
-    with locked(out):
+    with _locked(out):
         started = time.time()
         run = open_run(settings, out, files, overwrite)
-        if not run_stages(run.stages, executor, workers, settings.slurm, watch):
+        if not run_stages(run.stages, executor, workers, settings.slurm, on_progress):
             return None
-        rounds = _rounds(settings, run.unique, out, device) if settings.self_clean.rounds else None
+        rounds = self_clean(settings, run.unique, out, device) if settings.self_clean.rounds else None
         report = build_report(run, rounds)
         report["seconds"] = round(time.time() - started, 2)
         report["workers"] = workers
@@ -65,7 +66,7 @@ def clean(
 
 
 def self_clean_alone(settings: CleanSettings, out: Path, device: str = "auto") -> dict[str, Any]:
-    """Self-clean a corpus as it is into OUT/clean, or go on where that was stopped; returns the report.
+    """Self-clean a corpus as it is into OUT/clean, or resume; returns the report.
 
     Raises UserError for bad settings or input.
     """
@@ -73,59 +74,46 @@ def self_clean_alone(settings: CleanSettings, out: Path, device: str = "auto") -
         raise UserError("no input is given; name files or folders")
     if not settings.self_clean.rounds:
         raise UserError("self_clean.rounds is 0; give a recipe with rounds, or --set self_clean.rounds=1")
-    with locked(out):
+    with _locked(out):
         source = out / "work" / "unique"
         _check_same(settings, out)
         if not (source / "done").exists():
-            _copy_in(settings, source)
-        found = _rounds(settings, source, out, device)
-        tally: dict[str, int] = {}
-        for path in sorted(source.glob("*.jsonl.gz")):
-            for record in read_lines(path):
-                value = record.get(settings.output.tally_field or "")
-                if value is not None:
-                    tally[str(value)] = tally.get(str(value), 0) + 1
-        report = self_clean_report(out, found, tally)
+            _import_corpus(settings, source)
+        rounds = self_clean(settings, source, out, device)
+        values = (record.get(settings.output.tally_field or "") for record in read_folder(source))
+        report = self_clean_report(out, rounds, Counter(str(value) for value in values if value is not None))
         write_report(out, report)
         return report
 
 
+def _locked(out: Path) -> AbstractContextManager[None]:
+    return lock(out, busy=f"another process is cleaning into {out}; wait for it or choose another folder")
+
+
 def _check_same(settings: CleanSettings, out: Path) -> None:
     record = json.dumps(settings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    held = out / "recipe.json"
-    if held.exists() and held.read_text("utf-8") != record:
+    path = out / "recipe.json"
+    if path.exists() and path.read_text("utf-8") != record:
         raise UserError(f"{out} was made with other settings; choose another folder")
-    write_text_atomic(held, record)
+    write_text_atomic(path, record)
 
 
-def _copy_in(settings: CleanSettings, folder: Path) -> None:
-    """The corpus as shards of records."""
+def _import_corpus(settings: CleanSettings, folder: Path) -> None:
+    """Write the corpus as shards of records."""
     chosen = settings.input
     documents = read_documents(find_files(map(assets.named, chosen.path)), chosen.field, chosen.split_on)
     number, document = 0, next(documents, None)
     while document is not None:
-        with Lines(folder / f"{number:05d}.jsonl.gz") as lines:
+        with RecordWriter(folder / f"{number:05d}.jsonl.gz") as writer:
             size = 0
             while document is not None and size < _SHARD_CHARS:
                 record = document.record
                 name = str(record.pop(chosen.id_field, document.where))
                 record["source"] = str(record.pop(chosen.source_field, document.file.name.split(".")[0]))
-                lines.write({"text": document.text, "id": name, **record})
+                writer.write({"text": document.text, "id": name, **record})
                 size += len(document.text)
                 document = next(documents, None)
         number += 1
     if not number:
         raise UserError("the corpus is empty: nothing to self-clean")
     (folder / "done").touch()
-
-
-def _rounds(settings: CleanSettings, source: Path, out: Path, device: str) -> dict[str, Any]:
-    return self_clean(
-        settings.self_clean,
-        source,
-        out,
-        device,
-        settings.output.keep_rejected,
-        settings.output.tally_field,
-        lambda line: print(line, file=sys.stderr, flush=True),
-    )

@@ -1,12 +1,12 @@
-"""How likely a model finds documents: nats, bits per byte and perplexity of each, in constant memory.
+"""Log-likelihood of documents under a model: nats, bits per byte and perplexity of each, in constant memory.
 
     ready = load("runs/tiny")
     for score in score_texts(ready.model, ready.tokenizer, texts):
         score.bits_per_byte, score.perplexity
 
-A document's tokens from the second to its end token are predicted, each from all before it; nothing of one document
-reaches another. Short ones go through the model together; of a long one, a chunk at a time, the state carried on, so
-that a document of any length takes the same memory on the device.
+Each token of a document from the second to the end token is predicted from all tokens before it; documents do not see
+each other. Short documents are packed into one pass. A long one is processed in chunks with the state passed on, so the
+memory on the device does not depend on its length.
 """
 
 import math
@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.packing import pack
 from tnllm.tokenizer import Tokenizer
 
 CHUNK_TOKENS = 4096
-# fp32 logits held at once.
+# fp32 logits in memory at a time.
 _MAX_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Score:
-    """`nats` over `tokens` predicted tokens, which stand for `num_bytes` bytes of text."""
+    """Total `nats` of `tokens` predicted tokens, which stand for `num_bytes` bytes of text."""
 
     tokens: int
     nats: float
@@ -35,12 +36,12 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """What selection compares: it does not depend on how a tokenizer cuts a language."""
+        """The value that selection compares: it does not depend on the tokenizer."""
         return self.nats / math.log(2) / max(self.num_bytes, 1)
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean nats a token; infinite where that is no finite number."""
+        """exp of the mean nats a token; infinity if that overflows."""
         mean = self.nats / max(self.tokens, 1)
         return math.exp(mean) if mean < 700 else math.inf
 
@@ -49,22 +50,22 @@ class Score:
 def score_texts(
     model: LanguageModel, tokenizer: Tokenizer, texts: Iterable[str], chunk_tokens: int = CHUNK_TOKENS
 ) -> Iterator[Score]:
-    """The score of every text, in order. Raises UserError for a text that is no Unicode."""
+    """The score of every text, in order. Raises UserError for text with lone surrogates."""
     lengths = torch.tensor([len(data) for data in tokenizer.token_bytes])
-    waiting: list[Tensor] = []
-    held = 0
+    batch: list[Tensor] = []
+    num_tokens = 0
     for text in texts:
         ids = torch.tensor(tokenizer.encode(text, eos=True))
-        if waiting and held + len(ids) > chunk_tokens:
-            yield from _scores(waiting, _packed_nats(model, waiting), lengths)
-            waiting, held = [], 0
+        if batch and num_tokens + len(ids) > chunk_tokens:
+            yield from _scores(batch, _packed_nats(model, batch), lengths)
+            batch, num_tokens = [], 0
         if len(ids) > chunk_tokens:
             yield from _scores([ids], [_long_nats(model, ids, chunk_tokens)], lengths)
         else:
-            waiting.append(ids)
-            held += len(ids)
-    if waiting:
-        yield from _scores(waiting, _packed_nats(model, waiting), lengths)
+            batch.append(ids)
+            num_tokens += len(ids)
+    if batch:
+        yield from _scores(batch, _packed_nats(model, batch), lengths)
 
 
 def _scores(documents: list[Tensor], nats: list[float], lengths: Tensor) -> Iterator[Score]:
@@ -73,14 +74,12 @@ def _scores(documents: list[Tensor], nats: list[float], lengths: Tensor) -> Iter
 
 
 def _packed_nats(model: LanguageModel, documents: list[Tensor]) -> list[float]:
-    """Nats of short documents, all in one pass."""
-    tokens = torch.cat(documents)
-    ends = torch.tensor([len(ids) for ids in documents]).cumsum(0)
-    cu_seqlens = F.pad(ends, (1, 0)).to(model.device, torch.int32)
-    hidden, _ = model.hidden(tokens[None].to(model.device), None, cu_seqlens)
-    nats = _token_nats(model, hidden[0, :-1], tokens[1:].to(model.device)) if len(tokens) > 1 else tokens.new_zeros(0)
+    """Nats of short documents, packed into one pass."""
+    tokens, cu_seqlens = pack(documents)
+    tokens, starts, ends = tokens.to(model.device), cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    hidden, _ = model.hidden(tokens, None, cu_seqlens.to(model.device))
+    nats = _token_nats(model, hidden[0, :-1], tokens[0, 1:]) if tokens.numel() > 1 else torch.zeros(0)
     sums = F.pad(nats.double().cumsum(0), (1, 0))
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     # Position p of `nats` predicts token p + 1; a document of n tokens has n - 1 of them.
     return (sums[ends - 1] - sums[starts]).tolist()
 
@@ -95,7 +94,7 @@ def _long_nats(model: LanguageModel, ids: Tensor, chunk_tokens: int) -> float:
 
 
 def _token_nats(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """hidden [T, M], targets [T] → nats [T] fp32 on the CPU; the logits of all tokens are never held together."""
+    """hidden [T, M], targets [T] → nats [T] fp32 on the CPU; only a part of the logits is in memory at a time."""
     step = max(1, _MAX_LOGITS // model.config.vocab_size)
     parts = [
         F.cross_entropy(model.logits(hidden[at : at + step]), targets[at : at + step], reduction="none")

@@ -1,13 +1,13 @@
 """`tnllm bench-attn`: Lightning Attention against its peers, by length."""
 
-import sys
+from functools import partial
 from pathlib import Path
 
 import typer
 
-from tnllm.cli.lengths import length, lengths
-from tnllm.cli.outputs import check_outputs
+from tnllm.cli.options import check_choice, check_outputs, length, lengths, write_outputs
 from tnllm.errors import UserError
+from tnllm.progress import log
 
 EPILOG = "Example:  tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png"
 
@@ -28,7 +28,7 @@ def command(
     head_dim: int | None = typer.Option(None, min=1, help="Width of a head. Default 128 on a GPU, 64 on CPU."),
     dtype: str | None = typer.Option(None, help="bf16, fp16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
     providers: str | None = typer.Option(None, help=f"Among {_GPU_PROVIDERS}; on CPU {_CPU_PROVIDERS}."),
-    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     accuracy: bool = typer.Option(False, "--accuracy", help="Only errors against float64, by decay and length."),
     seconds: float = typer.Option(0.5, min=0.01, help="Time spent on each measurement."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
@@ -39,63 +39,46 @@ def command(
     if seqlen is not None and seqlens is not None:
         raise UserError("both --seqlen and --seqlens are given; use one of them")
     chosen = [seqlen] if seqlen is not None else lengths(seqlens, "--seqlens") if seqlens is not None else None
-    if shapes and (seqlen is not None or seqlens is not None or fixed_tokens is not None):
+    if shapes and (chosen is not None or fixed_tokens is not None):
         raise UserError("--shape gives lengths itself; leave out --seqlen, --seqlens and --fixed-tokens")
     tokens = length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
+    check_choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
     check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.attention import Shape, bench_attention
     from tnllm.bench.report import plot_attention, print_results, write_csv, write_json
+    from tnllm.device import pick_device
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if device not in ("auto", "cuda", "cpu"):
-        raise UserError(f"--device is {device!r}; allowed: auto, cuda, cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
-    on_gpu = torch.cuda.is_available() and device != "cpu"
+    where = pick_device(device, "--device")
+    on_gpu = where.type == "cuda"
     default_lengths, default_heads, default_dim, default_dtype = _GPU if on_gpu else _CPU
     if not on_gpu:
-        _note("no GPU in use: the chunked torch form against the quadratic one and SDPA, at sizes for a CPU")
+        log("no GPU in use: the chunked torch form against the quadratic one and SDPA, at sizes for a CPU")
     name = dtype or default_dtype
-    if name not in dtypes:
-        raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     chosen = chosen or lengths(default_lengths, "--seqlens")
     heads, head_dim = heads or default_heads, head_dim or default_dim
     points = [Shape(*_shape(text)) for text in shapes] or [
         Shape(max(1, tokens // count) if tokens else batch, heads, count, head_dim) for count in chosen
     ]
     names = [part.strip() for part in (providers or (_GPU_PROVIDERS if on_gpu else _CPU_PROVIDERS)).split(",")]
-    where = torch.device("cuda" if on_gpu else "cpu")
     if accuracy:
         from tnllm.bench.accuracy import SLOPES, decay_errors
         from tnllm.bench.attention import choose
         from tnllm.bench.report import print_errors
-        from tnllm.bench.timing import describe_device
+        from tnllm.device import describe_device
 
-        rows = decay_errors(
-            choose(names, where, dtypes[name], _note), chosen, SLOPES, dtypes[name], where, heads, head_dim
-        )
-        print_errors(describe_device(where) | {"dtype": name}, rows)
-        if json_file is not None:
-            write_json({"environment": describe_device(where) | {"dtype": name}, "rows": rows}, json_file)
-            _note(f"wrote {json_file}")
+        rows = decay_errors(choose(names, where, kind, log), chosen, SLOPES, kind, where, heads, head_dim)
+        environment = describe_device(where) | {"dtype": name}
+        print_errors(environment, rows)
+        write_outputs({"environment": environment, "rows": rows}, (json_file, write_json))
         return
 
-    def keep(so_far: dict) -> None:
-        if json_file is not None:
-            write_json(so_far, json_file)
-
-    results = bench_attention(points, dtypes[name], names, where, seconds, _note, keep)
+    on_row = partial(write_json, path=json_file) if json_file else lambda results: None
+    results = bench_attention(points, kind, names, where, seconds, log, on_row)
     print_results(results)
-    for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_attention)):
-        if file is not None:
-            write(results, file)
-            _note(f"wrote {file}")
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_attention))
 
 
 def _shape(text: str) -> list[int]:

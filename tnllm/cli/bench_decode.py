@@ -1,13 +1,12 @@
 """`tnllm bench-decode`: what a token costs by position and by batch, beside a Transformer with its key-value cache."""
 
-import sys
+from functools import partial
 from pathlib import Path
 
 import typer
 
-from tnllm.cli.lengths import lengths
-from tnllm.cli.outputs import check_outputs
-from tnllm.errors import UserError
+from tnllm.cli.options import check_choice, check_outputs, lengths, write_outputs
+from tnllm.progress import log
 
 EPILOG = "Example:  tnllm bench-decode --preset 385m --json decode.json --plot decode.png"
 
@@ -26,7 +25,7 @@ def command(
         None, help="Tokens in the Transformer's cache, several with commas; none leaves it out. Default 1k,16k."
     ),
     dtype: str | None = typer.Option(None, help="bf16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
-    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
     compile_: bool = typer.Option(True, "--compile/--no-compile", help="Compile the Transformer's step (GPU only)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
@@ -34,49 +33,33 @@ def command(
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
 ) -> None:
     """Check the decoding step against the full forward pass, then time it by position and by batch."""
+    check_choice("--dtype", dtype, ("bf16", "fp32"))
     check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.decode import bench_decode
     from tnllm.bench.decode_report import plot_decode, print_decode
     from tnllm.bench.report import write_csv, write_json
+    from tnllm.device import pick_device
 
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if device not in ("auto", "cuda", "cpu"):
-        raise UserError(f"--device is {device!r}; allowed: auto, cuda, cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
-    on_gpu = torch.cuda.is_available() and device != "cpu"
+    where = pick_device(device, "--device")
+    on_gpu = where.type == "cuda"
     defaults = _GPU if on_gpu else _CPU
     if not on_gpu:
-        _note("no GPU in use: small defaults that take under a minute; steps are plain torch, the baseline eager")
-    name = dtype or defaults[4]
-    if name not in dtypes:
-        raise UserError(f"--dtype is {name!r}; allowed: {', '.join(dtypes)}")
+        log("no GPU in use: small defaults that take under a minute; steps are plain torch, the baseline eager")
     cached = contexts or defaults[3]
-
-    def keep(so_far: dict) -> None:
-        if json_file is not None:
-            write_json(so_far, json_file)
-
+    on_row = partial(write_json, path=json_file) if json_file else lambda results: None
     results = bench_decode(
         preset or defaults[0],
         lengths(positions or defaults[1], "--positions"),
         lengths(batches or defaults[2], "--batches"),
         [] if cached == "none" else lengths(cached, "--contexts"),
-        dtypes[name],
-        torch.device("cuda" if on_gpu else "cpu"),
+        torch.bfloat16 if (dtype or defaults[4]) == "bf16" else torch.float32,
+        where,
         seconds or defaults[5],
         compile_,
-        _note,
-        keep,
+        log,
+        on_row,
     )
     print_decode(results)
-    for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_decode)):
-        if file is not None:
-            write(results, file)
-            _note(f"wrote {file}")
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_decode))

@@ -1,13 +1,12 @@
 """`tnllm bench-eval`: scoring with shared prefixes against one request at a time."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from tnllm.cli.evaluation_view import reporter
 from tnllm.errors import RunError, UserError
+from tnllm.progress import Progress, log
 
 EPILOG = """Example:  tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data
 
@@ -21,24 +20,24 @@ def command(
         None, help="A preset with random weights instead, such as 385m: times are the same."
     ),
     questions: int | None = typer.Option(None, min=1, help="Only the first N questions."),
-    plain: bool = typer.Option(True, help="Also the plain way, and compare."),
+    plain: bool = typer.Option(True, help="Also score one request at a time, and compare."),
     batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     dtype: str = typer.Option("auto", help="auto (float32 on CPU, bfloat16 on a GPU), float32 or bfloat16."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
 ) -> None:
-    """Score the same questions both ways in one run: answers compared, tokens and time counted."""
+    """Score the same questions with and without shared prefixes: answers compared, tokens and time counted."""
     if model is not None and preset is not None:
         raise UserError("--model and --preset were given; give one of them")
     import torch
 
     from tnllm.bench.report import write_json
-    from tnllm.bench.timing import describe_device
-    from tnllm.evaluation.bench import bench_sharing
-    from tnllm.evaluation.bundle import load_bundle
-    from tnllm.generation.loading import DTYPES, load, pick_device
+    from tnllm.device import describe_device, pick_device
+    from tnllm.evaluation.request_file import load_bundle
+    from tnllm.evaluation.sharing_bench import bench_sharing
+    from tnllm.generation.loading import DTYPES, load
 
-    where = pick_device(device)
+    where = pick_device(device, "--device")
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     bundle = load_bundle(file)
@@ -52,16 +51,8 @@ def command(
     else:
         ready = load(model, device, dtype)
         network, name = ready.model, str(model or "demo model")
-    with reporter() as report:
-        results = bench_sharing(
-            network,
-            bundle,
-            questions,
-            plain,
-            batch_tokens,
-            lambda text: print(text, file=sys.stderr, flush=True),
-            report,
-        )
+    with Progress() as progress:
+        results = bench_sharing(network, bundle, questions, plain, batch_tokens, log, progress.update)
     results = {
         "environment": {**describe_device(where), "dtype": str(network.head_weight.dtype).removeprefix("torch.")},
         "model": name, "file": str(file), "about": {k: v for k, v in bundle.about.items() if k != "tasks"}, **results,
@@ -80,10 +71,11 @@ def command(
 
 
 def _show(results: dict[str, Any]) -> None:
+    from tnllm.bench.report import environment_line, or_dash
     from tnllm.cli.tables import print_table
 
     environment, counts = results["environment"], results["counts"]
-    print(f"{results['model']}, {', '.join(f'{key} {value}' for key, value in environment.items())}")
+    print(f"{results['model']}, {environment_line(environment)}")
     print(
         f"{results['questions']:,} questions, {counts['requests']:,} requests; tokens one by one {counts['one_by_one']:,}, "
         f"equal inputs once {counts['equal_inputs_once']:,}, shared {counts['shared']:,}"
@@ -91,7 +83,7 @@ def _show(results: dict[str, Any]) -> None:
     rows = [
         [
             row["way"], f"{row['tokens']:,}", f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}",
-            f"{row['requests_per_s']:,.1f}", "-" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}",
+            f"{row['requests_per_s']:,.1f}", or_dash(row["memory_gib"], ".1f"),
             f"{100 * row['accuracy']:.2f}",
         ]
         for row in results["ways"]
@@ -113,7 +105,7 @@ def _show(results: dict[str, Any]) -> None:
         for row in changed[:20]:
             print(
                 f"  question {row['question']}: choice {row['plain']} the plain way, {row['shared']} shared; "
-                f"the plain way's two likeliest are {row['margin']:.2g} apart"
+                f"the plain way's two most likely are {row['margin']:.2g} apart"
             )
         if len(changed) > 20:
             print(f"  and {len(changed) - 20} more (all with --json)")

@@ -1,13 +1,12 @@
 """`tnllm bench-scale`: training on 1, 2, 4 … GPUs of this machine, by mesh: correctness first, then speed and memory."""
 
-import sys
 from pathlib import Path
 
 import typer
 
-from tnllm.cli.lengths import length
-from tnllm.cli.outputs import check_outputs
-from tnllm.errors import UserError
+from tnllm.cli.options import check_choice, check_outputs, counts, length, write_outputs
+from tnllm.errors import RunError, UserError
+from tnllm.progress import log
 
 EPILOG = (
     "Example:  tnllm bench-scale --preset 385m,1b --gpus 1,2 --meshes fsdp,tp,sp --json scale.json --plot scale.png"
@@ -35,52 +34,45 @@ def command(
     longest: bool = typer.Option(
         False, "--longest", help="Also double a row until it does not fit, on one GPU and with sequence parallelism."
     ),
-    timeout_s: float = typer.Option(300, min=1, help="A case from which nothing is heard for so long is given up."),
+    timeout_s: float = typer.Option(300, min=1, help="Give up a case after so many seconds without any report."),
     device: str = typer.Option("auto", help="auto, cuda or cpu."),
-    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
+    json_file: Path | None = typer.Option(
+        None,
+        "--json",
+        help="Write every figure as JSON, anew after each row. FILE.cases beside it keeps each finished case until none "
+        "is left: the same command after an interruption or a failure skips those.",
+    ),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV, anew after each row."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
 ) -> None:
     """Train on 1, 2, 4 … GPUs: check each mesh against one GPU, then tokens/s, efficiency, memory and communication."""
-    for flag, value, allowed in (
-        ("--device", device, ("auto", "cuda", "cpu")),
-        ("--dtype", dtype, ("auto", "bf16", "fp32")),
-        ("--activation-checkpointing", activation_checkpointing, ("none", "selective", "full")),
-    ):
-        if value not in allowed:
-            raise UserError(f"{flag} is {value!r}; allowed: {', '.join(allowed)}")
+    check_choice("--device", device, ("auto", "cuda", "cpu"))
+    check_choice("--dtype", dtype, ("auto", "bf16", "fp32"))
+    check_choice("--activation-checkpointing", activation_checkpointing, ("none", "selective", "full"))
     check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.report import write_csv, write_json
-    from tnllm.bench.scale import Plan, bench_scaling, mesh_axes
+    from tnllm.bench.scale import Plan, bench_scaling
     from tnllm.bench.scale_report import plot_scaling, print_check, print_environment, print_row, summary
-    from tnllm.errors import RunError
 
-    # Only counted: a process that touched a GPU would keep memory of it from the ranks.
+    # Only counted: a CUDA context in this process would take memory from the ranks.
     seen = torch.cuda.device_count()
     if device == "cuda" and not seen:
         raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
     on_gpu = seen > 0 and device != "cpu"
     default_preset, default_length, default_rows, default_steps, default_warmup = _GPU if on_gpu else _CPU
     if not on_gpu:
-        _note("no GPU in use: processes of this CPU in their place, which say nothing about GPUs; expect about 30 s")
+        log("no GPU in use: CPU processes instead, whose figures say nothing about GPUs; expect about 30 s")
         if longest:
-            raise UserError("--longest looks for the end of a GPU's memory; it does not go with a CPU")
+            raise UserError("--longest fills a GPU's memory; it needs a GPU")
     numbers = _numbers(gpus, seen) if on_gpu or gpus else [1, 2]
     if on_gpu and max(numbers) > seen:
         raise UserError(f"--gpus is {gpus}, but torch sees {seen}; give at most that many")
-    names = [word.strip() for word in meshes.split(",")] if meshes else ["fsdp", "tp", "sp"]
-    if not meshes:
-        names += [mesh for mesh in _PRODUCTS if any(mesh_axes(mesh, number) for number in numbers)]
-    if numbers == [1]:
-        if meshes:
-            raise UserError(f"--meshes is {meshes}, but --gpus is 1; give the numbers of GPUs to compare, such as 1,2")
-        names = []
     plan = Plan(
         [name.strip() for name in (preset or default_preset).split(",")],
         numbers,
-        names,
+        _meshes(meshes, numbers),
         "cuda" if on_gpu else "cpu",
         length(seq_len or default_length, "--seq-len"),
         rows or default_rows,
@@ -93,6 +85,11 @@ def command(
         timeout_s,
     )
 
+    def save(results: dict) -> None:
+        for file, write in ((json_file, write_json), (csv_file, write_csv)):
+            if file is not None and results["environment"]:
+                write(results, file)
+
     def on_row(row: dict, results: dict) -> None:
         print_row(row)
         save(results)
@@ -101,20 +98,12 @@ def command(
         print_check(row)
         save(results)
 
-    def save(results: dict) -> None:
-        for file, write in ((json_file, write_json), (csv_file, write_csv)):
-            if file is not None and results["environment"]:
-                write(results, file)
-
-    results = bench_scaling(plan, _note, print_environment, on_check, on_row)
+    folder = json_file.with_name(f"{json_file.name}.cases") if json_file is not None else None
+    results = bench_scaling(plan, log, print_environment, on_check, on_row, folder)
     for line in summary(results["rows"]):
         print(line)
-    save(results)
-    if plot is not None:
-        plot_scaling(results, plot)
-    for file in (json_file, csv_file, plot):
-        if file is not None:
-            _note(f"wrote {file}")
+    if results["environment"]:
+        write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_scaling))
     wrong = [row for row in results["accuracy"] if not row.get("passed")]
     if wrong:
         raise RunError(
@@ -125,14 +114,20 @@ def command(
 
 
 def _numbers(text: str | None, seen: int) -> list[int]:
-    """`1,2,4`; one GPU is always among them, as all are compared with it."""
+    """Numbers of GPUs; 1 is always among them, since all are compared with it."""
     if text is None:
         return [2**power for power in range(seen.bit_length())]
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise UserError(f"--gpus is {text!r}; write numbers of GPUs such as 1,2,4")
-    return sorted({1, *map(int, words)})
+    return sorted({1, *counts(text, "--gpus", "1,2,4")})
 
 
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _meshes(text: str | None, numbers: list[int]) -> list[str]:
+    """The meshes to measure; by default all that fit one of the `numbers` of GPUs."""
+    from tnllm.bench.scale import mesh_axes
+
+    if numbers == [1]:
+        if text:
+            raise UserError(f"--meshes is {text}, but --gpus is 1; give the numbers of GPUs to compare, such as 1,2")
+        return []
+    if text:
+        return [word.strip() for word in text.split(",")]
+    return ["fsdp", "tp", "sp", *(mesh for mesh in _PRODUCTS if any(mesh_axes(mesh, number) for number in numbers))]

@@ -1,13 +1,13 @@
-"""`tnllm bench-stream`: a very long text against float64, memory and drift by position, and the naive form's end."""
+"""`tnllm bench-stream`: a very long text against float64: memory, drift by position, where the naive form overflows."""
 
-import sys
 from pathlib import Path
 
 import typer
 
-from tnllm.cli.lengths import length
+from tnllm.cli.options import length, write_outputs
 from tnllm.cli.tables import print_table
 from tnllm.errors import RunError
+from tnllm.progress import log
 
 EPILOG = "Example:  tnllm bench-stream --tokens 64k --json stream.json"
 
@@ -22,47 +22,38 @@ def command(
     A million tokens take about ten minutes.
     """
     count = length(tokens, "--tokens")
-    from tnllm.bench.report import length_label, write_json
+    from tnllm.bench.report import environment_line, length_label, write_json
     from tnllm.bench.stream import bench_stream
 
-    results = bench_stream(preset, count, lambda text: print(text, file=sys.stderr, flush=True))
-    print(", ".join(f"{key} {value}" for key, value in results["environment"].items()))
+    results = bench_stream(preset, count, log)
+    print(environment_line(results["environment"]))
     columns = ["tokens read", "next logits", "32 steps", "state", "resident MiB", "tokens/s"]
     print_table(
         f"{preset}, float32 against float64: largest gap of logits over their standard deviation",
         columns,
         [
             [
-                length_label(row["tokens"]),
-                f"{row['logits_gap']:.1e}",
-                f"{row['steps_gap']:.1e}",
-                f"{row['state_error']:.1e}",
-                f"{row['resident_mib']:.0f}",
-                f"{row['tokens_per_s']:.0f}",
+                length_label(row["tokens"]), f"{row['logits_gap']:.1e}", f"{row['steps_gap']:.1e}",
+                f"{row['state_error']:.1e}", f"{row['resident_mib']:.0f}", f"{row['tokens_per_s']:.0f}",
             ]
             for row in results["model"]
         ],
         right=columns,
-    )
+    )  # fmt: skip
     columns = ["steps", "decay", "log decay", "error", "plain form", "naive form"]
     print_table(
         "one layer, step by step: relative error of the latest outputs",
         columns,
         [
             [
-                length_label(row["tokens"]),
-                row["decay"],
-                f"{row['log_decay']:.3g}",
-                f"{row['error']:.1e}",
+                length_label(row["tokens"]), row["decay"], f"{row['log_decay']:.3g}", f"{row['error']:.1e}",
                 f"{row['plain_error']:.1e}",
                 "finite" if row["naive_broken_at"] is None else f"not finite from token {row['naive_broken_at']}",
             ]
             for row in results["layer"]
         ],
         right=["steps", "log decay", "error", "plain form"],
-    )
-    if json_file is not None:
-        write_json(results, json_file)
-        print(f"wrote {json_file}", file=sys.stderr)
+    )  # fmt: skip
+    write_outputs(results, (json_file, write_json))
     if not results["passed"]:
         raise RunError(f"float32 drifts from float64 by more than {results['limit']:g}; see the table")

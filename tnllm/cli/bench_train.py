@@ -1,13 +1,12 @@
-"""`tnllm bench-train`: whole training steps, TransNormerLLM beside the softmax Transformer, by length."""
+"""`tnllm bench-train`: full training steps, TransNormerLLM beside the softmax Transformer, by length."""
 
-import sys
 from pathlib import Path
 
 import typer
 
-from tnllm.cli.lengths import length, lengths
-from tnllm.cli.outputs import check_outputs
-from tnllm.errors import UserError
+from tnllm.cli.options import check_choice, check_outputs, choices, length, lengths, write_outputs
+from tnllm.errors import RunError, UserError
+from tnllm.progress import log
 
 EPILOG = "Example:  tnllm bench-train --preset 385m --seqlens 1k:64k --json training.json --plot training.png"
 
@@ -35,30 +34,23 @@ def command(
     weights: str = typer.Option("fp32", help="fp32; or bf16: weights and moments kept in 8 bytes instead of 16."),
     steps: int | None = typer.Option(None, min=1, help="Steps timed. Default 10 on a GPU, 3 on CPU."),
     warmup: int | None = typer.Option(None, min=0, help="Steps before, after the first. Default 3 on a GPU, 1 on CPU."),
-    device: str = typer.Option("auto", help="auto, cuda or cpu."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
 ) -> None:
     """Check the training step, then time it: tokens/s, FLOP utilisation and memory by size, length and batch."""
-    for flag, value, allowed in (
-        ("--device", device, ("auto", "cuda", "cpu")),
-        ("--dtype", dtype, ("auto", "bf16", "fp32")),
-        ("--weights", weights, ("fp32", "bf16")),
-        ("--packing", packing, ("concat", "reset")),
-        ("--same", same, ("width", "parameters")),
-    ):
-        if value not in allowed:
-            raise UserError(f"{flag} is {value!r}; allowed: {', '.join(allowed)}")
+    check_choice("--dtype", dtype, ("auto", "bf16", "fp32"))
+    check_choice("--weights", weights, ("fp32", "bf16"))
+    check_choice("--packing", packing, ("concat", "reset"))
+    check_choice("--same", same, ("width", "parameters"))
     if batch is not None and tokens_per_batch is not None:
         raise UserError("both --batch and --tokens-per-batch are given; use one of them")
-    chosen = _words(kinds, "--kinds", _KINDS)
-    modes = _words(activation_checkpointing, "--activation-checkpointing", ("none", "selective", "full"))
+    chosen = choices(kinds, "--kinds", _KINDS)
+    modes = choices(activation_checkpointing, "--activation-checkpointing", ("none", "selective", "full"))
     tokens = length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
     chosen_lengths = lengths(seqlens, "--seqlens") if seqlens else None
     check_outputs(json_file, csv_file, plot=plot)
-    import torch
-
     from tnllm.bench.report import (
         compare_training,
         plot_training,
@@ -68,14 +60,13 @@ def command(
         write_json,
     )
     from tnllm.bench.train import Case, bench_training
-    from tnllm.errors import RunError
+    from tnllm.device import pick_device
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
-    on_gpu = torch.cuda.is_available() and device != "cpu"
+    where = pick_device(device, "--device")
+    on_gpu = where.type == "cuda"
     default_preset, default_lengths, default_tokens, default_steps = _GPU if on_gpu else _CPU
     if not on_gpu:
-        _note("no GPU in use: sizes for a CPU, which say nothing about a GPU; expect up to a minute")
+        log("no GPU in use: small sizes, whose figures say nothing about a GPU; expect up to a minute")
     chosen_lengths = chosen_lengths or lengths(default_lengths, "--seqlens")
     tokens = tokens or length(default_tokens, "--tokens-per-batch")
     cases = [
@@ -86,7 +77,7 @@ def command(
         for kind in chosen
     ]
     for case in cases:
-        _ = case.model  # an unknown preset is told before anything is measured
+        _ = case.model  # raises for an unknown preset, before anything is measured
 
     def on_row(row: dict, results: dict) -> None:
         print_training_row(row)
@@ -95,32 +86,17 @@ def command(
 
     results = bench_training(
         cases,
-        torch.device("cuda" if on_gpu else "cpu"),
+        where,
         dtype,
         on_gpu if compile is None else compile,
         steps or default_steps,
         (3 if on_gpu else 1) if warmup is None else warmup,
-        _note,
+        log,
         print_training_head,
         on_row,
     )
     for line in compare_training(results["rows"]):
         print(line)
-    for file, write in ((json_file, write_json), (csv_file, write_csv), (plot, plot_training)):
-        if file is not None:
-            write(results, file)
-            _note(f"wrote {file}")
+    write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_training))
     if not all(row["passed"] for row in results["accuracy"]):
         raise RunError("a kind failed its check and was not timed; see above")
-
-
-def _words(text: str, flag: str, allowed: tuple[str, ...]) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in allowed:
-            raise UserError(f"{flag} has {word!r}; allowed: {', '.join(allowed)}")
-    return words
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

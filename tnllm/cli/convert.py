@@ -1,15 +1,16 @@
-"""`tnllm convert`: released checkpoints, training checkpoints, adapters and Hugging Face folders into one another."""
+"""`tnllm convert`: between released checkpoints, training checkpoints, adapters and Hugging Face folders."""
 
 import json
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from tnllm.cli.options import check_choice
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_duration, parse_count
+from tnllm.progress import Progress, log
 
 if TYPE_CHECKING:
     from tnllm.convert.run import Options, Report
@@ -43,29 +44,23 @@ def command(
     shard_size: str = typer.Option("5GB", help="Largest weight file, such as 500MB or 5GB (powers of 1000)."),
     quantize: str | None = typer.Option(None, help="int8: weight-only, for --to hf; needs torchao."),
     base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
-    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to put in. Default: the source's."),
-    set_: list[str] = typer.Option(
-        [], "--set", help="What is not known of v3: KEY=VALUE, see docs/convert.md. Repeatable."
-    ),
+    tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to use. Default: the source's."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the key map, what is missing or unexpected, and stop."),
     verify: bool = typer.Option(True, help="Check checksums, and compare logits before and after."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace DST if it exists."),
     json_: bool = typer.Option(False, "--json", help="Print the result as one JSON object."),
 ) -> None:
-    """Convert a model from one folder layout to another, and check the result before saying done."""
-    if to not in FORMATS:
-        raise UserError(f"--to is {to!r}; allowed: {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    if quantize not in (None, "int8"):
-        raise UserError(f"--quantize is {quantize!r}; allowed: int8")
+    """Convert a model from one folder layout to another, and check the result."""
+    check_choice("--to", to, FORMATS)
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--quantize", quantize, ("int8",))
     shard_bytes = parse_count(
         shard_size.upper().removesuffix("B") if shard_size.upper().endswith("B") else shard_size, "--shard-size"
     )
     if shard_bytes < 10**6:
         raise UserError(f"--shard-size is {shard_size!r}; give at least 1MB")
     if not src.is_dir():
-        raise UserError(f"{src} is no folder; give a folder with config.json and weights (download a release first)")
+        raise UserError(f"{src} is not a folder; give a folder with config.json and weights (download a release first)")
 
     from tnllm.convert.run import Options, convert
     from tnllm.modeling.weights import DTYPES as TYPES
@@ -77,7 +72,6 @@ def command(
         quantize=quantize,
         base=base,
         tokenizer=tokenizer,
-        settings=tuple(set_),
         verify=verify,
         overwrite=overwrite,
     )
@@ -85,11 +79,11 @@ def command(
         _dry_run(src, options, json_)
         return
     start = time.monotonic()
-    with _Bar() as bar:
-        report = convert(src, dst, options, bar.say, bar.update)
+    with Progress(announce=True) as progress:
+        report = convert(src, dst, options, progress.log, progress.update)
     elapsed = time.monotonic() - start
     for note in report.notes:
-        bar.say(f"note      {note}")
+        log(f"note      {note}")
     if json_:
         print(json.dumps(_as_json(report, dst, elapsed)))
         return
@@ -97,7 +91,7 @@ def command(
     size = format_bytes(report.num_bytes)
     print(f"{dst}: {len(report.files)} files, {size} of weights, {format_duration(elapsed)}{checked}")
     if to != "official" and not quantize:
-        bar.say(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
+        log(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
 
 
 def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:
@@ -117,23 +111,21 @@ def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:
 
 
 def _dry_run(src: Path, options: "Options", as_json: bool) -> None:
-    """Every key and what becomes of it; ends like the conversion would, with an error where the keys do not fit."""
-    from tnllm.convert.official import V3_NOTE, Layout
+    """Show every key and its result; raises the conversion's own error if the keys do not fit."""
+    from tnllm.convert.official import V3_NOTE
     from tnllm.convert.plan import make_plan
     from tnllm.convert.run import key_map, open_input, shard_names
 
-    source = open_input(src, options)
-    plan = make_plan(
-        source, options.to, options.dtype, options.quantize, Layout().with_settings(list(options.settings))
-    )
+    source = open_input(src, options.base)
+    plan = make_plan(source, options.to, options.dtype, options.quantize)
     rows = key_map(source, plan)
     if as_json:
-        found = {
+        result = {
             "source": source.kind, "version": source.version, "keys": rows, "missing": source.missing(),
             "unexpected": source.unexpected(), "wrong_shape": source.misshapen(),
             "files": shard_names(plan, options.shard_bytes), "weight_bytes": plan.num_bytes,
         }  # fmt: skip
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
         _print_map(source, rows)
         size = format_bytes(plan.num_bytes)
@@ -141,7 +133,7 @@ def _dry_run(src: Path, options: "Options", as_json: bool) -> None:
             f"would write {len(plan.outputs)} tensors, {size}, in {len(shard_names(plan, options.shard_bytes))} files"
         )
     if source.kind == "official" and source.version == "v3":
-        print(f"note      {V3_NOTE}", file=sys.stderr)
+        log(f"note      {V3_NOTE}")
     source.check()
 
 
@@ -157,50 +149,3 @@ def _print_map(source: "Source", rows: list[dict]) -> None:
         print(f"WRONG SHAPE  {line}")
     if source.head_key:
         print(f"{source.head_key:{width}}  the embedding again (tied)")
-
-
-class _Bar:
-    """Progress on stderr: a bar on a terminal, else a line for each stage."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        self._stage = ""
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> "_Bar":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def say(self, line: str) -> None:
-        """A line for people."""
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` in a stage."""
-        new = stage != self._stage
-        self._stage = stage
-        if self._bar is None:
-            if new:
-                print(f"{stage} ...", file=sys.stderr, flush=True)
-            return
-        if new and self._task is not None:
-            self._bar.remove_task(self._task)
-        if new or self._task is None:
-            self._task = self._bar.add_task(stage, total=total)
-        self._bar.update(self._task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""`tnllm data`: from a corpus to token shards, and what is in either."""
+"""`tnllm data`: clean a corpus, turn it into token shards, and inspect either."""
 
 import json
 import time
@@ -9,16 +9,10 @@ from typing import Any
 import typer
 
 from tnllm.cli import data_clean
+from tnllm.cli.options import OnError
 from tnllm.errors import UserError
 
 app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True, rich_markup_mode="rich")
-
-
-class OnError(StrEnum):
-    """What to do about a document that cannot be read."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 class SplitOn(StrEnum):
@@ -32,7 +26,7 @@ class SplitOn(StrEnum):
 @app.command(epilog="Example:  tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer")
 def tokenize(
     inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
-    out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to go on after a stop."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to resume after a stop."),
     tokenizer: Path | None = typer.Option(
         None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
     ),
@@ -43,20 +37,20 @@ def tokenize(
     on_error: OnError = typer.Option(OnError.stop, help="At a document that cannot be read."),
     workers: int | None = typer.Option(None, min=1, help="Processes. [default: by cores and corpus size]"),
     shard_tokens: str = typer.Option("100M", help="Tokens per shard, such as 100M."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Start again where the folder holds other shards."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start over if the folder holds other shards."),
 ) -> None:
-    """Turn a corpus into memory-mapped token shards with a manifest; stopped runs go on where they were."""
+    """Turn a corpus into memory-mapped token shards with a manifest; a stopped run resumes."""
     from tnllm import assets
     from tnllm.data.corpus import find_files
     from tnllm.data.encode import Options
-    from tnllm.data.progress import progress_on_stderr
     from tnllm.data.tokenize import tokenize_corpus
     from tnllm.files import format_duration, parse_count
+    from tnllm.progress import corpus_progress
     from tnllm.tokenizer import Tokenizer
 
     start = time.monotonic()
     options = Options(field, split_on.value, val_fraction, bos)
-    with progress_on_stderr("tokenize") as report:
+    with corpus_progress("tokenize") as report:
         manifest = tokenize_corpus(
             find_files(inputs),
             out,
@@ -96,23 +90,23 @@ def inspect(
         data_clean.show_run(path, reason, samples, as_json)
         return
     if reason is not None:
-        raise UserError(f"--reason is for the folder of a cleaning run, and {path} is none")
+        raise UserError(f"--reason is for the folder of a cleaning run, and {path} is not one")
     from tnllm.data.corpus import find_files
     from tnllm.data.inspect import inspect_corpus, inspect_shards
-    from tnllm.data.progress import progress_on_stderr
     from tnllm.data.shards import is_shard_folder
+    from tnllm.progress import corpus_progress
 
     if is_shard_folder(path):
-        found = inspect_shards(path, samples, verify)
+        summary = inspect_shards(path, samples, verify)
     elif verify:
-        raise UserError(f"{path} is no folder of token shards, so there is no hash to verify")
+        raise UserError(f"{path} is not a folder of token shards, so there is no hash to verify")
     else:
-        with progress_on_stderr("read") as report:
-            found = inspect_corpus(find_files([path]), field, report, samples)
+        with corpus_progress("read") as report:
+            summary = inspect_corpus(find_files([path]), field, report, samples)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(summary, ensure_ascii=False))
     else:
-        _show(found)
+        _show(summary)
 
 
 app.command("clean", epilog=data_clean.CLEAN_EPILOG)(data_clean.clean)
@@ -121,8 +115,8 @@ app.command("self-clean", epilog=data_clean.SELF_CLEAN_EPILOG)(data_clean.self_c
 app.command("score", epilog=data_clean.SCORE_EPILOG)(data_clean.score)
 
 
-def _show(found: dict[str, Any], indent: str = "") -> None:
-    for name, value in found.items():
+def _show(summary: dict[str, Any], indent: str = "") -> None:
+    for name, value in summary.items():
         label = f"{indent}{name.replace('_', ' '):30}"
         if isinstance(value, dict):
             print(label.rstrip())

@@ -1,7 +1,6 @@
 """`tnllm data clean`, `dedup`, `score`, and what `inspect` shows of their results."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from tnllm.errors import UserError
 
 
 class Executor(StrEnum):
-    """Where the work is done."""
+    """Where tasks run."""
 
     local = "local"
     slurm = "slurm"
@@ -33,7 +32,7 @@ def clean(
         None, help="A recipe (.yaml, or a packaged name such as data/sample), or files and folders, or both."
     ),
     out: Path | None = typer.Option(
-        None, "--out", "-o", help="Folder for the result; run again to go on after a stop."
+        None, "--out", "-o", help="Folder for the result; run again to resume after a stop."
     ),
     sets: list[str] = typer.Option([], "--set", help="Override a key: --set dedup.threshold=0.7. Repeatable."),
     workers: int | None = typer.Option(
@@ -42,15 +41,15 @@ def clean(
     executor: Executor = typer.Option(Executor.local, help="Where tasks run; slurm submits them and returns."),
     device: str = typer.Option("auto", help="Of the self-cleaning model: auto, cpu, cuda or cuda:N."),
     keep_rejected: bool | None = typer.Option(
-        None, "--keep-rejected/--drop-rejected", help="Keep what is rejected, with reasons. [default: by the recipe]"
+        None, "--keep-rejected/--drop-rejected", help="Keep rejected documents, with reasons. [default: by the recipe]"
     ),
     prune: bool = typer.Option(False, "--prune", help="Remove the intermediate files at the end."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Start again where the folder holds another run."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start over if the folder holds another run."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
     keys: bool = typer.Option(False, "--keys", help="Print every key of a recipe with its meaning and stop."),
 ) -> None:
-    """Clean a corpus: mend, filter, drop duplicates and evaluation text, and what a model finds unlikely."""
-    from tnllm.cleaning.config import describe, load_clean_recipe
+    """Clean a corpus: repair, filter, drop duplicates, evaluation text, and what a model finds unlikely."""
+    from tnllm.cleaning.recipe import describe, load_clean_recipe
 
     if keys:
         print(describe())
@@ -67,13 +66,13 @@ def clean(
 
 def dedup(
     inputs: list[str] = typer.Argument(..., help="Text, JSON Lines, parquet or WARC files, or folders of them."),
-    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to go on after a stop."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to resume after a stop."),
     threshold: float = typer.Option(0.8, help="Jaccard similarity of n-grams; 1: exact duplicates only."),
     field: str = typer.Option("text", help="Field or column that holds the text."),
     id_field: str = typer.Option("id", help="Field that names a document; without it file:line does."),
     words: int = typer.Option(5, help="Words in an n-gram."),
     characters: int = typer.Option(5, help="Characters in an n-gram of Chinese, Japanese or Korean text."),
-    verify: str = typer.Option("exact", help="exact, or estimate: trust MinHash, without reading pairs again."),
+    verify: str = typer.Option("exact", help="exact, or estimate: trust MinHash without comparing the texts."),
     memory_mb: float = typer.Option(1024, help="Most memory for matching; more documents take more passes."),
     pairs: Path | None = typer.Option(
         None, help="Write near-duplicate pairs here: two ids and their similarity (TSV)."
@@ -82,23 +81,19 @@ def dedup(
         None, help="Labelled pairs (TSV: two ids, perhaps a similarity); prints a score."
     ),
     workers: int | None = typer.Option(None, min=1, help="Processes. [default: cores]"),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Start again where the folder holds another run."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start over if the folder holds another run."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
 ) -> None:
-    """Drop exact and near duplicates and nothing else; texts stay as they are."""
+    """Drop exact and near duplicates only; texts stay as they are."""
     from pydantic import ValidationError
 
-    from tnllm.data.cleaning.settings import only_dedup
+    from tnllm.cleaning.settings import only_dedup
 
-    chosen = {
-        "threshold": threshold,
-        "words": words,
-        "characters": characters,
-        "verify": verify,
-        "memory_mb": memory_mb,
-    }
     try:
-        settings = only_dedup(path=tuple(inputs), field=field, id_field=id_field, **chosen)
+        settings = only_dedup(
+            path=tuple(inputs), field=field, id_field=id_field,
+            threshold=threshold, words=words, characters=characters, verify=verify, memory_mb=memory_mb,
+        )  # fmt: skip
     except ValidationError as error:
         first = error.errors()[0]
         flag = str(first["loc"][-1]).replace("_", "-")
@@ -112,15 +107,15 @@ def dedup(
 
 def self_clean(
     inputs: list[str] = typer.Argument(..., help="A cleaning recipe, files, folders, or both."),
-    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to go on after a stop."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to resume after a stop."),
     sets: list[str] = typer.Option([], "--set", help="Override a key: --set self_clean.drop_highest=0.05. Repeatable."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
 ) -> None:
     """Train a small model on a corpus, drop what it finds unlikely, repeat; needs no extra, so it runs on a GPU node."""
-    from tnllm.cleaning.config import load_clean_recipe
+    from tnllm.cleaning.recipe import load_clean_recipe
+    from tnllm.cleaning.report import render
     from tnllm.cleaning.run import self_clean_alone
-    from tnllm.data.cleaning.report import render
 
     recipe, paths = _split(inputs)
     more = ["self_clean.rounds=1"] if recipe is None else []
@@ -135,16 +130,18 @@ def score(
     out: Path | None = typer.Option(None, "--out", "-o", help="File for the scores (JSON Lines). [default: stdout]"),
     field: str = typer.Option("text", help="Field or column that holds the text."),
     id_field: str = typer.Option("id", help="Field that names a document; without it file:line does."),
-    label_field: str | None = typer.Option(None, help="Field with label 0 or 1: also print how well scores tell them."),
+    label_field: str | None = typer.Option(
+        None, help="Field with label 0 or 1: also print how well scores separate them."
+    ),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     dtype: str = typer.Option("auto", help="auto, float32 or bfloat16."),
 ) -> None:
     """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""
     from tnllm.cleaning.score import score_texts
     from tnllm.data.corpus import find_files, read_documents
-    from tnllm.data.progress import progress_on_stderr
     from tnllm.files import write_text_atomic
     from tnllm.generation.loading import load
+    from tnllm.progress import corpus_progress, log
 
     files = find_files(inputs)
     ready = load(model, device, dtype)
@@ -153,21 +150,21 @@ def score(
     waiting: list[tuple[str, Any]] = []
 
     def texts(report: Any) -> Iterator[str]:
-        bad = lambda found: print(f"left out: {found}", file=sys.stderr)  # noqa: E731
-        for document in read_documents(files, field, on_bad=bad, report=report):
+        for document in read_documents(files, field, on_bad=lambda bad: log(f"left out: {bad}"), report=report):
             if document.text.strip():
                 name = str(document.record.get(id_field, document.where))
                 waiting.append((name, document.record.get(label_field or "")))
                 yield document.text
 
-    with progress_on_stderr("score") as report:
-        for found in score_texts(ready.model, ready.tokenizer, texts(report)):
+    with corpus_progress("score") as report:
+        for result in score_texts(ready.model, ready.tokenizer, texts(report)):
             name, label = waiting.pop(0)
-            figures = {"bits_per_byte": round(found.bits_per_byte, 5), "perplexity": round(found.perplexity, 3)}
-            line = json.dumps(
-                {"id": name, **figures, "tokens": found.tokens, "bytes": found.num_bytes}, ensure_ascii=False
-            )
-            labelled.append((found.bits_per_byte, label))
+            row = {
+                "id": name, "bits_per_byte": round(result.bits_per_byte, 5), "perplexity": round(result.perplexity, 3),
+                "tokens": result.tokens, "bytes": result.num_bytes,
+            }  # fmt: skip
+            line = json.dumps(row, ensure_ascii=False)
+            labelled.append((result.bits_per_byte, label))
             if out is None:
                 print(line)
             else:
@@ -176,14 +173,13 @@ def score(
         write_text_atomic(out, "".join(line + "\n" for line in lines))
     if label_field is not None:
         area = separation(labelled)
-        print(
-            f"{len(labelled)} documents; a document with label 1 has the lower score in {area:.1%} of pairs",
-            file=sys.stderr,
-        )
+        log(f"{len(labelled)} documents; a document with label 1 has the lower score in {area:.1%} of pairs")
 
 
 def separation(labelled: list[tuple[float, Any]]) -> float:
     """Share of (label 1, label 0) pairs in which the first has the lower value, ties half: the area under the ROC."""
+    from bisect import bisect_left, bisect_right
+
     groups: dict[str, list[float]] = {"0": [], "1": []}
     for value, label in labelled:
         if str(label) in groups:
@@ -191,14 +187,12 @@ def separation(labelled: list[tuple[float, Any]]) -> float:
     if not groups["0"] or not groups["1"]:
         raise UserError("--label-field needs documents with label 0 and documents with label 1")
     ordered = sorted(groups["0"])
-    from bisect import bisect_left, bisect_right
-
     wins = sum(len(ordered) - (bisect_left(ordered, x) + bisect_right(ordered, x)) / 2 for x in groups["1"])
     return wins / (len(ordered) * len(groups["1"]))
 
 
 def _split(inputs: list[str]) -> tuple[str | None, list[str]]:
-    """A recipe, if one is named, and the other paths."""
+    """The recipe among `inputs`, None if there is none, and the other paths."""
     recipes = [
         name
         for name in inputs
@@ -209,13 +203,9 @@ def _split(inputs: list[str]) -> tuple[str | None, list[str]]:
     return (recipes[0] if recipes else None), [name for name in inputs if name not in recipes]
 
 
-def _is_packaged(name: str) -> bool:
-    return name.startswith("data/") and not Path(name).exists()
-
-
 def _run(settings: Any, out: Path, workers: int | None, executor: Executor, as_json: bool, **options: Any) -> None:
+    from tnllm.cleaning.report import HTML, render
     from tnllm.cleaning.run import clean as run_clean
-    from tnllm.data.cleaning.report import HTML, render
     from tnllm.data.tokenize import num_cores
     from tnllm.files import format_duration
 
@@ -238,40 +228,34 @@ def _run(settings: Any, out: Path, workers: int | None, executor: Executor, as_j
 
 @contextmanager
 def _watching() -> Iterator[Any]:
-    """A function that shows how far each stage is, on stderr."""
-    from contextlib import ExitStack
+    """A callback that shows the progress of each stage on stderr."""
+    from tnllm.files import format_count
+    from tnllm.progress import Progress
 
-    from tnllm.data.progress import Status, progress_on_stderr
-
-    with ExitStack() as stack:
-        current: dict[str, Any] = {"stage": None, "said": time.monotonic()}
+    with Progress() as progress:
 
         def watch(now: Any) -> None:
-            if now.stage != current["stage"]:
-                stack.pop_all().close()
-                current["stage"], current["said"] = now.stage, time.monotonic()
-                if now.total_bytes:
-                    current["report"] = stack.enter_context(progress_on_stderr(f"clean: {now.stage}"))
+            stage = f"clean: {now.stage}"
             if now.total_bytes:
-                current["report"](Status(now.num_bytes, now.total_bytes, now.documents))
-            elif time.monotonic() - current["said"] >= 5:
-                current["said"] = time.monotonic()
-                print(f"clean: {now.stage}, {now.done} of {now.tasks} tasks", file=sys.stderr, flush=True)
+                documents = f"{format_count(now.documents)} documents"
+                progress.update(stage, now.num_bytes, now.total_bytes, documents, "bytes")
+            else:
+                progress.update(stage, now.done, now.tasks, unit="tasks")
 
         yield watch
 
 
 def _list_pairs(out: Path, path: Path | None, truth: Path | None, threshold: float) -> None:
-    from tnllm.data.cleaning.dedup import near_pairs
+    from tnllm.cleaning.dedup import near_pairs
     from tnllm.files import write_text_atomic
 
-    found = list(near_pairs(out / "work" / "groups.npz", out / "work" / "signatures"))
+    pairs = list(near_pairs(out / "work" / "groups.npz", out / "work" / "signatures"))
     if path is not None:
-        write_text_atomic(path, "".join(f"{a}\t{b}\t{similarity:.4f}\n" for a, b, similarity in found))
-        print(f"{path}: {len(found):,} pairs")
+        write_text_atomic(path, "".join(f"{a}\t{b}\t{similarity:.4f}\n" for a, b, similarity in pairs))
+        print(f"{path}: {len(pairs):,} pairs")
     if truth is not None:
         known = set(_read_pairs(truth, threshold))
-        listed = {frozenset((a, b)) for a, b, _ in found}
+        listed = {frozenset((a, b)) for a, b, _ in pairs}
         hits = len(listed & known)
         precision, recall = hits / max(len(listed), 1), hits / max(len(known), 1)
         print(
@@ -283,19 +267,18 @@ def _list_pairs(out: Path, path: Path | None, truth: Path | None, threshold: flo
 def _read_pairs(path: Path, threshold: float) -> Iterator[frozenset[str]]:
     """Labelled pairs; of those with a similarity, the ones that reach the threshold."""
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        parts = line.split()
-        if number == 1 and parts[:1] == ["id1"]:
+        cells = line.split()
+        if number == 1 and cells[:1] == ["id1"]:
             continue
-        if len(parts) not in (2, 3):
-            raise UserError(f"{path}:{number}: expected two ids and perhaps a similarity, found {len(parts)} columns")
-        if len(parts) == 2 or float(parts[2]) >= threshold:
-            yield frozenset(parts[:2])
+        if len(cells) not in (2, 3):
+            raise UserError(f"{path}:{number}: expected two ids and optionally a similarity, not {len(cells)} columns")
+        if len(cells) == 2 or float(cells[2]) >= threshold:
+            yield frozenset(cells[:2])
 
 
 def show_run(folder: Path, reason: str | None, samples: int, as_json: bool) -> None:
     """What `tnllm data inspect` prints of a cleaning run's folder."""
-    from tnllm.data.cleaning.rejected import rejected_samples
-    from tnllm.data.cleaning.report import read_report, render
+    from tnllm.cleaning.report import read_report, rejected_samples, render
 
     if reason is None:
         report = read_report(folder)

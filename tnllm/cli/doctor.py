@@ -1,4 +1,4 @@
-"""`tnllm doctor`: what is installed, what the GPUs are, and whether the attention here computes what it should."""
+"""`tnllm doctor`: what is installed, which GPUs there are, and whether attention computes correctly here."""
 
 import importlib
 import importlib.util
@@ -16,13 +16,15 @@ from tnllm.errors import RunError, UserError
 
 EPILOG = "Example:  tnllm doctor --json"
 
-# Import names the package cannot do without, and those of each extra.
-REQUIRED = ("torch", "typer", "rich", "safetensors", "sentencepiece", "lm_eval", "numpy", "pydantic", "yaml")
+# Import names of required packages, and of each extra.
+REQUIRED = (
+    "torch", "typer", "rich", "safetensors", "sentencepiece", "lm_eval", "numpy", "pydantic", "yaml", "filelock", "jinja2",
+)  # fmt: skip
 EXTRAS = {
     "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard", "rensa", "resiliparse"),
     "plot": ("matplotlib",),
     "track": ("tensorboard",),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "hf": ("transformers", "tiktoken", "accelerate"),
     "bench": ("fla",),
     "quantize": ("torchao", "transformers"),
@@ -30,10 +32,10 @@ EXTRAS = {
 # Distribution names where they differ from import names.
 _DISTRIBUTIONS = {"yaml": "pyyaml", "fla": "fla-core", "lm_eval": "lm-eval"}
 _MIN_FREE_GIB = 2.0
-# Outputs of the self-check are sums of at most 100 products of unit normals; fp32 rounding stays far below this,
-# a wrong decay, mask or state far above.
+# Outputs of the self-check are sums of at most 100 products of unit normals: fp32 rounding is far below this limit, the
+# error of a wrong decay, mask or state far above.
 _MAX_ERROR = 1e-4
-# What a missing, half-installed or mismatched part raises when it is used.
+# Errors of a missing, half-installed or mismatched package when it is used.
 _BREAKAGE = (ImportError, AttributeError, OSError, RuntimeError, UserError)
 
 
@@ -63,7 +65,7 @@ def command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -
 
 
 def examine() -> list[Check]:
-    """All checks, each run even when another found something wrong."""
+    """All checks; each runs even if another fails."""
     checks = [_python()]
     checks += [_package(name) for name in REQUIRED]
     if sys.platform == "linux":
@@ -150,10 +152,9 @@ def _disk() -> list[Check]:
 
 
 def _assets() -> list[Check]:
-    """Packaged files against the list of hashes that travels with them."""
-    import hashlib
-
+    """Packaged files against their packaged list of hashes."""
     from tnllm import assets
+    from tnllm.files import sha256_file
 
     folder = assets.folder()
     listing = folder / "SHA256SUMS"
@@ -166,7 +167,7 @@ def _assets() -> list[Check]:
         file = folder / name.lstrip("*")
         if not file.is_file():
             bad.append(f"{name} is missing")
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+        elif sha256_file(file) != expected:
             bad.append(f"{name} is damaged")
     if bad:
         return [Check("assets", "wrong", ", ".join(bad), repair)]
@@ -174,8 +175,8 @@ def _assets() -> list[Check]:
 
 
 def _recipes() -> list[Check]:
+    from tnllm.recipe import FOLDER, packaged_recipes
     from tnllm.training.config import load_recipe
-    from tnllm.training.recipes import FOLDER, packaged_recipes
 
     names = [path.stem for path in packaged_recipes()]
     for name in names:
@@ -186,7 +187,7 @@ def _recipes() -> list[Check]:
 
 
 def _attention() -> list[Check]:
-    """The attention of each device against its definition, one token after another in float64."""
+    """The attention of each device against the recurrent definition in float64."""
     import torch
 
     from tnllm.kernels.lightning_attention import lightning_attention
@@ -195,13 +196,13 @@ def _attention() -> list[Check]:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 100, 2, 32, generator=generator) for _ in range(3))
     log_decay = torch.tensor([-0.5, 0.0])
-    wanted, wanted_state = recurrent(q.double(), k.double(), v.double(), log_decay.double())
+    exact, exact_state = recurrent(q.double(), k.double(), v.double(), log_decay.double())
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     checks = []
     for device in devices:
-        got, state = lightning_attention(q.to(device), k.to(device), v.to(device), log_decay.to(device))
-        scale = max(wanted.abs().max().item(), wanted_state.abs().max().item())
-        error = max((got.cpu() - wanted).abs().max().item(), (state.cpu() - wanted_state).abs().max().item()) / scale
+        out, state = lightning_attention(q.to(device), k.to(device), v.to(device), log_decay.to(device))
+        scale = max(exact.abs().max().item(), exact_state.abs().max().item())
+        error = max((out.cpu() - exact).abs().max().item(), (state.cpu() - exact_state).abs().max().item()) / scale
         name, text = f"attention, {device}", f"within {error:.1e} of its definition"
         if not error < _MAX_ERROR:
             checks.append(Check(name, "wrong", text, "report this with the output of tnllm doctor --json"))
@@ -217,17 +218,13 @@ def _print(checks: list[Check]) -> None:
         for check in checks:
             print(check.status, check.name, check.found, check.remedy, sep="\t")
         return
+    from rich.markup import escape
+
     from tnllm.cli.tables import print_table
 
     colors = {"ok": "green", "note": "yellow", "wrong": "red"}
     rows = [
-        [f"[{colors[check.status]}]{check.status}[/]", check.name, _plain(check.found), _plain(check.remedy)]
+        [f"[{colors[check.status]}]{check.status}[/]", check.name, escape(check.found), escape(check.remedy)]
         for check in checks
     ]
     print_table("", ["", "part", "found", "what to do"], rows)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -1,4 +1,4 @@
-"""`tnllm estimate`: what a recipe costs in memory, work and days, before anything is started."""
+"""`tnllm estimate`: what a recipe costs in memory, FLOPs and days, before anything starts."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ _PARTS = {
     "weights": "weights, fp32",
     "gradients": "gradients, fp32",
     "optimizer": "AdamW's two moments, fp32",
-    "casts": "bf16 copies, or what is whole at a time",
+    "casts": "bf16 copies, or unsharded weights",
     "activations": "activations",
     "head": "head and loss",
     "total": "total",

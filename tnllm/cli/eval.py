@@ -1,6 +1,7 @@
-"""`tnllm eval`: tasks of lm-evaluation-harness, comparison with other results and with the paper, perplexity of a file."""
+"""`tnllm eval`: tasks of lm-evaluation-harness, comparison with other results or the paper, perplexity of a file."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ import typer
 from tnllm.cli.evaluation_view import (
     quiet_libraries,
     quiet_transformers,
-    reporter,
-    say,
     show_check,
     show_comparison,
     show_results,
     show_tasks,
 )
+from tnllm.cli.options import check_choice, log_default_model
 from tnllm.errors import CheckFailed, UserError
+from tnllm.progress import Progress, log
 
 EXAMPLES = """Example:  tnllm eval --tasks mmlu,ceval   |   tnllm eval --model runs/tiny --tasks piqa --data-dir data
 
@@ -51,14 +52,14 @@ def run(
         False, "--apply-chat-template", help="Put prompts into the model's turns.", rich_help_panel=_PROMPT
     ),
     fewshot_as_multiturn: bool = typer.Option(
-        True, help="With a chat template: examples as turns of their own.", rich_help_panel=_PROMPT
+        True, help="With a chat template: each example as separate turns.", rich_help_panel=_PROMPT
     ),
     system_instruction: str | None = typer.Option(None, help="Text before every prompt.", rich_help_panel=_PROMPT),
     gen_kwargs: str | None = typer.Option(
         None, help="For tasks that generate, such as temperature=0.5,do_sample=True.", rich_help_panel=_PROMPT
     ),
     seed: int = typer.Option(
-        1234, min=0, help="For examples drawn at random and for sampling.", rich_help_panel=_PROMPT
+        1234, min=0, help="For randomly chosen examples and for sampling.", rich_help_panel=_PROMPT
     ),
     batch_size: str = typer.Option("auto", help="auto, or the most texts computed together.", rich_help_panel=_COMPUTE),
     batch_tokens: int | None = typer.Option(
@@ -68,10 +69,10 @@ def run(
         rich_help_panel=_COMPUTE,
     ),
     share_prefix: bool = typer.Option(
-        True, help="Read what prompts have in common once and fork its state.", rich_help_panel=_COMPUTE
+        True, help="Read a prefix that prompts share once and fork its state.", rich_help_panel=_COMPUTE
     ),
     use_cache: bool = typer.Option(
-        False, "--use-cache", help="Keep answers on disk: a stopped run goes on where it was.", rich_help_panel=_COMPUTE
+        False, "--use-cache", help="Keep answers on disk, so that a stopped run resumes.", rich_help_panel=_COMPUTE
     ),
     cache_dir: Path | None = typer.Option(
         None, help="Where --use-cache keeps them. Default: ~/.cache/tnllm/eval.", rich_help_panel=_COMPUTE
@@ -104,7 +105,7 @@ def run(
     _check_data_dir(data_dir, online)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise UserError(f"--batch-size is {batch_size!r}; allowed: auto, or a number from 1")
-    say("loading")
+    log("loading")
     quiet_libraries(names, online)
 
     from tnllm.evaluation.harness import TransNormerLM, trained_length
@@ -116,22 +117,22 @@ def run(
     )
     if out is not None:
         check_folder(out)
-    choices = choose(names, num_fewshot, say)
-    loaded = load_tasks(choices, data_dir, online, say)
-    if model is None:
-        say("no --model given: using the demo model that ships with tnllm")
+    choices = choose(names, num_fewshot, log)
+    loaded = load_tasks(choices, data_dir, online, log)
+    log_default_model(model)
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "eval") if use_cache or cache_dir else None
-    with reporter() as report:
+    with Progress() as progress:
         lm = TransNormerLM(
-            model, device, dtype, batch_size, None, batch_tokens, share_prefix, folder, seed, note=say, report=report
-        )
+            model, device, dtype, batch_size, None, batch_tokens, share_prefix, folder, seed,
+            log=log, progress=progress.update,
+        )  # fmt: skip
         results = evaluate(lm, loaded, settings)
     if results is None:
         return
     trained = trained_length(lm.ready.folder)
     longest = results["tnllm"]["longest_tokens"]
     if trained is not None and longest > trained:
-        say(f"the longest prompt has {longest:,} tokens, the model was trained on {trained:,}; nothing was cut off")
+        log(f"the longest prompt has {longest:,} tokens, the model was trained on {trained:,}; nothing was cut off")
     if as_json:
         from lm_eval.utils import handle_non_serializable
 
@@ -140,7 +141,7 @@ def run(
     else:
         show_results(results, subtasks)
     if out is not None:
-        say(f"results in {write_results(out, results, log_samples)}")
+        log(f"results in {write_results(out, results, log_samples)}")
 
 
 @app.command("ls", epilog="Example:  tnllm eval ls   |   tnllm eval ls 'arc*'   |   tnllm eval ls --data-dir data")
@@ -154,8 +155,8 @@ def list_tasks(
         quiet_libraries([], online=False)
         from tnllm.evaluation.tasks import search
 
-        found = search(pattern)
-        print(json.dumps(found) if as_json else "\n".join(found))
+        names = search(pattern)
+        print(json.dumps(names) if as_json else "\n".join(names))
         return
     from tnllm.evaluation.cards import load_cards
 
@@ -179,8 +180,8 @@ def list_tasks(
 )
 def compare_results(
     first: Path = typer.Argument(..., help="results_*.json, or a folder: its newest."),
-    second: Path | None = typer.Argument(None, help="Another one."),
-    paper: str | None = typer.Option(None, help="The paper's model beside it: 385m, 1b, 7b or 15b."),
+    second: Path | None = typer.Argument(None, help="A second one."),
+    paper: str | None = typer.Option(None, help="Compare with the paper's model: 385m, 1b, 7b or 15b."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Compare two results, or one with the paper's table."""
@@ -196,7 +197,7 @@ def compare_results(
     else:
         show_comparison(rows, paper)
         for note in notes:
-            say(note)
+            log(note)
 
 
 @app.command("ppl", epilog="Example:  tnllm eval ppl book.txt   |   tnllm eval ppl web.jsonl --window 2048 --json")
@@ -204,28 +205,27 @@ def file_perplexity(
     file: Path = typer.Argument(..., help="Text, JSON Lines or parquet."),
     model: str | None = typer.Option(None, help="As for tnllm eval."),
     field: str = typer.Option("text", help="Field or column that holds the text."),
-    window: int | None = typer.Option(None, min=1, help="Also score pieces of this many tokens, each for itself."),
+    window: int | None = typer.Option(None, min=1, help="Also score independent windows of this many tokens."),
     batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Perplexity of a file: each document read whole, its state carried from start to end."""
+    """Perplexity of a file: each document read in full, its state carried from start to end."""
     from tnllm.cli.evaluation_view import show_perplexity
     from tnllm.data.corpus import find_files, read_documents
     from tnllm.evaluation.perplexity import perplexity
     from tnllm.generation.loading import load
 
-    if model is None:
-        say("no --model given: using the demo model that ships with tnllm")
+    log_default_model(model)
     texts = [document.text for document in read_documents(find_files([file]), field)]
     ready = load(model, device, dtype)
-    with reporter() as report:
-        found = perplexity(ready, texts, window, batch_tokens, lambda done, total: report("perplexity", done, total))
+    with Progress() as progress:
+        result = perplexity(ready, texts, window, batch_tokens, partial(progress.update, "perplexity"))
     if as_json:
-        print(json.dumps({"file": str(file), "model": str(ready.folder), **found}))
+        print(json.dumps({"file": str(file), "model": str(ready.folder), **result}))
     else:
-        show_perplexity(found)
+        show_perplexity(result)
 
 
 @app.command("check", epilog="Example:  tnllm eval check --tasks openbookqa,piqa --data-dir data --limit 100")
@@ -235,54 +235,51 @@ def check_against_harness(
     data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
     limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task (of each subject)."),
     num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
-    batch_size: int = typer.Option(8, min=1, help="Texts that the hf model computes together."),
-    seed: int = typer.Option(1234, min=0, help="For examples drawn at random."),
+    batch_size: int = typer.Option(8, min=1, help="Batch size of the hf model."),
+    seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
     dtype: str = typer.Option("float32", help="float32 or bfloat16, both ways."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Answer the same questions through lm-eval's own hf model too, on the exported weights, and compare."""
     _check_data_dir(data_dir, False)
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype is {dtype!r}; allowed: float32, bfloat16")
+    check_choice("--dtype", dtype, ("float32", "bfloat16"))
     if not (names := _names(tasks)):
         raise UserError("no tasks; give --tasks openbookqa,piqa or others of `tnllm eval ls`")
     with quiet_transformers():
-        say("loading")
+        log("loading")
         quiet_libraries(names, online=False)
-        from tnllm.bench.timing import describe_device
         from tnllm.convert.quantize import quiet_import
         from tnllm.convert.run import Options, convert
+        from tnllm.device import describe_device, pick_device
         from tnllm.evaluation.hf_check import check_against_hf, need_transformers
         from tnllm.evaluation.tasks import choose, load_tasks
-        from tnllm.generation.loading import pick_device
 
         need_transformers()
         quiet_import()
-        where = pick_device(device)
-        choices = choose(names, num_fewshot, say)
-        sets = {choice.name: load_tasks([choice], data_dir, False, say) for choice in choices}
-        if model is None:
-            say("no --model given: using the demo model that ships with tnllm")
+        where = pick_device(device, "--device")
+        choices = choose(names, num_fewshot, log)
+        sets = {choice.name: load_tasks([choice], data_dir, False, log) for choice in choices}
+        log_default_model(model)
 
         def export(source: Path, target: Path) -> None:
-            say("writing the weights for transformers to a temporary folder")
+            log("writing the weights for transformers to a temporary folder")
             # The comparison that follows is a stronger check than the conversion's own.
             convert(source, target, Options("hf", verify=False), lambda line: None, lambda stage, done, total: None)
 
-        with reporter() as report:
-            found = check_against_hf(sets, export, model, device, dtype, batch_size, limit, seed, say, report)
-    found = {"environment": describe_device(where), "num_fewshot": num_fewshot, **found}
+        with Progress() as progress:
+            result = check_against_hf(sets, export, model, device, dtype, batch_size, limit, seed, log, progress.update)
+    result = {"environment": describe_device(where), "num_fewshot": num_fewshot, **result}
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False))
     else:
-        show_check(found)
-    for row in found["tasks"]:
-        # Written so that NaN fails too.
-        if not row["largest_difference"] <= found["tolerance"]:
+        show_check(result)
+    for row in result["tasks"]:
+        # Written so that NaN fails.
+        if not row["largest_difference"] <= result["tolerance"]:
             raise CheckFailed(
                 f"{row['task']}: log-likelihoods differ by {row['largest_difference']:.3g} nats, above the tolerance of "
-                f"{found['tolerance']:g} for {dtype}"
+                f"{result['tolerance']:g} for {dtype}"
             )
 
 
@@ -296,19 +293,19 @@ def save_requests(
     data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or its folder. [default: the demo model's]"),
     limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task."),
-    seed: int = typer.Option(1234, min=0, help="For examples drawn at random."),
+    seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
 ) -> None:
     """Write the token requests of tasks to a file and count what sharing prefixes saves; needs no model."""
     _check_data_dir(data_dir, False)
     names = _names(tasks)
     quiet_libraries(names, online=False)
     from tnllm import assets
-    from tnllm.evaluation.bundle import count_tokens, save_bundle
-    from tnllm.evaluation.requests import build_bundle
+    from tnllm.evaluation.multiple_choice import build_bundle
+    from tnllm.evaluation.request_file import count_tokens, save_bundle
     from tnllm.evaluation.tasks import choose, load_tasks
     from tnllm.tokenizer import Tokenizer
 
-    loaded = load_tasks(choose(names, num_fewshot, say), data_dir, False, say)
+    loaded = load_tasks(choose(names, num_fewshot, log), data_dir, False, log)
     bundle = build_bundle(loaded, Tokenizer.load(tokenizer or assets.tokenizer_model()), limit, seed)
     save_bundle(out, bundle)
     counts = count_tokens(bundle.requests)
@@ -325,7 +322,7 @@ def _names(tasks: str | None) -> list[str]:
 def _check_data_dir(data_dir: Path | None, online: bool) -> None:
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(
-            f"--data-dir {data_dir} is no folder; `tnllm eval ls` says what it may hold and where to get it"
+            f"--data-dir {data_dir} is not a folder; `tnllm eval ls` says what it may hold and where to get it"
         )
     if data_dir is not None and online:
         raise UserError("--data-dir and --online were given; give one of them")

@@ -1,31 +1,22 @@
-"""How an evaluation looks: tables on stdout, notes and progress on stderr."""
+"""Output of `tnllm eval`: tables on stdout, remarks on stderr."""
 
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tnllm.cli.tables import print_table
-from tnllm.files import format_count, format_duration
+from tnllm.files import format_duration
+from tnllm.progress import log
 
-Report = Callable[[str, int, int], None]
-_LINE_EVERY_S = 10.0
-# Metrics between 0 and 1 that people read as percent.
+# Metrics between 0 and 1 that are shown in percent.
 _SHARES = ("acc", "acc_norm", "exact_match", "f1", "mcc", "em")
 
 
-def say(message: str) -> None:
-    """A line for the person at the terminal; of several ranks only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
-
-
 def quiet_libraries(names: list[str], online: bool) -> None:
-    """Keep the harness's own bars and warnings off the screen, and its libraries off the network unless it is needed.
+    """Silence the harness's bars and warnings, and keep its libraries off the network unless `names` need it.
 
-    Must run before they are imported.
+    Call it before they are imported.
     """
     import logging
     import warnings
@@ -44,9 +35,9 @@ def quiet_libraries(names: list[str], online: bool) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers quiet and offline, and the copies it makes of a folder's code in a place that goes away.
+    """Keep transformers quiet and offline, and its copies of a folder's code in a temporary folder.
 
-    Must run before it is imported.
+    Call it before transformers is imported.
     """
     import tempfile
 
@@ -58,58 +49,8 @@ def quiet_transformers() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def reporter() -> Iterator[Report]:
-    """A function to call with (kind, done, total): a bar with the time left on a terminal, lines otherwise."""
-    if os.environ.get("RANK", "0") != "0":
-        yield lambda kind, done, total: None
-        return
-    if sys.stderr.isatty():
-        with _bars() as report:
-            yield report
-        return
-    start: dict[str, float] = {}
-    last = time.monotonic()
-
-    def line(kind: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        begun = start.setdefault(kind, now)
-        if now - last >= _LINE_EVERY_S:
-            last = now
-            # The first line comes before there is a speed.
-            rate = done / (now - begun) if now > begun else 0.0
-            speed = f", {format_count(rate)}/s, {format_duration((total - done) / rate)} left" if rate else ""
-            say(f"{kind}: {format_count(done)} of {format_count(total)}{speed}")
-
-    yield line
-
-
-@contextmanager
-def _bars() -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[counts]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        known: dict[str, TaskID] = {}
-
-        def report(kind: str, done: int, total: int) -> None:
-            if kind not in known:
-                known[kind] = progress.add_task(kind, total=total, counts="")
-            counts = f"{format_count(done)} of {format_count(total)}"
-            progress.update(known[kind], total=total, completed=done, counts=counts)
-
-        yield report
-
-
 def show_results(results: dict[str, Any], subtasks: bool) -> None:
-    """One line per task and metric; subjects of a group only if asked for."""
+    """One line per task and metric; subjects of a group only with `subtasks`."""
     sampled = set((results.get("tnllm") or {}).get("sampled", []))
     groups = results.get("group_subtasks") or {}
     leaves = {name for members in groups.values() for name in members if name not in groups}
@@ -147,16 +88,16 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
                 f"{about['tokens_computed']:,} tokens computed for {about['tokens_one_by_one']:,} asked{others}"
             )
         note += f"; {', '.join(work)}, {format_duration(about['seconds'])}"
-    say(note)
+    log(note)
     if sampled:
-        say("(sample): questions that ship with tnllm to show that it works; their figures say nothing about a model")
+        log("(sample): few questions that ship with tnllm as a demonstration; their scores do not measure a model")
 
 
 _RIGHT = ("shots", "questions", "value", "± stderr", "A", "B", "B - A", "paper", "tokens")
 
 
 def _shots(name: str, known: dict[str, int], groups: dict[str, list[str]]) -> int | None:
-    """Of a task or group; the harness says none of a group of groups, so that of its members where they agree."""
+    """Of a task or group. The harness gives none for a group of groups; then its members' number if they agree."""
     if name in known:
         return known[name]
     counts = {_shots(member, known, groups) for member in groups.get(name, [])}
@@ -174,17 +115,17 @@ def _figure(metric: str, value: Any) -> str:
 
 
 def show_tasks(rows: list[dict[str, Any]], with_files: bool) -> None:
-    """The sets there are offline data for."""
+    """The tasks with offline data."""
     table = []
     for row in rows:
-        place = (row["file"] or "[red]not found[/]") if with_files else (row["sample"] or "-")
+        path = (row["file"] or "[red]not found[/]") if with_files else (row["sample"] or "-")
         table.append(
-            [row["task"], ", ".join(row["aliases"]), f"{row['questions']:,}", row["licence"], place, row["source"]]
+            [row["task"], ", ".join(row["aliases"]), f"{row['questions']:,}", row["licence"], path, row["source"]]
         )
     columns = ["task", "also", "questions", "licence", "file" if with_files else "ships with tnllm", "source"]
     print_table("", columns, table, right=_RIGHT)
-    say("tnl-paper is BoolQ to OpenBookQA without examples and MMLU, CMMLU, C-Eval with 5, as in the paper's tables")
-    say("any other task of lm-evaluation-harness works too: tnllm eval ls PATTERN")
+    log("tnl-paper is BoolQ to OpenBookQA without examples and MMLU, CMMLU, C-Eval with 5, as in the paper's tables")
+    log("any other task of lm-evaluation-harness works too: tnllm eval ls PATTERN")
 
 
 def show_comparison(rows: list[dict[str, Any]], paper: str | None) -> None:
@@ -201,7 +142,7 @@ def show_comparison(rows: list[dict[str, Any]], paper: str | None) -> None:
         table.append(cells)
     print_table("", columns, table, right=_RIGHT)
     if both:
-        say("B - A: * marks a difference of more than two standard errors")
+        log("B - A: * marks a difference of more than two standard errors")
 
 
 def _with_error(row: dict[str, Any], side: str) -> str:
@@ -218,18 +159,18 @@ def _delta(row: dict[str, Any]) -> str:
     return f"{text} ± {_figure(row['metric'], error)}" + (" *" if abs(row["delta"]) > 2 * error else "  ")
 
 
-def show_check(found: dict[str, Any]) -> None:
-    """Answers of both ways, then what each took, then every answer that differs."""
-    environment = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
-    print(f"{found['model']}, {found['dtype']}, hf batches of {found['batch_size']}; {environment}")
-    print(f"lm-eval {found['lm_eval']}, transformers {found['transformers']}")
+def show_check(result: dict[str, Any]) -> None:
+    """Answers of both implementations, then their cost, then every answer that differs."""
+    environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    print(f"{result['model']}, {result['dtype']}, hf batches of {result['batch_size']}; {environment}")
+    print(f"lm-eval {result['lm_eval']}, transformers {result['transformers']}")
     rows = []
-    for row in found["tasks"]:
-        for metric, ways in row["metrics"].items():
+    for row in result["tasks"]:
+        for metric, score in row["metrics"].items():
             changed = sum(each["metric"] == metric for each in row["changed"])
             rows.append(
                 [
-                    row["task"], f"{row['questions']:,}", metric, f"{100 * ways['tnllm']:.2f}", f"{100 * ways['hf']:.2f}",
+                    row["task"], f"{row['questions']:,}", metric, f"{100 * score['tnllm']:.2f}", f"{100 * score['hf']:.2f}",
                     str(changed), f"{row['largest_difference']:.2g}", f"{row['mean_difference']:.2g}",
                 ]
             )  # fmt: skip
@@ -240,29 +181,29 @@ def show_check(found: dict[str, Any]) -> None:
             row["task"], f"{row['requests']:,}", *(f"{row['tokens'][way]:,}" for way in ("tnllm", "hf")),
             *(f"{row['seconds'][way]:.1f}" for way in ("tnllm", "hf")),
         ]
-        for row in found["tasks"]
+        for row in result["tasks"]
     ]  # fmt: skip
     columns = ["task", "requests", "tokens tnllm", "tokens hf", "seconds tnllm", "seconds hf"]
     print_table("", columns, rows, right=columns[1:])
-    for row in found["tasks"]:
+    for row in result["tasks"]:
         for each in row["changed"]:
             print(
                 f"{each['task']}, question {each['question']}, {each['metric']}: tnllm takes choice {each['tnllm']}, hf "
                 f"{each['hf']}, whose lead is {each['margin']:.2g} {each['unit']}; log-likelihoods there differ by "
                 f"{each['difference']:.2g}"
             )
-    changed = sum(len(row["changed"]) for row in found["tasks"])
-    questions = sum(row["questions"] for row in found["tasks"])
+    changed = sum(len(row["changed"]) for row in result["tasks"])
+    questions = sum(row["questions"] for row in result["tasks"])
     print(f"{changed} answers differ in {questions:,} questions; tokens of hf count its padding")
 
 
-def show_perplexity(found: dict[str, Any]) -> None:
+def show_perplexity(result: dict[str, Any]) -> None:
     """Totals, then by position."""
-    counts = ", ".join(f"{found[name]:,} {name}" for name in ("documents", "tokens", "words", "bytes"))
+    counts = ", ".join(f"{result[name]:,} {name}" for name in ("documents", "tokens", "words", "bytes"))
     print(counts)
     names = ("word_perplexity", "byte_perplexity", "token_perplexity", "bits_per_byte")
-    rows = [["whole, state carried", *(f"{found[name]:,.4f}" for name in names)]]
-    if windows := found.get("windows"):
+    rows = [["in full, state carried", *(f"{result[name]:,.4f}" for name in names)]]
+    if windows := result.get("windows"):
         label = f"{windows['pieces']:,} windows of {windows['window']:,} tokens"
         rows.append([label, *(f"{windows[name]:,.4f}" for name in names)])
     print_table("", ["", *(name.replace("_", " ") for name in names)], rows)
@@ -271,6 +212,6 @@ def show_perplexity(found: dict[str, Any]) -> None:
             f"{row['from']:,} to {row['to']:,}", f"{row['tokens']:,}", f"{row['token_perplexity']:,.2f}",
             "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
         ]
-        for row in found["by_position"]
+        for row in result["by_position"]
     ]  # fmt: skip
     print_table("", ["position in the text", "tokens", "token perplexity", "bits per byte"], rows, right=_RIGHT)

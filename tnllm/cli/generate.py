@@ -3,17 +3,22 @@
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, say, stream_text, write_batch
+from tnllm.cli.options import log_default_model
+from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, stream_text, write_batch
 from tnllm.errors import UserError
+from tnllm.progress import log
 
 if TYPE_CHECKING:
-    from tnllm.generation.rows import Piece, Result
+    from tnllm.generation.context import Context
+    from tnllm.generation.loading import Ready
     from tnllm.generation.sampler import SamplingParams
+    from tnllm.generation.samples import Piece, Result
 
 EPILOG = """Examples:
 
@@ -43,11 +48,11 @@ def command(
     ),
     input: str | None = typer.Option(
         None,
-        help='JSON Lines, {"prompt": ...} each, with sampling options and an id if you like; - is stdin.',
+        help='JSON Lines, {"prompt": ...} each, sampling options and an id are optional; - is stdin.',
         rich_help_panel=_INPUT,
     ),
     chat: bool = typer.Option(
-        False, "--chat", help="Talk in turns; /reset forgets, /exit or Ctrl-D ends.", rich_help_panel=_INPUT
+        False, "--chat", help="Talk in turns; /reset starts anew, /exit or Ctrl-D ends.", rich_help_panel=_INPUT
     ),
     chat_template: str | None = typer.Option(
         None, help=r"Turn format with {prompt}; \n is a newline. Default: the model's.", rich_help_panel=_INPUT
@@ -56,23 +61,25 @@ def command(
         None, help="Most tokens to generate; 0 only reads. Default: the model's, or 256.", rich_help_panel=_SAMPLING
     ),
     temperature: float | None = typer.Option(
-        None, help="0 takes the likeliest token. This and the rest default to the model's.", rich_help_panel=_SAMPLING
+        None, help="0 takes the most likely token. This and the rest default to the model's.", rich_help_panel=_SAMPLING
     ),
-    top_k: int | None = typer.Option(None, help="Keep the k likeliest tokens; 0 all.", rich_help_panel=_SAMPLING),
+    top_k: int | None = typer.Option(
+        None, help="Keep the k most likely tokens; 0 keeps all.", rich_help_panel=_SAMPLING
+    ),
     top_p: float | None = typer.Option(
-        None, help="Keep the likeliest tokens that reach this probability.", rich_help_panel=_SAMPLING
+        None, help="Keep the most likely tokens whose probabilities sum to this.", rich_help_panel=_SAMPLING
     ),
     min_p: float | None = typer.Option(
-        None, help="Drop tokens below this share of the likeliest one's probability.", rich_help_panel=_SAMPLING
+        None, help="Drop tokens below this share of the top token's probability.", rich_help_panel=_SAMPLING
     ),
     repetition_penalty: float | None = typer.Option(
         None, help="Above 1: tokens of prompt and text become less likely.", rich_help_panel=_SAMPLING
     ),
     presence_penalty: float | None = typer.Option(
-        None, help="-2 to 2, taken from the logits of generated tokens.", rich_help_panel=_SAMPLING
+        None, help="-2 to 2, subtracted from the logits of generated tokens.", rich_help_panel=_SAMPLING
     ),
     frequency_penalty: float | None = typer.Option(
-        None, help="-2 to 2, the same for each time.", rich_help_panel=_SAMPLING
+        None, help="-2 to 2, subtracted once per occurrence.", rich_help_panel=_SAMPLING
     ),
     seed: int | None = typer.Option(
         None, help="The same seed gives the same text; sample i of --n has seed + i.", rich_help_panel=_SAMPLING
@@ -82,20 +89,20 @@ def command(
     ),
     n: int | None = typer.Option(None, help="Samples for each prompt.", rich_help_panel=_SAMPLING),
     ignore_eos: bool = typer.Option(
-        False, "--ignore-eos", help="Go on after the end token.", rich_help_panel=_SAMPLING
+        False, "--ignore-eos", help="Continue after the end token.", rich_help_panel=_SAMPLING
     ),
     output: Path | None = typer.Option(None, help="Write the results of --input here.", rich_help_panel=_OUTPUT),
     json_: bool = typer.Option(
         False, "--json", help="One JSON object per result; always so for --input.", rich_help_panel=_OUTPUT
     ),
     logprobs: int | None = typer.Option(
-        None, help="With --json: log-probabilities, and those of the N likeliest tokens.", rich_help_panel=_OUTPUT
+        None, help="With --json: log-probabilities, also those of the N most likely tokens.", rich_help_panel=_OUTPUT
     ),
     echo: bool = typer.Option(False, "--echo", help="Put the prompt before the text.", rich_help_panel=_OUTPUT),
     stream: bool = typer.Option(True, help="Show the text as it comes.", rich_help_panel=_OUTPUT),
-    state_in: Path | None = typer.Option(None, help="Go on from a saved state.", rich_help_panel=_STATE),
+    state_in: Path | None = typer.Option(None, help="Continue from a saved state.", rich_help_panel=_STATE),
     state_out: Path | None = typer.Option(
-        None, help="Save the state after the last token, to go on from.", rich_help_panel=_STATE
+        None, help="Save the state after the last token, to continue from.", rich_help_panel=_STATE
     ),
     batch_size: int = typer.Option(16, min=1, help="Samples decoded together."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
@@ -111,77 +118,119 @@ def command(
     options = {key: value for key, value in given.items() if value is not None}
     flags = {"--prompt": prompt, "--prompt-file": prompt_file, "--input": input, "--chat": chat or None}
     source = _source({flag: value for flag, value in flags.items() if value is not None}, state_in)
-    if output and source != "--input":
-        raise UserError("--output is for --input; redirect stdout instead: tnllm generate ... > file")
-    if logprobs is not None and not (json_ or source == "--input"):
-        raise UserError("--logprobs needs --json, or --input; plain text has no place for them")
-    if state_out and (source == "--input" or n not in (None, 1)):
-        raise UserError("--state-out saves the state of one text; it goes with neither --input nor --n")
-    if source == "--chat" and (json_ or echo or n not in (None, 1)):
-        raise UserError("--chat goes with none of --json, --echo and --n")
-    if chat_template and source != "--chat":
-        raise UserError("--chat-template is for --chat; write the whole text into the prompt instead")
+    several = n not in (None, 1)
+    for broken, message in (
+        (output and source != "--input", "--output is for --input; redirect stdout instead: tnllm generate ... > file"),
+        (
+            logprobs is not None and not json_ and source != "--input",
+            "--logprobs needs --json or --input; plain text cannot show them",
+        ),
+        (
+            state_out and (source == "--input" or several),
+            "--state-out saves the state of one text; it cannot be combined with --input or --n",
+        ),
+        (
+            source == "--chat" and (json_ or echo or several),
+            "--chat cannot be combined with --json, --echo or --n",
+        ),
+        (
+            chat_template and source != "--chat",
+            "--chat-template is for --chat; write the complete text into the prompt instead",
+        ),
+    ):
+        if broken:
+            raise UserError(message)
 
-    from tnllm.generation.chat import Conversation
     from tnllm.generation.context import load_context, save_context, weights_hash
-    from tnllm.generation.decoder import generate
-    from tnllm.generation.jsonl import read_requests
     from tnllm.generation.loading import load
     from tnllm.generation.sampler import SamplingParams
 
-    # Bad options and unreadable prompts are told before a large model is loaded.
+    # Bad options and unreadable prompts raise before a large model is loaded.
     SamplingParams.of(options)
     file = prompt_file or input or ("-" if prompt == "-" else None)
     data = None if file is None else _read(file)
     text = (prompt or "") if data is None or source == "--input" else _decode(data, file or "")
-    if model is None:
-        say("no --model given: using the demo model that ships with tnllm")
+    log_default_model(model)
     ready = load(model, device, dtype, adapter)
     weights = weights_hash(ready.model) if state_in or state_out else ""
     context = load_context(state_in, ready.model, weights) if state_in else None
-    meter = Meter()
-
-    def run(prompts: list[list[int]], params: "list[SamplingParams]", keep: bool = False) -> Iterator["Piece | Result"]:
-        events = generate(
-            ready.model, ready.tokenizer, prompts, params, contexts=[context] * len(prompts), keep_contexts=keep,
-            eos_ids=ready.eos_ids, batch_size=batch_size,
-        )  # fmt: skip
-        return meter.watch(events)
-
+    run = _Run(ready, options, context, batch_size, echo)
     if source == "--input":
-        requests = read_requests(input or "", data or b"", ready, options, start=context is None)
-        events = run([request.ids for request in requests], [request.params for request in requests])
-        write_batch(events, requests, output, echo)
-        say(meter.summary(single=False))
+        _batch(run, input or "", data or b"", output)
         return
-    params = ready.params(**options)
     if source == "--chat":
         template = _unescape(chat_template) if chat_template else ready.chat_template
-        talk = Conversation(ready, params, template, context)
-        chat_loop(talk)
-        context = talk.context() if state_out else None
+        context = _chat(run, template, keep_context=state_out is not None)
     else:
-        if not text:
-            say("the prompt is empty: " + ("going on from the state" if context else "starting from the begin token"))
-        events = run([ready.encode(text, start=context is None)], [params], keep=state_out is not None)
-        shown = text if echo else ""
-        if json_:
-            result = print_json(events, params.n, shown)[0]
-        elif params.n == 1 and stream:
-            result = stream_text(events, shown)
-        else:
-            result = print_texts(events, params.n, shown)[0]
-        say(meter.summary(single=params.n == 1))
-        context = result.context
+        context = _text(run, text, json_, stream, keep_context=state_out is not None)
     if state_out:
         if context is None:
-            raise UserError("nothing was said, so there is no state to save")
+            raise UserError("the chat has no turn, so there is no state to save")
         save_context(state_out, context, weights)
-        say(f"state after {context.num_tokens} tokens saved to {state_out}")
+        log(f"state after {context.num_tokens} tokens saved to {state_out}")
+
+
+@dataclass
+class _Run:
+    """The loaded model and what text, batch and chat need besides; the clock of `meter` starts here."""
+
+    ready: "Ready"
+    options: dict[str, Any]
+    context: "Context | None"
+    batch_size: int
+    echo: bool
+    meter: Meter = field(default_factory=Meter)
+
+    def generate(
+        self, prompts: list[list[int]], params: "list[SamplingParams]", keep_contexts: bool = False
+    ) -> Iterator["Piece | Result"]:
+        from tnllm.generation.decoder import generate
+
+        events = generate(
+            self.ready.model, self.ready.tokenizer, prompts, params, contexts=[self.context] * len(prompts),
+            keep_contexts=keep_contexts, eos_ids=self.ready.eos_ids, batch_size=self.batch_size,
+        )  # fmt: skip
+        return self.meter.watch(events)
+
+
+def _batch(run: _Run, name: str, data: bytes, output: Path | None) -> None:
+    """Every request of a JSON Lines file."""
+    from tnllm.generation.jsonl import read_requests
+
+    requests = read_requests(name, data, run.ready, run.options, start=run.context is None)
+    events = run.generate([request.ids for request in requests], [request.params for request in requests])
+    write_batch(events, requests, output, run.echo)
+    log(run.meter.summary(single=False))
+
+
+def _chat(run: _Run, template: str, keep_context: bool) -> "Context | None":
+    """Turns from stdin; returns the context after the last one, None if there was none or it is not to be kept."""
+    from tnllm.generation.conversation import Conversation
+
+    conversation = Conversation(run.ready, run.ready.params(**run.options), template, run.context)
+    chat_loop(conversation)
+    return conversation.context() if keep_context else None
+
+
+def _text(run: _Run, text: str, as_json: bool, stream: bool, keep_context: bool) -> "Context | None":
+    """Continue one text; returns the context of the first sample if it is to be kept."""
+    params = run.ready.params(**run.options)
+    if not text:
+        log("the prompt is empty: " + ("continuing from the state" if run.context else "starting from the begin token"))
+    events = run.generate([run.ready.encode(text, start=run.context is None)], [params], keep_context)
+    echo = text if run.echo else ""
+    if as_json:
+        result = print_json(events, params.n, echo)[0]
+    elif params.n == 1 and stream:
+        result = stream_text(events, echo)
+    else:
+        result = print_texts(events, params.n, echo)[0]
+    log(run.meter.summary(single=params.n == 1))
+    return result.context
 
 
 def _source(given: dict[str, object], state_in: Path | None) -> str:
-    """The one flag that says where prompts come from."""
+    """The flag that names the source of the prompts."""
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} were given; give one of them")
     if not given and state_in is None:
@@ -193,7 +242,7 @@ def _read(file: str) -> bytes:
     if file == "-":
         return sys.stdin.buffer.read()
     if not Path(file).is_file():
-        raise UserError(f"{file} is no file; give a UTF-8 text file, or - for stdin")
+        raise UserError(f"{file} is not a file; give a UTF-8 text file, or - for stdin")
     return Path(file).read_bytes()
 
 
@@ -202,7 +251,7 @@ def _decode(data: bytes, file: str) -> str:
     try:
         text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it, say with iconv") from None
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it, for example with iconv") from None
     if not text:
         raise UserError(f'{name} is empty; to start from nothing give --prompt ""')
     return text

@@ -7,7 +7,6 @@ Exit codes: 0 ok, 1 run-time failure, 2 bad input or config, 3 missing extra, 4 
 import importlib
 import os
 import sys
-from importlib.util import find_spec
 from typing import NoReturn
 
 import typer
@@ -67,10 +66,7 @@ def _root(
 
 
 for _name in COMMANDS:
-    _path = f"tnllm.cli.{_name.replace('-', '_')}"
-    if find_spec(_path) is None:
-        continue
-    _module = importlib.import_module(_path)
+    _module = importlib.import_module(f"tnllm.cli.{_name.replace('-', '_')}")
     if hasattr(_module, "app"):
         app.add_typer(_module.app, name=_name)
     else:
@@ -78,7 +74,7 @@ for _name in COMMANDS:
 
 
 def _normalize(args: list[str]) -> list[str]:
-    """Accept `--max_tokens` for `--max-tokens`; values and everything after a lone `--` are left alone."""
+    """Accept `--max_tokens` for `--max-tokens`; values and everything after a lone `--` stay as they are."""
     end = args.index("--") if "--" in args else len(args)
     flags = [
         "=".join([arg.split("=", 1)[0].replace("_", "-"), *arg.split("=", 1)[1:]]) if arg.startswith("--") else arg
@@ -99,7 +95,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         result = app(_normalize([arg for arg in args if arg != "--debug"]), prog_name="tnllm", standalone_mode=False)
         if result == 130:
-            # Typer turns Ctrl-C into this result instead of letting it through.
+            # Typer turns Ctrl-C into this result instead of raising it.
             raise KeyboardInterrupt
         sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
@@ -112,7 +108,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
             raise
         _fail("stopped by Ctrl-C", 130)
     except BrokenPipeError:
-        # The reader of our output went away (`tnllm ... | head`): that is no error of ours.
+        # The reader of our output closed the pipe (`tnllm ... | head`), which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
@@ -121,7 +117,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}", 1)
     except Exception as error:
-        # Usage errors of the option parser carry an exit code and a message; the rest are bugs, shown whole.
+        # Usage errors of the option parser carry an exit code and a message; the rest are bugs, shown with traceback.
         if debug or not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)

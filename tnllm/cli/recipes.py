@@ -1,4 +1,4 @@
-"""`tnllm recipes list|show|check`: find a recipe, read it whole, see whether it would start."""
+"""`tnllm recipes list|show|check`: find a recipe, read all of it, check that it would start."""
 
 import json
 from typing import Any
@@ -21,13 +21,13 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
     from tnllm.cli.tables import print_table
     from tnllm.files import format_count
     from tnllm.modeling.flops import count_parameters
+    from tnllm.recipe import packaged_recipes, read_header
     from tnllm.training.config import load_recipe
-    from tnllm.training.recipes import packaged_recipes, read_header
 
-    found: list[dict[str, Any]] = []
+    items: list[dict[str, Any]] = []
     for path in packaged_recipes():
         config, header = load_recipe(str(path)), read_header(path)
-        found.append(
+        items.append(
             {
                 "recipe": path.stem,
                 "kind": config.model.kind,
@@ -39,20 +39,17 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
                 "path": str(path),
             }
         )
-    found.sort(key=lambda item: (item["parameters"], item["recipe"]))
+    items.sort(key=lambda item: (item["parameters"], item["recipe"]))
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(items, indent=2))
         return
     rows = [
         [
-            f"[bold]{item['recipe']}[/bold]",
-            format_count(item["parameters"]),
-            format_count(item["tokens"]),
-            item["hardware"],
-            item["about"],
+            f"[bold]{item['recipe']}[/bold]", format_count(item["parameters"]), format_count(item["tokens"]),
+            item["hardware"], item["about"],
         ]
-        for item in found
-    ]
+        for item in items
+    ]  # fmt: skip
     columns = ["recipe", "parameters", "tokens", "hardware", "what"]
     note = "Start one with: tnllm train RECIPE     Read one with: tnllm recipes show RECIPE --doc"
     print_table("", columns, rows, right=["parameters", "tokens"], note=note)
@@ -62,12 +59,12 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
 def show(
     recipe: str = typer.Argument(help="A recipe file, or the name of one that ships."),
     sets: list[str] = typer.Option([], "--set", help=SET_HELP),
-    doc: bool = typer.Option(False, "--doc", help="Say above every key what it means."),
+    doc: bool = typer.Option(False, "--doc", help="Explain every key in a comment above it."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Print every key of a recipe with its value. What is printed is a recipe itself."""
+    from tnllm.recipe import find_recipe, read_comment
     from tnllm.training.config import load_recipe
-    from tnllm.training.recipes import find_recipe, read_comment
 
     config = load_recipe(recipe, sets)
     if as_json:
@@ -88,7 +85,7 @@ def check(
 
     from tnllm.errors import UserError
     from tnllm.files import format_count
-    from tnllm.training.check import check_recipe
+    from tnllm.training.recipe_check import check_recipe
 
     results = []
     for name in recipes:

@@ -1,32 +1,28 @@
-"""How generated text reaches a person or a file: text on stdout as it comes, JSON lines, whole texts, chat, speed."""
+"""Output of `tnllm generate`: text on stdout as it comes, complete texts, JSON lines, a chat, and the speed."""
 
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tnllm.errors import UserError
 from tnllm.files import format_duration
+from tnllm.progress import Progress, log
 
 if TYPE_CHECKING:
-    from tnllm.generation.chat import Conversation
+    from tnllm.generation.conversation import Conversation
     from tnllm.generation.jsonl import Request
-    from tnllm.generation.rows import Piece, Result
+    from tnllm.generation.samples import Piece, Result
 
     Events = Iterable[Piece | Result]
 
 
-def say(message: str) -> None:
-    """A line for the person at the terminal."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def show(text: str) -> None:
-    """Write generated text. A terminal gets no control characters, which could garble it; a file gets every byte."""
+    """Write generated text. A terminal gets no control characters, which could corrupt it; a file gets every byte."""
     print(_CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
@@ -35,7 +31,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Meter:
-    """Speed of one run. The clock starts when the meter is made."""
+    """Speed of one run. The clock starts with the constructor."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -45,7 +41,7 @@ class Meter:
 
     def watch(self, events: "Events") -> Iterator["Piece | Result"]:
         """The same events, counted."""
-        from tnllm.generation.rows import Result
+        from tnllm.generation.samples import Result
 
         for event in events:
             if isinstance(event, Result):
@@ -57,9 +53,10 @@ class Meter:
             yield event
 
     def summary(self, single: bool = True) -> str:
-        """Tokens, tokens per second after the first, time to the first; how and with which seed a `single` one ended."""
+        """Tokens, tokens/s after the first, time to the first; for a `single` sample its finish reason and seed."""
         if self._first is None:
-            text = f"no tokens generated; read {self._prompt_tokens} in {self._since(self._start)}"
+            elapsed = format_duration(time.perf_counter() - self._start)
+            text = f"no tokens generated; read {self._prompt_tokens} in {elapsed}"
         else:
             seconds = time.perf_counter() - self._first
             rate = f" at {(self._tokens - 1) / seconds:.1f} tokens/s" if self._tokens > 1 and seconds else ""
@@ -70,14 +67,10 @@ class Meter:
             text += f"; ended by {self._last.finish_reason}; seed {self._last.seed}"
         return text
 
-    @staticmethod
-    def _since(start: float) -> str:
-        return format_duration(time.perf_counter() - start)
-
 
 def stream_text(events: "Events", echo: str) -> "Result":
-    """Print `echo` and the text of one sample as it comes, and a newline whatever happens."""
-    from tnllm.generation.rows import Piece
+    """Print `echo` and the text of one sample as it comes; ends the line even if interrupted."""
+    from tnllm.generation.samples import Piece
 
     try:
         show(echo)
@@ -92,26 +85,26 @@ def stream_text(events: "Events", echo: str) -> "Result":
 
 
 def in_order(events: "Events", samples: Sequence[int]) -> "Iterator[Result]":
-    """Results by prompt, then by sample, each as soon as all before it are there; `samples` counts each prompt's."""
-    from tnllm.generation.rows import Result
+    """Results by prompt, then by sample, each as soon as those before it are complete; `samples`: number per prompt."""
+    from tnllm.generation.samples import Result
 
     waiting: dict[tuple[int, int], Result] = {}
     keys = ((index, sample) for index, count in enumerate(samples) for sample in range(count))
-    wanted = next(keys, None)
+    expected = next(keys, None)
     for event in events:
         if isinstance(event, Result):
             waiting[event.index, event.sample] = event
-            while wanted in waiting:
-                yield waiting.pop(wanted)
-                wanted = next(keys, None)
+            while expected in waiting:
+                yield waiting.pop(expected)
+                expected = next(keys, None)
 
 
 def print_texts(events: "Events", samples: int, echo: str) -> "list[Result]":
-    """Print each sample when it is whole; with several, a line on stderr says which one comes."""
+    """Print each sample when it is complete; if there are several, a line on stderr names each."""
     results = []
     for result in in_order(events, [samples]):
         if samples > 1:
-            say(f"sample {result.sample + 1} of {samples}, seed {result.seed}:")
+            log(f"sample {result.sample + 1} of {samples}, seed {result.seed}:")
         show(echo + result.text + "\n")
         results.append(result)
     return results
@@ -136,39 +129,24 @@ def write_batch(events: "Events", requests: "list[Request]", output: Path | None
     done = 0
     target = part_file(output) if output else nullcontext(sys.stdout)
     try:
-        with target as file, _progress(total) as advance:
+        with target as file, Progress() as progress:
             for result in in_order(events, [request.params.n for request in requests]):
                 request = requests[result.index]
                 row = result_object(result, request.prompt if echo else "", request.id)
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
                 done += 1
-                advance()
+                progress.update("generate", done, total)
     except BaseException:
         if output:
-            say(f"stopped after {done} of {total} results; they are in {output}.part")
+            log(f"stopped after {done} of {total} results; they are in {output}.part")
         raise
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], object]]:
-    """A bar on a terminal, nothing otherwise."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("generate", total=total)
-        yield lambda: progress.advance(task)
-
-
-def chat_loop(talk: "Conversation") -> None:
-    """Read turns from stdin until /exit or its end. Ctrl-C breaks an answer off; between answers it ends the chat."""
+def chat_loop(conversation: "Conversation") -> None:
+    """Read turns from stdin until /exit or its end. Ctrl-C interrupts an answer; between answers it ends the chat."""
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
-        say("/reset forgets the talk, /exit or Ctrl-D ends it, Ctrl-C breaks an answer off")
+        log("/reset clears the conversation, /exit or Ctrl-D ends it, Ctrl-C interrupts an answer")
     while True:
         try:
             message = input("> " if on_terminal else "")
@@ -179,15 +157,15 @@ def chat_loop(talk: "Conversation") -> None:
         if message.strip() == "/exit":
             return
         if message.strip() == "/reset":
-            talk.reset()
-            say("forgotten; the talk starts anew")
+            conversation.reset()
+            log("conversation cleared")
         elif message.startswith("/") and message.strip().isascii() and " " not in message.strip():
-            say(f"{message.strip()} is no command; there are /reset and /exit")
+            log(f"{message.strip()} is not a command; the commands are /reset and /exit")
         elif message.strip():
             meter = Meter()
             try:
-                stream_text(meter.watch(talk.ask(message)), "")
+                stream_text(meter.watch(conversation.ask(message)), "")
             except KeyboardInterrupt:
-                say("answer broken off")
+                log("answer interrupted")
             else:
-                say(meter.summary())
+                log(meter.summary())

@@ -1,4 +1,4 @@
-"""Tables on stdout: coloured and fitted to a terminal, wide and plain in a pipe.
+"""Tables on stdout: coloured and fitted to a terminal; wide and plain in a pipe.
 
 print_table("Recipes", ["name", "parameters"], [["tiny", "1.92M"]])
 """

@@ -1,24 +1,16 @@
-"""`tnllm tokenizer`: train a SentencePiece tokenizer on a corpus, and see what one does to a text."""
+"""`tnllm tokenizer`: train a SentencePiece tokenizer on a corpus, and show how one splits a text."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 
 import typer
 
+from tnllm.cli.options import OnError
 from tnllm.errors import UserError
 
 app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True, rich_markup_mode="rich")
-
-
-class OnError(StrEnum):
-    """What to do about a document that cannot be read."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 @app.command(epilog="Example:  tnllm tokenizer train corpus/ --vocab-size 32000 -o my-tokenizer")
@@ -32,26 +24,26 @@ def train(
     ),
     max_lines: int = typer.Option(2_000_000, help="Train on a sample of this many lines of a larger corpus."),
     on_error: OnError = typer.Option(OnError.stop, help="At a document that cannot be read."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a tokenizer that is there."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing tokenizer."),
 ) -> None:
     """Train a BPE tokenizer with byte fallback: decoding gives back every text unchanged."""
     from tnllm.data.corpus import find_files, read_documents
-    from tnllm.data.progress import progress_on_stderr
     from tnllm.files import format_bytes, format_duration, write_bytes_atomic
+    from tnllm.progress import corpus_progress, log
     from tnllm.tokenizer import FILE_NAME, train_tokenizer
 
     target = out / FILE_NAME
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; choose another --out or add --overwrite")
     files = find_files(inputs)
-    on_bad = (lambda bad: print(f"left out: {bad}", file=sys.stderr)) if on_error is OnError.skip else None
+    on_bad = (lambda bad: log(f"left out: {bad}")) if on_error is OnError.skip else None
     start = time.monotonic()
-    with progress_on_stderr("read") as report:
+    with corpus_progress("read") as report:
 
         def texts() -> Iterator[str]:
             for document in read_documents(files, field, on_bad=on_bad, report=report):
                 yield document.text
-            print(f"corpus read; training {vocab_size} tokens", file=sys.stderr, flush=True)
+            log(f"corpus read; training {vocab_size} tokens")
 
         model = train_tokenizer(texts(), vocab_size, character_coverage=character_coverage, max_lines=max_lines)
     out.mkdir(parents=True, exist_ok=True)
@@ -77,19 +69,19 @@ def inspect(
     from tnllm.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(assets.tokenizer_model(model))
-    found: dict[str, object] = {
+    info: dict[str, object] = {
         "path": str(tokenizer.path),
         "sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         **{name: getattr(tokenizer, name) for name in ("unk_id", "bos_id", "eos_id", "pad_id")},
     }
     if text is not None:
-        found["tokens"] = [[id, tokenizer.piece(id)] for id in tokenizer.encode(text)]
-        found["decoded"] = tokenizer.decode(tokenizer.encode(text))
+        info["tokens"] = [[id, tokenizer.piece(id)] for id in tokenizer.encode(text)]
+        info["decoded"] = tokenizer.decode(tokenizer.encode(text))
     if file is not None:
-        found |= compression(tokenizer, find_files([file]), field)
+        info |= compression(tokenizer, find_files([file]), field)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(info, ensure_ascii=False))
         return
-    for name, value in found.items():
+    for name, value in info.items():
         print(f"{name:16}{value!r}" if isinstance(value, str) and "\n" in value else f"{name:16}{value}")

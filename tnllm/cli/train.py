@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tnllm.progress import log
+
 if TYPE_CHECKING:
     from tnllm.training.config import RunConfig
 
@@ -23,8 +25,8 @@ def command(
         None, help="Start from these weights: a weights folder, a run folder, or `packaged`; sets train.init."
     ),
     resume: str | None = typer.Option(None, help="auto, a run folder or a step folder."),
-    device: str | None = typer.Option(None, help="auto, cpu or cuda; overrides train.device."),
-    nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one a GPU; on several machines use torchrun."),
+    device: str | None = typer.Option(None, help="auto, cpu, cuda or cuda:N; overrides train.device."),
+    nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one per GPU; on several machines use torchrun."),
     max_restarts: int = typer.Option(0, min=0, help="With --nproc: start again after a lost rank, this many times."),
     profile: bool = typer.Option(
         False, "--profile", help="Profile three steps into the run's profile/; sets log.profile_steps."
@@ -33,13 +35,14 @@ def command(
     world_size: int | None = typer.Option(None, min=1, help="With --dry-run: plan for this many ranks."),
 ) -> None:
     """Train a model from a recipe, on a CPU, one GPU or many."""
-    # Read when tqdm is first imported: the harness behind eval.tasks would draw bars through the log.
+    # Read when tqdm is first imported; the harness behind eval.tasks would draw its bars into the log.
     os.environ.setdefault("TQDM_DISABLE", "1")
     from tnllm.errors import Terminated, UserError
     from tnllm.parallel.mesh import launched
     from tnllm.parallel.ranks import SharedError
     from tnllm.training.config import load_recipe
-    from tnllm.training.launch import fit_mesh, launch
+    from tnllm.training.launch import launch
+    from tnllm.training.mesh import fit_mesh
 
     if world_size is not None and not dry_run:
         raise UserError("--world-size is for --dry-run; to train on several ranks give --nproc, or start torchrun")
@@ -53,36 +56,37 @@ def command(
         sets += [f"{key}={size}" for key, size in fit_mesh(config, ranks).items()]
         config = load_recipe(recipe, sets)
         if dry_run:
-            from tnllm.training.plan import plan
+            from tnllm.training.dry_run import dry_run_text
 
-            print(plan(config))
+            print(dry_run_text(config))
         elif nproc > 1 and not is_rank:
-            given = [part for item in sets for part in ("--set", item)] + (["--resume", resume] if resume else [])
-            code = launch(["train", recipe, *given, "--out", str(out)], nproc, max_restarts)
+            options = [word for item in sets for word in ("--set", item)] + (["--resume", resume] if resume else [])
+            code = launch(["train", recipe, *options, "--out", str(out)], nproc, max_restarts)
             if code:
                 raise typer.Exit(code)
         else:
             _train(config, out, resume, is_rank)
     except (UserError, KeyboardInterrupt) as error:
-        # What every rank finds alike is said once.
-        alike = isinstance(error, SharedError | Terminated | KeyboardInterrupt) or type(error) is UserError
-        if is_rank and os.environ["RANK"] != "0" and alike:
+        # An error that every rank raises is printed by the first only.
+        shared = isinstance(error, SharedError | Terminated | KeyboardInterrupt) or type(error) is UserError
+        if is_rank and os.environ["RANK"] != "0" and shared:
             raise typer.Exit(getattr(error, "exit_code", 130)) from None
         raise
 
 
 def _scorer(config: "RunConfig") -> Any:
-    """What scores eval.tasks, none where there are none; unknown names and missing data are told before training."""
-    asked = config.eval
-    if not asked.tasks:
+    """Returns the scorer of eval.tasks, None without tasks. Raises for unknown names and missing data."""
+    section = config.eval
+    if not section.tasks:
         return None
-    from tnllm.cli.evaluation_view import quiet_libraries, say
+    from tnllm.cli.evaluation_view import quiet_libraries
 
-    say("eval.tasks: reading the questions")
-    quiet_libraries(list(asked.tasks), online=False)
-    from tnllm.evaluation.live import task_scorer
+    log("eval.tasks: reading the questions")
+    quiet_libraries(list(section.tasks), online=False)
+    from tnllm.evaluation.during_training import task_scorer
+    from tnllm.training.run_model import chat_template
 
-    return task_scorer(asked.tasks, asked.tasks_limit, asked.tasks_data_dir, say)
+    return task_scorer(section.tasks, section.tasks_limit, section.tasks_data_dir, log, chat_template(config))
 
 
 def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) -> None:
@@ -100,5 +104,5 @@ def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) ->
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "
-            "train.activation_checkpointing=selective or full, and go on with --resume auto"
+            "train.activation_checkpointing=selective or full, and resume with --resume auto"
         ) from error

@@ -1,10 +1,10 @@
-"""LoRA adapters in PEFT's format, merged into the weights they were trained on: W + scale * B A.
+"""LoRA adapters in PEFT's format, merged into their base weights: W + scale * B A.
 
     adapter = open_adapter(Path("adapter"))          # adapter_config.json, adapter_model.safetensors
-    merged = merge(adapter, source)                  # a Source that reads merged weights
+    merged = merge(adapter, source)                  # a Source whose `read` returns merged weights
 
-scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. The product is formed in fp32 and rounded once, to the
-type of the base weight. Source: LoRA (arXiv 2106.09685).
+scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. The sum is computed in fp32 and rounded once, to the dtype
+of the base weight. Source: LoRA (arXiv 2106.09685).
 """
 
 import math
@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tnllm.convert.source import Source, read_json
+from tnllm.convert.source import Source
 from tnllm.convert.tensors import Info, read_safetensors, safetensors_infos
 from tnllm.errors import UserError
+from tnllm.files import read_json
 from tnllm.modeling.hf_names import from_official
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,7 +27,7 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 
 @dataclass(frozen=True)
 class Adapter:
-    """The low-rank pairs of an adapter. `pairs` maps our parameter names to the infos of A [r, in] and B [out, r]."""
+    """An adapter folder. `pairs` maps tnllm's parameter names to key and info of A [r, in] and of B [out, r]."""
 
     folder: Path
     config: dict[str, Any]
@@ -34,12 +35,12 @@ class Adapter:
 
     @property
     def base(self) -> Path | None:
-        """The folder it names as its base, if it names one."""
-        named = self.config.get("base_model_name_or_path")
-        return Path(named) if named else None
+        """The base folder that its config names, or None."""
+        path = self.config.get("base_model_name_or_path")
+        return Path(path) if path else None
 
     def scale(self, name: str, rank: int) -> float:
-        """The factor of B A for one parameter; alpha_pattern overrides lora_alpha for the modules it names."""
+        """Factor of B A for one parameter. `alpha_pattern` overrides `lora_alpha` for the modules that it matches."""
         module = name.removesuffix(".weight")
         alpha = self.config["lora_alpha"]
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
@@ -49,21 +50,21 @@ class Adapter:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter."""
+    """Whether the folder holds an adapter."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def open_adapter(folder: Path) -> Adapter:
-    """Read the config and the names. Raises UserError for kinds of adapters that are no plain LoRA."""
-    config = read_json(folder / ADAPTER_CONFIG)
+    """Read config and tensor names. Raises UserError for an adapter that is not plain LoRA."""
     path = folder / ADAPTER_CONFIG
+    config = read_json(path, "copy the adapter again")
     if config.get("peft_type") != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
         raise UserError(
             f"{path}: peft_type is {config.get('peft_type')!r}; convert merges LORA adapters with a lora_alpha"
         )
     for key, plain in (("use_dora", False), ("fan_in_fan_out", False), ("bias", "none"), ("modules_to_save", None)):
         if config.get(key, plain) not in (plain, None, []):
-            raise UserError(f"{path}: {key} is {config[key]!r}; convert merges adapters with {key} {plain!r} alone")
+            raise UserError(f"{path}: {key} is {config[key]!r}; convert merges only adapters with {key} {plain!r}")
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         raise UserError(f"{file} is missing; the adapter folder is incomplete")
@@ -71,7 +72,7 @@ def open_adapter(folder: Path) -> Adapter:
     for key, info in safetensors_infos(file).items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UserError(f"{file} holds {key!r}, which is no LoRA matrix; convert merges plain LoRA adapters")
+            raise UserError(f"{file} holds {key!r}, which is not a LoRA matrix; convert merges plain LoRA adapters")
         pairs.setdefault(from_official(f"{match[1]}.weight"), {})[match[2]] = (key, info)
     for name, pair in pairs.items():
         if len(pair) != 2:
@@ -80,7 +81,7 @@ def open_adapter(folder: Path) -> Adapter:
 
 
 def merge(adapter: Adapter, source: Source) -> Source:
-    """The source with the adapter's products added as its weights are read. Raises UserError where they do not fit."""
+    """Return the source with the adapter added as its weights are read. Raises UserError where shapes or names differ."""
     for name, pair in adapter.pairs.items():
         if name not in source.expected:
             raise UserError(

@@ -1,12 +1,12 @@
-"""Do source and result compute the same? Logits of both on fixed prompts, layer by layer, in the memory of one layer.
+"""Logits of source and result on fixed prompts, computed layer by layer so that one layer is in memory.
 
-    before = reference_logits(config, read)              # the architecture restated in plain torch
-    after = block_logits(config, read)                   # this package's own layers
-    after = exported_logits(config, read, folder)        # the layers in a Hugging Face folder
-    difference = compare(before, after)
+    before = reference_logits(config, read, progress)            # the architecture written again in plain torch
+    after = block_logits(config, read, progress)                 # this package's layers
+    after = exported_logits(config, read, folder, progress)      # the layers in a Hugging Face folder
+    difference, share = compare(before, after)
 
-The restatement shares no code with the layers it checks: attention is the masked product of its definition. `read` takes
-our parameter names.
+The reference shares no code with the layers that it checks; its attention is quadratic, by definition. `read` takes
+tnllm's parameter names.
 """
 
 import importlib
@@ -30,20 +30,20 @@ from tnllm.modeling.model import Block
 
 Read = Callable[[str], Tensor]
 NUM_PROMPTS, PROMPT_TOKENS = 2, 24
-# Largest difference allowed, as a share of the largest logit; docs/numerics.md gives the reasons.
+# Largest allowed difference relative to the largest logit; docs/numerics.md gives the reasons.
 LIMITS = {"same": 1e-4, "int8": 0.25}
-# Rows of the embedding multiplied at a time.
+# Rows of the head that are converted to fp32 and multiplied at a time.
 _HEAD_ROWS = 16_384
 
 
 def prompts(vocab_size: int) -> Tensor:
-    """The fixed prompts: [P, T] token ids spread over the vocabulary."""
+    """Return the fixed prompts: [P, T] token ids spread over the vocabulary."""
     ids = torch.arange(NUM_PROMPTS * PROMPT_TOKENS).view(NUM_PROMPTS, PROMPT_TOKENS)
     return (ids * 7919 + 101) % vocab_size
 
 
 def compare(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """Largest absolute difference, and the same as a share of the largest logit. Non-finite logits give infinity."""
+    """Return the largest absolute difference, and its share of the largest logit; infinity if a logit is not finite."""
     if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
         return math.inf, math.inf
     difference = float((before - after).abs().max())
@@ -51,24 +51,24 @@ def compare(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 
 def _slopes(num_heads: int) -> list[float]:
-    """ALiBi's slopes: a geometric list for powers of two, else filled up from the next power's list."""
+    """ALiBi's slopes: geometric for a power of two, else extended by every other slope of the next power."""
     if num_heads & (num_heads - 1) == 0:
-        first = 2.0 ** -(8.0 / num_heads)
-        return [first ** (head + 1) for head in range(num_heads)]
+        ratio = 2.0 ** -(8.0 / num_heads)
+        return [ratio ** (head + 1) for head in range(num_heads)]
     below = 1 << (num_heads.bit_length() - 1)
     return _slopes(below) + _slopes(2 * below)[::2][: num_heads - below]
 
 
 def _rates(config: ModelConfig, layer: int) -> Tensor:
-    """[H] decay rates s; a token's weight falls by exp(-s) per step."""
+    """[H] decay rates s: a token's weight is multiplied by exp(-s) per step."""
     heads, layers = config.num_heads, config.num_layers
     if config.position in ("lrpe", "ape"):
         return torch.zeros(heads)
     if config.decay_slopes == "geometric":
-        rate, cooling = torch.tensor(_slopes(heads)), 1 - layer / max(layers - 1, 1) + 1e-5
+        rate, temperature = torch.tensor(_slopes(heads)), 1 - layer / max(layers - 1, 1) + 1e-5
     else:
-        rate, cooling = torch.arange(heads) * (8 / heads), 1 - layer / layers
-    return rate * cooling if config.decay_temperature else rate
+        rate, temperature = torch.arange(heads) * (8 / heads), 1 - layer / layers
+    return rate * temperature if config.decay_temperature else rate
 
 
 def _norm(config: ModelConfig, read: Read, name: str, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _act(x: Tensor, kind: str) -> Tensor:
 
 @torch.no_grad()
 def reference_logits(config: ModelConfig, read: Read, progress: Progress) -> Tensor:
-    """Logits [P, T, V] of the fixed prompts, fp32, by definition: quadratic attention, one matrix read at a time."""
+    """fp32 logits [P, T, V] of the fixed prompts by quadratic attention; one matrix is read at a time."""
     tokens = prompts(config.vocab_size)
     step = torch.arange(tokens.shape[1])
     gap = (step[:, None] - step[None, :]).float()
@@ -100,7 +100,7 @@ def reference_logits(config: ModelConfig, read: Read, progress: Progress) -> Ten
 
 
 def _mix(config: ModelConfig, layer: int, y: Tensor, read: Read, gap: Tensor) -> Tensor:
-    """The token mixer on normed input [P, T, M]; gap [T, T] is t - s."""
+    """Token mixer on normalized input [P, T, M]; gap [T, T] is t - s."""
     prefix = f"layers.{layer}.token_mixer"
     heads, head_dim, width = config.num_heads, config.head_dim, config.model_dim
 
@@ -118,7 +118,7 @@ def _mix(config: ModelConfig, layer: int, y: Tensor, read: Read, gap: Tensor) ->
     q, k, v = _act(q, config.activation), _act(k, config.activation), _act(v, config.value_activation)
     scores = q @ k.mT
     if config.uses_lrpe(layer):
-        # q and k turned by theta t and theta s: the product of a channel gets cos(theta (t - s)).
+        # LRPE rotates q by theta t and k by theta s, which multiplies each channel's product by cos(theta (t - s)).
         theta = read(f"{prefix}.lrpe.theta")[:, 0, None, None].double()
         scores = torch.einsum("bhtd,bhsd,htsd->bhts", q, k, torch.cos(theta * gap[:, :, None]).float())
     decay = torch.exp(-_rates(config, layer)[:, None, None] * gap.clamp(min=0)) * (gap >= 0)
@@ -146,14 +146,14 @@ def _head(config: ModelConfig, read: Read, x: Tensor) -> Tensor:
     return torch.cat([x @ rows.float().T for rows in weight.split(_HEAD_ROWS)], dim=-1)
 
 
-def _stream(
+def _run_layers(
     config: ModelConfig,
     read: Read,
     block: Callable[[int], nn.Module],
     run: Callable[[nn.Module, int, Tensor, Tensor], Tensor],
     progress: Progress,
 ) -> Tensor:
-    """Embedding, one block after another with its own weights, final norm, head."""
+    """Logits by embedding, blocks, final norm and head; each block is built, filled and dropped in turn."""
     tokens = prompts(config.vocab_size)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     x = _embed(config, read, tokens)
@@ -173,33 +173,33 @@ def _stream(
 
 @torch.no_grad()
 def block_logits(config: ModelConfig, read: Read, progress: Progress) -> Tensor:
-    """Logits [P, T, V] of the fixed prompts by this package's own layers."""
+    """Logits [P, T, V] of the fixed prompts by this package's layers."""
 
     def run(block: nn.Module, _: int, x: Tensor, positions: Tensor) -> Tensor:
         return block(x, positions, None, None)[0]
 
-    return _stream(config, read, lambda layer: Block(config, layer), run, progress)
+    return _run_layers(config, read, lambda layer: Block(config, layer), run, progress)
 
 
 @torch.no_grad()
 def exported_logits(config: ModelConfig, read: Read, folder: Path, progress: Progress) -> Tensor:
-    """The same by the code in a Hugging Face folder. Needs transformers."""
+    """Logits [P, T, V] of the fixed prompts by the code in a Hugging Face folder. Needs transformers."""
     quiet_import()
     name = "tnllm_exported"
     spec = ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [str(folder)]
     sys.modules[name] = importlib.util.module_from_spec(spec)
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         code = importlib.import_module(f"{name}.modeling_tnllm")
-        hub_config = code.TnllmConfig(**to_hf_config(config))
-        decays = code.log_decays(hub_config)
+        hf_config = code.TnllmConfig(**to_hf_config(config))
+        decays = code.log_decays(hf_config)
 
         def run(block: nn.Module, layer: int, x: Tensor, positions: Tensor) -> Tensor:
             return block(x, positions, decays[layer], None, None)[0]
 
-        return _stream(config, read, lambda layer: code.TnllmBlock(hub_config, layer), run, progress)
+        return _run_layers(config, read, lambda layer: code.TnllmBlock(hf_config, layer), run, progress)
     finally:
-        sys.dont_write_bytecode = writes
+        sys.dont_write_bytecode = dont_write
         for module in [module for module in sys.modules if module.split(".")[0] == name]:
             del sys.modules[module]

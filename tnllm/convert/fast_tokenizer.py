@@ -1,18 +1,18 @@
-"""Hugging Face's fast tokenizer for a SentencePiece BPE model or a tiktoken vocabulary, checked before it is used.
+"""Hugging Face's fast tokenizer for a SentencePiece BPE model or a tiktoken vocabulary, compared with the original.
 
-    files, notes = tokenizer_files(Tokenizer.load(folder), settings)       # file name → text
+    files, notes = tokenizer_files(Tokenizer.load(folder), generation)     # file name → text
 
-The result is compared with the original on texts in several scripts and languages. Where it differs (a Unigram model, or
-one that rewrites its input), there is no tokenizer.json: an unfaithful one would be worse than none.
+The two must give the same ids on texts in several scripts and languages. If they do not (a Unigram model, or one that
+normalizes its input), no tokenizer.json is written: wrong ids would be worse than a missing file.
 """
 
 import json
 from itertools import pairwise
 from typing import Any
 
+from tnllm.chat_template import BOUNDARY, BREAK, DEFAULT, split_template, to_jinja
 from tnllm.errors import MissingExtra
-from tnllm.tiktoken_model import PATTERN, SPECIAL_TOKENS, TiktokenModel
-from tnllm.tokenizer import Tokenizer
+from tnllm.tokenizer import TIKTOKEN_PATTERN, TIKTOKEN_SPECIAL_TOKENS, TiktokenModel, Tokenizer
 
 CHECK_TEXTS = (
     "Once upon a time there was a king; he had 3 sons, and 1,024 sheep.",
@@ -26,15 +26,10 @@ CHECK_TEXTS = (
     '<b>&amp;</b> {"k": [1, 2.5e-3, null]} \\frac{a}{b}',
 )
 _SPACE = "\u2581"
-# One turn in the words the released models were tuned with; the answer and the end token follow.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% else %}{{ OPENING + message['content'] + CLOSING }}{% endif %}{% endfor %}"
-)
 
 
-def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """File name → text, and what a person should know. `settings` is generation_config.json.
+def tokenizer_files(tokenizer: Tokenizer, generation: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Return file name → text, and notes for people. `generation` is generation_config.json.
 
     Raises MissingExtra without the tokenizers library.
     """
@@ -42,7 +37,10 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
         import tokenizers  # noqa: F401
     except ImportError:
         raise MissingExtra("hf", "tokenizers") from None
-    fast = _build(tokenizer, bool(settings.get("add_bos_token", False)))
+    add_bos = bool(generation.get("add_bos_token", False))
+    template = generation.get("chat_template", DEFAULT)
+    boundary = _needs_boundary(tokenizer, split_template(template)[1])
+    fast = _build(tokenizer, add_bos, boundary)
     differing = [
         text for text in CHECK_TEXTS if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text)
     ]
@@ -51,21 +49,25 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
             f"no tokenizer.json: the fast form of {tokenizer.path.name} reads {len(differing)} of {len(CHECK_TEXTS)} check "
             f"texts differently, first {differing[0][:20]!r}; use {tokenizer.path.name} with its own library"
         ]
-    opening, _, closing = settings.get("chat_template", "Human:\n{prompt}\nAssistant:\n").partition("{prompt}")
-    template = CHAT_TEMPLATE.replace("OPENING", _jinja(opening)).replace("CLOSING", _jinja(closing))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.piece(tokenizer.bos_id),
         "eos_token": tokenizer.piece(tokenizer.eos_id),
         "unk_token": tokenizer.piece(tokenizer.unk_id),
         "pad_token": tokenizer.piece(tokenizer.pad_id),
-        "add_bos_token": bool(settings.get("add_bos_token", False)),
+        "add_bos_token": add_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        # A batch goes on from its last column.
+        # Generation continues from a batch's last column.
         "padding_side": "left",
-        "chat_template": template,
+        "chat_template": to_jinja(
+            template,
+            control_tokens=_control_tokens(tokenizer),
+            bos=tokenizer.piece(tokenizer.bos_id) if add_bos else "",
+            boundary=boundary,
+            answer_prefix=" " if _adds_space(tokenizer) else "",
+        ),
     }
     return {
         "tokenizer.json": fast.to_str(pretty=False),
@@ -73,16 +75,41 @@ def tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[dic
     }, []
 
 
-def _jinja(text: str) -> str:
-    """A string literal of the template language."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+def _control_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Names that the fast tokenizer reads as one token anywhere in a text; ids without a name are gaps."""
+    ids = [id for id, data in enumerate(tokenizer.token_bytes) if not data or id == tokenizer.unk_id]
+    return [name for name in map(tokenizer.piece, ids) if name]
 
 
-def _build(tokenizer: Tokenizer, add_bos: bool) -> Any:
-    from tokenizers import processors
+def _adds_space(tokenizer: Tokenizer) -> bool:
+    return tokenizer.token_bytes[tokenizer.encode("a")[0]].startswith(b" ")
+
+
+def _needs_boundary(tokenizer: Tokenizer, closing: str) -> bool:
+    """Whether the end of a prompt could merge with the start of its answer into one token.
+
+    A newline cannot if no piece of the vocabulary contains a newline and another character.
+    """
+    joins = any(b"\n" in piece and piece != b"\n" for piece in tokenizer.token_bytes)
+    return joins or not closing.endswith("\n") or _adds_space(tokenizer)
+
+
+def _build(tokenizer: Tokenizer, add_bos: bool, boundary: bool) -> Any:
+    from tokenizers import normalizers, pre_tokenizers, processors
 
     model = tokenizer.backend
-    fast = _from_tiktoken(model) if isinstance(model, TiktokenModel) else _from_sentencepiece(model)
+    fast = (
+        _from_tiktoken(model)
+        if isinstance(model, TiktokenModel)
+        else _from_sentencepiece(model, _adds_space(tokenizer))
+    )
+    # The marks of `to_jinja`: see there.
+    breaks = sorted({name[0] for name in _control_tokens(tokenizer)})
+    steps = [normalizers.Replace(first + BREAK, first) for first in breaks]
+    fast.normalizer = normalizers.Sequence([*steps, fast.normalizer] if fast.normalizer else steps)
+    if boundary:
+        split = pre_tokenizers.Split(BOUNDARY, behavior="removed")
+        fast.pre_tokenizer = pre_tokenizers.Sequence([split, fast.pre_tokenizer]) if fast.pre_tokenizer else split
     if add_bos:
         bos = tokenizer.piece(tokenizer.bos_id)
         fast.post_processor = processors.TemplateProcessing(
@@ -91,7 +118,7 @@ def _build(tokenizer: Tokenizer, add_bos: bool) -> Any:
     return fast
 
 
-def _from_sentencepiece(model: Any) -> Any:
+def _from_sentencepiece(model: Any, adds_space: bool) -> Any:
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Fast
 
@@ -99,8 +126,8 @@ def _from_sentencepiece(model: Any) -> Any:
     pieces = [model.id_to_piece(id) for id in ids]
     vocab = {piece: id for id, piece in enumerate(pieces)}
     special = [id for id in ids if model.is_control(id) or model.is_unknown(id)]
-    # Fixed pieces (user-defined symbols) are matched before any merge. The library does not tell them apart from learned
-    # ones, but those that our training fixes are white space other than the space sign, which is never learned.
+    # User-defined symbols are matched before any merge. SentencePiece does not tell them from learned pieces, but those
+    # that `tnllm tokenizer train` defines are newline and tab, which are never learned.
     fixed = [id for id in ids if pieces[id] in ("\n", "\t")]
     skipped = {*special, *fixed, *(id for id in ids if model.is_byte(id))}
     learned = {piece for id, piece in enumerate(pieces) if id not in skipped}
@@ -122,7 +149,6 @@ def _from_sentencepiece(model: Any) -> Any:
             fuse_unk=True,
         )
     )
-    adds_space = model.encode("a", out_type=str)[0].startswith(_SPACE)
     spaces = normalizers.Replace(" ", _SPACE)
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if adds_space else spaces
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -136,44 +162,44 @@ def _from_tiktoken(model: TiktokenModel) -> Any:
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Fast
 
-    letters = _byte_letters()
+    characters = _byte_characters()
 
     def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
+        return "".join(characters[byte] for byte in token)
 
     vocab = {spell(token): rank for token, rank in model.ranks.items()}
     merges = [_parts(token, rank, model.ranks) for token, rank in sorted(model.ranks.items(), key=lambda item: item[1])]
-    # Ids must have no holes: those between ranks and control tokens, and between these, get names nobody writes.
-    names = {id: name for name, id in SPECIAL_TOKENS.items()}
+    # Ids must be contiguous, so the gaps between ranks and control tokens get placeholder tokens.
+    names = {id: name for name, id in TIKTOKEN_SPECIAL_TOKENS.items()}
     taken = set(vocab.values())
     extra = {id: names.get(id, f"<|unused_{id}|>") for id in range(model.vocab_size()) if id not in taken}
     vocab.update({name: id for id, name in extra.items()})
     pairs = [(spell(parts[0]), spell(parts[1])) for parts in merges if parts]
     fast = Fast(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(TIKTOKEN_PATTERN), behavior="isolated")
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
+    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in TIKTOKEN_SPECIAL_TOKENS])
     return fast
 
 
 def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that merge into `token`: what the merges of lower rank leave of it. Empty for a single byte."""
+    """The two tokens that merge into `token`: what is left after all merges of lower rank. Empty for a single byte."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
-        lowest, at = min(joined)
+        merges = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
+        lowest, at = min(merges)
         if lowest >= rank:
-            return []  # never reached by merging; the token is taken whole or not at all
+            return []  # not reachable by merges; `ignore_merges` still matches the complete token
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts if len(parts) == 2 else []
 
 
-def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in byte-level vocabularies: itself, or one from U+0100 on."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in own]
-    letters = {byte: chr(byte) for byte in own} | {byte: chr(0x100 + i) for i, byte in enumerate(rest)}
-    return [letters[byte] for byte in range(256)]
+def _byte_characters() -> list[str]:
+    """GPT-2's printable character of each byte in byte-level vocabularies: its own, or one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    return [characters[byte] for byte in range(256)]

@@ -1,6 +1,6 @@
 """Which tensors the result holds, under which names, and how each is made from the source.
 
-plan = make_plan(source, "hf", torch.bfloat16, None, Layout())
+plan = make_plan(source, "hf", torch.bfloat16, quantize=None)
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tnllm.convert.official import Layout, official_name, permutes, to_official_config, to_per_head
+from tnllm.convert.official import to_official_config
 from tnllm.convert.quantize import Int8Quantizer, is_quantized
 from tnllm.convert.source import Source
 from tnllm.convert.tensors import Tensors
@@ -21,11 +21,11 @@ from tnllm.modeling.hf_names import HEAD, to_official
 
 @dataclass(frozen=True)
 class Plan:
-    """The result's tensors. `by_name` maps our names to what becomes of them."""
+    """The tensors of the result. `by_name` maps tnllm's parameter names to the tensors written for them."""
 
     to: str
     dtype: torch.dtype
-    rounds: bool  # whether a cast loses digits
+    rounds: bool  # whether the cast to `dtype` loses precision
     by_name: dict[str, list[Output]]
     quantizer: Int8Quantizer | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -37,11 +37,11 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors."""
         return sum(output.num_bytes for output in self.outputs)
 
     def reader_of_quantized(self, tensors: Tensors) -> Callable[[str], Tensor]:
-        """Read the written result back under our names, its int8 matrices restored."""
+        """Return a function that reads the written result by tnllm's names, int8 matrices dequantized."""
 
         def read(name: str) -> Tensor:
             outputs = self.by_name[name]
@@ -53,8 +53,8 @@ class Plan:
         return read
 
 
-def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str | None, layout: Layout) -> Plan:
-    """Names, shapes and types of the result. Raises UserError for what the target has no place for."""
+def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str | None) -> Plan:
+    """Plan names, shapes and dtypes of the result. Raises UserError for what the target format cannot hold."""
     config = source.config
     target = dtype or source.dtype
     if to == "official":
@@ -69,41 +69,38 @@ def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str 
     by_name: dict[str, list[Output]] = {}
     metadata = {"format": "pt"}
     for name, shape in source.expected.items():
-        keep = name.endswith("lrpe.theta")
-        # LRPE's frequencies stay as exact as they are; the released files hold them in the type of the rest.
-        kind = _theta_dtype(source, name, to, target) if keep else target
-        key = name if to == "tnllm" else official_name(name, layout) if to == "official" else to_official(name)
-        output = Output(key, shape, kind, _maker(source, name, kind, to, layout))
+        written = _theta_dtype(source, name, to, target) if name.endswith("lrpe.theta") else target
+        key = name if to == "tnllm" else to_official(name)
+        output = Output(key, shape, written, _maker(source, name, written))
         by_name[name] = [output]
         if quantizer is not None and is_quantized(name):
-            by_name[name], more = quantizer.outputs(output)
-            metadata.update(more)
+            by_name[name], part_metadata = quantizer.outputs(output)
+            metadata.update(part_metadata)
         elif quantizer is not None:
             metadata[key] = quantizer.PLAIN
         if to == "official" and name == "embed_tokens.weight" and HEAD not in source.expected:
-            by_name[name].append(Output(HEAD, shape, kind, output.make))
+            by_name[name].append(Output(HEAD, shape, written, output.make))
     if quantizer is not None:
         metadata["tensor_names"] = json.dumps([key for key in metadata if key != "format"])
     infos = source.tensors.infos
     stored = {infos[key].dtype for name, key in source.keys.items() if key in infos and not name.endswith("lrpe.theta")}
-    rounds = any(torch.promote_types(kind, target) != target for kind in stored)
+    rounds = any(torch.promote_types(each, target) != target for each in stored)
     return Plan(to, target, rounds, by_name, quantizer, metadata)
 
 
 def _theta_dtype(source: Source, name: str, to: str, target: torch.dtype) -> torch.dtype:
+    """LRPE's frequencies stay fp32; a released file stores them in `target` where that loses nothing."""
     if to != "official" or source.keys[name] not in source.tensors.infos:
         return torch.float32
     value = source.read(name)
     return target if torch.equal(value.to(target).double(), value.double()) else torch.float32
 
 
-def _maker(source: Source, name: str, dtype: torch.dtype, to: str, layout: Layout) -> Callable[[], Tensor]:
+def _maker(source: Source, name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
     def make() -> Tensor:
         value = source.read(name).to(dtype)
         if not torch.isfinite(value).all():
             raise RunError(f"{name} overflows {str(dtype).removeprefix('torch.')}; convert to bfloat16 or float32")
-        if to == "official" and permutes(name, layout):
-            value = to_per_head(value, source.config.num_heads)
         return value
 
     return make

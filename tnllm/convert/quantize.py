@@ -1,9 +1,9 @@
-"""Int8 weight-only quantization through torchao, in the form transformers loads.
+"""Int8 weight-only quantization by torchao, in the file format that transformers loads.
 
     quantizer = Int8Quantizer()                              # MissingExtra without torchao
-    outputs, metadata = quantizer.outputs(output)            # one tensor becomes its parts
+    outputs, metadata = quantizer.outputs(output)            # the parts of one quantized matrix
 
-Every matrix of a Linear gets int8 values and a scale per row; embedding, head and LRPE's theta stay as they are.
+The weight of every Linear becomes int8 with a scale per row; embedding, head and LRPE's theta are not quantized.
 """
 
 import json
@@ -19,20 +19,20 @@ from tnllm.errors import MissingExtra, UserError
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a parameter (our name) becomes int8."""
+    """Whether the parameter with this tnllm name is quantized."""
     return name.endswith("_proj.weight") or "channel_mixer" in name or "output_gate" in name
 
 
 def quiet_import() -> None:
-    """Keep torchao, which transformers imports too, from reporting every CUDA extension this machine has no use for."""
+    """Silence torchao, which transformers imports too: it warns about every CUDA extension it cannot load."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Int8Quantizer:
-    """torchao's int8 weight-only form, tensor by tensor."""
+    """Quantizes one tensor at a time, in torchao's int8 weight-only format."""
 
-    PLAIN = json.dumps({"_type": "Tensor"})  # what the metadata says of a tensor that stays as it is
+    PLAIN = json.dumps({"_type": "Tensor"})  # metadata of a tensor that is not quantized
 
     def __init__(self) -> None:
         """Raises MissingExtra without torchao."""
@@ -47,23 +47,23 @@ class Int8Quantizer:
         self._known: dict[tuple[tuple[int, ...], torch.dtype], tuple[dict[str, Tensor], str]] = {}
 
     def config_values(self) -> dict[str, Any]:
-        """The quantization_config of config.json."""
+        """Return the quantization_config of config.json."""
         from transformers import TorchAoConfig
 
         return TorchAoConfig(self._config, modules_to_not_convert=["lm_head", "embed_tokens"]).to_dict()
 
     def outputs(self, output: Output) -> tuple[list[Output], dict[str, str]]:
-        """The parts of one matrix, and what the file's metadata must say of it."""
+        """Return the tensors written for one matrix, and its entry in the file's metadata."""
         module, _, leaf = output.name.rpartition(".")
         assert leaf == "weight"
         if output.shape[0] % 4:
             raise UserError(f"{output.name} has {output.shape[0]} rows; int8 needs a multiple of 4")
-        kind = (output.shape, output.dtype)
-        if kind not in self._known:
+        form = (output.shape, output.dtype)
+        if form not in self._known:
             parts, metadata = self._flatten(torch.zeros(output.shape, dtype=output.dtype))
-            self._known[kind] = {name: part[:1].clone() for name, part in parts.items()}, metadata
-        examples, metadata = self._known[kind]
-        # The parts of a matrix are written one after another; it is quantized once.
+            self._known[form] = {name: part[:1].clone() for name, part in parts.items()}, metadata
+        examples, metadata = self._known[form]
+        # The parts of a matrix are written one after another, so it is quantized once for all of them.
         made: dict[str, Tensor] = {}
 
         def make(part: str) -> Callable[[], Tensor]:
@@ -90,7 +90,7 @@ class Int8Quantizer:
         return {name.removeprefix(prefix): part for name, part in parts.items()}, metadata["m.weight"]
 
     def restore(self, name: str, parts: dict[str, Tensor], metadata: dict[str, str]) -> Tensor:
-        """The matrix that int8 parts, named as in the file, stand for."""
+        """Return the dequantized matrix; `parts` are named as in the file."""
         wanted = {name: metadata[name], "tensor_names": json.dumps([name])}
         values, _ = self._support.unflatten_tensor_state_dict(parts, wanted)
         return values[name].dequantize()

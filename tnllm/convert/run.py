@@ -1,8 +1,8 @@
-"""One conversion from end to end: look, refuse or plan, write aside, verify, compare logits, rename.
+"""One conversion: open, plan, write to a temporary folder, verify checksums, compare logits, rename.
 
-    report = convert(Path("TransNormerLLM-385M"), Path("385m"), Options(to="tnllm"), say=print)
+    report = convert(Path("TransNormerLLM-385M"), Path("385m"), Options(to="tnllm"), log=print, progress=lambda *_: None)
 
-Nothing is left at the destination unless every check passed.
+The destination appears only if every check passed.
 """
 
 import hashlib
@@ -21,37 +21,34 @@ from torch import Tensor
 
 from tnllm.convert import check
 from tnllm.convert.adapter import is_adapter, merge, open_adapter
-from tnllm.convert.checksums import SUMS, Progress, recorded_sums, verify_archives, verify_sums, write_sums
-from tnllm.convert.official import V3_NOTE, Layout
+from tnllm.convert.checksums import SUMS, Progress, recorded_sums, sums_text, verify_archives, verify_sums
+from tnllm.convert.official import V3_NOTE
 from tnllm.convert.plan import Plan, make_plan
 from tnllm.convert.source import Source, open_source
 from tnllm.convert.targets import folder_files
 from tnllm.convert.tensors import open_tensors
 from tnllm.convert.writer import plan_shards, write_shards
 from tnllm.errors import CheckFailed, RunError, UserError
-from tnllm.files import format_bytes, replace_dir
-
-FORMATS = ("tnllm", "hf", "official")
+from tnllm.files import format_bytes, sha256_file, written_folder
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert. `settings` are `KEY=VALUE` of `Layout`."""
+    """How to convert."""
 
-    to: str
+    to: str  # tnllm, hf or official
     dtype: torch.dtype | None = None  # None keeps the source's
     shard_bytes: int = 5 * 10**9
     quantize: str | None = None  # int8
     base: Path | None = None  # of an adapter
     tokenizer: Path | None = None  # instead of the source's
-    settings: tuple[str, ...] = ()
     verify: bool = True
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did. `difference` is absolute and `share` relative to the largest logit; None without the check."""
+    """Outcome of a conversion. `difference` is absolute, `share` relative to the largest logit; None if not checked."""
 
     source: Source
     files: list[str]
@@ -62,66 +59,62 @@ class Report:
     notes: list[str]
 
 
-def open_input(named: Path, options: Options) -> Source:
-    """The source, or the base of an adapter with the adapter merged in."""
-    layout = Layout().with_settings(list(options.settings))
-    if not is_adapter(named):
-        if options.base is not None:
-            raise UserError(f"--base is for adapters; {named} has no adapter_config.json")
-        return open_source(named, layout)
-    adapter = open_adapter(named)
-    base = options.base or adapter.base
+def open_input(path: Path, base: Path | None = None) -> Source:
+    """Open the folder at `path`; for an adapter, its base (`base`, or the folder it names) with the adapter merged in."""
+    if not is_adapter(path):
+        if base is not None:
+            raise UserError(f"--base is for adapters; {path} has no adapter_config.json")
+        return open_source(path)
+    adapter = open_adapter(path)
+    base = base or adapter.base
     if base is None or not base.is_dir():
-        raise UserError(f"the adapter's base {str(base)!r} is no folder here; give it with --base FOLDER")
-    source = open_source(base, layout)
+        raise UserError(f"the adapter's base {str(base)!r} is not a folder here; give it with --base FOLDER")
+    source = open_source(base)
     source.check()
     return merge(adapter, source)
 
 
-def convert(named: Path, target: Path, options: Options, say: Callable[[str], None], progress: Progress) -> Report:
-    """Convert the folder `named` to a new folder `target`.
+def convert(path: Path, target: Path, options: Options, log: Callable[[str], None], progress: Progress) -> Report:
+    """Convert the folder at `path` to a new folder `target`; `log` gets lines for people.
 
-    `say` gets lines for people. Raises UserError for what cannot be converted, RunError for damaged input or a full disk,
-    CheckFailed where the result does not compute what the source does.
+    Raises UserError for what cannot be converted, RunError for damaged input or a full disk, CheckFailed if the logits of
+    the result differ from the source's.
     """
-    source = open_input(named, options)
-    layout = Layout().with_settings(list(options.settings))
-    _check_target(source, named, target, options.overwrite)
+    source = open_input(path, options.base)
+    _check_target(source, path, target, options.overwrite)
     source.check()
-    plan = make_plan(source, options.to, options.dtype, options.quantize, layout)
-    files, copies, notes = folder_files(source, named, plan, options.tokenizer)
+    plan = make_plan(source, options.to, options.dtype, options.quantize)
+    files, copies, notes = folder_files(source, path, plan, options.tokenizer)
     notes = [*source.notes, *notes]
     if source.kind == "official" and source.version == "v3":
         notes.append(V3_NOTE)
-    say(f"source    {source.kind} {source.version}, {source.num_parameters:,} parameters, {source.tensors.form}")
+    log(f"source    {source.kind} {source.version}, {source.num_parameters:,} parameters, {source.tensors.form}")
     if options.verify:
-        _verify_source(source, say, progress)
+        _verify_source(source, log, progress)
     source.check_tied_head()
-    needed = plan.num_bytes + sum(file.stat().st_size for file in copies.values())
-    _check_space(target, needed)
-    aside = target.with_name(f"{target.name}.tmp-convert")
-    with _cleaned(aside):
-        _write(aside, plan, files, copies, options.shard_bytes, progress)
+    _check_space(target, plan.num_bytes + sum(file.stat().st_size for file in copies.values()))
+    with _new_folder(target) as temporary:
+        _write(temporary, plan, files, copies, options.shard_bytes, progress)
         difference = share = limit = None
         if options.verify:
-            verify_sums(recorded_sums(aside, sorted(aside.iterdir())), progress)
-            difference, share, limit = _compare(source, aside, plan, options, layout, progress, notes)
-            say(f"logits    largest difference {difference:.2e}, {share:.2e} of the largest logit (limit {limit:.0e})")
+            verify_sums(recorded_sums(temporary, sorted(temporary.iterdir())), progress)
+            difference, share, limit = _compare(source, temporary, plan, progress, notes)
+            log(f"logits    largest difference {difference:.2e}, {share:.2e} of the largest logit (limit {limit:.0e})")
+            # Written so that NaN fails.
             if not share <= limit:
                 raise CheckFailed(
                     f"the logits of the result differ from the source's by {difference:.3g}, {share:.2e} of the largest "
                     f"(limit {limit:.0e}); nothing was kept at {target}"
                 )
-        replace_dir(aside, target)
     names = sorted(file.name for file in target.iterdir())
     return Report(source, names, plan.num_bytes, difference, share, limit, notes)
 
 
-def _check_target(source: Source, named: Path, target: Path, overwrite: bool) -> None:
+def _check_target(source: Source, path: Path, target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give a new folder")
-    inputs = {named.resolve(), source.folder.resolve()}
-    if target.resolve() in {folder for path in inputs for folder in (path, *path.parents)}:
+    inputs = {path.resolve(), source.folder.resolve()}
+    if target.resolve() in {folder for each in inputs for folder in (each, *each.parents)}:
         raise UserError(f"{target} holds the source; give another folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} exists and is not empty; give another folder, or --overwrite to replace it")
@@ -139,76 +132,74 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 @contextmanager
-def _cleaned(aside: Path) -> Iterator[None]:
-    """An empty folder that is gone afterwards, whatever happens: errors, Ctrl-C, SIGTERM."""
-    made = [folder for folder in aside.parents if not folder.exists()]
-    shutil.rmtree(aside, ignore_errors=True)
+def _new_folder(target: Path) -> Iterator[Path]:
+    """`written_folder`, ended by SIGTERM too and without the parents it made if the block fails."""
+    missing = [folder for folder in target.parents if not folder.exists()]
 
     def stop(*_: object) -> None:
         raise SystemExit(143)
 
-    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    previous = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
     try:
-        aside.mkdir(parents=True)
-        yield
+        with written_folder(target, "convert") as temporary:
+            yield temporary
     except OSError as error:
-        raise RunError(f"cannot write {aside.parent} ({error.strerror or error}); nothing was left there") from error
+        raise RunError(f"cannot write {target.parent} ({error.strerror or error}); nothing was left there") from error
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-        shutil.rmtree(aside, ignore_errors=True)
-        for folder in made:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+        for folder in missing:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
-def _verify_source(source: Source, say: Callable[[str], None], progress: Progress) -> None:
-    root = source.folder
-    sums = recorded_sums(root, source.tensors.files)
+def _verify_source(source: Source, log: Callable[[str], None], progress: Progress) -> None:
+    files = source.tensors.files
+    sums = recorded_sums(source.folder, files)
     verify_sums(sums, progress)
-    verify_archives([file for file in source.tensors.files if file not in sums], progress)
-    count = len(source.tensors.files)
-    say(f"checksums {len(sums)} of {count} weight files have a recorded SHA-256{'; all match' if sums else ''}")
+    verify_archives([file for file in files if file not in sums], progress)
+    log(f"checksums {len(sums)} of {len(files)} weight files have a recorded SHA-256{'; all match' if sums else ''}")
 
 
 def _write(
-    aside: Path, plan: Plan, files: dict[str, str], copies: dict[str, Path], shard_bytes: int, progress: Progress
+    folder: Path, plan: Plan, files: dict[str, str], copies: dict[str, Path], shard_bytes: int, progress: Progress
 ) -> None:
-    sums = write_shards(aside, plan.outputs, shard_bytes, plan.metadata, progress)
+    sums = write_shards(folder, plan.outputs, shard_bytes, plan.metadata, progress)
     for name, text in files.items():
-        (aside / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
         sums[name] = hashlib.sha256(text.encode()).hexdigest()
     for name, file in copies.items():
-        shutil.copyfile(file, aside / name)
-        sums[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (aside / SUMS).write_text(write_sums(sums), encoding="utf-8")
+        shutil.copyfile(file, folder / name)
+        # Of the original, so that the check below sees a bad copy.
+        sums[name] = sha256_file(file)
+    (folder / SUMS).write_text(sums_text(sums), encoding="utf-8")
 
 
 def _compare(
-    source: Source, aside: Path, plan: Plan, options: Options, layout: Layout, progress: Progress, notes: list[str]
+    source: Source, folder: Path, plan: Plan, progress: Progress, notes: list[str]
 ) -> tuple[float, float, float]:
-    """Absolute and relative difference of the logits, and the limit."""
+    """Absolute and relative difference of the logits, and the limit of the relative one; appends to `notes`."""
     config = source.config
-    restate = check.reference_logits if config.kind == "transnormer" else check.block_logits
-    before = restate(config, source.read, progress)
+    reference = check.reference_logits if config.kind == "transnormer" else check.block_logits
+    before = reference(config, source.read, progress)
     if plan.rounds and plan.quantizer is None:
-        # A cast moves the logits by what the model makes of rounding; the result must be exactly the rounded source.
-        kinds = {name: outputs[0].dtype for name, outputs in plan.by_name.items()}
+        # Rounding moves the logits by more than the limit, so the result is compared with the rounded source.
+        dtypes = {name: outputs[0].dtype for name, outputs in plan.by_name.items()}
         exact = before
-        before = restate(config, lambda name: source.read(name).to(kinds[name]), progress)
+        before = reference(config, lambda name: source.read(name).to(dtypes[name]), progress)
         moved, share = check.compare(exact, before)
         notes.append(f"rounding to {plan.dtype} moves the logits by up to {moved:.2e}, {share:.2e} of the largest")
     read: Callable[[str], Tensor]
     if plan.quantizer is not None:
-        read = plan.reader_of_quantized(open_tensors(aside, allow_int8=True))
+        read = plan.reader_of_quantized(open_tensors(folder, allow_int8=True))
     else:
-        result = open_source(aside, layout)
+        result = open_source(folder)
         result.check()
         read = result.read
-    if options.to == "hf" and find_spec("transformers") is not None:
-        after = check.exported_logits(config, read, aside, progress)
+    if plan.to == "hf" and find_spec("transformers") is not None:
+        after = check.exported_logits(config, read, folder, progress)
     else:
-        if options.to == "hf":
+        if plan.to == "hf":
             notes.append(
                 "transformers is not installed: the folder's weights were checked, its Python code was not run"
             )
@@ -217,25 +208,21 @@ def _compare(
 
 
 def key_map(source: Source, plan: Plan) -> list[dict[str, Any]]:
-    """What `--dry-run` shows: every key of the source and what becomes of it."""
+    """Return the rows that `--dry-run` prints: each key of the source and the tensors written for it."""
     rows = []
     for name, key in source.keys.items():
-        present = key in source.tensors.infos
+        info = source.tensors.infos.get(key)
         rows.append(
             {
-                "source": key,
-                "shape": list(source.expected[name]),
-                "dtype": str(source.info(name).dtype).removeprefix("torch.") if present else None,
-                "result": [output.name for output in plan.by_name[name]],
-                "status": "ok" if present else "missing",
+                "source": key, "shape": list(source.expected[name]),
+                "dtype": None if info is None else str(info.dtype).removeprefix("torch."),
+                "result": [output.name for output in plan.by_name[name]], "status": "missing" if info is None else "ok",
             }
-        )
+        )  # fmt: skip
     return rows
 
 
 def shard_names(plan: Plan, shard_bytes: int) -> dict[str, int]:
-    """File name → bytes of tensors."""
-    return {
-        name: sum(output.num_bytes for output in shard)
-        for name, shard in plan_shards(plan.outputs, shard_bytes).items()
-    }
+    """Return the weight files of the result: name → bytes of tensors."""
+    shards = plan_shards(plan.outputs, shard_bytes)
+    return {name: sum(output.num_bytes for output in shard) for name, shard in shards.items()}

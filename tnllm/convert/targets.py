@@ -1,68 +1,69 @@
-"""The files of a result beside its weights, for each kind of folder.
+"""The files beside the weights of the result, for each target format: configs, tokenizer, model code, model card.
 
-    files, copies, notes = folder_files(source, named, plan, tokenizer=None)
+    files, copies, notes = folder_files(source, path, plan, tokenizer=None)
 
-`files` maps names to text, `copies` names to files that are copied, `notes` are for people.
+`files` maps names to text, `copies` names to files to copy, `notes` are lines for people.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from tnllm.convert import hub
+from tnllm.convert import hf_folder
 from tnllm.convert.fast_tokenizer import tokenizer_files
 from tnllm.convert.official import to_official_config
 from tnllm.convert.plan import Plan
-from tnllm.convert.source import Source, read_json
-from tnllm.errors import UserError
-from tnllm.files import format_count
+from tnllm.convert.source import Source
+from tnllm.files import format_count, read_json
 from tnllm.modeling.weights import CONFIG, GENERATION, GENERATION_DEFAULTS, TOKENIZER, config_json
-from tnllm.tiktoken_model import SUFFIX
-from tnllm.tokenizer import Tokenizer
+from tnllm.tokenizer import TIKTOKEN_SUFFIX, Tokenizer
 
-# Tokenizers of other kinds (the released ablations have GPT-2's): copied where a Hugging Face folder is made.
+# Other kinds of tokenizers (the released ablations use GPT-2's) are copied into Hugging Face folders.
 _OTHER_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 
 
 def folder_files(
-    source: Source, named: Path, plan: Plan, tokenizer: Path | None
+    source: Source, path: Path, plan: Plan, tokenizer: Path | None
 ) -> tuple[dict[str, str], dict[str, Path], list[str]]:
-    """Configs, tokenizer, code and card of the result. Raises UserError for a tokenizer that is none."""
-    found = tokenizer or _find_tokenizer(source.folder)
-    loaded = Tokenizer.load(found) if found is not None else None
+    """Return files, copies and notes. `path` is what the user gave: a run folder there puts its figures on the card.
+
+    Raises UserError for a file that is not a tokenizer, or not this model's.
+    """
+    file = tokenizer or _find_tokenizer(source.folder)
+    loaded = Tokenizer.load(file) if file is not None else None
     notes = []
     copies: dict[str, Path] = {}
     if loaded is None:
         notes.append(
-            f"{source.folder} has no {TOKENIZER} and no *{SUFFIX}; the result has none either (see --tokenizer)"
+            f"{source.folder} has no {TOKENIZER} and no *{TIKTOKEN_SUFFIX}; the result has none either (see --tokenizer)"
         )
     else:
-        copies[f"transnormer_100k{SUFFIX}" if loaded.path.suffix == SUFFIX else TOKENIZER] = loaded.path
-        if loaded.vocab_size > source.config.vocab_size:
-            raise UserError(
-                f"{loaded.path} has {loaded.vocab_size} tokens, the model {source.config.vocab_size}; "
-                "they do not belong together"
-            )
-    settings = _settings(source, loaded)
-    files = {GENERATION: hub.json_text(settings)}
+        copies[f"transnormer_100k{TIKTOKEN_SUFFIX}" if loaded.path.suffix == TIKTOKEN_SUFFIX else TOKENIZER] = (
+            loaded.path
+        )
+        loaded.check_vocabulary(source.config.vocab_size)
+    generation = _generation_config(source, loaded)
+    files = {GENERATION: hf_folder.json_text(generation)}
     if plan.to == "tnllm":
         files[CONFIG] = config_json(source.config, plan.dtype)
     elif plan.to == "official":
-        files[CONFIG] = hub.json_text(to_official_config(source.config, settings, plan.dtype))
+        files[CONFIG] = hf_folder.json_text(to_official_config(source.config, generation, plan.dtype))
         notes.append(
-            "the released Python files are not part of this package: put them beside the weights to load them there"
+            "the released Python files are not part of this package: put them beside the weights to load those with them"
         )
     else:
-        values = hub.config_values(source.config, plan.dtype, settings)
+        values = hf_folder.config_values(source.config, plan.dtype, generation)
         if plan.quantizer is not None:
             values["quantization_config"] = plan.quantizer.config_values()
-        files[CONFIG] = hub.json_text(values)
-        files[GENERATION] = hub.json_text(hub.generation_values(settings))
-        files.update(hub.code_files())
-        files["README.md"] = hub.model_card(source, plan.dtype, _facts(named, source), plan.quantizer is not None)
+        files[CONFIG] = hf_folder.json_text(values)
+        files[GENERATION] = hf_folder.json_text(hf_folder.generation_values(generation))
+        files.update(hf_folder.code_files())
+        files["README.md"] = hf_folder.model_card(
+            source, plan.dtype, _run_facts(path, source), plan.quantizer is not None
+        )
         if loaded is not None:
-            more, tokenizer_notes = tokenizer_files(loaded, settings)
-            files.update(more)
+            fast_files, tokenizer_notes = tokenizer_files(loaded, generation)
+            files.update(fast_files)
             notes += tokenizer_notes
         elif tokenizer is None:
             copies.update(
@@ -74,27 +75,27 @@ def folder_files(
 def _find_tokenizer(folder: Path) -> Path | None:
     if (folder / TOKENIZER).is_file():
         return folder / TOKENIZER
-    found = sorted(folder.glob(f"*{SUFFIX}"))
-    return found[0] if len(found) == 1 else None
+    files = sorted(folder.glob(f"*{TIKTOKEN_SUFFIX}"))
+    return files[0] if len(files) == 1 else None
 
 
-def _settings(source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """generation_config.json: the source's, with the ids of its tokenizer where it says nothing."""
-    own = {key: value for key, value in source.settings.items() if key != "transformers_version"}
+def _generation_config(source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The source's generation_config.json, or the defaults with the ids of its tokenizer."""
+    own = {key: value for key, value in source.generation.items() if key != "transformers_version"}
     if not own:
         own = dict(GENERATION_DEFAULTS)
         if tokenizer is not None:
             own.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-    # The released config says whether texts begin with the begin token.
+    # In the released layout config.json says whether texts start with the begin token.
     config = read_json(source.folder / CONFIG)
     if source.kind == "official" and config.get("add_bos_token") and "add_bos_token" not in own:
         own["add_bos_token"] = True
     return own
 
 
-def _facts(named: Path, source: Source) -> dict[str, str]:
-    """Rows of the model card from the run the weights come from, if they come from one."""
-    for run in (named, *list(source.folder.resolve().parents)[:2]):
+def _run_facts(path: Path, source: Source) -> dict[str, str]:
+    """Rows of the model card about the training run, if the weights are in a run folder."""
+    for run in (path, *list(source.folder.resolve().parents)[:2]):
         metrics = run / "metrics.jsonl"
         if metrics.is_file():
             return _training_rows(metrics)
@@ -107,7 +108,7 @@ def _training_rows(metrics: Path) -> dict[str, str]:
         try:
             last.update(json.loads(line))
         except ValueError:
-            continue  # a line cut short by a kill
+            continue  # a line that a killed process left incomplete
     rows = {}
     if "tokens" in last:
         rows["training tokens"] = f"{format_count(last['tokens'])} in {last.get('step', '?')} steps"

@@ -1,12 +1,12 @@
-"""Folders of tensors, read one tensor at a time: safetensors, PyTorch `.bin` shards, training checkpoints.
+"""Weight files read one tensor at a time: safetensors, PyTorch `.bin` shards, training checkpoints.
 
     tensors = open_tensors(folder)
-    tensors.infos["model.embed_tokens.weight"]       # shape, dtype and file, known without reading the data
+    tensors.infos["model.embed_tokens.weight"]       # shape, dtype and file, without reading the data
     value = tensors.read("model.embed_tokens.weight")
 
-Files are opened for each read and closed after it: a mapped file counts as resident memory as far as it was touched. A
-`.bin` file is a pickle; it is read with `weights_only=True`, so nothing in it runs, and anything but tensors in it is
-refused.
+Files are opened for each read and closed after it, because touched pages of a mapped file count as resident memory. A
+`.bin` file is a pickle. It is read with `weights_only=True`, so no code in it runs, and refused if it holds anything but
+tensors.
 """
 
 import json
@@ -28,33 +28,23 @@ from tnllm.errors import RunError, UserError
 from tnllm.modeling.weights import CHECKPOINT, INDEX, SINGLE, tensor_files
 
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
-DTYPE_NAMES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
-# Bytes read from one mapped `.bin` file before it is mapped anew.
+DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# A mapped `.bin` file is mapped again after this many bytes, to drop its touched pages.
 _REMAP_BYTES = 2**29
 
 
 @dataclass(frozen=True)
 class Info:
-    """What is known of a tensor before it is read."""
+    """Description of a tensor that was not read yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
 
-    @property
-    def num_values(self) -> int:
-        """Product of the shape."""
-        return torch.Size(self.shape).numel()
-
 
 @dataclass(frozen=True)
 class Tensors:
-    """Named tensors on disk. `files` are all files they lie in; `form` says how, for people."""
+    """Named tensors on disk. `files` are all their files; `form` names the file format, for people."""
 
     form: str
     files: list[Path]
@@ -63,10 +53,10 @@ class Tensors:
 
 
 def open_tensors(folder: Path, allow_int8: bool = False) -> Tensors:
-    """Open what a folder holds. Safetensors are taken before `.bin` files where both are there.
+    """Open the weights of a folder; safetensors win over `.bin` files if both are there.
 
-    Raises UserError where there is nothing to read, an index points out of the folder or a pickle holds more than
-    tensors, RunError for damaged files.
+    Raises UserError if there are no weights, an index points out of the folder or a pickle holds more than tensors,
+    RunError for damaged files.
     """
     if (folder / CHECKPOINT).is_dir():
         return _open_checkpoint(folder / CHECKPOINT)
@@ -78,7 +68,7 @@ def open_tensors(folder: Path, allow_int8: bool = False) -> Tensors:
 
 
 def _check_index(folder: Path, index: str, infos: dict[str, Info]) -> None:
-    """The index and the files it names must agree."""
+    """Raise UserError if the index, where there is one, and the files disagree."""
     if not (folder / index).is_file():
         return
     listed: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
@@ -107,7 +97,7 @@ def _open_safetensors(folder: Path, allow_int8: bool) -> Tensors:
 
 
 def read_safetensors(info: Info, name: str) -> Tensor:
-    """One tensor, in memory of its own."""
+    """Read one tensor into its own memory."""
     try:
         with safe_open(info.file, framework="pt") as tensors:
             return tensors.get_tensor(name).clone()
@@ -120,11 +110,11 @@ def _count(files: list[Path]) -> str:
 
 
 def safetensors_infos(file: Path, allow_int8: bool = False) -> dict[str, Info]:
-    """Names, shapes and types from a file's header. Raises RunError for a damaged file."""
+    """Read names, shapes and dtypes from a file's header. Raises RunError for a damaged file."""
     infos = {}
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 part = tensors.get_slice(name)
                 infos[name] = Info(tuple(part.get_shape()), _dtype(part.get_dtype(), name, file, allow_int8), file)
     except SafetensorError as error:
@@ -137,7 +127,7 @@ def _dtype(name: str, tensor: str, file: Path, allow_int8: bool) -> torch.dtype:
         return torch.int8
     if name not in DTYPE_NAMES:
         raise UserError(
-            f"{file}: {tensor} is {name}, a quantized or unknown type; convert the weights it was made from"
+            f"{file}: {tensor} is {name}, a quantized or unknown type; convert the weights that it was made from"
         )
     return DTYPE_NAMES[name]
 
@@ -146,13 +136,13 @@ def _open_bins(folder: Path) -> Tensors:
     files = tensor_files(folder, BIN_INDEX, BIN_SINGLE)
     infos: dict[str, Info] = {}
     for file in files:
-        found = {name: Info(tuple(value.shape), value.dtype, file) for name, value in _load_bin(file).items()}
-        for name, info in found.items():
+        file_infos = {name: Info(tuple(value.shape), value.dtype, file) for name, value in _load_bin(file).items()}
+        for name, info in file_infos.items():
             if info.dtype not in DTYPE_NAMES.values():
-                raise UserError(f"{file}: {name} is {info.dtype}; convert the weights it was made from")
-        _merge(infos, found)
+                raise UserError(f"{file}: {name} is {info.dtype}; convert the weights that it was made from")
+        _merge(infos, file_infos)
     _check_index(folder, BIN_INDEX, infos)
-    # One mapped file at a time, and mapped anew now and then: pages once touched stay resident.
+    # Touched pages stay resident, so only one file is mapped at a time, and mapped again now and then.
     mapped: dict[Path, dict[str, Tensor]] = {}
     touched = 0
 
@@ -170,15 +160,15 @@ def _open_bins(folder: Path) -> Tensors:
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of one `.bin` file, mapped where its format allows it."""
+    """Load the tensors of one `.bin` file, mapped if its format allows it."""
     try:
         is_zip = zipfile.is_zipfile(file)
         values: Any = torch.load(file, map_location="cpu", mmap=True if is_zip else None, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks for {found[1]}" if found else "cannot be read as tensors"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {match[1]}" if match else "cannot be read as tensors"
         raise UserError(
-            f"{file} {what}: it holds more than tensors or is damaged. Nothing of it was run; "
+            f"{file} {what}: it holds more than tensors or is damaged. No code in it was run; "
             "download it again from a source you trust, or as safetensors"
         ) from None
     except (
@@ -194,17 +184,15 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"{file} is damaged ({reason}); copy it again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds a {type(values).__name__}, not tensors by name; it is no checkpoint of weights")
+        raise UserError(f"{file} holds a {type(values).__name__}, not tensors by name; it is not a weights checkpoint")
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise UserError(
-                f"{file}: {name!r} is a {type(value).__name__}; a checkpoint of weights holds tensors alone"
-            )
+            raise UserError(f"{file}: {name!r} is a {type(value).__name__}; a weights checkpoint holds only tensors")
     return values
 
 
 def _open_checkpoint(folder: Path) -> Tensors:
-    """A training checkpoint: the pieces of every rank, put together tensor by tensor."""
+    """Open a training checkpoint; `read` assembles a tensor from the parts of all ranks."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         other = "; .distcp files hold pickles and are not read" if any(folder.glob("*.distcp")) else ""
@@ -214,23 +202,23 @@ def _open_checkpoint(folder: Path) -> Tensors:
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     storage: dict[MetadataIndex, Any] = metadata.storage_data
     infos: dict[str, Info] = {}
-    pieces: dict[str, list[tuple[Path, tuple[slice, ...]]]] = {}
+    parts: dict[str, list[tuple[Path, tuple[slice, ...]]]] = {}
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
-        pieces[name] = []
+        parts[name] = []
         for chunk in entry.chunks:
             file = Path(storage[MetadataIndex(name, chunk.offsets)].relative_path)
-            place = tuple(slice(a, a + size) for a, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            pieces[name].append((file, place))
-        infos[name] = Info(tuple(entry.size), entry.properties.dtype, pieces[name][0][0])
+            index = tuple(slice(a, a + size) for a, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            parts[name].append((file, index))
+        infos[name] = Info(tuple(entry.size), entry.properties.dtype, parts[name][0][0])
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-            raise RunError(f"{folder}: parts of {name} are missing; the files of all ranks must lie in one folder")
+            raise RunError(f"{folder}: parts of {name} are missing; the files of all ranks must be in one folder")
 
     def read(name: str) -> Tensor:
         value = torch.empty(infos[name].shape, dtype=infos[name].dtype)
-        for file, place in pieces[name]:
+        for file, index in parts[name]:
             with safe_open(file, framework="pt") as tensors:
-                value[place] = tensors.get_tensor(name)
+                value[index] = tensors.get_tensor(name)
         return value
 
     return Tensors(f"training checkpoint, {_count(files)}", files, infos, read)

@@ -1,9 +1,9 @@
-"""Safetensors shards, written tensor by tensor: memory is that of one tensor, whatever the shard.
+"""Safetensors shards written tensor by tensor, so that memory is one tensor, not one shard.
 
     sums = write_shards(folder, outputs, shard_bytes, metadata, progress)     # file name → SHA-256
 
-The safetensors library's own writer wants a whole shard in memory. The format is short: eight bytes of header length, a
-JSON header with dtype, shape and place of each tensor, the data. Readers are the library's everywhere.
+The safetensors library writes only shards that are complete in memory. The format is short: eight bytes of header length,
+a JSON header with dtype, shape and offsets of each tensor, then the data. All reading goes through the library.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()} | {torch.int8: "I8
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the result; `make` reads and converts it when its turn comes."""
+    """One tensor of the result; `make` reads and converts it when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,12 +33,12 @@ class Output:
 
     @property
     def num_bytes(self) -> int:
-        """Of its data."""
+        """Size of its data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def plan_shards(outputs: list[Output], shard_bytes: int) -> dict[str, list[Output]]:
-    """File name → its tensors, in the given order; a tensor larger than `shard_bytes` has a file of its own."""
+    """File name → tensors, in the given order; a tensor larger than `shard_bytes` gets its own file."""
     shards: list[list[Output]] = [[]]
     size = 0
     for output in outputs:
@@ -56,21 +56,21 @@ def plan_shards(outputs: list[Output], shard_bytes: int) -> dict[str, list[Outpu
 def write_shards(
     folder: Path, outputs: list[Output], shard_bytes: int, metadata: dict[str, str], progress: Progress
 ) -> dict[str, str]:
-    """Write all tensors, and an index where there are several files. Returns the SHA-256 of each file."""
+    """Write all tensors, and an index if there are several files. Returns the SHA-256 of each file."""
     shards = plan_shards(outputs, shard_bytes)
     total = sum(output.num_bytes for output in outputs)
     done = 0
     sums = {}
     for file, shard in shards.items():
         digest = hashlib.sha256()
-        # Wide types first, so that every tensor begins at a multiple of its item size. The parts of an int8 matrix stay
-        # together, wide ones first: apart, all the matrices of a shard would be held until their turn.
-        whole = any(output.dtype == torch.int8 for output in shard)
-        ordered = shard if whole else sorted(shard, key=lambda output: -output.dtype.itemsize)
+        # Wide dtypes first, so that every tensor is aligned to its item size. The parts of an int8 matrix, which are made
+        # together, keep their order: sorted apart, the rest of every matrix would stay in memory until its turn.
+        has_int8 = any(output.dtype == torch.int8 for output in shard)
+        ordered = shard if has_int8 else sorted(shard, key=lambda output: -output.dtype.itemsize)
         with open(folder / file, "wb") as handle:
-            head = _header(ordered, metadata)
-            handle.write(head)
-            digest.update(head)
+            header = _header(ordered, metadata)
+            handle.write(header)
+            digest.update(header)
             for output in ordered:
                 data = _bytes(output)
                 handle.write(data)

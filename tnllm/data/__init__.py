@@ -1,1 +1,1 @@
-"""From text to batches: corpora, token shards, the loader."""
+"""From text to batches: corpora, token shards, the loaders."""

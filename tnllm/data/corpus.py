@@ -1,119 +1,70 @@
-"""Documents of a corpus, read one at a time from text, JSON Lines and parquet files, compressed or not.
+"""Documents of a corpus, read one at a time from text, JSON Lines, parquet and WARC files, compressed or not.
 
 for document in read_documents(find_files(["books/", "web.jsonl.zst"]), field="text"):
     document.text, document.where          # "web.jsonl.zst:17"
 
-A text file is one document, unless `split_on` is "blank-line" (a document per block of lines) or "line"; a
-JSON Lines record, a parquet row or a page of a WARC or WET archive is one document, its text in `field`. A text
-file of more than 8 Mi characters is cut at line ends into documents of about that size, so memory stays bounded.
-Text must be UTF-8; a byte order mark is dropped, and nothing else is changed (pages of a WARC are HTML, whose main
-text is taken).
+A text file is one document, unless `split_on` is "blank-line" (a document per block of lines) or "line". A JSON Lines
+record, a parquet row and a page of a WARC or WET archive are one document each, with the text in `field`. A text file of
+more than 8 Mi characters is cut at line ends into documents of about that size, so memory stays bounded. Text must be
+UTF-8; a byte order mark is dropped and nothing else is changed, except that a WARC's HTML is reduced to its main text.
 """
 
-import bz2
-import gzip
-import io
 import json
-import lzma
-import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-from tnllm.data.progress import Report, Status
+from tnllm.data import compressed
+from tnllm.data.compressed import Line, Span, read_lines
+from tnllm.data.documents import BadDocument, Document
+from tnllm.data.warc import read_archive
 from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.progress import Report, Status
 
 TEXT = (".txt", ".text", ".md")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
 ARCHIVES = (".warc", ".wet")
-COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 ALLOWED = ".txt .text .md .jsonl .ndjson .json (one object a line) .parquet .warc .wet, also with .gz .xz .bz2 .zst"
 
+Kind = Literal["text", "jsonl", "parquet", "archive"]
 SplitOn = Literal["none", "blank-line", "line"]
 _MAX_TEXT_CHARS = 8 << 20
-_BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: its text, where it starts (`file`, `line` counted from 1) and its other fields.
-
-    `position` is how many bytes of the file, as stored, had been read when it was complete.
-    """
-
-    text: str
-    file: Path
-    line: int
-    position: int
-    record: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def where(self) -> str:
-        """`file:line`, for messages."""
-        return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True)
-class BadDocument:
-    """Something at `where` is no document; `reason` says why. Reading can go on after it."""
-
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes `start` to `end` of an unpacked text or JSON Lines file, both at line ends; `first_line` from 1."""
-
-    start: int
-    end: int
-    first_line: int = 1
-
-
-# A line's number from 1, its bytes (None: longer than allowed), and the bytes of the file read so far.
-Line = tuple[int, bytes | None, int]
-Kind = Literal["text", "jsonl", "parquet", "archive"]
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The format that a file's name announces, or None."""
+    """The format that a file's name says, or None."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
-    last = "".join(suffixes[-2:-1] if compressed else suffixes[-1:])
-    if last in TEXT:
+    is_compressed = bool(suffixes) and suffixes[-1] in compressed.SUFFIXES
+    suffix = "".join(suffixes[-2:-1] if is_compressed else suffixes[-1:])
+    if suffix in TEXT:
         return "text"
-    if last in JSON_LINES:
+    if suffix in JSON_LINES:
         return "jsonl"
-    if last in ARCHIVES and (not compressed or suffixes[-1] == ".gz"):
+    if suffix in ARCHIVES and (not is_compressed or suffixes[-1] == ".gz"):
         return "archive"
-    return "parquet" if last in PARQUET and not compressed else None
+    return "parquet" if suffix in PARQUET and not is_compressed else None
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     """Corpus files of `inputs` in order; a folder stands for the corpus files below it, sorted by path.
 
-    In folders hidden files and bare .json files, which tend to be metadata, are passed over. Raises UserError
-    for an input that does not exist, is of no known format or is given twice, and for a folder without any.
+    Hidden files in folders are skipped, and so are bare .json files, which tend to be metadata. Raises UserError for an
+    input that does not exist, has an unknown format or is given twice, and for a folder without any corpus file.
     """
     files: dict[Path, None] = {}
     for given in map(Path, inputs):
         if given.is_dir():
-            found = sorted(path for path in given.rglob("*") if _is_corpus_file(path, given))
-            if not found:
+            paths = sorted(path for path in given.rglob("*") if _is_corpus_file(path, given))
+            if not paths:
                 raise UserError(f"{given} holds no corpus file; allowed: {ALLOWED}")
         elif not given.exists():
             raise UserError(f"no such file or folder: {given}")
         elif kind_of(given) is None:
-            raise UserError(f"{given} is of no known corpus format; allowed: {ALLOWED}")
+            raise UserError(f"{given} is not in a known corpus format; allowed: {ALLOWED}")
         else:
-            found = [given]
-        for path in found:
+            paths = [given]
+        for path in paths:
             if path in files:
                 raise UserError(f"{path} is given twice; name each file once")
             files[path] = None
@@ -132,24 +83,24 @@ def read_documents(
     on_bad: Callable[[BadDocument], None] | None = None,
     report: Report = lambda status: None,
 ) -> Iterator[Document]:
-    """Every document of `files` in order, empty ones included; `report` hears of each.
+    """Every document of `files` in order, empty ones included; `report` is called after each.
 
-    What is no document (invalid JSON, a missing or non-string field, text that is not UTF-8) goes to `on_bad`
-    and reading goes on; without `on_bad` it raises UserError naming file and line. A file that ends too early
-    or cannot be unpacked raises RunError.
+    A record that cannot be read (invalid JSON, a missing or non-string field, text that is not UTF-8) goes to `on_bad` and
+    reading continues; without `on_bad` it raises UserError with file and line. A file that ends too early or cannot be
+    decompressed raises RunError.
     """
     total = sum(file.stat().st_size for file in files)
     before = count = 0
     for file in files:
-        for found in read_file(file, field, split_on):
-            if isinstance(found, Document):
+        for item in read_file(file, field, split_on):
+            if isinstance(item, Document):
                 count += 1
-                report(Status(before + found.position, total, count))
-                yield found
+                report(Status(before + item.position, total, count))
+                yield item
             elif on_bad is None:
-                raise UserError(f"{found}; mend it, or leave such documents out with --on-error skip")
+                raise UserError(f"{item}; fix it, or leave such documents out with --on-error skip")
             else:
-                on_bad(found)
+                on_bad(item)
         before += file.stat().st_size
 
 
@@ -160,19 +111,17 @@ def read_file(
     span: Span | None = None,
     max_line_bytes: int | None = None,
 ) -> Iterator[Document | BadDocument]:
-    """Every document of one file, or of a `span` of it, and what is none. Raises RunError where the file is damaged.
+    """The documents and unreadable records of one file, or of a `span` of it. Raises RunError where the file is damaged.
 
-    A line of more than `max_line_bytes` is passed over without ever being held, as a BadDocument.
+    A line of more than `max_line_bytes` becomes a BadDocument and is never held in memory.
     """
     kind = kind_of(path)
     assert kind is not None, path
     if kind == "parquet":
         return _read_parquet(path, field)
     if kind == "archive":
-        from tnllm.data.warc import read_archive
-
         return read_archive(path)
-    lines = lines_of(path, span, max_line_bytes)
+    lines = read_lines(path, span, max_line_bytes)
     return _read_text(path, split_on, lines) if kind == "text" else _read_json_lines(path, field, lines)
 
 
@@ -180,7 +129,7 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[D
     for number, line, position in lines:
         where = f"{path}:{number}"
         if line is None:
-            yield BadDocument(where, "a line beyond the length allowed")
+            yield BadDocument(where, "the line is longer than allowed")
             continue
         if not line.strip():
             continue
@@ -212,7 +161,7 @@ def _from_record(record: dict[str, Any], name: str, path: Path, line: int, posit
     if not isinstance(text, str):
         return BadDocument(where, f"field {name!r} is a {type(text).__name__}, not text")
     if not _is_unicode(text):
-        return BadDocument(where, f"field {name!r} holds a lone surrogate, which is no Unicode text")
+        return BadDocument(where, f"field {name!r} holds a lone surrogate, which is not Unicode text")
     return Document(text, path, line, position, record)
 
 
@@ -229,7 +178,7 @@ def _read_text(path: Path, split_on: SplitOn, lines: Iterator[Line]) -> Iterator
     first, size, position = 1, 0, 0
     for number, line, position in lines:
         if line is None:
-            yield BadDocument(f"{path}:{number}", "a line beyond the length allowed")
+            yield BadDocument(f"{path}:{number}", "the line is longer than allowed")
             continue
         try:
             text = line.decode("utf-8")
@@ -273,76 +222,4 @@ def _read_parquet(path: Path, name: str) -> Iterator[Document | BadDocument]:
     except UnicodeDecodeError:
         raise RunError(f"{path} holds text that is not UTF-8 after row {number}") from None
     except pyarrow.ArrowInvalid as error:
-        raise RunError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
-
-
-def lines_of(path: Path, span: Span | None = None, max_bytes: int | None = None) -> Iterator[Line]:
-    """Line number, the line with its end (None: it is too long), and the bytes read so far of the file as stored.
-
-    Raises RunError for a file that is cut short or damaged.
-    """
-    span = span or Span(0, sys.maxsize)
-    max_bytes = max_bytes or sys.maxsize
-    number = span.first_line - 1
-    with open(path, "rb") as raw:
-        try:
-            raw.seek(span.start)
-            source = _unpacked(raw, path)
-            while raw.tell() < span.end and (line := source.readline(max_bytes)):
-                number += 1
-                too_long = len(line) >= max_bytes and not line.endswith(b"\n")
-                while too_long and line and not line.endswith(b"\n"):
-                    line = source.readline(1 << 20)
-                if number == 1:
-                    line = line.removeprefix(_BOM)
-                yield number, None if too_long else line, raw.tell()
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            # Damage has no error number; a disk that fails has one and is another matter.
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise RunError(f"{path} is cut short or damaged after line {number}: {error}") from None
-
-
-def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    if suffix == ".bz2":
-        return bz2.BZ2File(raw)
-    return io.BufferedReader(_Zstd(raw), 1 << 18) if suffix == ".zst" else raw
-
-
-class _Zstd(io.RawIOBase):
-    """Unpacked bytes of zstd frames. The library's own reader takes a file that is cut short for a whole one."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise MissingExtra("data", "zstandard") from None
-        self._zstandard, self._raw = zstandard, raw
-        self._decoder: Any = None
-        self._packed = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._packed = self._packed or self._raw.read(1 << 16)
-            if not self._packed:
-                if self._decoder is not None:
-                    raise EOFError("the last frame has no end")
-                return 0
-            self._decoder = self._decoder or self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = self._decoder.decompress(self._packed)
-            except self._zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-            self._packed = self._decoder.unused_data if self._decoder.eof else b""
-            self._decoder = None if self._decoder.eof else self._decoder
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
+        raise RunError(f"{path} is not a complete parquet file: {str(error).splitlines()[0]}") from None

@@ -1,8 +1,8 @@
-"""Documents in groups and their tokens, encoded by worker processes; the reading half of `tokenize.py`.
+"""Documents in groups, encoded to token ids by worker processes; `tokenize.py` writes the result.
 
-groups = readread_groups(files, manifest, options, on_error="stop")
-for group, encoded in encoderead_groups(groups, tokenizer, options, workers=4):
-    encoded.tokens, group.position         # in corpus order, whatever the number of workers
+groups = read_groups(files, manifest, options, on_error="stop")
+for group, encoded in encode_groups(groups, tokenizer, options, workers=4):
+    encoded.tokens, group.position         # in corpus order for any number of workers
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from tnllm.data.corpus import BadDocument, SplitOn, read_documents
+from tnllm.data.corpus import SplitOn, read_documents
+from tnllm.data.documents import BadDocument
 from tnllm.data.shards import Manifest, token_dtype
 from tnllm.tokenizer import Tokenizer
 
@@ -29,10 +30,10 @@ _MAX_BAD_SHOWN = 10
 
 @dataclass(frozen=True)
 class Options:
-    """What shapes the tokens. A document is its tokens and the end token, after the begin token with `bos`.
+    """The choices that decide the tokens. A document is its tokens and the end token; `bos` puts the begin token first.
 
-    `val_fraction` of the documents, chosen by a hash of their text, are held out in the split "val": equal
-    documents are on the same side. Where that chooses none, the end of the last document is held out instead.
+    `val_fraction` of the documents, chosen by a hash of their text, form the split "val", so equal documents are in the
+    same split. If the hash chooses none, the end of the last document is held out instead.
     """
 
     field: str = "text"
@@ -43,7 +44,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Group:
-    """Documents that one worker encodes at a time, and where reading stood after the last of them."""
+    """Documents that one worker encodes at a time, and the reading position after the last of them."""
 
     texts: list[str]
     position: tuple[int, int]
@@ -54,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a group's documents in a row; `lengths`, `text_bytes` and `is_val` are per document."""
+    """The concatenated tokens of a group's documents; `lengths`, `text_bytes` and `is_val` are per document."""
 
     tokens: np.ndarray
     lengths: list[int]
@@ -63,7 +64,7 @@ class Encoded:
 
 
 def read_groups(files: Sequence[Path], manifest: Manifest, options: Options, on_error: OnError) -> Iterator[Group]:
-    """Documents from the manifest's position on, in groups; empty and bad ones are left out and counted."""
+    """Documents in groups, starting at the manifest's position; empty and unreadable ones are left out and counted."""
     first_file, to_skip = manifest.position
     skipped = dict(manifest.skipped)
     at_start = manifest.position == (0, 0)
@@ -76,7 +77,7 @@ def read_groups(files: Sequence[Path], manifest: Manifest, options: Options, on_
         if skipped["bad"] <= _MAX_BAD_SHOWN:
             print(f"left out: {bad}", file=sys.stderr, flush=True)
         if skipped["bad"] == _MAX_BAD_SHOWN:
-            print("further ones are left out without a line each", file=sys.stderr, flush=True)
+            print("further ones are counted, not shown", file=sys.stderr, flush=True)
 
     base = sum(file["bytes"] for file in manifest.inputs[:first_file])
     texts: list[str] = []
@@ -108,7 +109,7 @@ _worker: tuple[Tokenizer, Options]
 
 def _start_worker(path: Path, options: Options) -> None:
     global _worker
-    # Ctrl-C reaches every process of the terminal; the parent alone decides what to do.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker = (Tokenizer.load(path), options)
 
@@ -124,7 +125,7 @@ def _encode(texts: list[str], holds_first: bool, tokenizer: Tokenizer, options: 
     limit = int(options.val_fraction * 2**64)
     is_val = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < limit for text in data]
     if holds_first and texts:
-        # So that a corpus of few documents never has all of them held out.
+        # The corpus's first document is always trained on, so that a small corpus is never held out completely.
         is_val[0] = False
     tokens = np.concatenate([np.array(part, dtype) for part in ids]) if ids else np.zeros(0, dtype)
     return Encoded(tokens, [len(part) for part in ids], [len(text) for text in data], is_val)
@@ -133,21 +134,21 @@ def _encode(texts: list[str], holds_first: bool, tokenizer: Tokenizer, options: 
 def encode_groups(
     groups: Iterator[Group], tokenizer: Tokenizer, options: Options, workers: int
 ) -> Generator[tuple[Group, Encoded], None, None]:
-    """Every group with its tokens, in order, whatever the number of workers."""
+    """Every group with its tokens, in order, for any number of workers."""
     if workers == 1:
         for group in groups:
             yield group, _encode(group.texts, group.holds_first, tokenizer, options)
         return
-    waiting: deque[tuple[Group, Future[Encoded]]] = deque()
+    pending: deque[tuple[Group, Future[Encoded]]] = deque()
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer.path, options)) as pool:
         try:
             for group in groups:
-                waiting.append((group, pool.submit(_encode_in_worker, group.texts, group.holds_first)))
-                if len(waiting) > 2 * workers:
-                    done, future = waiting.popleft()
+                pending.append((group, pool.submit(_encode_in_worker, group.texts, group.holds_first)))
+                if len(pending) > 2 * workers:
+                    done, future = pending.popleft()
                     yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
+            while pending:
+                done, future = pending.popleft()
                 yield done, future.result()
         finally:
             pool.shutdown(cancel_futures=True)

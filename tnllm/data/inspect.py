@@ -1,6 +1,6 @@
 """What a corpus or a folder of token shards holds, as plain values that `tnllm data inspect` prints.
 
-inspect_corpus(find_files(["web.jsonl"]))        # documents, bytes, characters by script, bad ones by place
+inspect_corpus(find_files(["web.jsonl"]))        # documents, bytes, letters by script, unreadable records
 inspect_shards(Path("web-tokens"), num_samples=2)
 compression(tokenizer, find_files(["web.jsonl"]))   # bytes per token
 """
@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from tnllm.data.corpus import BadDocument, read_documents
-from tnllm.data.progress import Report
+from tnllm.data.corpus import read_documents
+from tnllm.data.documents import BadDocument
 from tnllm.data.shards import SPLITS, TokenStream, read_manifest, verify_hashes
 from tnllm.errors import UserError
+from tnllm.progress import Report
 from tnllm.tokenizer import FILE_NAME, Tokenizer
 
-# What a reader can tell apart without a language model: the scripts of letters.
+# Scripts can be told apart without a language model.
 _SCRIPTS = {
     "han": re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"),
     "kana": re.compile("[\u3040-\u30ff]"),
@@ -35,15 +36,15 @@ _MAX_BAD = 10
 def inspect_corpus(
     files: Sequence[Path], field: str = "text", report: Report = lambda status: None, num_samples: int = 2
 ) -> dict[str, Any]:
-    """Counts over every document; what is no document is counted and the first ten are named."""
+    """Counts over every document; unreadable records are counted and the first ten are named."""
     bad: list[str] = []
     num_bad = 0
 
-    def on_bad(found: BadDocument) -> None:
+    def on_bad(record: BadDocument) -> None:
         nonlocal num_bad
         num_bad += 1
         if len(bad) < _MAX_BAD:
-            bad.append(str(found))
+            bad.append(str(record))
 
     lengths: list[int] = []
     scripts = dict.fromkeys(_SCRIPTS, 0)

@@ -1,44 +1,41 @@
-"""Conversations to learn from: instruction files read, checked and turned into token ids with the answers marked.
+"""Conversations for fine-tuning: instruction files read, checked and turned into token ids with the answers marked.
 
     conversations = list(read_conversations([Path("alpaca.json"), Path("chats.jsonl")]))
     ids, counted = encode(conversations[0], tokenizer, "Human:\n{prompt}\nAssistant:\n")
 
-Files hold one JSON object a line, or one JSON array of them; .gz, .xz and .bz2 are unpacked. An object is one of
+Files hold one JSON object a line, or one JSON array of objects; .gz, .xz and .bz2 are decompressed. An object is one of
 
     {"instruction": ..., "input": ..., "output": ...}                      alpaca; input may be empty or missing
     {"messages": [{"role": "user", "content": ...}, ...]}                  roles system (first), user, assistant
-    {"conversations": [{"from": "human", "value": ...}, ...]}              the same in ShareGPT's words
-    {"prompt": ..., "response": ...}                                       "completion" in place of "response" too
+    {"conversations": [{"from": "human", "value": ...}, ...]}              the same in ShareGPT's format
+    {"prompt": ..., "response": ...}                                       or "completion" in place of "response"
 
 A conversation is written as in the released models' fine-tuning: the template around each prompt, the answer, the
-end token. What stands above all (a system message; alpaca's instruction where there is an input) comes first, on lines
-of its own.
+end token. A system message, or alpaca's instruction if there is an input, comes first, on lines of its own.
 """
 
-import bz2
-import gzip
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tnllm.errors import RunError, UserError
+from tnllm import chat_template
+from tnllm.data.compressed import read_bytes
+from tnllm.errors import UserError
 from tnllm.tokenizer import Tokenizer
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
-_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_COMPRESSED = (".gz", ".xz", ".bz2")
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _SHAPES = 'expected {"instruction", "input", "output"}, {"messages"}, {"conversations"} or {"prompt", "response"}'
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What stands above all (may be empty), and turns of a prompt and its answer; at least one."""
+    """A system message (may be empty), and one or more turns of a prompt and its answer."""
 
     system: str
     turns: tuple[tuple[str, str], ...]
@@ -46,7 +43,7 @@ class Conversation:
 
 
 def find_instruction_files(path: str | Path) -> list[Path]:
-    """The file `path`, or the instruction files of that folder, sorted. Raises UserError where there is none."""
+    """The file `path`, or the sorted instruction files of the folder `path`. Raises UserError if there is none."""
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and _is_instructions(file))
@@ -56,13 +53,13 @@ def find_instruction_files(path: str | Path) -> list[Path]:
     if not path.is_file():
         raise UserError(f"no such file or folder: {path}")
     if not _is_instructions(path):
-        raise UserError(f"{path} is no instruction file; allowed: {', '.join(SUFFIXES)}, also .gz .xz .bz2")
+        raise UserError(f"{path} is not an instruction file; allowed: {', '.join(SUFFIXES)}, also .gz .xz .bz2")
     return [path]
 
 
 def _is_instructions(path: Path) -> bool:
     name = path.name.lower()
-    for suffix in _OPEN:
+    for suffix in _COMPRESSED:
         name = name.removesuffix(suffix)
     return name.endswith(SUFFIXES) and not name.startswith(".")
 
@@ -70,7 +67,7 @@ def _is_instructions(path: Path) -> bool:
 def read_conversations(files: Iterable[Path]) -> Iterator[Conversation]:
     """Every conversation of `files`, in order.
 
-    Raises UserError naming file and line (or number, in an array) of what is none, RunError for a damaged file.
+    Raises UserError with file and line (in an array: the record's number) for a bad record, RunError for a damaged file.
     """
     for path in files:
         for where, record in _records(path):
@@ -78,22 +75,17 @@ def read_conversations(files: Iterable[Path]) -> Iterator[Conversation]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    opener = _OPEN.get(path.suffix.lower(), open)
-    try:
-        with opener(path, "rb") as file:
-            data = file.read()
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise RunError(f"{path} is cut short or damaged: {error}") from None
+    data = read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start + 1})") from None
     if text.lstrip().startswith("["):
         try:
-            found = json.loads(text)
+            records = json.loads(text)
         except ValueError as error:
-            raise UserError(f"{path} is no whole JSON array: {error}") from None
-        yield from ((f"{path}, record {number}", record) for number, record in enumerate(found, 1))
+            raise UserError(f"{path} is not a complete JSON array: {error}") from None
+        yield from ((f"{path}, record {number}", record) for number, record in enumerate(records, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -104,7 +96,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def parse_record(record: Any, where: str) -> Conversation:
-    """One object of a file as a conversation; `where` is for the error. Raises UserError."""
+    """Parse one object of a file; `where` names it in errors. Raises UserError."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}; {_SHAPES}")
     for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
@@ -112,8 +104,8 @@ def parse_record(record: Any, where: str) -> Conversation:
             return _parse_messages(record[key], role, content, where)
     if "instruction" in record:
         texts = _texts(record, ("instruction", "input", "output"), where, optional=("input",))
-        above, prompt = (texts[0], texts[1]) if texts[1] else ("", texts[0])
-        return Conversation(above, ((prompt, texts[2]),), where)
+        system, prompt = (texts[0], texts[1]) if texts[1] else ("", texts[0])
+        return Conversation(system, ((prompt, texts[2]),), where)
     if "prompt" in record:
         answer = "completion" if "completion" in record else "response"
         prompt, text = _texts(record, ("prompt", answer), where)
@@ -126,8 +118,8 @@ def _texts(record: dict[str, Any], keys: Sequence[str], where: str, optional: Se
     for key in keys:
         value = record.get(key, "" if key in optional else None)
         if not isinstance(value, str) and not (value is None and key in optional):
-            found = "missing" if key not in record else f"a {type(value).__name__}"
-            raise UserError(f"{where}: {key!r} is {found}; expected text")
+            actual = "missing" if key not in record else f"a {type(value).__name__}"
+            raise UserError(f"{where}: {key!r} is {actual}; expected text")
     return [record.get(key) or "" for key in keys]
 
 
@@ -145,33 +137,24 @@ def _parse_messages(messages: Any, role_key: str, content_key: str, where: str) 
     if not parsed or [role for role, _ in parsed] != expected:
         raise UserError(
             f"{where}: roles are {', '.join(role for role, _ in parsed) or 'none'}; after a system message, if any, "
-            "user and assistant take turns, and the assistant has the last word"
+            "user and assistant alternate, and the assistant comes last"
         )
     texts = [text for _, text in parsed]
     return Conversation(system, tuple(zip(texts[::2], texts[1::2], strict=True)), where)
 
 
-def check_template(template: str) -> tuple[str, str]:
-    """What goes before and after a prompt. Raises UserError unless {prompt} is in it once."""
-    opening, found, closing = template.partition("{prompt}")
-    if not found or "{prompt}" in closing:
-        raise UserError(f"the chat template is {template!r}; it must hold {{prompt}} once")
-    return opening, closing
-
-
 def encode(conversation: Conversation, tokenizer: Tokenizer, template: str) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [n] int64, and which of them are learned [n] bool: the answers and the end token after each.
 
-    Prompt and answer are encoded apart, as they are when the model is asked.
+    Raises UserError for a template without {prompt}.
     """
-    opening, closing = check_template(template)
+    messages = [("system", conversation.system)]
+    for prompt, answer in conversation.turns:
+        messages += [("user", prompt), ("assistant", answer)]
     ids: list[int] = []
     counted: list[bool] = []
-    above = conversation.system + "\n" if conversation.system else ""
-    for prompt, answer in conversation.turns:
-        asked = tokenizer.encode(above + opening + prompt + closing)
-        said = [*tokenizer.encode(answer), tokenizer.eos_id]
-        ids += asked + said
-        counted += [False] * len(asked) + [True] * len(said)
-        above = ""
+    for segment in chat_template.render(template, messages):
+        tokens = chat_template.encode([segment], tokenizer.encode, tokenizer.eos_id)
+        ids += tokens
+        counted += [segment.is_answer] * len(tokens)
     return np.array(ids, np.int64), np.array(counted, bool)

@@ -1,12 +1,12 @@
 """Conversations packed into rows, behind the interface of `loader.Loader`.
 
-    packed = pack(read_conversations(files), tokenizer, template, seq_len=2048, report=say)
+    packed = pack(read_conversations(files), tokenizer, template, seq_len=2048)
     train, validation = packed.split(0.02)
     loader = InstructLoader(train, batch_size=32, seed=0)
     batch = loader.batch(first_sample=0, num_rows=4)      # tokens, labels, cu_seqlens, num_bytes, num_labels
 
-Rows are filled best-fit, longest conversation first, so little of a row is padding; a conversation never sees another
-one (`cu_seqlens`). Which conversations share a row is fixed; the order of rows changes with each pass. A batch is a pure
+Rows are filled best-fit, longest conversation first, so little of a row is padding. `cu_seqlens` keeps the conversations
+of a row apart. Which conversations share a row is fixed; the order of rows changes with each pass. A batch is a pure
 function of seed and global sample index.
 """
 
@@ -18,15 +18,18 @@ import numpy as np
 import torch
 
 from tnllm.data.instruct import Conversation, encode
-from tnllm.data.loader import IGNORE, Batch, permute
+from tnllm.data.loader import IGNORE, Batch
+from tnllm.data.permutation import permute
 from tnllm.errors import UserError
 from tnllm.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Encoded conversations: `ids[i]` [n] int64, `counted[i]` [n] bool. Of those given, `cut` lost their end, and `dropped`
-    had no answer, or none within a row."""
+    """Encoded conversations: `ids[i]` [n] int64, `counted[i]` [n] bool (learned tokens).
+
+    Of the conversations given, `cut` were truncated to a row, and `dropped` had no answer, or none within a row.
+    """
 
     ids: list[np.ndarray]
     counted: list[np.ndarray]
@@ -36,12 +39,12 @@ class Packed:
     dropped: int = 0
 
     def split(self, fraction: float) -> tuple["Packed", "Packed"]:
-        """Training and validation: the latter holds about `fraction` of the conversations, spread evenly."""
+        """Training and validation; validation takes about `fraction` of the conversations, evenly spaced."""
         count = len(self.ids)
-        held = round(count * fraction)
+        num_held_out = round(count * fraction)
         if fraction > 0 and count > 1:
-            held = min(max(1, held), count - 1)
-        chosen = {(2 * i + 1) * count // (2 * held) for i in range(held)} if held else set()
+            num_held_out = min(max(1, num_held_out), count - 1)
+        chosen = {(2 * i + 1) * count // (2 * num_held_out) for i in range(num_held_out)}
         return self._part([i for i in range(count) if i not in chosen]), self._part(sorted(chosen))
 
     def _part(self, which: Sequence[int]) -> "Packed":
@@ -49,9 +52,9 @@ class Packed:
 
 
 def pack(conversations: Iterable[Conversation], tokenizer: Tokenizer, template: str, seq_len: int) -> Packed:
-    """Encode for rows of `seq_len` tokens. A longer conversation loses its end, one without any answer is left out.
+    """Encode for rows of `seq_len` tokens. A longer conversation is truncated; one without any answer is left out.
 
-    Raises UserError where nothing is left.
+    Raises UserError if no conversation is left.
     """
     ids, counted = [], []
     cut = dropped = 0
@@ -60,7 +63,7 @@ def pack(conversations: Iterable[Conversation], tokenizer: Tokenizer, template: 
             dropped += 1
             continue
         tokens, learned = encode(conversation, tokenizer, template)
-        # A row of T tokens has T labels, one place on: a conversation of T + 1 tokens fills it.
+        # A row of T tokens has T labels, shifted by one: a conversation of T + 1 tokens fills it.
         if len(tokens) > seq_len + 1:
             tokens, learned = tokens[: seq_len + 1], learned[: seq_len + 1]
             if not learned.any():
@@ -79,16 +82,16 @@ def pack(conversations: Iterable[Conversation], tokenizer: Tokenizer, template: 
 
 
 def fill_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Which items (of `lengths` <= seq_len) share a row: longest first, each into the row it leaves least room in."""
+    """Best-fit packing of items of `lengths` <= seq_len: longest first, each into the fullest row with room for it."""
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free places, row), sorted
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        found = bisect_left(room, (lengths[item], -1))
-        if found == len(room):
+        fit = bisect_left(room, (lengths[item], -1))
+        if fit == len(room):
             rows.append([item])
             free, row = seq_len - lengths[item], len(rows) - 1
         else:
-            space, row = room.pop(found)
+            space, row = room.pop(fit)
             rows[row].append(item)
             free = space - lengths[item]
         if free > 0:
@@ -97,7 +100,7 @@ def fill_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
 
 
 class InstructLoader:
-    """Cuts batches from packed conversations. It holds no position: `batch` is a function of its arguments."""
+    """Cuts batches from packed conversations. It has no position: `batch` is a function of its arguments."""
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class InstructLoader:
         world_size: int = 1,
         shuffle: bool = True,
     ) -> None:
-        """`batch_size` is the rows of one step on all ranks together. Raises UserError where ranks do not divide it."""
+        """`batch_size` counts the rows of one step over all ranks. Raises UserError if ranks do not divide it."""
         if batch_size % world_size:
             raise UserError(f"{batch_size} rows a step do not divide over {world_size} ranks; change one of them")
         self.packed, self.seq_len, self.batch_size, self.shuffle = packed, packed.seq_len, batch_size, shuffle
@@ -137,35 +140,35 @@ class InstructLoader:
         """Global samples `first_sample` to `first_sample + num_rows - 1`: tokens and labels [1, num_rows * T].
 
         `cu_seqlens` is padded to a fixed length with its last value. Without shuffling, samples past the last row are
-        whole rows of ignored labels.
+        rows of ignored labels.
         """
         assert first_sample >= 0 and num_rows > 0, (first_sample, num_rows)
         length = self.seq_len
         tokens = np.zeros((num_rows, length), np.int64)
         labels = np.full((num_rows, length), IGNORE, np.int64)
-        ends = np.full(num_rows * self.max_row_sequences + 1, num_rows * length, np.int32)
-        found = [0]
+        cu_seqlens = np.full(num_rows * self.max_row_sequences + 1, num_rows * length, np.int32)
+        ends = [0]
         for row in range(num_rows):
-            place = 0
+            offset = 0
             for item in self._items(first_sample + row):
                 ids, counted = self.packed.ids[item], self.packed.counted[item]
                 size = len(ids) - 1
-                tokens[row, place : place + size] = ids[:-1]
-                labels[row, place : place + size] = np.where(counted[1:], ids[1:], IGNORE)
-                place += size
-                found.append(row * length + place)
-            if place < length:
-                found.append((row + 1) * length)
-        ends[: len(found)] = found
+                tokens[row, offset : offset + size] = ids[:-1]
+                labels[row, offset : offset + size] = np.where(counted[1:], ids[1:], IGNORE)
+                offset += size
+                ends.append(row * length + offset)
+            if offset < length:
+                ends.append((row + 1) * length)
+        cu_seqlens[: len(ends)] = ends
         learned = labels[labels != IGNORE]
         return Batch(
             torch.from_numpy(tokens.reshape(1, -1)),
             torch.from_numpy(labels.reshape(1, -1)),
-            torch.from_numpy(ends),
+            torch.from_numpy(cu_seqlens),
             int(self.packed.token_bytes[learned].sum()),
             len(learned),
             length,
-            len(found) - 1,
+            len(ends) - 1,
         )
 
     def _items(self, sample: int) -> list[int]:

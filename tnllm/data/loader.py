@@ -1,4 +1,4 @@
-"""Batches of token rows as a pure function of (seed, global sample index): any rank count, any resume point.
+"""Batches of token rows as a pure function of (seed, global sample index), for any number of ranks and any resume point.
 
 train = TokenStream.open("corpus-tokens", "train")
 loader = Loader([Source(train)], seq_len=2048, batch_size=32, seed=0, rank=rank, world_size=world_size)
@@ -6,10 +6,10 @@ rows = loader.rank_samples(first_sample)             # this rank's rows of the s
 batch = loader.batch(rows.start, num_rows=4)         # tokens, labels, cu_seqlens, num_bytes, num_labels
 validation = Loader([Source(val)], seq_len=2048, batch_size=8, shuffle=False)   # every token once, in order
 
-A sample is a row of `seq_len` tokens and their `seq_len` labels. Which source a sample comes from follows the
-mixing weights through a fixed table with low discrepancy, so any stretch of samples has nearly the right mix.
-Within a source the rows of one pass (epoch) come in the order of a stateless permutation, and every pass cuts
-the circular token stream at a new offset, so a token is seen once a pass (fewer than `seq_len` tokens twice).
+A sample is a row of `seq_len` tokens and their `seq_len` labels. A fixed low-discrepancy table maps samples to sources,
+so any range of samples has nearly the mixing weights. Within a source, the rows of one pass (epoch) come in the order of
+a stateless permutation, and every pass cuts the circular token stream at a new offset. So a token is seen once a pass
+(fewer than `seq_len` tokens twice).
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tnllm.data.permutation import permute, splitmix64
 from tnllm.data.shards import TokenStream
 from tnllm.errors import UserError
 
 IGNORE = -100
-# `Batch.trimmed` leaves a multiple of this many sequences, so that few shapes occur and a compiled model keeps its code.
+# `Batch.trimmed` leaves a multiple of this many sequences: few shapes occur, so a compiled model is rarely compiled again.
 _TRIMMED_TO = 256
-# Mixing weights are rounded to this many parts; each source gets at least one.
+# Mixing weights are rounded to multiples of 1 / 4096; each source gets at least one slot.
 _SLOTS = 4096
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Source:
 class Batch:
     """Rows ready for the model.
 
-    packing "reset": tokens and labels [1, rows * T] int64, cu_seqlens int32 [K] with a sequence for every row
-    and document start, padded to a fixed K by repeating its last value. packing "concat": [rows, T] and None.
-    A label is the next token; it is -100 where that token belongs to another document ("reset") or has been
-    counted already (the end of a pass that is not shuffled). `num_labels` counts the others, and `num_bytes`
-    is the UTF-8 bytes of text they stand for (an end token stands for 0). No sequence is longer than `longest` tokens
-    (None: the row's length), and `num_sequences` of them are not empty (None: unknown).
+    packing "reset": tokens and labels [1, rows * T] int64; cu_seqlens [K] int32 starts a sequence at every row and every
+    document and is padded to a fixed K by repeating its last value. packing "concat": tokens and labels [rows, T], no
+    cu_seqlens. A label is the next token. It is -100 where that token belongs to another document ("reset") or has been
+    counted already (the end of a pass that is not shuffled). `num_labels` counts the other labels, and `num_bytes` the
+    UTF-8 bytes of text that they stand for (0 for an end token). No sequence is longer than `longest` tokens, and
+    `num_sequences` of them are not empty (None: unknown).
     """
 
     tokens: Tensor
@@ -67,7 +67,7 @@ class Batch:
         return replace(self, cu_seqlens=self.cu_seqlens[:kept])
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`. Memory is pinned for a GPU: else a copy would wait until the GPU's work is done."""
+        """The same batch on `device`. For a GPU, memory is pinned first: an unpinned copy waits for all queued GPU work."""
 
         def moved(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
@@ -77,7 +77,7 @@ class Batch:
 
 
 class Loader:
-    """Cuts rows from sources. It holds no position: `batch` is a function of its arguments."""
+    """Cuts rows from sources. It has no position: `batch` is a function of its arguments."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Loader:
         packing: Literal["reset", "concat"] = "reset",
         shuffle: bool = True,
     ) -> None:
-        """`batch_size` is the rows of one step on all ranks together. Raises UserError for bad input."""
+        """`batch_size` counts the rows of one step over all ranks. Raises UserError for bad input."""
         assert 0 <= rank < world_size, (rank, world_size)
         assert packing in ("reset", "concat"), packing
         if not sources:
@@ -109,7 +109,7 @@ class Loader:
         self._world_size = world_size
         self._token_bytes = sources[0].stream.token_bytes.astype(np.int64)
         self._streams = [source.stream for source in sources]
-        # A shuffled pass wraps around the stream's end; a pass in order has labels for all tokens but one.
+        # A shuffled pass is circular. A pass in order has labels for all tokens but the first.
         self._rows = [-(-(s.num_tokens - (not shuffle)) // seq_len) for s in self._streams]
         self._mix = _Mix.of([_share(source) for source in sources])
         self.max_row_sequences = 1 + max(stream.max_inner_starts(seq_len) for stream in self._streams)
@@ -125,7 +125,7 @@ class Loader:
         return range(first_sample + self._rank * rows, first_sample + (self._rank + 1) * rows)
 
     def passes(self, first_sample: int) -> list[float]:
-        """How many passes over each source the samples before `first_sample` made."""
+        """How many passes over each source the samples before `first_sample` are."""
         assert self.shuffle
         counts = self._mix.counts(first_sample)
         return [count / rows for count, rows in zip(counts, self._rows, strict=True)]
@@ -133,7 +133,7 @@ class Loader:
     def batch(self, first_sample: int, num_rows: int) -> Batch:
         """Global samples `first_sample` to `first_sample + num_rows - 1`. See `Batch` for the shapes.
 
-        Without shuffling, samples past the last row are whole rows of ignored labels, so ranks stay in step.
+        Without shuffling, samples past the last row are rows of ignored labels, so all ranks run the same steps.
         """
         assert first_sample >= 0 and num_rows > 0, (first_sample, num_rows)
         rows = [self._row(first_sample + i) for i in range(num_rows)]
@@ -151,7 +151,7 @@ class Loader:
 
     def _row(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens [T], labels [T] and the offsets in [1, T] where a document starts."""
-        stream, start, counted = self._place(sample)
+        stream, start, counted = self._locate(sample)
         ids = stream.read(start, self.seq_len + 1)
         tokens, labels = ids[:-1], ids[1:].copy()
         labels[max(counted, 0) :] = IGNORE
@@ -161,13 +161,13 @@ class Loader:
             labels[starts - 1] = IGNORE
         return tokens, labels, starts
 
-    def _place(self, sample: int) -> tuple[TokenStream, int, int]:
-        """Stream, start position and number of labels to count of one sample."""
+    def _locate(self, sample: int) -> tuple[TokenStream, int, int]:
+        """Stream, start offset and number of counted labels of one sample."""
         if self.shuffle:
-            source, nth = self._mix.place(sample)
+            source, nth = self._mix.locate(sample)
             stream, rows = self._streams[source], self._rows[source]
             epoch, row = divmod(nth, rows)
-            key = _hash(_hash(_hash(self._seed) ^ source) ^ epoch)
+            key = splitmix64(splitmix64(splitmix64(self._seed) ^ source) ^ epoch)
             start = key % stream.num_tokens + permute(row, rows, key) * self.seq_len
             return stream, start % stream.num_tokens, self.seq_len
         for stream, rows in zip(self._streams, self._rows, strict=True):
@@ -183,8 +183,8 @@ class Loader:
         ends = [[0]] + [
             row * self.seq_len + np.union1d(starts, [self.seq_len]) for row, starts in enumerate(row_starts)
         ]
-        found = np.concatenate(ends)
-        result[: len(found)] = found
+        offsets = np.concatenate(ends)
+        result[: len(offsets)] = offsets
         return result
 
 
@@ -206,14 +206,14 @@ def _share(source: Source) -> float:
 
 @dataclass(frozen=True)
 class _Mix:
-    """Which source each sample comes from: a table of slots, repeated for ever."""
+    """Which source each sample comes from: a table of slots, repeated."""
 
     source: np.ndarray  # [slots] source of a slot
     before: np.ndarray  # [slots + 1, sources] samples of each source in earlier slots
 
     @staticmethod
     def of(weights: Sequence[float]) -> "_Mix":
-        """Fill each slot with the source that is furthest behind its share: none is ever a sample ahead."""
+        """Fill each slot with the source that is furthest behind its share, so that none is ever a sample ahead."""
         if len(weights) == 1:
             return _Mix(np.zeros(1, np.int64), np.array([[0], [1]]))
         quota = np.maximum(1, np.rint(np.array(weights) / sum(weights) * _SLOTS).astype(np.int64))
@@ -227,7 +227,7 @@ class _Mix:
             before[slot + 1, source[slot]] += 1
         return _Mix(source, before)
 
-    def place(self, sample: int) -> tuple[int, int]:
+    def locate(self, sample: int) -> tuple[int, int]:
         """The source of `sample` and how many earlier samples came from it."""
         source = int(self.source[sample % len(self.source)])
         return source, self.counts(sample)[source]
@@ -236,29 +236,3 @@ class _Mix:
         """Samples of each source before `sample`."""
         period, slot = divmod(sample, len(self.source))
         return [int(count) for count in period * self.before[-1] + self.before[slot]]
-
-
-def _hash(value: int) -> int:
-    """Mix 64 bits (the finaliser of splitmix64, Steele et al. 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def permute(index: int, size: int, key: int) -> int:
-    """Where a pseudo-random permutation of range(size), chosen by `key`, sends `index`; no memory, no state.
-
-    A four-round Feistel network over the next even power of two, repeated until it lands inside (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    """
-    assert 0 <= index < size, (index, size)
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for turn in range(4):
-            left, right = right, left ^ (_hash(key ^ (turn << 56) ^ right) & mask)
-        index = left << half | right
-        if index < size:
-            return index

@@ -6,15 +6,15 @@ stream.document(7)                       # the ids of one document
 
 The folder holds
 
-    manifest.json      counts, hashes, options and inputs (`Manifest`), written last and atomically
+    manifest.json      counts, hashes, options and inputs (`Manifest`); written last, atomically
     train-00000.bin    token ids, little endian, uint16 where the vocabulary fits, else uint32
     train-00000.idx    uint64 little endian, documents + 1 values: where each document starts, then the end
     val-00000.bin/.idx the held-out documents
     token_bytes.bin    uint16 little endian, V values: UTF-8 bytes that each token stands for
-    tokenizer.model    the tokenizer, so that the folder explains itself
+    tokenizer.model    the tokenizer
 
-Documents are stored in corpus order, each ending with the end token. The split's stream is its shards one
-after another; where a shard ends carries no meaning.
+Documents are stored in corpus order, each ending with the end token. A split's stream is its shards concatenated; shard
+boundaries carry no meaning.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ import numpy as np
 
 from tnllm import __version__
 from tnllm.errors import RunError, UserError
-from tnllm.files import write_bytes_atomic, write_text_atomic
+from tnllm.files import sha256_file, write_bytes_atomic, write_text_atomic
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
@@ -55,8 +55,8 @@ class Shard:
 class Manifest:
     """What a folder of shards holds and what it was made from.
 
-    `position` is how far the inputs were read: the number of finished inputs and of documents read from the
-    next. `options` are the choices that shape the tokens; a resumed run must repeat them.
+    `position` is how far the inputs were read: the number of finished inputs, and of documents read from the next one.
+    `options` are the choices that decide the tokens; a resumed run must have the same.
     """
 
     dtype: str
@@ -93,7 +93,7 @@ def is_shard_folder(path: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest. Raises UserError where there is none, or none that this version reads."""
+    """Read a folder's manifest. Raises UserError if it is missing or this version cannot read it."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} holds no {MANIFEST}; make token shards with: tnllm data tokenize")
@@ -106,11 +106,11 @@ def read_manifest(folder: Path) -> Manifest:
         values["position"] = tuple(values["position"])
         return Manifest(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no manifest of token shards ({error}); tokenize again") from None
+        raise UserError(f"{path} is not a manifest of token shards ({error}); tokenize again") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the folder's manifest in one step."""
+    """Replace the folder's manifest atomically."""
     write_text_atomic(folder / MANIFEST, manifest.to_json() + "\n")
 
 
@@ -122,7 +122,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def write_shard(
     folder: Path, split: str, number: int, tokens: np.ndarray, lengths: Sequence[int], text_bytes: int
 ) -> Shard:
-    """Write one pair of files, each whole or not at all; `lengths` are the token counts of the documents."""
+    """Write one pair of files, each completely or not at all; `lengths` are the token counts of the documents."""
     index = np.zeros(len(lengths) + 1, "<u8")
     np.cumsum(lengths, out=index[1:])
     assert index[-1] == len(tokens)
@@ -145,10 +145,9 @@ def verify_hashes(folder: Path, manifest: Manifest) -> None:
     """Read every shard and compare it with its hash. Raises RunError naming the first that differs."""
     for shard in manifest.shards:
         for name, expected in ((shard.file, shard.sha256), (_index_name(shard), shard.index_sha256)):
-            with open(folder / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected:
-                raise RunError(f"{folder / name} is damaged: sha256 {found[:12]}..., manifest {expected[:12]}...")
+            actual = sha256_file(folder / name)
+            if actual != expected:
+                raise RunError(f"{folder / name} is damaged: sha256 {actual[:12]}..., manifest {expected[:12]}...")
 
 
 def _index_name(shard: Shard) -> str:
@@ -159,14 +158,14 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     expected = count * dtype.itemsize
     if not path.is_file():
         raise RunError(f"{path} is missing ({expected:,} bytes in the manifest); copy it or tokenize again")
-    found = os.path.getsize(path)
-    if found != expected:
-        raise RunError(f"{path} has {found:,} bytes, the manifest says {expected:,}; copy it or tokenize again")
+    size = os.path.getsize(path)
+    if size != expected:
+        raise RunError(f"{path} has {size:,} bytes, the manifest says {expected:,}; copy it or tokenize again")
     return np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
 
 
 class TokenStream:
-    """The tokens of one split as one circular stream. Make one with `TokenStream.open(folder, split)`."""
+    """The tokens of one split as one circular stream. Open one with `TokenStream.open(folder, split)`."""
 
     def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
         """Map the shards of `split`. Raises RunError naming a file that is missing or has the wrong size."""
@@ -191,14 +190,14 @@ class TokenStream:
         path = Path(folder)
         manifest = read_manifest(path)
         if not manifest.complete:
-            raise UserError(f"{path} is not finished; run the same 'tnllm data tokenize' again to go on")
+            raise UserError(f"{path} is not finished; run the same 'tnllm data tokenize' again to resume")
         stream = TokenStream(path, split, manifest)
         if verify:
             verify_hashes(path, manifest)
         return stream
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from position `start`, int64; past the end the stream begins again."""
+        """`count` ids from offset `start`, int64; the stream wraps around at its end."""
         assert 0 <= start < self.num_tokens, (start, self.num_tokens)
         parts = []
         while count > 0:
@@ -211,8 +210,8 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64)
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
-        """Offsets o in [0, count) where a document begins at stream position start + o (circular), int64."""
-        found = []
+        """Indices i in [0, count), int64, where a document begins at stream offset start + i (circular)."""
+        parts = []
         base = 0
         while base < count:
             shard = int(np.searchsorted(self._first_token, start, "right")) - 1
@@ -220,10 +219,10 @@ class TokenStream:
             length = min(int(self._first_token[shard + 1]) - start, count - base)
             starts = self._index[shard][:-1]
             low, high = np.searchsorted(starts, [start - begin, start - begin + length])
-            found.append(starts[low:high].astype(np.int64) + (begin - start + base))
+            parts.append(starts[low:high].astype(np.int64) + (begin - start + base))
             base += length
             start = (start + length) % self.num_tokens
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def document(self, number: int) -> np.ndarray:
         """The ids of one document, int64, its end token included."""
@@ -234,12 +233,12 @@ class TokenStream:
         return self._tokens[shard][int(begin) : int(end)].astype(np.int64)
 
     def max_inner_starts(self, count: int) -> int:
-        """The most documents that begin inside any `count` tokens in a row, the first token left out."""
+        """The most documents that begin inside any `count` consecutive tokens, not counting the first token."""
         starts = np.concatenate(
             [index[:-1].astype(np.int64) + begin for index, begin in zip(self._index, self._first_token, strict=False)]
             or [np.zeros(0, np.int64)]
         )
-        # A window that wraps sees the first documents again; one longer than the stream, all of them again.
+        # A window that wraps around contains the first documents again; one longer than the stream, all of them.
         head = starts[starts < count]
         laps = 1 + count // max(self.num_tokens, 1)
         later = [head + lap * self.num_tokens for lap in range(1, laps + 1)]

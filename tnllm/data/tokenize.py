@@ -3,22 +3,20 @@
 tokenize_corpus(find_files(["corpus/"]), Path("corpus-tokens"), tokenizer, Options(val_fraction=0.01))
 folder = prepare("corpus.jsonl.zst", tokenizer)     # raw text is tokenized once into a cache and reused
 
-The shards do not depend on the number of workers. Shards and manifest are replaced whole, so a run that is
-stopped or killed at any point goes on after its last shard when the same call is made again. Workers are
-started by `spawn`, so a script that calls this needs the usual `if __name__ == "__main__"`.
+The shards do not depend on the number of workers. Shards and manifest are replaced atomically, so after a stop or a kill
+at any point the same call resumes after the last shard. Workers are started by `spawn`, so a script that calls this
+needs the usual `if __name__ == "__main__"`.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,10 +24,10 @@ from tnllm import assets
 from tnllm.data import shards
 from tnllm.data.corpus import find_files
 from tnllm.data.encode import Encoded, Group, OnError, Options, encode_groups, read_groups
-from tnllm.data.progress import Report, Status
 from tnllm.data.shards import Manifest, Shard
 from tnllm.errors import RunError, UserError
-from tnllm.files import write_bytes_atomic
+from tnllm.files import lock, sha256_file, write_bytes_atomic
+from tnllm.progress import Report, Status
 from tnllm.tokenizer import FILE_NAME, Tokenizer
 
 SAMPLE = "sample"
@@ -48,84 +46,25 @@ def tokenize_corpus(
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
     report: Report = lambda status: None,
+    fresh: Manifest | None = None,
 ) -> Manifest:
-    """Write the shards of `files` to `out`, or go on with what is there; returns the finished manifest.
+    """Write the shards of `files` to `out`, or resume what is there; returns the finished manifest.
 
-    `workers` None takes as many of the machine's cores as the corpus is worth. With `on_error` "skip",
-    what is no document is left out, named on stderr and counted. Raises UserError for bad input or a folder
-    made in another way, RunError for a full disk or a lost worker; finished shards stay in every case.
+    `workers` None chooses by cores and corpus size. With `on_error` "skip", records that cannot be read are left out,
+    named on stderr and counted. `fresh` is `new_manifest(files, tokenizer, options)`, if the caller has it already. Raises
+    UserError for bad input or a folder made with other options, RunError for a full disk or a lost worker; finished shards
+    are kept in every case.
     """
     options = options or Options()
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"the validation fraction is {options.val_fraction}; give a share from 0 to below 1")
-    fresh = _fresh(files, tokenizer, options)
-    return _tokenize(files, out, tokenizer, fresh, options, on_error, workers, shard_tokens, overwrite, report)
+    fresh = fresh or new_manifest(files, tokenizer, options)
 
+    def tell_wait() -> None:
+        print(f"waiting for another process that is writing {out}", file=sys.stderr, flush=True)
 
-def prepare(
-    path: str | Path,
-    tokenizer: Tokenizer,
-    cache_dir: Path | None = None,
-    options: Options | None = None,
-    workers: int | None = None,
-    report: Report = lambda status: None,
-) -> Path:
-    """The shard folder of a recipe's `data.path`: a shard folder itself, or text tokenized into `cache_dir`.
-
-    `path` "sample" is the corpus that ships in the package. The cache (~/.cache/tnllm/tokens) is keyed by
-    content, tokenizer and options, and locked, so several processes may ask for the same at once. Raises
-    UserError for a shard folder made with another tokenizer, and what `tokenize_corpus` raises.
-    """
-    source = assets.sample_corpus() if str(path) == SAMPLE else Path(path)
-    if shards.is_shard_folder(source):
-        if shards.read_manifest(source).tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(
-                f"{source} was made with another tokenizer than {tokenizer.path}; "
-                f"use {source / FILE_NAME} or tokenize again"
-            )
-        return source
-    options = options or Options()
-    files = find_files([source])
-    fresh = _fresh(files, tokenizer, options)
-    identity = repr((fresh.tokenizer_sha256, fresh.options, [file["sha256"] for file in fresh.inputs]))
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "tokens") / f"{source.name.split('.')[0]}-{key}"
-    _tokenize(files, folder, tokenizer, fresh, options, "stop", workers, SHARD_TOKENS, False, report)
-    return folder
-
-
-def _fresh(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Manifest:
-    """The manifest of a run that has not begun; reads every file once for its hash."""
-    inputs: list[dict[str, Any]] = []
-    for path in files:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        inputs.append({"file": str(path), "bytes": path.stat().st_size, "sha256": digest})
-    return Manifest(
-        dtype=shards.token_dtype(tokenizer.vocab_size).str,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        tokenizer_sha256=tokenizer.sha256,
-        options=asdict(options),
-        inputs=inputs,
-    )
-
-
-def _tokenize(
-    files: Sequence[Path],
-    out: Path,
-    tokenizer: Tokenizer,
-    fresh: Manifest,
-    options: Options,
-    on_error: OnError,
-    workers: int | None,
-    shard_tokens: int,
-    overwrite: bool,
-    report: Report,
-) -> Manifest:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with lock(out, busy=f"another process is writing {out}", wait=tell_wait):
             manifest = _begin(out, fresh, tokenizer, overwrite)
             if manifest.complete:
                 return manifest
@@ -137,29 +76,62 @@ def _tokenize(
             return _finish(out, manifest, options)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"the disk of {out} is full; free some space and run the same again to go on") from None
+            raise RunError(f"the disk of {out} is full; free some space and run the same again to resume") from None
         raise
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    # The system releases it when the process ends, however it ends.
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that is writing {out}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def prepare(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    cache_dir: Path | None = None,
+    options: Options | None = None,
+    workers: int | None = None,
+    report: Report = lambda status: None,
+) -> Path:
+    """The shard folder of a recipe's `data.path`: the path itself if it is one, else its text tokenized into `cache_dir`.
+
+    `path` "sample" is the corpus that ships in the package. The cache (~/.cache/tnllm/tokens) is keyed by content,
+    tokenizer and options, and locked, so several processes may ask for the same folder at once. Raises UserError for a
+    shard folder made with another tokenizer, and what `tokenize_corpus` raises.
+    """
+    source = assets.sample_corpus() if str(path) == SAMPLE else Path(path)
+    if shards.is_shard_folder(source):
+        if shards.read_manifest(source).tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{source} was made with another tokenizer than {tokenizer.path}; "
+                f"use {source / FILE_NAME} or tokenize again"
+            )
+        return source
+    options = options or Options()
+    files = find_files([source])
+    fresh = new_manifest(files, tokenizer, options)
+    identity = repr((fresh.tokenizer_sha256, fresh.options, [file["sha256"] for file in fresh.inputs]))
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "tokens") / f"{source.name.split('.')[0]}-{key}"
+    tokenize_corpus(files, folder, tokenizer, options, workers=workers, report=report, fresh=fresh)
+    return folder
+
+
+def new_manifest(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Manifest:
+    """The manifest of a run that has not started; reads every file once for its hash."""
+    inputs = [{"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files]
+    return Manifest(
+        dtype=shards.token_dtype(tokenizer.vocab_size).str,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.sha256,
+        options=asdict(options),
+        inputs=inputs,
+    )
 
 
 def num_cores() -> int:
-    """Cores this process may use."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin(out: Path, fresh: Manifest, tokenizer: Tokenizer, overwrite: bool) -> Manifest:
-    """The manifest to go on from: the folder's own if it was made in the same way, else a fresh one."""
+    """The manifest to resume from: the folder's own if it was made with the same options, else a fresh one."""
     if shards.is_shard_folder(out) and not overwrite:
         old = shards.read_manifest(out)
         if change := _difference(old, fresh):
@@ -197,7 +169,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _clear(out: Path) -> None:
-    # The manifest goes first: without it the rest is no shard folder.
+    # The manifest goes first: without it the folder no longer counts as token shards.
     (out / shards.MANIFEST).unlink(missing_ok=True)
     for path in list(out.iterdir()):
         if _is_ours(path) and path.name != ".lock":
@@ -208,7 +180,7 @@ def _clear(out: Path) -> None:
 class _State:
     """What is on disk (`manifest`) and what is collected for the next shards.
 
-    A value that is replaced whole, so Ctrl-C between any two steps leaves one that can be written.
+    Immutable and replaced in one assignment, so Ctrl-C at any point leaves a state that can be written.
     """
 
     manifest: Manifest
@@ -226,13 +198,13 @@ def _write(
     total_bytes: int,
     report: Report,
 ) -> Manifest:
-    """Write all groups as shards of about `shard_tokens`; what stops it halfway keeps what was encoded."""
+    """Write all groups as shards of about `shard_tokens` tokens; Ctrl-C and bad input still write what was encoded."""
     state = _State(manifest, manifest.position, manifest.skipped)
     documents, tokens = manifest.total("documents"), manifest.total("tokens")
     try:
-        for group, found in encoded:
-            state = _added(state, group, found)
-            documents, tokens = documents + len(found.lengths), tokens + len(found.tokens)
+        for group, result in encoded:
+            state = _added(state, group, result)
+            documents, tokens = documents + len(result.lengths), tokens + len(result.tokens)
             report(Status(group.done_bytes, total_bytes, documents, tokens))
             if state.tokens >= shard_tokens:
                 state = _flushed(out, state)
@@ -257,7 +229,7 @@ def _added(state: _State, group: Group, encoded: Encoded) -> _State:
 
 
 def _flushed(out: Path, state: _State) -> _State:
-    """Write what is collected, then the manifest that makes it count."""
+    """Write what is collected, then the manifest that lists it."""
     written = list(state.manifest.shards)
     for split in shards.SPLITS:
         parts = [part for part in state.parts if part[0] == split]
@@ -293,7 +265,7 @@ def _finish(out: Path, manifest: Manifest, options: Options) -> Manifest:
 
 
 def _hold_out_end(out: Path, manifest: Manifest, fraction: float) -> Manifest:
-    """Move the last `fraction` of the tokens, at most half a shard, to "val"; may cut a document in two."""
+    """Move the last `fraction` of the tokens, at most half a shard, to "val"; may split a document."""
     *others, last = manifest.shards
     stream = shards.TokenStream(out, "train", replace(manifest, shards=[last]))
     cut = last.tokens - min(max(2, round(manifest.total("tokens") * fraction)), last.tokens // 2)
@@ -308,6 +280,6 @@ def _hold_out_end(out: Path, manifest: Manifest, fraction: float) -> Manifest:
         text_bytes = int(stream.token_bytes[tokens[begin:end]].astype(np.int64).sum())
         return shards.write_shard(out, split, number, tokens[begin:end], lengths, text_bytes)
 
-    # The shorter shard gets a new name: until the manifest is replaced, the old one must stay whole.
+    # The shorter shard gets a new name: the old one must stay intact until the manifest is replaced.
     shorter = write("train", len(manifest.shards), 0, cut)
     return replace(manifest, shards=[*others, shorter, write("val", 0, cut, last.tokens)])

@@ -1,22 +1,24 @@
 """Pages of web archives: the text of WET files as it is, and the main text of the HTML in WARC files.
 
-for found in read_archive(Path("CC-MAIN.warc.gz")):    # Document with the field `url`, or BadDocument
+for document in read_archive(Path("CC-MAIN.warc.gz")):
+    document.record["url"]
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from tnllm.data.corpus import BadDocument, Document
+from tnllm.data.compressed import damage_as_run_error
+from tnllm.data.documents import Document
 from tnllm.errors import MissingExtra, RunError
 
 _PAGES = ("text/html", "application/xhtml+xml", "text/plain")
 
 
-def read_archive(path: Path) -> Iterator[Document | BadDocument]:
-    """Every page in order; `line` counts records from 1. Records that are no page of text are passed over.
+def read_archive(path: Path) -> Iterator[Document]:
+    """Every page in order; `line` counts records from 1. Records that are not pages of text are skipped.
 
-    HTML is decoded by its declared or detected encoding and cut down to its main text. Raises RunError for a file
-    that holds no whole record, is damaged or ends too early.
+    HTML is decoded by its declared or detected encoding and reduced to its main text. Raises RunError for a file that
+    holds no complete record, is damaged or ends too early.
     """
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
@@ -25,30 +27,25 @@ def read_archive(path: Path) -> Iterator[Document | BadDocument]:
     except ImportError:
         raise MissingExtra("data", "resiliparse") from None
     number = 0
-    with open(path, "rb") as raw:
-        try:
-            wanted = WarcRecordType.response | WarcRecordType.conversion
-            for number, record in enumerate(ArchiveIterator(raw, record_types=WarcRecordType.any_type), 1):
-                length = record.content_length
-                if not record.record_type & wanted:
-                    continue
-                kind = record.http_content_type or record.headers.get("Content-Type") or "text/plain"
-                if kind.split(";")[0].strip().lower() not in _PAGES:
-                    continue
-                body = record.reader.read()
-                if len(body) < length:
-                    # The library takes a file that is cut short for a whole one.
-                    raise EOFError(f"record {number} has {len(body)} of {length} bytes")
-                if record.record_type == WarcRecordType.conversion:
-                    text = body.decode("utf-8", "replace")
-                else:
-                    html = bytes_to_str(body, record.http_charset or detect_encoding(body) or "utf-8")
-                    text = extract_plain_text(html, main_content=True, alt_texts=False)
-                fields = {"url": record.headers.get("WARC-Target-URI"), "date": record.headers.get("WARC-Date")}
-                yield Document(text, path, number, raw.tell(), fields)
-        except (EOFError, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise RunError(f"{path} is cut short or damaged after record {number}: {error}") from None
+    with open(path, "rb") as raw, damage_as_run_error(lambda: f"{path} is cut short or damaged after record {number}"):
+        wanted = WarcRecordType.response | WarcRecordType.conversion
+        for number, record in enumerate(ArchiveIterator(raw, record_types=WarcRecordType.any_type), 1):
+            length = record.content_length
+            if not record.record_type & wanted:
+                continue
+            kind = record.http_content_type or record.headers.get("Content-Type") or "text/plain"
+            if kind.split(";")[0].strip().lower() not in _PAGES:
+                continue
+            body = record.reader.read()
+            if len(body) < length:
+                # fastwarc does not notice that a file is cut short.
+                raise EOFError(f"record {number} has {len(body)} of {length} bytes")
+            if record.record_type == WarcRecordType.conversion:
+                text = body.decode("utf-8", "replace")
+            else:
+                html = bytes_to_str(body, record.http_charset or detect_encoding(body) or "utf-8")
+                text = extract_plain_text(html, main_content=True, alt_texts=False)
+            fields = {"url": record.headers.get("WARC-Target-URI"), "date": record.headers.get("WARC-Date")}
+            yield Document(text, path, number, raw.tell(), fields)
     if number == 0:
-        raise RunError(f"{path} holds no WARC record; it is empty or no web archive")
+        raise RunError(f"{path} holds no WARC record; it is empty or not a web archive")

@@ -1,16 +1,16 @@
-"""Two evaluations side by side, or one beside the paper's table.
+"""Results of two evaluations, or of one and the paper, side by side.
 
 rows = compare(read_results(Path("a.json")), read_results(Path("b.json")))
-rows = compare(read_results(Path("a.json")), paper="385m")
+rows = compare(read_results(Path("a.json")), None, paper="385m")
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.evaluation.cards import PAPER_TASKS, find_card
+from tnllm.files import read_json
 
 # TransNormerLLM in the paper: arXiv 2405.17381, Table 2 (arXiv 2307.14995, Table 9 up to 7B). Percent; acc, but
 # acc_norm for HS, ARC-c and OBQA; MMLU, CMMLU and C-Eval with 5 examples by those sets' own scripts.
@@ -24,25 +24,21 @@ PAPER: dict[str, tuple[float | None, ...]] = {
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results file of tnllm or lm-evaluation-harness, or the newest one below a folder. Raises UserError."""
+    """Read a results file of tnllm or lm-evaluation-harness, or the newest one below a folder. Raises UserError."""
     if path.is_dir():
         files = sorted(path.rglob("results_*.json"), key=lambda file: file.stat().st_mtime)
         if not files:
             raise UserError(f"{path} holds no results_*.json; give a results file or the --out folder of an evaluation")
         path = files[-1]
-    if not path.is_file():
-        raise UserError(f"{path} is no file; give a results_*.json that `tnllm eval --out DIR` or lm-eval wrote")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); give a results_*.json") from None
-    if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
-        raise UserError(f"{path} has no 'results'; give a results_*.json that `tnllm eval --out DIR` or lm-eval wrote")
+    advice = "give a results_*.json that `tnllm eval --out DIR` or lm-eval wrote"
+    results = read_json(path, advice)
+    if not isinstance(results.get("results"), dict):
+        raise UserError(f"{path} has no 'results'; {advice}")
     return results
 
 
 def published(task: str, metric: str, size: str) -> float | None:
-    """The paper's figure for a task and metric, in percent; None where it has none."""
+    """Return the paper's figure for a task and metric in percent, or None."""
     if size not in PAPER:
         raise UserError(f"the paper has no model {size!r}; allowed: {', '.join(PAPER)}{did_you_mean(size, PAPER)}")
     card = find_card(task) if task in PAPER_TASKS else None
@@ -52,7 +48,7 @@ def published(task: str, metric: str, size: str) -> float | None:
 
 
 def compare(first: dict[str, Any], second: dict[str, Any] | None, paper: str | None = None) -> list[dict[str, Any]]:
-    """One row per task and metric that both have. The standard error of a difference takes the two as independent."""
+    """Return one row per common task and metric. A difference's standard error assumes that the two are independent."""
     rows = []
     for task, values in first["results"].items():
         for key, value in values.items():
@@ -88,23 +84,23 @@ def _number(values: dict[str, Any], key: str) -> float | None:
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """What else differs between two evaluations, so that a delta is not read as the models' alone."""
-    found = []
+    """Return what else differs between two evaluations, since it may explain a delta too."""
+    lines = []
     for name, key in (
         ("number of examples", "n-shot"),
         ("task version", "versions"),
         ("questions and prompts", "task_hashes"),
     ):
-        mine, others = first.get(key) or {}, second.get(key) or {}
-        tasks = [task for task in mine if task in others and mine[task] != others[task]]
+        a, b = first.get(key) or {}, second.get(key) or {}
+        tasks = [task for task in a if task in b and a[task] != b[task]]
         if tasks:
             more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
-            found.append(f"{name} differs: {', '.join(tasks[:3])}{more}")
+            lines.append(f"{name} differs: {', '.join(tasks[:3])}{more}")
     for name, key in (("limit", "limit"), ("few-shot seed", "fewshot_seed"), ("dtype", "model_dtype")):
         values = [results.get("config", {}).get(key) for results in (first, second)]
         if values[0] != values[1]:
-            found.append(f"{name} differs: {values[0]} and {values[1]}")
+            lines.append(f"{name} differs: {values[0]} and {values[1]}")
     for label, results in (("A", first), ("B", second)):
         if sampled := (results.get("tnllm") or {}).get("sampled"):
-            found.append(f"{label} is a packaged sample, not a score: {', '.join(sampled)}")
-    return found
+            lines.append(f"{label} is a packaged sample, not a score: {', '.join(sampled)}")
+    return lines

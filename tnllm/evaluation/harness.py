@@ -1,17 +1,17 @@
-"""lm-evaluation-harness runs on this model: its language model interface over prefix sharing and carried states.
+"""The model for lm-evaluation-harness: its LM interface, with shared prefixes and recurrent states.
 
     from tnllm.evaluation.harness import TransNormerLM            # registers "tnllm"
     lm = TransNormerLM("runs/tiny")
     lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])
     lm_eval.simple_evaluate(model="tnllm", model_args="pretrained=runs/tiny,dtype=bfloat16", tasks=["arc_easy"])
 
-Nothing is cut off: the state carries a text of any length, so a context has no limit and a rolling log-likelihood no
-windows. Under torchrun each rank takes its share of the questions.
+Nothing is truncated: the state holds a text of any length, so contexts have no limit and rolling log-likelihoods no
+windows. Under torchrun each rank answers its share of the questions.
 """
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,33 +24,27 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from torch import Tensor
 
-from tnllm import __version__
-from tnllm.errors import UserError, did_you_mean
-from tnllm.evaluation.cache import AnswerCache
-from tnllm.evaluation.encoding import LineEncoder
-from tnllm.evaluation.prefix_tree import MIN_SAVED_TOKENS, Request
-from tnllm.evaluation.scoring import Scorer
-from tnllm.generation.context import Context, read, weights_hash
+from tnllm import __version__, chat_template
+from tnllm.evaluation.answer_cache import AnswerCache
+from tnllm.evaluation.generate_until import SharedPrefix, sampling_params
+from tnllm.evaluation.prompt_encoding import LineEncoder, encode_pairs
+from tnllm.generation.context import weights_hash
 from tnllm.generation.decoder import BATCH_SIZE, Result, generate
-from tnllm.generation.loading import Ready, load
+from tnllm.generation.loading import LoadedModel, load
+from tnllm.generation.prefix_tree import Request
 from tnllm.generation.sampler import SamplingParams
+from tnllm.generation.scoring import Scorer
 
-# The harness's settings of `generate_until`, and ours.
-_GENERATION = {
-    "max_gen_toks": "max_tokens", "max_new_tokens": "max_tokens", "max_tokens": "max_tokens", "until": "stop",
-    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty", "do_sample": None,
-}  # fmt: skip
-Report = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # kind of request, done, total
 
 
 @register_model("tnllm")
 class TransNormerLM(TemplateLM):
-    """The model behind the harness. Answers do not depend on batching or sharing, up to rounding (docs/evaluation.md)."""
+    """A tnllm model as the harness's LM. Up to rounding, answers do not depend on batches or sharing."""
 
     def __init__(
         self,
-        pretrained: str | Path | Ready | None = None,
+        pretrained: str | Path | LoadedModel | None = None,
         device: str | None = "auto",
         dtype: str = "auto",
         batch_size: int | str | None = "auto",
@@ -59,35 +53,33 @@ class TransNormerLM(TemplateLM):
         share_prefix: bool = True,
         cache_dir: str | Path | None = None,
         seed: int = 1234,
-        note: Callable[[str], None] = lambda text: None,
-        report: Report = lambda kind, done, total: None,
+        log: Callable[[str], None] = lambda text: None,
+        progress: Progress = lambda kind, done, total: None,
     ) -> None:
         """`pretrained`: a run, step or weights folder, or a model in memory; None: the model that ships in the package.
 
-        `batch_size`: auto (by tokens and memory) or the most texts computed together; `batch_tokens`: tokens computed
-        together. `cache_dir` keeps answers on disk. `note` and `report` (kind, done, total) tell of the progress.
-        Raises UserError for a folder that is no model, or has no tokenizer.
+        `batch_size`: auto (by tokens and memory) or the most texts per batch; `batch_tokens`: the most tokens per batch.
+        `cache_dir` keeps answers on disk. Raises UserError for a folder that is not a model or has no tokenizer.
         """
         super().__init__()
         self._join_ranks()
         if device in (None, "auto", "cuda") and self.world_size > 1 and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        self.ready = pretrained if isinstance(pretrained, Ready) else load(pretrained, device or "auto", dtype)
+        self.ready = pretrained if isinstance(pretrained, LoadedModel) else load(pretrained, device or "auto", dtype)
         self.share_prefix = share_prefix in (True, "True", "true", 1)
         rows = None if batch_size in (None, "auto") else int(str(batch_size).removeprefix("auto:"))
         if max_batch_size is not None:
             rows = min(rows or max_batch_size, int(max_batch_size))
         self._rows = rows
-        self.scorer = Scorer(self.ready.model, self.share_prefix, batch_tokens, rows, note)
+        self.scorer = Scorer(self.ready.model, self.share_prefix, batch_tokens, rows, log)
         self.weights_sha256 = weights_hash(self.ready.model)
-        self._seed, self._report, self._note = seed, report, note
+        self._seed, self._progress, self._log = seed, progress, log
         self._encode = LineEncoder(self.ready.tokenizer)
-        self._chat = False
         self.longest = self.num_cached = self.num_requests = 0
         self.cache = AnswerCache(Path(cache_dir), self.identity()) if cache_dir is not None else None
 
     def identity(self) -> dict[str, Any]:
-        """All an answer depends on besides the prompt."""
+        """Everything besides the prompt that an answer depends on."""
         ready = self.ready
         return {
             "weights": self.weights_sha256, "tokenizer": ready.tokenizer.sha256, "bos": [ready.bos_id, ready.add_bos],
@@ -96,13 +88,13 @@ class TransNormerLM(TemplateLM):
         }  # fmt: skip
 
     def counts(self) -> dict[str, int]:
-        """What this rank did so far; tokens are those of answers that were not in the cache."""
+        """Counts of this rank so far; tokens of cached answers do not count."""
         return {
             "tokens_computed": self.scorer.num_tokens, "tokens_one_by_one": self.scorer.plain_tokens,
             "longest_tokens": self.longest, "requests": self.num_requests, "requests_from_cache": self.num_cached,
         }  # fmt: skip
 
-    # What the harness asks about the model.
+    # Properties that the harness reads.
 
     @property
     def _dtype(self) -> str:
@@ -115,21 +107,21 @@ class TransNormerLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context starts after."""
+        """Begin token: the context of a text that has none."""
         return self.ready.bos_id
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.ready.model.device
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells request caches apart."""
+        """Key of the harness's request cache."""
         return f"tnllm-{self.ready.tokenizer.sha256[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
-        """Goes into the results."""
+        """Values for the results file."""
         model = self.ready.model
         return {
             "model_num_parameters": sum(weight.numel() for weight in model.parameters()), "model_dtype": self._dtype,
@@ -137,12 +129,8 @@ class TransNormerLM(TemplateLM):
         }  # fmt: skip
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; the begin token first if the model wants one. Within a chat the end token's name is that token."""
-        tokenizer = self.ready.tokenizer
-        parts = string.split(tokenizer.piece(tokenizer.eos_id)) if self._chat else [string]
-        ids = self._encode(parts[0])
-        for part in parts[1:]:
-            ids += [tokenizer.eos_id, *self._encode(part)]
+        """Token ids of a text or of what `apply_chat_template` returned; the begin token first if the model wants one."""
+        ids = chat_template.encode(chat_template.from_marked(string), self._encode, self.ready.tokenizer.eos_id)
         begin = self.ready.add_bos if add_special_tokens is None else add_special_tokens
         return [self.ready.bos_id, *ids] if begin else ids
 
@@ -153,33 +141,29 @@ class TransNormerLM(TemplateLM):
         return self.ready.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Turns as the model was fine-tuned on: the template around what the user says, the end token after answers.
+        """A conversation in the model's turns, as a string for `tok_encode`: end tokens and prompts' ends are marks in it.
 
-        A system message goes before the first turn. Without `add_generation_prompt` the last answer stays open.
+        Without `add_generation_prompt` the last answer does not end yet. Raises UserError unless user and assistant take
+        turns after an optional system message.
         """
-        self._chat = True
-        opening, _, closing = self.ready.chat_template.partition("{prompt}")
-        end = self.ready.tokenizer.piece(self.ready.tokenizer.eos_id)
-        text = ""
-        for number, turn in enumerate(chat_history):
-            if turn["role"] == "user":
-                text += opening + turn["content"] + closing
-            elif turn["role"] == "assistant":
-                open_end = number == len(chat_history) - 1 and not add_generation_prompt
-                text += turn["content"] + ("" if open_end else end)
-            else:
-                text += turn["content"].rstrip() + "\n\n"
-        return text
+        messages = [(turn["role"], turn["content"]) for turn in chat_history]
+        segments = chat_template.render(self.ready.chat_template, messages, open_answer=not add_generation_prompt)
+        return chat_template.to_marked(segments)
+
+    def shown(self, text: str) -> str:
+        """What `apply_chat_template` returned, for people: the name of the end token in place of its mark."""
+        tokenizer = self.ready.tokenizer
+        return chat_template.without_marks(text, tokenizer.piece(tokenizer.eos_id))
 
     # Log-likelihoods.
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities, whether greedy decoding would give it) of each continuation."""
+        """(sum of log-probabilities, whether greedy decoding gives it) for each continuation."""
         answers = self._answers("loglikelihood", [request.args for request in requests], self._score_pairs)
         return [(logprob, greedy) for logprob, greedy in answers]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text after the begin token, every token after all that stand before it."""
+        """Log-likelihood of each complete text after the begin token; every token sees all tokens before it."""
         return self._answers("loglikelihood_rolling", [request.args for request in requests], self._score_texts)
 
     def _loglikelihood_tokens(
@@ -191,7 +175,7 @@ class TransNormerLM(TemplateLM):
 
     def _score(self, kind: str, requests: Sequence[Request]) -> Iterator[tuple[int, tuple[float, bool]]]:
         self.longest = max([self.longest, *(len(each.context) + len(each.continuation) for each in requests)])
-        for score in self.scorer.score(requests, lambda done, total: self._report(kind, done, total)):
+        for score in self.scorer.score(requests, lambda done, total: self._progress(kind, done, total)):
             yield score.index, (float(score.logprobs.sum()), score.greedy)
 
     def _score_pairs(self, arguments: list[tuple[str, str]]) -> Iterator[tuple[int, tuple[float, bool]]]:
@@ -199,31 +183,32 @@ class TransNormerLM(TemplateLM):
 
     def _score_texts(self, arguments: list[tuple[str]]) -> Iterator[tuple[int, float]]:
         ids = [self.tok_encode(text, add_special_tokens=False) for (text,) in arguments]
-        filled = [index for index, text in enumerate(ids) if text]
+        nonempty = [index for index, text in enumerate(ids) if text]
         yield from ((index, 0.0) for index, text in enumerate(ids) if not text)
-        requests = [Request([self.prefix_token_id], ids[index]) for index in filled]
+        requests = [Request([self.prefix_token_id], ids[index]) for index in nonempty]
         for number, (logprob, _) in self._score("loglikelihood_rolling", requests):
-            yield filled[number], logprob
+            yield nonempty[number], logprob
 
     # Generation.
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The model's text after each context, up to the first stop string; greedy unless `do_sample` is set."""
+        """Generated text after each context, up to the first stop string; greedy unless `do_sample` is set."""
         return self._answers("generate_until", [request.args for request in requests], self._generate)
 
     def _generate(self, arguments: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[int, str]]:
         ready = self.ready
         prompts = [self.tok_encode(text) or [self.prefix_token_id] for text, _ in arguments]
-        params = [_sampling(settings) for _, settings in arguments]
-        times: Counter[tuple[str, SamplingParams]] = Counter()
+        params = [sampling_params(settings) for _, settings in arguments]
+        repeats: Counter[tuple[str, SamplingParams]] = Counter()
         for index, (text, _) in enumerate(arguments):
-            # The same prompt asked again gets another draw.
-            times[text, params[index]] += 1
-            params[index] = replace(params[index], seed=self._seed + times[text, params[index]] - 1)
+            # A repeated prompt gets another seed, so that its samples differ.
+            key = text, params[index]
+            params[index] = replace(params[index], seed=self._seed + repeats[key])
+            repeats[key] += 1
         self.longest = max([self.longest, *map(len, prompts)])
         order = sorted(range(len(prompts)), key=prompts.__getitem__)
         rows = self._rows or (BATCH_SIZE if ready.model.device.type == "cpu" else 4 * BATCH_SIZE)
-        done, prefix = 0, _Prefix(ready.model, self.share_prefix)
+        done, prefix = 0, SharedPrefix(ready.model, self.share_prefix)
         for start in range(0, len(order), rows):
             group = order[start : start + rows]
             shared, context = prefix.of([prompts[index] for index in group])
@@ -237,11 +222,11 @@ class TransNormerLM(TemplateLM):
             for event in events:
                 if isinstance(event, Result):
                     done += 1
-                    self._report("generate_until", done, len(order))
+                    self._progress("generate_until", done, len(order))
                     yield group[event.index], event.text
         self.scorer.num_tokens += prefix.num_tokens
 
-    # Answers from the cache, the rest from the model.
+    # The answer cache.
 
     def _answers(
         self, kind: str, arguments: list[Any], compute: Callable[[Any], Iterator[tuple[int, Any]]]
@@ -249,40 +234,40 @@ class TransNormerLM(TemplateLM):
         keys = [AnswerCache.key(kind, each) for each in arguments]
         for index, each in enumerate(arguments):
             if kind == "generate_until" and each[1].get("do_sample"):
-                # Draws are as many as are asked for.
-                keys[index] = f"draw {index}"
-        lasting = [key for key in keys if not key.startswith("draw")]
-        found = self.cache.get(lasting) if self.cache else {}
+                # Samples are never cached, so that repeated requests differ.
+                keys[index] = f"sample {index}"
+        cached = [key for key in keys if not key.startswith("sample")]
+        answers = self.cache.get(cached) if self.cache else {}
         self.num_requests += len(keys)
-        self.num_cached += sum(key in found for key in keys)
-        if found:
-            left = sum(key not in found for key in keys)
-            self._note(f"{kind}: {len(keys) - left:,} of {len(keys):,} answers are in the cache, {left:,} are left")
-        todo = {key: each for key, each in zip(keys, arguments, strict=True) if key not in found}
-        names = list(todo)
+        self.num_cached += sum(key in answers for key in keys)
+        if answers:
+            left = sum(key not in answers for key in keys)
+            self._log(f"{kind}: {len(keys) - left:,} of {len(keys):,} answers are in the cache, {left:,} are left")
+        todo = {key: each for key, each in zip(keys, arguments, strict=True) if key not in answers}
+        todo_keys = list(todo)
         try:
             for index, answer in compute(list(todo.values())) if todo else ():
-                found[names[index]] = answer
-                if self.cache and not names[index].startswith("draw"):
-                    self.cache.put(names[index], answer)
+                answers[todo_keys[index]] = answer
+                if self.cache and not todo_keys[index].startswith("sample"):
+                    self.cache.put(todo_keys[index], answer)
         finally:
             if self.cache:
                 self.cache.flush()
-        return [found[key] for key in keys]
+        return [answers[key] for key in keys]
 
     # Ranks.
 
     def _join_ranks(self) -> None:
-        """Under torchrun: who of how many this process is."""
+        """Set rank and world size under torchrun."""
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size > 1:
             if not dist.is_initialized():
-                # Only small objects travel: counts before, samples and metrics after.
+                # gloo is enough: only counts, samples and metrics are exchanged.
                 dist.init_process_group("gloo")
             self._rank, self._world_size = dist.get_rank(), world_size
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """[world size] of each rank's number."""
+        """Return one number of each rank: [world size]."""
         if self.world_size == 1:
             return tensor
         parts = [torch.zeros_like(tensor, device="cpu") for _ in range(self.world_size)]
@@ -290,7 +275,7 @@ class TransNormerLM(TemplateLM):
         return torch.stack(parts)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Every rank's object, on `dst`."""
+        """Return every rank's object on `dst`, None elsewhere."""
         if self.world_size == 1:
             return [obj]
         parts: list[Any] | None = [None] * self.world_size if self.rank == dst else None
@@ -303,77 +288,12 @@ class TransNormerLM(TemplateLM):
             dist.barrier()
 
 
-def encode_pairs(pairs: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], prefix_id: int) -> list[Request]:
-    """Contexts and continuations as the harness splits them: encoded together, cut where the context ends."""
-    contexts: dict[str, list[int]] = {}
-    requests = []
-    for context, continuation in pairs:
-        # Spaces at the end of a context belong to the word that follows.
-        kept = context.rstrip()
-        if kept not in contexts:
-            contexts[kept] = encode(kept) if kept else [prefix_id]
-        before = contexts[kept]
-        whole = encode(context + continuation)
-        after = whole[len(before) :] if kept else [id for id in whole if id != prefix_id]
-        if not after:
-            # Both together are no more tokens than the context alone: the last one is what the continuation decides.
-            before, after = whole[:-1] or [prefix_id], whole[-1:]
-        requests.append(Request(before, after))
-    return requests
-
-
 def trained_length(folder: Path) -> int | None:
-    """Tokens of the sequences a model was trained on, where the run's config lies beside its weights; else None."""
-    for place in (folder, *folder.parents[:2]):
-        path = place / "config.resolved.yaml"
+    """Return the sequence length of training, from the run's config beside the weights; None if there is no config."""
+    for parent in (folder, *folder.parents[:2]):
+        path = parent / "config.resolved.yaml"
         if path.is_file():
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             length = (values.get("data") or {}).get("seq_len")
             return length if isinstance(length, int) else None
     return None
-
-
-class _Prefix:
-    """What the prompts of a batch start with, read once; kept for the next batch if that goes on from it."""
-
-    def __init__(self, model: Any, share: bool) -> None:
-        self._model, self._share = model, share
-        self._ids: list[int] = []
-        self._context: Context | None = None
-        self.num_tokens = 0
-
-    def of(self, prompts: list[list[int]]) -> tuple[int, Context | None]:
-        """Length of the common beginning of sorted prompts, and the context after it; every prompt keeps a token."""
-        first, last = prompts[0], prompts[-1]
-        length = 0
-        while length < min(len(first), len(last)) - 1 and first[length] == last[length]:
-            length += 1
-        if not self._share or length * (len(prompts) - 1) < MIN_SAVED_TOKENS:
-            return 0, None
-        known = len(self._ids)
-        if self._context is None or known > length or first[:known] != self._ids:
-            known, self._context = 0, None
-        if known < length:
-            [self._context] = read(self._model, [first[known:length]], [self._context])
-            self.num_tokens += length - known
-            self._ids = first[:length]
-        return length, self._context
-
-
-def _sampling(settings: dict[str, Any]) -> SamplingParams:
-    """The harness's generation settings as ours. Raises UserError for one that is not known."""
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key not in _GENERATION:
-            allowed = ", ".join(_GENERATION)
-            raise UserError(
-                f"generation setting {key!r} is not known; allowed: {allowed}{did_you_mean(key, _GENERATION)}"
-            )
-        name = _GENERATION[key]
-        if name is not None and value is not None:
-            values[name] = value
-    if not settings.get("do_sample"):
-        values["temperature"] = 0
-    if isinstance(values.get("stop"), list | tuple):
-        values["stop"] = tuple(text for text in values["stop"] if text)
-    return SamplingParams.of(values)

@@ -1,10 +1,10 @@
-"""The same questions through the harness's own `hf` model: an independent reader of the same weights.
+"""Scores compared with the harness's own `hf` model on the same weights.
 
-    found = check_against_hf({"piqa": loaded}, export, model=None, limit=100)
-    found["tasks"][0]["changed"]                                 # answers that differ, with their margins
+    results = check_against_hf({"piqa": loaded}, export, model=None, limit=100)
+    results["tasks"][0]["changed"]                               # answers that differ, with their margins
 
-The other side shares nothing with this package's scoring: it runs the exported Hugging Face code and tokenizer, and the
-harness's own splitting, padding and batching.
+The `hf` model shares no code with this package's scoring: it runs the exported Hugging Face model and tokenizer, and the
+harness's splitting, padding and batching.
 """
 
 import tempfile
@@ -21,9 +21,9 @@ from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.task import Task
 
 from tnllm.errors import MissingExtra
-from tnllm.evaluation.bench import TOLERANCE, pick
-from tnllm.evaluation.harness import Report, TransNormerLM
-from tnllm.evaluation.requests import ask
+from tnllm.evaluation.harness import Progress, TransNormerLM
+from tnllm.evaluation.multiple_choice import ask
+from tnllm.evaluation.sharing_bench import TOLERANCE, pick
 from tnllm.evaluation.tasks import Loaded
 
 Question = tuple[Task, list[Instance]]
@@ -32,7 +32,7 @@ WAYS = ("tnllm", "hf")
 
 
 def need_transformers() -> None:
-    """Raises MissingExtra without what the harness's `hf` model stands on."""
+    """Raise MissingExtra if a package that the harness's `hf` model needs is not installed."""
     for package in ("transformers", "accelerate"):
         if find_spec(package) is None:
             raise MissingExtra("hf", package)
@@ -47,35 +47,38 @@ def check_against_hf(
     batch_size: int = 8,
     limit: int | None = None,
     seed: int = 1234,
-    note: Callable[[str], None] = lambda text: None,
-    report: Report = lambda kind, done, total: None,
+    log: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda kind, done, total: None,
 ) -> dict[str, Any]:
-    """Answer the questions of all sets both ways. `sets`: name → multiple-choice tasks that are counted together.
+    """Answer the questions of all sets both ways. `sets`: name → multiple-choice tasks with one row of results.
 
-    `export(weights folder, new folder)` writes the Hugging Face folder. `batch_size`: rows of the `hf` model's batches.
-    Raises UserError for tasks of another kind, MissingExtra without transformers.
+    `export(weights folder, new folder)` writes the Hugging Face folder. `batch_size` is the `hf` model's. Raises UserError
+    for tasks that are not multiple-choice, MissingExtra without transformers.
     """
     need_transformers()
     label = ""
     lm = TransNormerLM(
-        model, device, dtype, note=note, report=lambda _, done, total: report(f"tnllm, {label}", done, total)
+        model, device, dtype, log=log, progress=lambda _, done, total: progress(f"tnllm, {label}", done, total)
     )
-    asked = {name: list(ask(loaded, limit, seed)) for name, loaded in sets.items()}
-    first = next(iter(asked.values()))[0][1]
+    questions_of = {name: list(ask(loaded, limit, seed)) for name, loaded in sets.items()}
+    warm_up = next(iter(questions_of.values()))[0][1]
     runs: dict[str, list[tuple[list[Answers], int, float]]] = {}
-    lm.loglikelihood(first)
-    for name, questions in asked.items():
+    lm.loglikelihood(warm_up)
+    for name, questions in questions_of.items():
         label = name
         runs.setdefault("tnllm", []).append(_run(lm, questions, lambda: lm.scorer.num_tokens))
     with tempfile.TemporaryDirectory(prefix="tnllm-hf-") as folder:
         export(lm.ready.folder, Path(folder, "model"))
-        # The `hf` model cuts what is longer than this; the carried state has no such length.
+        # The `hf` model truncates prompts longer than `max_length`, so that is set above the longest one.
         hf, counts = _open_hf(Path(folder, "model"), str(lm.device), dtype, batch_size, lm.longest + 1)
-        hf.loglikelihood(first, disable_tqdm=True)
-        for name, questions in asked.items():
-            counts.start(sum(len(instances) for _, instances in questions), f"hf, {name}", report)
+        hf.loglikelihood(warm_up, disable_tqdm=True)
+        for name, questions in questions_of.items():
+            counts.start(sum(len(instances) for _, instances in questions), f"hf, {name}", progress)
             runs.setdefault("hf", []).append(_run(hf, questions, lambda: counts.num_tokens))
-    rows = [_compare(name, asked[name], {way: runs[way][index] for way in WAYS}) for index, name in enumerate(asked)]
+    rows = [
+        _compare(name, questions, {way: runs[way][index] for way in WAYS})
+        for index, (name, questions) in enumerate(questions_of.items())
+    ]
     return {
         "model": str(lm.ready.folder), "weights_sha256": lm.weights_sha256, "dtype": dtype, "batch_size": batch_size,
         "limit": limit, "lm_eval": version("lm_eval"), "transformers": version("transformers"),
@@ -84,21 +87,21 @@ def check_against_hf(
 
 
 class _Counts(CacheHook):
-    """Tokens the `hf` model computes, padding included, and its progress: it tells its cache of each answer."""
+    """Counts the tokens that the `hf` model computes, padding included, and reports progress as its cache hook."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.num_tokens = 0
         self.start(0, "", lambda kind, done, total: None)
 
-    def start(self, total: int, label: str, report: Report) -> None:
-        """Report what follows as `label`, of `total` answers."""
-        self._done, self._total, self._label, self._report = 0, total, label, report
+    def start(self, total: int, label: str, progress: Progress) -> None:
+        """Report the next `total` answers as `label`."""
+        self._done, self._total, self._label, self._progress = 0, total, label, progress
 
     def add_partial(self, *answer: Any) -> None:
         """Called by the harness with each answer."""
         self._done += 1
-        self._report(self._label, self._done, self._total)
+        self._progress(self._label, self._done, self._total)
 
 
 def _open_hf(folder: Path, device: str, dtype: str, batch_size: int, max_length: int) -> tuple[LM, _Counts]:
@@ -120,7 +123,7 @@ def _open_hf(folder: Path, device: str, dtype: str, batch_size: int, max_length:
 
 
 def _run(lm: LM, questions: list[Question], tokens: Callable[[], int]) -> tuple[list[Answers], int, float]:
-    """Answers by question, tokens computed, seconds (encoding included)."""
+    """Return answers by question, tokens computed and seconds, encoding included."""
     before, started = tokens(), time.perf_counter()
     requests = [instance for _, instances in questions for instance in instances]
     answers = iter(lm.loglikelihood(requests, disable_tqdm=True))
@@ -166,6 +169,6 @@ def _compare(name: str, questions: list[Question], runs: dict[str, tuple[list[An
 
 
 def _choice(logprobs: Any, lengths: Sequence[int], normed: bool) -> tuple[int, float]:
-    """What the harness's acc (or, by characters, acc_norm) takes, and its lead in nats (or nats per character)."""
+    """The choice of the harness's acc, or acc_norm if `normed`, and its margin in nats (per character if `normed`)."""
     with np.errstate(divide="ignore"):
         return pick(logprobs[: len(lengths)] / (np.array(lengths, np.float64) if normed else 1.0))

@@ -1,10 +1,10 @@
-"""Perplexity of a text, read in one go: every token is predicted from all before it, however long the text.
+"""Perplexity of texts of any length: every token is predicted from all tokens before it.
 
-    found = perplexity(ready, ["Once upon a time ..."], window=2048)
-    found["bits_per_byte"], found["by_position"]
+    result = perplexity(loaded, ["Once upon a time ..."], window=2048)
+    result["bits_per_byte"], result["by_position"]
 
-Words, bytes and their perplexities are counted as lm-evaluation-harness counts them. With a window the same text is also
-scored in pieces of that many tokens that know nothing of each other, as a model of bounded context has to.
+Words, bytes and their perplexities are counted as lm-evaluation-harness does. With a window the same text is also scored
+in independent pieces of that many tokens, as a model with a bounded context has to.
 """
 
 import math
@@ -15,58 +15,57 @@ from typing import Any
 import numpy as np
 
 from tnllm.errors import UserError
-from tnllm.evaluation.prefix_tree import Request
-from tnllm.evaluation.scoring import Report, Scorer
-from tnllm.generation.loading import Ready
+from tnllm.generation.loading import LoadedModel
+from tnllm.generation.prefix_tree import Request
+from tnllm.generation.scoring import Report, Scorer
 
 
 def perplexity(
-    ready: Ready,
+    loaded: LoadedModel,
     texts: Sequence[str],
     window: int | None = None,
     batch_tokens: int | None = None,
     report: Report = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Score texts, each for itself after the begin token. `by_position` counts tokens from the start of their text.
+    """Score each text on its own, after the begin token. `by_position` counts tokens from the start of a text.
 
-    Raises UserError when there is no text.
+    Raises UserError if all texts are empty.
     """
-    ids = [ready.tokenizer.encode(text) for text in texts]
+    ids = [loaded.tokenizer.encode(text) for text in texts]
     if not any(ids):
         raise UserError("there is no text to score: every document is empty")
-    logprobs = _score(ready, [text for text in ids if text], batch_tokens, report)
-    sizes = np.array([len(data) for data in ready.tokenizer.token_bytes])
+    logprobs = _score(loaded, [text for text in ids if text], batch_tokens, report)
+    sizes = np.array([len(data) for data in loaded.tokenizer.token_bytes])
     num_bytes = [sizes[text] for text in ids if text]
     total = -float(sum(part.sum() for part in logprobs))
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "documents": len(logprobs),
         "tokens": sum(map(len, logprobs)),
         "words": sum(len(re.split(r"\s+", text)) for text in texts),
         "bytes": sum(len(text.encode()) for text in texts),
     }
-    found |= _rates(total, found)
-    found["by_position"] = _by_position(logprobs, num_bytes)
+    result |= _rates(total, result)
+    result["by_position"] = _by_position(logprobs, num_bytes)
     if window is not None:
         pieces = [text[start : start + window] for text in ids for start in range(0, len(text), window)]
-        cut = -float(sum(part.sum() for part in _score(ready, pieces, batch_tokens, report)))
-        found["windows"] = {"window": window, "pieces": len(pieces), **_rates(cut, found)}
-    return found
+        nats = -float(sum(part.sum() for part in _score(loaded, pieces, batch_tokens, report)))
+        result["windows"] = {"window": window, "pieces": len(pieces), **_rates(nats, result)}
+    return result
 
 
 def _score(
-    ready: Ready, texts: Sequence[list[int]], batch_tokens: int | None, report: Report
+    loaded: LoadedModel, texts: Sequence[list[int]], batch_tokens: int | None, report: Report
 ) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-    scorer = Scorer(ready.model, batch_tokens=batch_tokens)
-    found: dict[int, Any] = {
-        score.index: score.logprobs for score in scorer.score([Request([ready.bos_id], text) for text in texts], report)
-    }
-    return [found[index] for index in range(len(texts))]
+    scorer = Scorer(loaded.model, batch_tokens=batch_tokens)
+    requests = [Request([loaded.bos_id], text) for text in texts]
+    logprobs: dict[int, Any] = {score.index: score.logprobs for score in scorer.score(requests, report)}
+    return [logprobs[index] for index in range(len(texts))]
 
 
 def _rates(nats: float, counts: dict[str, Any]) -> dict[str, float]:
     return {
         "token_perplexity": math.exp(nats / counts["tokens"]),
-        # Text without spaces is one word, whose perplexity is beyond any number.
+        # A text without spaces is one word, whose perplexity would overflow.
         "word_perplexity": math.exp(min(nats / counts["words"], 700.0)),
         "byte_perplexity": math.exp(nats / counts["bytes"]),
         "bits_per_byte": nats / math.log(2) / counts["bytes"],
@@ -74,7 +73,7 @@ def _rates(nats: float, counts: dict[str, Any]) -> dict[str, float]:
 
 
 def _by_position(logprobs: Sequence[Any], num_bytes: Sequence[Any]) -> list[dict[str, Any]]:
-    """Bits per byte of tokens 0 to 63 of their text, 64 to 127, 128 to 255 and so on."""
+    """Bits per byte of tokens 0 to 63 of their text, 64 to 127, 128 to 255 and so on, doubling."""
     rows = []
     low, high = 0, 64
     while any(len(part) > low for part in logprobs):
@@ -84,12 +83,9 @@ def _by_position(logprobs: Sequence[Any], num_bytes: Sequence[Any]) -> list[dict
         bits = nats / math.log(2) / size if size else None
         rows.append(
             {
-                "from": low,
-                "to": high - 1,
-                "tokens": count,
-                "token_perplexity": math.exp(nats / count),
+                "from": low, "to": high - 1, "tokens": count, "token_perplexity": math.exp(nats / count),
                 "bits_per_byte": bits,
             }
-        )
+        )  # fmt: skip
         low, high = high, high * 2
     return rows

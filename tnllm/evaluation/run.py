@@ -1,7 +1,7 @@
-"""One evaluation: tasks through the harness, results in its own file format.
+"""One evaluation: tasks run by the harness, results in its file format.
 
-results, samples = evaluate(lm, loaded, settings, note)
-path = write_results(Path("evals"), results, samples)        # evals/MODEL/results_DATE.json, samples_TASK_DATE.jsonl
+results = evaluate(lm, loaded, settings)
+path = write_results(Path("evals"), results, log_samples=True)   # evals/MODEL/results_DATE.json, samples_TASK_DATE.jsonl
 """
 
 import hashlib
@@ -33,7 +33,7 @@ BOOTSTRAP_DRAWS = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """What shapes prompts and metrics, besides the tasks."""
+    """Settings of prompts and metrics, besides the tasks."""
 
     limit: float | None = None  # questions of each task, or a share below 1
     seed: int = 1234
@@ -49,7 +49,7 @@ class Settings:
 
 
 def evaluate(lm: TransNormerLM, loaded: Loaded, settings: Settings) -> dict[str, Any] | None:
-    """Run all tasks: results as the harness's `simple_evaluate` gives them, and `tnllm`. None on ranks above 0."""
+    """Run all tasks. Returns results like the harness's `simple_evaluate` with a key `tnllm`; None on ranks above 0."""
     started, clock = time.time(), time.perf_counter()
     random.seed(settings.seed)
     np.random.seed(settings.seed)
@@ -58,7 +58,7 @@ def evaluate(lm: TransNormerLM, loaded: Loaded, settings: Settings) -> dict[str,
         task.set_fewshot_seed(seed=settings.seed)
         if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=settings.gen_kwargs, update=True)
-    # The harness reads a share of exactly 1 as one question.
+    # For the harness a share of exactly 1 means one question.
     limit = None if settings.limit is None else (int(settings.limit) if settings.limit >= 1 else settings.limit)
     results = evaluator.evaluate(
         lm, loaded.as_harness(), limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS, log_samples=True,
@@ -72,6 +72,10 @@ def evaluate(lm: TransNormerLM, loaded: Loaded, settings: Settings) -> dict[str,
     seconds = time.perf_counter() - clock
     name = str(lm.ready.folder)
     template = lm.chat_template(settings.chat_template)
+    for row in (row for rows in results["samples"].values() for row in rows) if template else ():
+        row["arguments"] = [
+            tuple(lm.shown(value) if isinstance(value, str) else value for value in args) for args in row["arguments"]
+        ]
     results = dict(results)
     results["config"] = {
         "model": "tnllm", "model_args": {"pretrained": name, "dtype": lm.get_model_info()["model_dtype"]},
@@ -99,7 +103,7 @@ def evaluate(lm: TransNormerLM, loaded: Loaded, settings: Settings) -> dict[str,
 
 
 def _task_hashes(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """One hash per task over documents, prompts and answers: equal hashes, equal questions asked equally."""
+    """One hash per task over documents, prompts and answers."""
     return {
         task: hash_string("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows))
         for task, rows in samples.items()
@@ -111,7 +115,7 @@ def _file_name(name: str) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """Fail before the work rather than after it. Raises RunError."""
+    """Raise RunError if `out` cannot be written, before the work begins."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe-{hashlib.sha256(str(time.time()).encode()).hexdigest()[:8]}"
@@ -122,7 +126,7 @@ def check_folder(out: Path) -> None:
 
 
 def write_results(out: Path, results: dict[str, Any], log_samples: bool) -> Path:
-    """Write the harness's files; returns the results file."""
+    """Write results (and samples) as the harness names its files. Returns the results file."""
     folder = out / results["model_name_sanitized"]
     folder.mkdir(parents=True, exist_ok=True)
     date = datetime.now().isoformat().replace(":", "-")

@@ -1,10 +1,10 @@
-"""Task names to tasks: the harness's definitions, with local data where tnllm knows of them, and only what is asked for.
+"""Task names to the harness's tasks, with local data for those that have a card.
 
-    chosen = choose(["mmlu", "ceval", "tnl-paper"], note=print)      # names as typed → names and shots
-    loaded = load_tasks(chosen, data_dir=Path("data"), note=print)   # what lm_eval.evaluator.evaluate takes
+    choices = choose(["mmlu", "ceval", "tnl-paper"], None, log=print)    # names as typed → the harness's names and shots
+    loaded = load_tasks(choices, Path("data"), online=False, log=print)  # `as_harness()` is for its `evaluate`
 
-The harness reads all of its 14,000 definition files at start; here a definition is found by a text search for its name
-and only its folder is read.
+The harness parses all of its 14,000 definition files at start. Here a text search finds the file that defines a name, and
+only its folder is parsed.
 """
 
 import fnmatch
@@ -31,18 +31,18 @@ from lm_eval.tasks import TaskManager
 from tnllm.errors import UserError, did_you_mean
 from tnllm.evaluation.cards import PAPER_GROUP, PAPER_TASKS, Card, find_card, load_cards, subject_card
 
-# The harness compiles a task's template for every question, which takes longer than scoring it.
+# The harness compiles a task's template for every question, which takes longer than scoring the question.
 lm_eval.utils.env.from_string = lru_cache(maxsize=1024)(lm_eval.utils.env.from_string)
 
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
 _NAMED = re.compile(r'^["\']?(?:task|group|tag)["\']?\s*:[ \t]*(.*(?:\n[ \t]*-[^\n]*)*)', re.MULTILINE)
 _HUB = huggingface_hub.constants.ENDPOINT
-Note = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A task to run: the harness's name, its card if tnllm has one, and the number of examples (None: its own)."""
+    """A task to run: the harness's name, its card if there is one, and the number of examples (None: the task's own)."""
 
     name: str
     card: Card | None
@@ -51,15 +51,15 @@ class Choice:
 
 @dataclass
 class Loaded:
-    """Tasks ready for the harness, and where their documents came from."""
+    """Tasks for the harness, and the sources of their documents."""
 
     tasks: dict[str, Task] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     data: dict[str, dict[str, str]] = field(default_factory=dict)  # task → split, file
-    sampled: list[str] = field(default_factory=list)  # tasks and groups on the packaged sample
+    sampled: list[str] = field(default_factory=list)  # tasks and groups that use the packaged sample
 
     def as_harness(self) -> dict[str, Any]:
-        """The dictionary that `evaluate` takes."""
+        """Return the dictionary that the harness's `evaluate` takes."""
         return {
             "tasks": self.tasks,
             "groups": self.groups,
@@ -69,8 +69,8 @@ class Loaded:
 
 @cache
 def definition_files() -> dict[str, list[Path]]:
-    """Name of a task, group or tag → the harness's files that hold it."""
-    found: dict[str, list[Path]] = {}
+    """Map each name of a task, group or tag to the harness's files that contain it."""
+    files_of: dict[str, list[Path]] = {}
     for folder, _, files in os.walk(DEFINITIONS):
         for file in sorted(files):
             if not file.endswith(".yaml"):
@@ -78,28 +78,28 @@ def definition_files() -> dict[str, list[Path]]:
             path = Path(folder, file)
             for value in _NAMED.findall(path.read_text(encoding="utf-8", errors="replace")):
                 first, *items = value.split("\n")
-                # A list below `task:` names members of a group; below `tag:` each is a tag of this task.
+                # A list under `task:` holds members of a group, under `tag:` the tags of this task.
                 for name in [first, *(item.strip().removeprefix("-") for item in items)]:
                     name = name.split("#")[0].strip().strip("\"'")
                     if re.fullmatch(r"[\w.:+-]+", name):
-                        found.setdefault(name, []).append(path)
-    return found
+                        files_of.setdefault(name, []).append(path)
+    return files_of
 
 
-def choose(names: Iterable[str], num_fewshot: int | None, note: Note) -> list[Choice]:
-    """Resolve short names, patterns and the paper's group. Raises UserError for a name nobody knows."""
+def choose(names: Iterable[str], num_fewshot: int | None, log: Log) -> list[Choice]:
+    """Resolve aliases, patterns and the paper's group. Raises UserError for an unknown name."""
     choices: dict[str, Choice] = {}
     for typed in names:
         if typed == PAPER_GROUP:
             if num_fewshot is not None:
                 raise UserError(f"{PAPER_GROUP} fixes its number of examples (0, and 5 for MMLU, CMMLU and C-Eval)")
-            found = [Choice(name, find_card(name), shots) for name, shots in PAPER_TASKS.items()]
+            chosen = [Choice(name, find_card(name), shots) for name, shots in PAPER_TASKS.items()]
         elif card := find_card(typed):
             if card.name != typed:
-                note(f"{typed} is {card.name} in lm-evaluation-harness")
-            found = [Choice(card.name, card, num_fewshot)]
+                log(f"{typed} is {card.name} in lm-evaluation-harness")
+            chosen = [Choice(card.name, card, num_fewshot)]
         elif (pair := subject_card(typed)) and typed in definition_files():
-            found = [Choice(typed, pair[0], num_fewshot)]
+            chosen = [Choice(typed, pair[0], num_fewshot)]
         else:
             known = definition_files()
             matches = fnmatch.filter(known, typed) if set(typed) & set("*?[") else [typed] * (typed in known)
@@ -109,18 +109,18 @@ def choose(names: Iterable[str], num_fewshot: int | None, note: Note) -> list[Ch
                     f"task {typed!r} is not known{did_you_mean(typed, [*ours, *known])}; `tnllm eval ls` lists those with "
                     f"offline data, `tnllm eval ls PATTERN` all {len(known):,} of lm-evaluation-harness"
                 )
-            found = [Choice(name, _card_of(name), num_fewshot) for name in matches]
-        choices.update({choice.name: choice for choice in found})
+            chosen = [Choice(name, _card_of(name), num_fewshot) for name in matches]
+        choices.update({choice.name: choice for choice in chosen})
     return list(choices.values())
 
 
 def search(pattern: str) -> list[str]:
-    """Names of the harness that match, or contain, a pattern. Raises UserError when none does."""
+    """Return the harness's names that match or contain a pattern. Raises UserError if there are none."""
     known = definition_files()
-    found = sorted(fnmatch.filter(known, pattern if set(pattern) & set("*?[") else f"*{pattern}*"))
-    if not found:
+    names = sorted(fnmatch.filter(known, pattern if set(pattern) & set("*?[") else f"*{pattern}*"))
+    if not names:
         raise UserError(f"no task matches {pattern!r}{did_you_mean(pattern, known)}; try a part of its name")
-    return found
+    return names
 
 
 def _card_of(name: str) -> Card | None:
@@ -129,17 +129,17 @@ def _card_of(name: str) -> Card | None:
 
 
 class _LocalTask(ConfigurableTask):
-    """A task of the harness that reads our card's files."""
+    """A task of the harness that reads its documents from a card's files."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         config = dict(config)
         config.pop("class")
-        self.source: _Source = config.pop("source")
-        self.found: dict[str, str] = {}
+        self.source: _CardData = config.pop("source")
+        self.data_used: dict[str, str] = {}
         super().__init__(config=config)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Documents of the splits in use; examples only if any are asked for."""
+        """Load the scored split, and the split of examples if there are shots; the others stay empty."""
         card, shots = self.source.card, self.source.num_fewshot
         subject = self.config.dataset_name if card.subject_tasks else None
         scored = self.config.test_split or self.config.validation_split
@@ -147,69 +147,72 @@ class _LocalTask(ConfigurableTask):
         self.dataset = {}
         for split in {*filter(None, [scored, examples, self.config.training_split, self.config.validation_split])}:
             if split == scored or (split == examples and shots):
-                documents, really, file = card.load(self.source.data_dir, split, subject)
+                documents, used, file = card.load(self.source.data_dir, split, subject)
                 if not documents:
                     raise UserError(f"{file} holds no document of {self.config.task}")
                 if split == scored:
-                    self.found = {"split": really, "file": file, "scored_split": split}
+                    self.data_used = {"split": used, "file": file, "scored_split": split}
                 self.dataset[split] = datasets.Dataset.from_list(documents)
             else:
                 self.dataset[split] = datasets.Dataset.from_list([])
 
 
 @dataclass(frozen=True)
-class _Source:
+class _CardData:
+    """Where a task reads its documents."""
+
     card: Card
     data_dir: Path | None
     num_fewshot: int
 
 
-def load_tasks(choices: list[Choice], data_dir: Path | None, online: bool, note: Note) -> Loaded:
-    """Read definitions and documents. Cards read `data_dir`, or the packaged sample without one; `online` passes them by.
+def load_tasks(choices: list[Choice], data_dir: Path | None, online: bool, log: Log) -> Loaded:
+    """Load definitions and documents: from `data_dir`, without it from the packaged samples, with `online` from the hub.
 
-    Raises UserError for missing data, with what was looked for, and where a download would be needed but fails.
+    Raises UserError for missing data, with the names that were looked for, or if a download fails.
     """
     loaded = Loaded()
     if online or any(choice.card is None for choice in choices):
-        _prefer_cache_offline(note)
+        _prefer_cache_offline(log)
     for choice in choices:
         if choice.card is None or online:
             _add(loaded, _load_online(choice), choice.num_fewshot)
         elif data_dir is None and choice.card.subject_tasks and choice.name == choice.card.name:
-            _load_sample_group(loaded, choice, note)
+            _load_sample_group(loaded, choice, log)
         else:
             manager = TaskManager(include_path=[DEFINITIONS / choice.card.folder], include_defaults=False)
-            shots = _sample_shots(choice, note) if data_dir is None else choice.num_fewshot
+            shots = _sample_shots(choice, log) if data_dir is None else choice.num_fewshot
             if data_dir is None:
                 loaded.sampled.append(choice.name)
-            item = _build(manager, choice.name, _Source(choice.card, data_dir, shots or 0))
+            item = _build(manager, choice.name, _CardData(choice.card, data_dir, shots or 0))
             _add(loaded, item, shots)
-    _note_data(loaded, note)
+    _log_data(loaded, log)
     return loaded
 
 
-def _build(manager: TaskManager, name: str, source: _Source) -> Task | Group:
+def _build(manager: TaskManager, name: str, source: _CardData) -> Task | Group:
     overrides = {"class": _LocalTask, "source": source}
     return manager._factory.build(manager.task_index[name], overrides=overrides, registry=manager.task_index)
 
 
-def _sample_shots(choice: Choice, note: Note) -> int | None:
-    """The packaged samples hold few examples."""
+def _sample_shots(choice: Choice, log: Log) -> int | None:
+    """The number of shots, at most the examples in the packaged sample."""
     assert choice.card is not None
     if choice.num_fewshot and choice.card.sample is not None:
         subject = (subject_card(choice.name) or (None, None))[1] or next(iter(choice.card.sample_subjects()), None)
         examples = next((name for name in choice.card.files if name in ("dev", "train")), "train")
-        there = len(choice.card.load(None, examples, subject)[0]) if choice.card.sample else 0
-        if there < choice.num_fewshot:
-            note(
-                f"{choice.name}: the packaged sample has {there} examples, so {there} shots instead of {choice.num_fewshot}"
+        available = len(choice.card.load(None, examples, subject)[0])
+        if available < choice.num_fewshot:
+            log(
+                f"{choice.name}: the packaged sample has {available} examples, so {available} shots instead of "
+                f"{choice.num_fewshot}"
             )
-            return there
+            return available
     return choice.num_fewshot
 
 
-def _load_sample_group(loaded: Loaded, choice: Choice, note: Note) -> None:
-    """The subjects of which there is a sample, as one group."""
+def _load_sample_group(loaded: Loaded, choice: Choice, log: Log) -> None:
+    """Load the subjects that have a sample as one group."""
     card = choice.card
     assert card is not None and card.subject_tasks is not None
     subjects = card.sample_subjects()
@@ -217,16 +220,16 @@ def _load_sample_group(loaded: Loaded, choice: Choice, note: Note) -> None:
     definition = manager.task_index[card.name].cfg or {}
     kept = {key: definition[key] for key in ("group", "aggregate_metric_list", "metadata") if key in definition}
     group = Group.from_config(kept)
-    shots = _sample_shots(choice, note)
+    shots = _sample_shots(choice, log)
     for subject in subjects:
-        task = _build(manager, card.subject_tasks.format(subject=subject), _Source(card, None, shots or 0))
+        task = _build(manager, card.subject_tasks.format(subject=subject), _CardData(card, None, shots or 0))
         group.add(task)
     loaded.sampled.append(choice.name)
     _add(loaded, group, shots)
 
 
 def _add(loaded: Loaded, item: Task | Group | list[Task], num_fewshot: int | None) -> None:
-    """Flatten into `loaded` and set the number of examples: the one asked for, or the task's own, or none."""
+    """Add the tasks of `item` to `loaded`, with `num_fewshot` examples, the task's own number, or none."""
     if isinstance(item, Group):
         tasks = item.get_all_tasks()
         loaded.groups |= {group.name: group for group in (item, *item.get_all_groups())}
@@ -234,57 +237,57 @@ def _add(loaded: Loaded, item: Task | Group | list[Task], num_fewshot: int | Non
         tasks = item if isinstance(item, list) else [item]
     for task in tasks:
         own = task.get_config("num_fewshot")
-        # A task that says 0 itself cannot have examples.
+        # A task whose definition says 0 cannot have examples.
         if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         loaded.tasks[task.task_name] = task
         if isinstance(task, _LocalTask):
-            loaded.data[task.task_name] = task.found
+            loaded.data[task.task_name] = task.data_used
 
 
-def _note_data(loaded: Loaded, note: Note) -> None:
+def _log_data(loaded: Loaded, log: Log) -> None:
     for name in loaded.sampled:
-        note(f"{name}: a sample that ships with tnllm, not a score; give --data-dir for the whole set (tnllm eval ls)")
+        log(f"{name}: a sample that ships with tnllm, not a score; give --data-dir for the whole set (tnllm eval ls)")
     others: dict[tuple[str, str], list[str]] = {}
-    for name, found in loaded.data.items():
-        if found["split"] != found["scored_split"]:
-            others.setdefault((found["scored_split"], found["split"]), []).append(name)
-    for (scored, really), names in others.items():
-        note(f"{', '.join(names)}: no {scored} split in the data folder, so scored on {really}")
+    for name, data in loaded.data.items():
+        if data["split"] != data["scored_split"]:
+            others.setdefault((data["scored_split"], data["split"]), []).append(name)
+    for (scored, used), names in others.items():
+        log(f"{', '.join(names)}: no {scored} split in the data folder, so scored on {used}")
 
 
-def _prefer_cache_offline(note: Note) -> None:
-    """Without a network, go straight to the hub's cache: its libraries try each file for half a minute first."""
+def _prefer_cache_offline(log: Log) -> None:
+    """Use only the hub's cache if the hub does not answer: its libraries would retry each file for half a minute."""
     if datasets.config.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") or hub_answers():
         return
-    note(f"{_HUB} does not answer: reading its cache on this machine only (HF_HUB_OFFLINE=0 tries all the same)")
+    log(f"{_HUB} does not answer: reading its cache on this machine only (HF_HUB_OFFLINE=0 tries anyway)")
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def hub_answers(url: str = _HUB, wait_s: float = 5.0) -> bool:
-    """Whether the hub, or the proxy before it, answers anything at all in `wait_s` seconds."""
-    found: list[bool] = []
+    """Whether the hub, or a proxy, answers anything within `wait_s` seconds."""
+    answered: list[bool] = []
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=wait_s).close()
-            found.append(True)
+            answered.append(True)
         except urllib.error.HTTPError:
-            found.append(True)
+            answered.append(True)
         except OSError as error:
-            # Other libraries may know certificates that this one does not.
-            found.append(isinstance(getattr(error, "reason", None), ssl.SSLError))
+            # Other libraries may trust certificates that urllib does not.
+            answered.append(isinstance(getattr(error, "reason", None), ssl.SSLError))
 
-    # Looking up a name has no time limit of its own, so the wait is for a thread.
+    # Name resolution has no timeout, so a thread does it.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(wait_s)
-    return any(found)
+    return any(answered)
 
 
 def _load_online(choice: Choice) -> Any:
-    """The harness's own task with its own data, from the Hugging Face hub or its cache on this machine."""
-    folders = sorted({path.parent for path in _closure(choice.name)})
+    """Load the harness's task with its own data, from the Hugging Face hub or its local cache."""
+    folders = sorted({path.parent for path in _definitions_of(choice.name)})
     manager = TaskManager(include_path=folders, include_defaults=False)
     if choice.name not in manager.task_index:
         manager = TaskManager()
@@ -301,8 +304,8 @@ def _load_online(choice: Choice) -> Any:
         ) from None
 
 
-def _closure(name: str) -> set[Path]:
-    """Files of a name and of all that its group refers to."""
+def _definitions_of(name: str) -> set[Path]:
+    """Files that define a name and, for a group, all its members."""
     known = definition_files()
     files: set[Path] = set()
     todo = [name]

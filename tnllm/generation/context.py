@@ -1,13 +1,13 @@
-"""What a model has read, as a value: keep it, fork it, save it, ask many questions about it.
+"""What a model has read, as a value: keep it, fork it, save it, continue it many times.
 
     [book] = read(model, [book_ids])                     # in chunks, in constant memory
     [first, second] = read(model, [question, other], [book, book])
     save_context("book.state", book, weights_hash(model))
     book = load_context("book.state", model, weights_hash(model))
 
-A context is complete: the recurrent state after the last token, the logits for the next one, which tokens occurred (for
-the repetition penalty) and the last few ids (a character may be split between tokens). Generation that starts from
-a saved context equals generation that never stopped.
+A context holds all that generation needs: the recurrent state after the last token, the logits for the next one, which
+tokens occurred (for the repetition penalty) and the last few ids (a character may be split between tokens). Generation
+from a saved context equals generation that never stopped.
 """
 
 import hashlib
@@ -25,17 +25,18 @@ from tnllm.errors import RunError, UserError
 from tnllm.files import write_bytes_atomic
 from tnllm.generation.text import TAIL_TOKENS
 from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
 
-# Tokens read at once, all prompts together: enough to keep the matrix products busy, small enough that the
-# activations of one chunk are all the memory a prompt of any length needs.
+# Tokens prefilled at once, all prompts together: enough for efficient matrix products, and few enough that the activations
+# of one chunk fit. A prompt of any length needs no more memory.
 CHUNK_TOKENS = 2048
 _FORMAT = "tnllm-context-1"
 
 
 @dataclass(frozen=True)
 class Context:
-    """One text a model has read. Nothing in it is ever changed."""
+    """A text that a model has read. Immutable."""
 
     state: State  # 1 row
     logits: Tensor  # [1, V] fp32, of the token after the last one
@@ -55,10 +56,10 @@ def read(
     contexts: Sequence[Context | None] | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> list[Context]:
-    """Read each prompt, after its context if it has one; contexts passed in are not changed.
+    """Prefill each prompt, after its context if it has one; given contexts are not changed.
 
-    Prompts of unequal length are packed, so padding never enters a state, and at most `chunk_tokens` tokens go
-    through the model at once. A prompt may be empty only after a context. Raises UserError for an id outside the
+    Prompts of unequal length are packed, so padding never enters a state, and a pass has at most `chunk_tokens` tokens. A
+    prompt may be empty only after a context. Raises UserError for an id outside the
     model's vocabulary.
     """
     if contexts is None:
@@ -88,7 +89,7 @@ def read(
 
 
 def _chunks(lengths: list[int], chunk_tokens: int) -> list[list[tuple[int, int, int]]]:
-    """Cut prompts into passes of at most `chunk_tokens` tokens: lists of (prompt, start, end)."""
+    """Split prompts into passes of at most `chunk_tokens` tokens: lists of (prompt, start, end)."""
     passes: list[list[tuple[int, int, int]]] = []
     room = 0
     for row, length in enumerate(lengths):
@@ -106,18 +107,16 @@ def _chunks(lengths: list[int], chunk_tokens: int) -> list[list[tuple[int, int, 
 
 def _hidden(model: LanguageModel, pieces: list[list[int]], state: State) -> tuple[Tensor, State]:
     """Hidden states [N, M] of the last token of each piece, and the state after it."""
-    flat = torch.tensor([[id for piece in pieces for id in piece]], device=model.device)
+    tokens, cu_seqlens = (tensor.to(model.device) for tensor in pack(pieces))
     if len(pieces) == 1:
-        hidden, state = model.hidden(flat, state)
+        hidden, state = model.hidden(tokens, state)
         return hidden[:, -1], state
-    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
-    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(model.device, torch.int32)
-    hidden, state = model.hidden(flat, state, cu_seqlens)
-    return hidden[0, (ends - 1).to(model.device)], state
+    hidden, state = model.hidden(tokens, state, cu_seqlens)
+    return hidden[0, cu_seqlens[1:].long() - 1], state
 
 
 def after_reading(prompt: Sequence[int], before: Context | None, state: State, logits: Tensor | None) -> Context:
-    """The context after `prompt`: `state` and `logits` [1, V] are those after its last token, `before` came first."""
+    """The context after `prompt`, which follows `before`; `state` and `logits` [1, V] are those after its last token."""
     assert logits is not None
     if before is None:
         seen = torch.zeros_like(logits, dtype=torch.bool)
@@ -129,7 +128,7 @@ def after_reading(prompt: Sequence[int], before: Context | None, state: State, l
 
 
 def weights_hash(model: LanguageModel) -> str:
-    """SHA-256 (hex) over the model's config and every weight as it is held: who may read whose states."""
+    """SHA-256 (hex) over the model's config and every weight in its dtype: only an equal model may use a saved state."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -138,7 +137,7 @@ def weights_hash(model: LanguageModel) -> str:
 
 
 def save_context(path: Path | str, context: Context, weights: str) -> None:
-    """Write a context to a safetensors file, whole or not at all. `weights` is `weights_hash(model)`."""
+    """Write a context to a safetensors file, atomically. `weights` is `weights_hash(model)`."""
     state = context.state
     tensors = {f"layers.{index}": layer for index, layer in enumerate(state.layers)}
     tensors |= {"position": state.position, "logits": context.logits, "seen": context.seen.view(torch.uint8)}
@@ -165,7 +164,7 @@ def load_context(path: Path | str, model: LanguageModel, weights: str) -> Contex
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise UserError(f"{path} holds no state this version reads; write one with --state-out")
+                raise UserError(f"{path} is not a state file this version can read; write one with --state-out")
             if metadata["weights"] != weights:
                 raise UserError(
                     f"{path} was written with other weights ({metadata['weights'][:12]}, here {weights[:12]}); "
@@ -173,7 +172,7 @@ def load_context(path: Path | str, model: LanguageModel, weights: str) -> Contex
                 )
             tensors = {name: file.get_tensor(name).to(model.device) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
-        raise RunError(f"state file {path} is damaged or of another kind ({error}); write it again") from None
+        raise RunError(f"state file {path} is damaged or not a state file ({error}); write it again") from None
     layers = [tensors[f"layers.{index}"] for index in range(model.config.num_layers)]
     state = State(layers, tensors["position"], int(metadata["rows_dim"]))
     return Context(state, tensors["logits"], tensors["seen"].view(torch.bool), tuple(json.loads(metadata["tail"])))

@@ -4,7 +4,7 @@
     out  {"index": 0, "id": 7, "sample": 0, "text": "...", "finish_reason": "length", "tokens": [...], "logprobs": null,
           "seed": 1, "usage": {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25}}
 
-`id` is any JSON value and comes back as it is; every other key is a sampling option for this line alone.
+`id` is any JSON value and is copied to the results; every other key is a sampling option for this line only.
 """
 
 import json
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tnllm.errors import UserError
-from tnllm.generation.loading import Ready
-from tnllm.generation.rows import Result, TokenLogprob
+from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams
+from tnllm.generation.samples import Result, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Request:
     id: Any
 
 
-def read_requests(name: str, data: bytes, ready: Ready, options: dict[str, Any], start: bool = True) -> list[Request]:
+def read_requests(
+    name: str, data: bytes, loaded: LoadedModel, options: dict[str, Any], start: bool = True
+) -> list[Request]:
     """Check and tokenize every line before anything is generated; blank lines are skipped.
 
-    `options` stand for keys a line does not have. `start`: prompts begin a text rather than go on from a state.
+    `options` are the values of keys that a line does not have. `start`: prompts start a text rather than continue a state.
     Raises UserError naming `name` and the line.
     """
     requests = []
@@ -43,15 +45,15 @@ def read_requests(name: str, data: bytes, ready: Ready, options: dict[str, Any],
             continue
         try:
             values = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant)
-            requests.append(_request(values, ready, options, start))
+            requests.append(_request(values, loaded, options, start))
         except UnicodeDecodeError as error:
             raise UserError(f"{name}:{number}: byte {error.start} of the line is not UTF-8; convert the file") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{name}:{number}: no JSON ({error.msg} at column {error.colno})") from None
+            raise UserError(f"{name}:{number}: not JSON ({error.msg} at column {error.colno})") from None
         except RecursionError:
-            raise UserError(f"{name}:{number}: no JSON (it is nested too deep)") from None
+            raise UserError(f"{name}:{number}: not JSON (it is nested too deep)") from None
         except ValueError as error:
-            raise UserError(f"{name}:{number}: no JSON ({error})") from None
+            raise UserError(f"{name}:{number}: not JSON ({error})") from None
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None
     if not requests:
@@ -60,19 +62,19 @@ def read_requests(name: str, data: bytes, ready: Ready, options: dict[str, Any],
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _request(values: Any, ready: Ready, options: dict[str, Any], start: bool) -> Request:
+def _request(values: Any, loaded: LoadedModel, options: dict[str, Any], start: bool) -> Request:
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError('each line is a JSON object with a string "prompt"')
     try:
         json.dumps(values.get("id"), ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError('"id" holds a lone surrogate, which is no Unicode text') from None
+        raise UserError('"id" holds a lone surrogate, which is not Unicode text') from None
     own = {key: value for key, value in values.items() if key not in ("prompt", "id")}
-    params = ready.params(**{**options, **own})
-    return Request(values["prompt"], ready.encode(values["prompt"], start), params, values.get("id"))
+    params = loaded.params(**{**options, **own})
+    return Request(values["prompt"], loaded.encode(values["prompt"], start), params, values.get("id"))
 
 
 def result_object(result: Result, echo: str = "", id: Any = None) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def result_object(result: Result, echo: str = "", id: Any = None) -> dict[str, A
         "text": echo + result.text,
         "finish_reason": result.finish_reason,
         "tokens": result.tokens,
-        "logprobs": None if logprobs is None else [_logprob(entry) | _top(entry) for entry in logprobs],
+        "logprobs": None if logprobs is None else [_logprob(entry) for entry in logprobs],
         "seed": result.seed,
         "usage": {
             "prompt_tokens": result.prompt_tokens,
@@ -97,16 +99,13 @@ def result_object(result: Result, echo: str = "", id: Any = None) -> dict[str, A
 
 
 def _logprob(entry: TokenLogprob) -> dict[str, Any]:
-    return {"id": entry.id, "text": entry.text, "logprob": entry.logprob}
-
-
-def _top(entry: TokenLogprob) -> dict[str, Any]:
-    return {"top": [_logprob(other) for other in entry.top]}
+    row: dict[str, Any] = {"id": entry.id, "text": entry.text, "logprob": entry.logprob}
+    return row | {"top": [{"id": top.id, "text": top.text, "logprob": top.logprob} for top in entry.top]}
 
 
 @contextmanager
 def part_file(path: Path) -> Iterator[TextIO]:
-    """A file that is written under `path`.part and gets its name when it is whole; a stopped run leaves the part."""
+    """A file that is written as `path`.part and renamed when it is complete; an interrupted run leaves the part."""
     part = path.with_name(f"{path.name}.part")
     with open(part, "w", encoding="utf-8", newline="\n") as file:
         yield file

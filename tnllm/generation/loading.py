@@ -1,18 +1,20 @@
 """A model ready to generate: weights, tokenizer and the defaults that ship beside them.
 
-ready = load("runs/tiny", device="auto", dtype="auto")     # None: the model that ships in the package
-params = ready.params(temperature=0.5)                     # generation_config.json, then these
-ids = ready.encode("Once upon a time")
+loaded = load("runs/tiny", device="auto", dtype="auto")    # None: the model that ships in the package
+params = loaded.params(temperature=0.5)                    # generation_config.json, overridden by these
+ids = loaded.encode("Once upon a time")
 """
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tnllm import chat_template
+from tnllm.device import pick_device
 from tnllm.errors import UserError
+from tnllm.files import read_json
 from tnllm.generation.sampler import SamplingParams
 from tnllm.modeling.lora import merge_adapter
 from tnllm.modeling.model import LanguageModel
@@ -20,12 +22,10 @@ from tnllm.modeling.weights import GENERATION, load_model, resolve_model
 from tnllm.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What the released models were fine-tuned with; the answer and the end token follow.
-CHAT_TEMPLATE = "Human:\n{prompt}\nAssistant:\n"
 
 
 @dataclass(frozen=True)
-class Ready:
+class LoadedModel:
     """Everything `generate` needs. `sampling` holds fields of SamplingParams."""
 
     folder: Path
@@ -38,18 +38,22 @@ class Ready:
     chat_template: str
 
     def params(self, **options: Any) -> SamplingParams:
-        """The model's defaults with `options` over them. Raises UserError."""
+        """The model's defaults, overridden by `options`. Raises UserError."""
         return SamplingParams.of({**self.sampling, **options})
 
     def encode(self, text: str, start: bool = True) -> list[int]:
         """Token ids; at the `start` of a text with the begin token if the model wants one or the text is empty."""
         ids = self.tokenizer.encode(text)
-        return [self.bos_id, *ids] if start and (self.add_bos or not ids) else ids
+        return self.at_start(ids) if start else ids
+
+    def at_start(self, ids: list[int]) -> list[int]:
+        """`ids` as the start of a text: after the begin token if the model wants one or there are none."""
+        return [self.bos_id, *ids] if self.add_bos or not ids else ids
 
 
 def load(
     model: Path | str | None = None, device: str = "auto", dtype: str = "auto", adapter: Path | str | None = None
-) -> Ready:
+) -> LoadedModel:
     """Load a weights folder or run folder; `adapter`, a folder in PEFT's format, is merged into it.
 
     device: auto (the GPU where there is one), cpu, cuda or cuda:N. dtype: auto (float32 on CPU, the stored one on
@@ -61,11 +65,12 @@ def load(
         raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     folder = resolve_model(model)
     wanted = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else None)
-    settings = _read_settings(folder / GENERATION)
+    path = folder / GENERATION
+    settings = read_json(path) if path.is_file() else {}
     tokenizer = Tokenizer.load(folder)
-    loaded = load_model(folder, where, wanted)
+    weights = load_model(folder, where, wanted)
     if adapter is not None:
-        merge_adapter(loaded, adapter)
+        merge_adapter(weights, adapter)
     sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
     if settings.get("max_new_tokens") is not None:
         sampling["max_tokens"] = settings["max_new_tokens"]
@@ -74,52 +79,19 @@ def load(
     try:
         SamplingParams.of(sampling)
     except UserError as error:
-        raise UserError(f"{folder / GENERATION}: {error}") from None
-    eos, bos = settings.get("eos_token_id"), settings.get("bos_token_id")
-    eos = tokenizer.eos_id if eos is None else eos
-    return Ready(
-        folder,
-        loaded,
-        tokenizer,
-        sampling,
-        tuple(eos) if isinstance(eos, list) else (eos,),
-        tokenizer.bos_id if bos is None else bos,
-        bool(settings.get("add_bos_token", False)),
-        settings.get("chat_template", CHAT_TEMPLATE),
-    )
+        raise UserError(f"{path}: {error}") from None
+    eos = settings.get("eos_token_id")
+    bos = settings.get("bos_token_id")
+    eos_ids = tuple(eos) if isinstance(eos, list) else (tokenizer.eos_id if eos is None else eos,)
+    bos_id = tokenizer.bos_id if bos is None else bos
+    template = settings.get("chat_template", chat_template.DEFAULT)
+    add_bos = bool(settings.get("add_bos_token", False))
+    return LoadedModel(folder, weights, tokenizer, sampling, eos_ids, bos_id, add_bos, template)
 
+
+# The former name.
+Ready = LoadedModel
 
 # The keys that generation_config.json and SamplingParams share.
-_SAMPLING = {field.name for field in fields(SamplingParams)} - {
-    "n",
-    "seed",
-    "stop",
-    "logprobs",
-    "max_tokens",
-    "ignore_eos",
-}
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fix it or remove it") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold a JSON object; fix it or remove it")
-    return settings
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` → device. Raises UserError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
-        raise UserError(f"device is {name!r}; allowed: auto, cpu, cuda, cuda:N")
-    count = torch.cuda.device_count()
-    if kind == "cuda" and int(number or 0) >= count:
-        raise UserError(f"device is {name!r}, but torch sees {count} CUDA devices here; allowed: auto, cpu")
-    return torch.device(name)
+_OWN = {"n", "seed", "stop", "logprobs", "max_tokens", "ignore_eos"}
+_SAMPLING = {field.name for field in fields(SamplingParams)} - _OWN

@@ -1,12 +1,12 @@
 """From logits to the next token: every sampling option, as pure functions on logits [B, V] fp32.
 
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=1)      # validated; one per request
-    options = Options.of([params, other], seeds=[1, 2], device=device)  # as columns, one row each
-    tokens = choose(logits, options, positions, seen, counts)         # [B] int64
+    options = Options.of([params, other], seeds=[1, 2], device=device)  # tensors, one element per row
+    tokens = sample_ids(logits, options, positions, seen, counts)         # [B] int64
 
-A draw depends on the row's own logits, its seed and the position of the token in the text, and on nothing else:
-the same seed gives the same text alone, in any batch, and after a state was saved and loaded. The noise comes from
-a counter-based generator computed where the logits are, so drawing never waits for the host.
+A sampled token depends only on the row's own logits, its seed and the token's position in the text: the same seed gives
+the same text alone, in any batch, and after a state was saved and loaded. The noise comes from a counter-based generator
+on the logits' device, so sampling never waits for the host.
 """
 
 import math
@@ -26,24 +26,24 @@ MAX_SEED = _MAX_INT = 2**63 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request asks of the sampler and of the decoder. Raises UserError for a value out of range.
+    """A request's options for sampler and decoder. Raises UserError for a value out of range.
 
     Options apply in this order: penalties, temperature, top_k, top_p, min_p.
     """
 
-    max_tokens: int = 256  # most tokens to generate; 0 only reads the prompt
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
-    min_p: float = 0.0  # drop tokens below this share of the likeliest one's probability
+    max_tokens: int = 256  # most tokens to generate; 0 only prefills the prompt
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the most likely tokens that together reach this probability
+    min_p: float = 0.0  # drop tokens below this share of the top token's probability
     repetition_penalty: float = 1.0  # above 1, tokens of the prompt and the text become less likely (CTRL, 1909.05858)
-    presence_penalty: float = 0.0  # taken from the logit of a token generated before
-    frequency_penalty: float = 0.0  # the same, once for each time
+    presence_penalty: float = 0.0  # subtracted from the logit of a token generated before
+    frequency_penalty: float = 0.0  # subtracted once for each occurrence
     seed: int | None = None  # None: a new one each time
     stop: tuple[str, ...] = ()  # the text ends before any of these
-    logprobs: int | None = None  # log-probabilities of the chosen token and of this many likeliest ones
+    logprobs: int | None = None  # log-probabilities of the sampled token and of this many most likely ones
     n: int = 1  # samples; sample i has seed + i
-    ignore_eos: bool = False  # go on after the end token, for measurements
+    ignore_eos: bool = False  # continue after the end token, for measurements
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -72,7 +72,9 @@ class SamplingParams:
         names = [field.name for field in fields(SamplingParams)]
         for key in values:
             if key not in names:
-                raise UserError(f"{key!r} is no sampling option; allowed: {', '.join(names)}{did_you_mean(key, names)}")
+                raise UserError(
+                    f"{key!r} is not a sampling option; allowed: {', '.join(names)}{did_you_mean(key, names)}"
+                )
         return SamplingParams(**values)
 
 
@@ -92,7 +94,7 @@ def _check_float(name: str, value: Any, low: float, high: float, open_low: bool 
 
 @dataclass(frozen=True)
 class Options:
-    """The sampling options of B rows, one column each ([B], on the logits' device)."""
+    """The sampling options of B rows: tensors [B] on the logits' device."""
 
     temperature: Tensor  # fp32, as all but top_k and seed
     top_k: Tensor  # int64; V where off
@@ -102,7 +104,7 @@ class Options:
     presence_penalty: Tensor
     frequency_penalty: Tensor
     seed: Tensor  # int64
-    # Known on the host, so that work no row asks for is skipped. They never change a row's result.
+    # Known on the host, to skip work that no row needs. They never change a row's result.
     draws: bool
     filters: bool
     repetition: bool
@@ -110,7 +112,7 @@ class Options:
 
     @staticmethod
     def of(params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str) -> "Options":
-        """One row for each of `params`, drawing from the stream of its seed."""
+        """One row for each of `params`, with the seed of its random stream."""
 
         def column(name: str) -> Tensor:
             return torch.tensor([float(getattr(row, name)) for row in params], device=device)
@@ -133,12 +135,12 @@ class Options:
         )  # fmt: skip
 
 
-def choose(
+def sample_ids(
     logits: Tensor, options: Options, positions: Tensor, seen: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
-    """The next token of each row: logits [B, V] fp32 → [B] int64. Nothing is changed, and no value is read back.
+    """The next token of each row: logits [B, V] fp32 → [B] int64. Changes nothing and copies nothing to the host.
 
-    positions [B] int64: number of tokens before the one drawn. seen [B, V] bool: tokens of the prompt and the text,
+    positions [B] int64: number of tokens before the sampled one. seen [B, V] bool: tokens of the prompt and the text,
     needed with a repetition penalty. counts [B, V]: how often each token was generated, needed with the other two.
     """
     logits = penalize(logits, options, seen, counts)
@@ -147,8 +149,8 @@ def choose(
     # Relative to the maximum, so that a tiny temperature gives zeros and large negatives, never inf - inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(options.temperature.clamp(min=1e-6)[:, None])
     if options.filters:
-        scaled = keep_likeliest(scaled, options.top_k, options.top_p, options.min_p)
-    # The maximum of log p + Gumbel noise is a draw from p.
+        scaled = keep_most_likely(scaled, options.top_k, options.top_p, options.min_p)
+    # The argmax of log p + Gumbel noise is a sample from p.
     noise = gumbel(options.seed, positions, logits.shape[-1]).masked_fill_(options.temperature[:, None] == 0, 0.0)
     return noise.add_(scaled).argmax(dim=-1)
 
@@ -166,8 +168,8 @@ def penalize(logits: Tensor, options: Options, seen: Tensor | None, counts: Tens
     return logits
 
 
-def keep_likeliest(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Set all but the likeliest tokens of [B, V] logits to -inf; the likeliest always stays.
+def keep_most_likely(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Set all but the most likely tokens of [B, V] logits to -inf; the top token always stays.
 
     top_k [B] int64 first; then the fewest tokens whose probability, among those left, reaches top_p [B]
     (nucleus sampling, arXiv 1904.09751); then those of at least min_p [B] times the largest probability.
@@ -214,7 +216,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the model's own distribution, before any sampling option: those of `tokens` [B], and the `num_top` likeliest.
+    """Log-probabilities of `tokens` [B] and of the `num_top` most likely ones, before any sampling option.
 
     logits [B, V] fp32 → chosen [B], top [B, num_top] and their ids [B, num_top].
     """

@@ -1,4 +1,4 @@
-"""From token ids to text that may be shown: whole characters only, and nothing of a stop string.
+"""From token ids to text that may be shown: complete characters only, and nothing of a stop string.
 
 stream = TextStream(tokenizer, before=prompt_ids, stop=("\\nHuman:",))
 for id in ids:
@@ -17,48 +17,48 @@ TAIL_TOKENS = 8
 
 
 class StopFinder:
-    """Cuts a text that comes in pieces before the stop string that is complete first, however it is cut in pieces.
+    """Ends a streamed text before the first stop string in it, however the text is split into pieces.
 
-    Of two that end at the same character the longer one counts.
+    Of two stop strings that end at the same character, the longer one counts.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
-        self._held = ""
+        self._pending = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What of the text so far is now known to lie before any stop string. Call no more once `stopped`."""
+        """The text that is now known to precede any stop string. Must not be called once `stopped`."""
         assert not self.stopped
-        self._held += text
-        ends = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self._pending += text
+        ends = [(at + len(stop), at) for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if ends:
             self.stopped = True
             return self._release(min(ends)[1], forget=True)
-        return self._release(len(self._held) - self._partial())
+        return self._release(len(self._pending) - self._partial())
 
     def close(self) -> str:
-        """What was held back because a stop string might have come."""
-        return self._release(len(self._held))
+        """The text that was held back because a stop string might have begun."""
+        return self._release(len(self._pending))
 
     def _partial(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        longest = min(len(self._held), max((len(stop) - 1 for stop in self._stop), default=0))
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
+        longest = min(len(self._pending), max((len(stop) - 1 for stop in self._stop), default=0))
         for length in range(longest, 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+            if any(stop.startswith(self._pending[-length:]) for stop in self._stop):
                 return length
         return 0
 
     def _release(self, length: int, forget: bool = False) -> str:
-        text, self._held = self._held[:length], "" if forget else self._held[length:]
+        text, self._pending = self._pending[:length], "" if forget else self._pending[length:]
         return text
 
 
 class TextStream:
-    """The text of generated ids. An incomplete last character is left out."""
+    """The text of generated ids, without an incomplete last character."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
-        """`before` holds the ids that precede the text; only the last few matter."""
+        """`before`: the ids that precede the text; only the last few matter."""
         self._decoder = StreamDecoder(tokenizer)
         for id in before[-TAIL_TOKENS:]:
             self._decoder.push(id)
@@ -70,10 +70,10 @@ class TextStream:
         return self._finder.stopped
 
     def push(self, id: int) -> str:
-        """Text that became certain with `id`."""
+        """The text that is certain with `id`."""
         text = self._decoder.push(id)
         return self._finder.push(text) if text else ""
 
     def close(self) -> str:
-        """The rest, when no more ids come."""
+        """The rest, after the last id."""
         return "" if self.stopped else self._finder.close()

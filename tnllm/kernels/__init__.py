@@ -1,1 +1,1 @@
-"""Operators: each has a plain reference, a fast form per device, and one public function."""
+"""Operators: each has a plain reference, a fast implementation per device, and one public function."""

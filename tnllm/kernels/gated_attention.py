@@ -1,10 +1,10 @@
-"""Gated linear attention between its two projections, as one operator: what a training step runs in most layers.
+"""Gated linear attention between its two projections as one operator: most layers of a training step.
 
     y = gated_attention(qkvu, log_decay, eps=1e-6)      # [B, T, 4M] → [B, T, M]
 
-The same as its parts, which `gated_attention_reference` spells out: SiLU of q and k, Lightning Attention, SRMSNorm over
-all heads, gate. As one operator the backward pass writes the gradients of q, k, v and u where the projection's gradient
-wants them, so that nothing is joined afterwards: one pass over memory for each part.
+Equals `gated_attention_reference`: SiLU of q and k, Lightning Attention, SRMSNorm over all heads, gate. As one operator
+its backward pass writes the gradients of q, k, v and u straight into the gradient of the projection, with no
+concatenation afterwards.
 
 Source: TransNormerLLM (arXiv 2307.14995) Eq. 3-4 and 8; the order is the released code's.
 """
@@ -20,7 +20,7 @@ from tnllm.kernels.srms_norm import srms_norm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Attention over text that starts here and whose end state nobody asks for: training."""
+    """Attention from a zero state that returns no final state, as in training."""
     return lightning_attention(q, k, v, log_decay, None, cu_seqlens, need_state=False)[0]
 
 
@@ -31,7 +31,7 @@ def gated_attention_reference(
     cu_seqlens: Tensor | None = None,
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] = attend,
 ) -> Tensor:
-    """The parts, one after another; arguments as in `gated_attention`, and what attends in the middle."""
+    """The definition; arguments as in `gated_attention`, and the attention to use."""
     q, k, v, u = qkvu.chunk(4, dim=-1)
     q, k, v = (x.unflatten(-1, (log_decay.shape[0], -1)) for x in (F.silu(q), F.silu(k), v))
     return srms_norm(attend(q, k, v, log_decay, cu_seqlens).flatten(-2), eps) * u
@@ -41,7 +41,7 @@ def gated_attention(qkvu: Tensor, log_decay: Tensor, eps: float = 1e-6, cu_seqle
     """SRMSNorm(attention(silu(q), silu(k), v)) * u from the fused projection.
 
     qkvu [B, T, 4M]: q, k, v and u side by side, each of H heads; bf16, fp16 or fp32 (on CPU also float64).
-    log_decay [H] fp32 and cu_seqlens as in `lightning_attention`; the text starts here and no state comes back.
+    log_decay [H] fp32 and cu_seqlens as in `lightning_attention`; starts from a zero state and returns no final state.
     Returns y [B, T, M]. Differentiable (once) in qkvu.
     """
     if not qkvu.is_cuda:
@@ -58,18 +58,18 @@ def launch_forward(
     log_decay: Tensor,
     eps: float,
     cu_seqlens: Tensor | None,
-    enters: Callable[[Tensor, Tensor], Tensor] | None = None,
+    initial_state: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y, and what the backward pass reads: silu(q) beside silu(k) [B, T, 2M], attention's output [B, T, M], and the state
-    before the first token, which is `enters(k, v)` [B, H, D, E], or None for zero."""
-    from tnllm.kernels.fused.gate import norm_gate, silu
+    """y, and what the backward pass reads: silu(q) and silu(k) [B, T, 2M], attention's output [B, T, M], and the initial
+    state [B, H, D, E], which is `initial_state(k, v)` (None: zeros)."""
+    from tnllm.kernels.gated_attention_triton import norm_gate, silu
     from tnllm.kernels.lightning_attention.launch import triton_forward
 
     qkvu = qkvu.contiguous()
     width = qkvu.shape[-1] // 4
     qk = silu(qkvu[..., : 2 * width])
     q, k, v = (_heads(x, log_decay) for x in (*qk.chunk(2, dim=-1), qkvu[..., 2 * width : 3 * width]))
-    initial = None if enters is None else enters(k, v)
+    initial = None if initial_state is None else initial_state(k, v)
     o = triton_forward(q, k, v, log_decay, initial, cu_seqlens, need_state=False)[0].flatten(-2)
     return norm_gate(o, qkvu[..., 3 * width :], eps), qk, o, initial
 
@@ -83,10 +83,10 @@ def launch_backward(
     eps: float,
     cu_seqlens: Tensor | None,
     initial: Tensor | None = None,
-    returns: Callable[[Tensor, Tensor], Tensor] | None = None,
+    final_gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The gradient of qkvu; `initial` as `launch_forward` gave it, `returns(q, do)` the gradient of the last state."""
-    from tnllm.kernels.fused.gate import norm_gate_backward, silu_backward_
+    """The gradient of qkvu; `initial` from `launch_forward`, `final_gradient(q, do)` the gradient of the final state."""
+    from tnllm.kernels.gated_attention_triton import norm_gate_backward, silu_backward_
     from tnllm.kernels.lightning_attention.launch import triton_backward
 
     dqkvu = torch.empty(qkvu.shape, dtype=qkvu.dtype, device=qkvu.device)
@@ -95,7 +95,7 @@ def launch_backward(
     q, k, v = (_heads(x, log_decay) for x in (*qk.chunk(2, dim=-1), qkvu[..., 2 * width : 3 * width]))
     dq, dk, dv, _ = (_heads(x, log_decay) for x in dqkvu.chunk(4, dim=-1))
     do = _heads(do, log_decay)
-    dfinal = None if returns is None else returns(q, do)
+    dfinal = None if final_gradient is None else final_gradient(q, do)
     triton_backward(do, dfinal, q, k, v, log_decay, initial, cu_seqlens, into=(dq, dk, dv))
     silu_backward_(dqkvu[..., : 2 * width], qkvu[..., : 2 * width])
     return dqkvu

@@ -1,10 +1,10 @@
-"""The product inside a gated linear unit, from both its halves side by side: y = a * b, or silu(a) * b.
+"""The product inside a gated linear unit, from one tensor that holds both factors: y = a * b, or silu(a) * b.
 
-    y = glu_product(ab, silu=False)      # [..., 2G] → [..., G]
+    y = glu_product(ab, silu=False)      # [..., 2F] → [..., F]
 
-`ab` comes from one matrix product with both weights below one another. So the backward pass writes the gradients of a and b
-where one product needs them, which adds up the two contributions to the input in its accumulator: without the pass that
-would join them, and without its rounding.
+`ab` comes from one matrix product with the stacked weights. The backward pass writes both gradients into one tensor too,
+so that one product sums the two contributions to the input's gradient in its accumulator: it saves a pass over memory
+and one rounding.
 
 Source: SGLU, TransNormerLLM (arXiv 2307.14995) Eq. 5; SwiGLU (arXiv 2002.05202) Eq. 6 for the baseline.
 """
@@ -21,15 +21,15 @@ def glu_product_reference(ab: Tensor, silu: bool = False) -> Tensor:
 
 
 def glu_product(ab: Tensor, silu: bool = False) -> Tensor:
-    """[..., 2G] → [..., G]; any floating dtype, computed in fp32 on CUDA. Differentiable (once)."""
+    """[..., 2F] → [..., F]; any floating dtype, computed in fp32 on CUDA. Differentiable (once)."""
     if ab.shape[-1] % 2:
-        raise ValueError(f"glu_product needs two halves side by side in its last dim; got {list(ab.shape)}")
+        raise ValueError(f"glu_product splits its last dim in two halves, so it must be even; got {list(ab.shape)}")
     return _forward(ab, silu) if ab.is_cuda else glu_product_reference(ab, silu)
 
 
 @torch.library.custom_op("tnllm::glu_product", mutates_args=(), device_types="cuda")
 def _forward(ab: Tensor, silu: bool) -> Tensor:
-    from tnllm.kernels.fused.glu import launch_forward
+    from tnllm.kernels.glu_triton import launch_forward
 
     return launch_forward(ab, silu)
 
@@ -41,7 +41,7 @@ def _(ab: Tensor, silu: bool) -> Tensor:
 
 @torch.library.custom_op("tnllm::glu_product_backward", mutates_args=(), device_types="cuda")
 def _backward(dy: Tensor, ab: Tensor, silu: bool) -> Tensor:
-    from tnllm.kernels.fused.glu import launch_backward
+    from tnllm.kernels.glu_triton import launch_backward
 
     return launch_backward(dy, ab, silu)
 

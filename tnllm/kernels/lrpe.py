@@ -1,4 +1,4 @@
-"""LRPE: linearized relative position encoding, with the activation that precedes it.
+"""LRPE: linearized relative position encoding, fused with the activation before it.
 
     y = lrpe(x, theta, positions, activation="silu")      # [B, T, H, d] → [B, T, H, 2 d]
 
@@ -6,8 +6,8 @@ y = [a cos(theta t); a sin(theta t)] with a = activation(x), so that q and k enc
 sum_j a_j b_j cos(theta_j (t - s)). Source: LRPE (arXiv 2307.09270); TNL (arXiv 2405.17381) Eq. 9; the layout (all
 cosines, then all sines) is the released code's.
 
-Angles reach 10^6 at a million tokens, where neighbouring fp32 numbers are 0.06 apart. So theta * t is formed and
-reduced to [-pi, pi] in float64; cos and sin are fp32.
+Angles reach 10^6 at a million tokens, where the spacing of fp32 numbers is 0.06. So theta * t is computed and reduced to
+[-pi, pi] in float64; cos and sin are fp32.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def lrpe_reference(x: Tensor, theta: Tensor, positions: Tensor, activation: str | None = None) -> Tensor:
-    """The definition, with every angle in float64."""
+    """The definition, with angles in float64."""
     a = F.silu(x) if activation == "silu" else x
     angle = positions[:, :, None, None].double() * theta[:, 0].double()
     return torch.cat([a * angle.cos().to(a.dtype), a * angle.sin().to(a.dtype)], dim=-1)
@@ -55,7 +55,7 @@ def _cos_sin(theta: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tens
 @torch.library.custom_op("tnllm::lrpe", mutates_args=())
 def _forward(x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> Tensor:
     if x.is_cuda:
-        from tnllm.kernels.fused.lrpe import launch_forward
+        from tnllm.kernels.lrpe_triton import launch_forward
 
         return launch_forward(x, theta, positions, silu)
     a = F.silu(_wide(x)) if silu else _wide(x)
@@ -71,7 +71,7 @@ def _(x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> Tensor:
 @torch.library.custom_op("tnllm::lrpe_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, theta: Tensor, positions: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
-        from tnllm.kernels.fused.lrpe import launch_backward
+        from tnllm.kernels.lrpe_triton import launch_backward
 
         return launch_backward(dy, x, theta, positions, silu)
     wide = _wide(x)

@@ -4,16 +4,16 @@
 
 Source: TransNormerLLM (arXiv 2307.14995) Eq. 8; the eps is the released code's. A row of zeros stays zero.
 
-The backward pass recomputes the row's root from x, which it reads anyway: nothing but x is kept. While torch.compile is
-tracing, the definition itself is traced, so that the compiler fuses it with the residual sum before it and the gate
-after it; elsewhere a custom op runs Triton on CUDA and plain torch on CPU.
+The backward pass recomputes the root from x, so only x is saved. Under torch.compile the definition itself is traced, so
+that the compiler fuses it with the residual sum before it and the gate after it; otherwise a custom op runs Triton on
+CUDA and plain torch on CPU.
 """
 
 import torch
 from torch import Tensor
 
-# Widest row a Triton program holds.
-_WIDEST = 65536
+# Widest row that a Triton program can hold.
+_MAX_WIDTH = 65536
 
 
 def srms_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -26,15 +26,15 @@ def srms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Normalise the last dim: [..., M] → [..., M] of the same dtype. On CUDA M may be up to 65,536 (else ValueError)."""
     if torch.compiler.is_compiling():
         return srms_norm_reference(x, eps)
-    if x.is_cuda and x.shape[-1] > _WIDEST:
-        raise ValueError(f"srms_norm on CUDA takes rows of up to {_WIDEST} channels; got {x.shape[-1]}")
+    if x.is_cuda and x.shape[-1] > _MAX_WIDTH:
+        raise ValueError(f"srms_norm on CUDA takes rows of up to {_MAX_WIDTH} channels; got {x.shape[-1]}")
     return _forward(x, eps)
 
 
 @torch.library.custom_op("tnllm::srms_norm", mutates_args=())
 def _forward(x: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
-        from tnllm.kernels.fused.norm import launch_forward
+        from tnllm.kernels.srms_norm_triton import launch_forward
 
         return launch_forward(x, eps)
     return srms_norm_reference(x, eps)
@@ -49,7 +49,7 @@ def _(x: Tensor, eps: float) -> Tensor:
 def _backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
     """dx = r (dy - y mean(y dy)) with r = 1 / sqrt(mean(x^2) + eps) and y = r x."""
     if x.is_cuda:
-        from tnllm.kernels.fused.norm import launch_backward
+        from tnllm.kernels.srms_norm_triton import launch_backward
 
         return launch_backward(dy, x, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """Gated linear attention, the token mixer of TransNormerLLM (arXiv 2307.14995 Eq. 3-4; arXiv 2405.17381 Eq. 11).
 
 Order: project to q, k, v, u; activate q and k; LRPE where the layer uses it; Lightning Attention with the layer's
-constant decays; norm over all heads at once; gate; project out.
+constant decays; norm over all heads at once; gate; output projection.
 """
 
 from typing import Any
@@ -36,26 +36,26 @@ class GatedLinearAttention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=False)
         self.norm = make_norm(config, width)
         self.lrpe = LRPE(config) if config.uses_lrpe(layer) else None
-        # Training without a state goes through these; a rank that holds a slice of the text puts its own in their place.
+        # What training without a state calls; sequence parallelism replaces both.
         self.attend, self.gated_attention = attend, gated_attention
         self._heads = slice(None)
         self.register_buffer("log_decay", log_decay(config, layer), persistent=False)
 
     def keep_heads(self, heads: slice) -> None:
-        """Hold the decays of these heads only; whoever calls this gives the projections their part."""
+        """Keep the decays of these heads only (tensor parallelism); the caller shards the projections."""
         self._heads = heads
         self.log_decay = log_decay(self.config, self.layer)[heads].to(self.log_decay.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GatedLinearAttention":
         super()._apply(fn, recurse)
-        # Casting a model must never round the decays, and a move off the meta device must give them their values.
+        # Casting a model must never round the decays, and leaving the meta device must fill them in.
         if not self.log_decay.is_meta:
             self.log_decay = log_decay(self.config, self.layer)[self._heads].to(self.log_decay.device)
         return self
 
     @property
     def _one_operator(self) -> bool:
-        """Whether all between the projections is the released form without LRPE, which has an operator of its own."""
+        """Whether everything between the projections is the released form without LRPE, which is one fused operator."""
         config = self.config
         released = (config.gate, config.activation, config.value_activation) == ("full", "silu", "none")
         return released and self.lrpe is None and type(self.norm) is SRMSNorm
@@ -68,8 +68,8 @@ class GatedLinearAttention(nn.Module):
         else:
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
             gate = torch.sigmoid(self.output_gate(x)) if config.gate == "low-rank" else None
-        # Heads are counted from the tensor, so that a module holding a slice of them needs no other code.
-        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
+        # The number of heads comes from the tensor, so that tensor-parallel shards run the same code.
+        q, k, v = (x.unflatten(-1, (-1, config.head_dim)) for x in (q, k, v))
         v = activate(v, config.value_activation)
         if self.lrpe is not None:
             q = self.lrpe(q, positions, config.activation)
@@ -79,12 +79,12 @@ class GatedLinearAttention(nn.Module):
         return q, k, v, gate
 
     def _output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
-        """[..., H, E] → [..., M]: norm over all heads, gate, projection; norm_position may move the norm back."""
-        y, where = attended.flatten(-2), self.config.norm_position
-        y = self.norm(y) if where == "attention" else y
+        """[..., H, E] → [..., M]: norm over all heads, gate, projection; norm_position may move the norm further down."""
+        y, norm_after = attended.flatten(-2), self.config.norm_position
+        y = self.norm(y) if norm_after == "attention" else y
         y = y if gate is None else y * gate
-        y = self.out_proj(self.norm(y) if where == "gate" else y)
-        return self.norm(y) if where == "output" else y
+        y = self.out_proj(self.norm(y) if norm_after == "gate" else y)
+        return self.norm(y) if norm_after == "output" else y
 
     def forward(
         self,
@@ -96,8 +96,8 @@ class GatedLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M], positions [B, T] int64, state [B or N, H, D, E] → y [B, T, M], new state.
 
-        `longest` is for softmax attention; nothing here depends on the length of a sequence.
-        Without a state the text starts here and nobody asks how it ends: training, where None comes back.
+        With state=None the sequence starts here and no final state is returned (training). `longest` is unused: it is for
+        softmax attention.
         """
         if state is None and self._one_operator:
             y = self.gated_attention(self.qkvu_proj(x), self.log_decay, self.config.norm_eps, cu_seqlens)

@@ -1,11 +1,12 @@
-"""Selective activation checkpointing: a block keeps the results of its matrix products and computes the rest again.
+"""Selective activation checkpointing: a block saves the results of its matrix products and recomputes the rest.
 
-    y = selectively(block.mix, num_products, x, positions, cu_seqlens)
+    y = checkpoint_selectively(function, num_products, x, positions, cu_seqlens)
 
-Norms, activations, gates, LRPE, the product of the GLU's halves and linear attention cost next to no FLOPs beside matrix
-products, and their results are half of what a backward pass reads. Kept besides: softmax attention, whose work grows with
-the length, and sums over tensor-parallel ranks, which are as large as the residual. The states that ranks of one row
-exchange are small and sent again. The block's last product is not kept: nothing in the block's backward pass reads it.
+Norms, activations, gates, LRPE, the product of the GLU's halves and linear attention cost few FLOPs beside matrix
+products, and their results are half of what a backward pass reads. Saved as well: softmax attention, whose work grows
+with the length, and all-reduces over tensor-parallel ranks, which are as large as the residual. The states that
+sequence-parallel ranks exchange are small and sent again. The block's last product is not saved: its backward pass does
+not read it.
 
 Works inside torch.compile, whose partitioner follows the same policy, and under FSDP, whose hooks stay outside.
 """
@@ -24,17 +25,17 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# It warns on every use under torch.compile that a region must not write in place; none here does.
+# It warns on every use under torch.compile that the function must not write in place; none here does.
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 MODES = ("none", "selective", "full")
 _PRODUCTS = {"aten::mm", "aten::addmm"}
-_KEPT = {"tnllm::all_reduce"}
+_SAVED = {"tnllm::all_reduce"}
 _SOFTMAX_ATTENTION = ("scaled_dot_product", "varlen_attn")
 
 
-def selectively(function: Callable[..., Tensor], num_products: int, *args: Any) -> Tensor:
-    """`function(*args)`, which makes `num_products` matrix products; its activations are kept as said above."""
+def checkpoint_selectively(function: Callable[..., Tensor], num_products: int, *args: Any) -> Tensor:
+    """`function(*args)` with activations saved as described above; it computes `num_products` matrix products."""
     return checkpoint(
         function,
         *args,
@@ -50,10 +51,10 @@ def _contexts(num_products: int) -> Any:
     def policy(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = op._schema.name
         if name in _PRODUCTS:
-            # The first pass and the second are counted apart: torch asks in one of them or in both.
+            # Forward and recomputation are counted separately: torch may call the policy in either or both.
             seen[context.is_recompute] += 1
         last = seen[context.is_recompute] == num_products
-        keep = name in _PRODUCTS or name in _KEPT or any(part in name for part in _SOFTMAX_ATTENTION)
+        keep = name in _PRODUCTS or name in _SAVED or any(op_name in name for op_name in _SOFTMAX_ATTENTION)
         return CheckpointPolicy.MUST_SAVE if keep and not last else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

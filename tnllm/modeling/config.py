@@ -25,7 +25,9 @@ class ModelConfig(BaseModel):
     kind: Literal["transnormer", "transformer"] = Field(
         "transnormer", description="TransNormerLLM, or the Llama-style softmax baseline of the same size."
     )
-    vocab_size: int = Field(64_000, ge=1, description="Rows of the embedding; at least the tokenizer's pieces.")
+    vocab_size: int = Field(
+        64_000, ge=1, description="Rows of the embedding; no fewer than the tokenizer's vocabulary."
+    )
     num_layers: int = Field(24, ge=1, description="Blocks (token mixer + channel mixer).")
     model_dim: int = Field(1024, ge=1, description="Width of the residual stream.")
     num_heads: int = Field(8, ge=1, description="Attention heads; each is model_dim / num_heads wide.")
@@ -47,7 +49,7 @@ class ModelConfig(BaseModel):
     gate_dim: int = Field(16, ge=1, description="Rank of the low-rank gate.")
     norm_position: Literal["attention", "gate", "output"] = Field(
         "attention",
-        description="The mixer's norm: on what attention gives, before the gate (v1, v2), after the gate, after out_proj.",
+        description="The mixer's norm: after attention, before the gate (v1, v2); after the gate; after out_proj.",
     )
     activation: Literal["silu", "none", "1+elu", "relu"] = Field("silu", description="Applied to q and k.")
     value_activation: Literal["none", "silu"] = Field("none", description="Applied to v.")
@@ -113,11 +115,11 @@ class LoraConfig(BaseModel):
     rank: int = Field(0, ge=0, description="Rank of the adapter; 0: no adapter, all weights are trained.")
     alpha: float = Field(16.0, gt=0, description="The adapter's output is scaled by alpha / rank.")
     targets: tuple[Literal["qkvu_proj", "qkv_proj", "out_proj", "l1", "l2", "l3"], ...] | None = Field(
-        None, description="Projections of a block that get one, such as [qkvu_proj, out_proj]. null: all of them."
+        None, description="Projections of a block that get an adapter, such as [qkvu_proj, out_proj]. null: all."
     )
 
 
-# Choices that mean nothing to the softmax baseline.
+# Keys that do not apply to the softmax baseline.
 LINEAR_ONLY = (
     "position",
     "decay_slopes",

@@ -18,8 +18,8 @@ from tnllm.modeling.config import ModelConfig
 def geometric_slopes(num_heads: int) -> list[float]:
     """Slopes a_h > 0 of the released models, for any number of heads.
 
-    A count that is no power of two takes the list of the power below and fills up with every other entry of the
-    power above, as the checkpoints' code does.
+    If the count is not a power of two: the slopes of the next lower power, then every other slope of the next higher one,
+    as the checkpoints' code does.
     """
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (head + 1) / power) for head in range(power)]
@@ -37,7 +37,7 @@ def log_decay(config: ModelConfig, layer: int) -> Tensor:
         return torch.zeros(config.num_heads, dtype=torch.float32)
     if config.decay_slopes == "geometric":
         slopes = geometric_slopes(config.num_heads)
-        # One layer has no depth to cool over: its factor is that of layer 0.
+        # A single layer has the factor of layer 0.
         depth = layer / (config.num_layers - 1) if config.num_layers > 1 else 0.0
         factor = 1.0 - depth + 1e-5 if config.decay_temperature else 1.0
     else:

@@ -3,11 +3,11 @@
     count_parameters(config)               # 398_984_192 for the 385m preset
     flops_per_token(config, seq_len=8192)  # training FLOPs (forward + backward) of one token
 
-FLOPs count one multiply-add as two. Only work the model defines is counted: recomputation, the masked half of a chunk
-and the optimizer are not, so that a utilisation made from these numbers is comparable between implementations.
+A multiply-add counts as two FLOPs. Only work that the model defines is counted, not recomputation, the masked half of a
+chunk or the optimizer, so that MFU from these numbers is comparable between implementations.
 """
 
-from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.config import LoraConfig, ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -23,6 +23,22 @@ def count_parameters(config: ModelConfig) -> int:
         elif config.qk_norm:
             total += 2 * config.head_dim
     return total + norm
+
+
+def root_parameters(config: ModelConfig) -> int:
+    """Parameters outside the blocks: embedding, head, learned positions, final norm."""
+    return count_parameters(config.model_copy(update={"num_layers": 0}))
+
+
+def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of an adapter: rank * (in + out) for each projection it is attached to."""
+    width, glu = config.model_dim, config.glu_dim
+    fused = (
+        {"qkvu_proj": 5 * width} if config.kind == "transnormer" and config.gate == "full" else {"qkv_proj": 4 * width}
+    )
+    sizes = {**fused, "out_proj": 2 * width, **dict.fromkeys(("l1", "l2", "l3"), width + glu)}
+    names: tuple[str, ...] = lora.targets or tuple(sizes)
+    return lora.rank * config.num_layers * sum(sizes.get(name, 0) for name in names)
 
 
 def _matrix_parameters(config: ModelConfig) -> int:
@@ -48,7 +64,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def recomputed_flops_per_token(config: ModelConfig, seq_len: int, mode: str) -> float:
-    """FLOPs per token that train.activation_checkpointing adds: blocks once more (full), linear attention (selective)."""
+    """FLOPs per token that train.activation_checkpointing recomputes: blocks (full) or linear attention (selective)."""
     attention = _attention_flops(config, seq_len)
     if mode == "full":
         return 2.0 * config.num_layers * _matrix_parameters(config) + attention

@@ -1,4 +1,4 @@
-"""The parts of a block that know nothing of time: norms, activations, the channel mixer, and LRPE's frequencies."""
+"""Norms, activations, GLU and LRPE."""
 
 from typing import Any
 
@@ -70,12 +70,12 @@ class GLU(nn.Module):
         self.l3 = nn.Linear(config.glu_dim, config.model_dim, bias=False)
 
     @property
-    def joins(self) -> bool:
-        """Whether training runs the first two projections as one product: on CUDA, where nothing hangs on either."""
+    def fuses_up_projections(self) -> bool:
+        """Whether training computes l1 and l2 as one product: on CUDA, unless a projection is wrapped (LoRA)."""
         return self.l1.weight.is_cuda and type(self.l1) is nn.Linear and type(self.l2) is nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self.joins:
+        if torch.is_grad_enabled() and self.fuses_up_projections:
             both = F.linear(x, torch.cat([self.l1.weight, self.l2.weight]))
             return self.l3(glu_product(both, self.activation == "silu"))
         return self.l3(activate(self.l1(x), self.activation) * self.l2(x))

@@ -5,14 +5,13 @@
     merge_lora(model)                                        # W += (alpha / rank) B A; a plain model again
     merge_adapter(model, "adapter")                          # the same from an adapter's folder, onto a plain model
 
-A and B are fp32 whatever the base is kept in. They hang on the projections of a block; the fused ones (q, k, v and gate in
-one matrix) get one pair for the whole matrix.
+A and B are fp32 whatever the base's dtype. They are attached to the projections of a block; a fused projection (q, k, v and
+gate in one matrix) gets one pair.
 """
 
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tnllm.errors import RunError, UserError, did_you_mean
-from tnllm.files import replace_dir
+from tnllm.files import read_json, written_folder
 from tnllm.modeling.config import LoraConfig
 from tnllm.modeling.hf_names import from_official, to_official
 from tnllm.modeling.model import LanguageModel
@@ -33,7 +32,7 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer whose weight [out, in] is frozen and has a low-rank product beside it."""
+    """A linear layer with a frozen weight [out, in] and a trained low-rank product B A that is added to it."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         out_features, in_features = base.weight.shape
@@ -45,17 +44,17 @@ class LoraLinear(nn.Linear):
         self.lora_B = nn.Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
 
     def reset(self, generator: torch.Generator | None) -> None:
-        """The adapter's initial values: A uniform by its fan-in, B zero. Nothing is drawn for the weight."""
+        """Initialise the adapter: A uniform by its fan-in, B zero. The weight draws no random numbers."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=generator)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Text is sampled from a bf16 base outside of autocast, beside which A and B are fp32.
+        # Outside autocast (sampling) x has the base's dtype, bf16 for example, while A and B are fp32.
         a, b = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
         return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, a), b)
 
     def product(self) -> Tensor:
-        """What is to be added to the weight: [out, in] fp32."""
+        """scale * B A, [out, in] fp32: what merging adds to the weight."""
         return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
 
@@ -65,9 +64,9 @@ def lora_layers(model: LanguageModel) -> dict[str, LoraLinear]:
 
 
 def add_lora(model: LanguageModel, config: LoraConfig, seed: int = 0) -> None:
-    """Freeze `model` and put an adapter beside every target. A is uniform by its fan-in, B zero: nothing changes yet.
+    """Freeze `model` and attach an adapter to every target. B starts at zero, so the outputs are unchanged.
 
-    On the meta device nothing is filled in. Raises UserError for a target the model does not have.
+    On the meta device nothing is initialised. Raises UserError for a target the model does not have.
     """
     model.requires_grad_(False)
     linears = [
@@ -82,12 +81,12 @@ def add_lora(model: LanguageModel, config: LoraConfig, seed: int = 0) -> None:
             raise UserError(
                 f"lora.targets has {target!r}; this model has {', '.join(kinds)}{did_you_mean(target, kinds)}"
             )
-    wanted = config.targets or [kind for kind in kinds if not kind.isdecimal()]
+    targets = config.targets or [kind for kind in kinds if not kind.isdecimal()]
     device = model.device
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     for name, module in linears:
         parent, _, kind = name.rpartition(".")
-        if kind not in wanted:
+        if kind not in targets:
             continue
         layer = LoraLinear(module, config.rank, config.alpha)
         if generator is not None:
@@ -97,7 +96,7 @@ def add_lora(model: LanguageModel, config: LoraConfig, seed: int = 0) -> None:
 
 
 def merge_lora(model: LanguageModel) -> None:
-    """Add each product to its weight, rounded once to the weight's dtype; the adapters are gone."""
+    """Add each product to its weight, rounded once to the weight's dtype, and remove the adapters."""
     for name, layer in lora_layers(model).items():
         with torch.no_grad():
             layer.weight.copy_(layer.weight.float() + layer.product())
@@ -109,12 +108,12 @@ def merge_lora(model: LanguageModel) -> None:
 
 
 def save_adapter(model: LanguageModel, folder: Path | str, base: str | None = None) -> None:
-    """Write PEFT's adapter_config.json and adapter_model.safetensors, aside first and then renamed.
+    """Write PEFT's adapter_config.json and adapter_model.safetensors into a temporary folder and rename it to `folder`.
 
-    `base` names the weights the adapter belongs to. Keys are those of PEFT on the Hugging Face form of the model.
+    `base` names the weights the adapter belongs to. Keys are PEFT's for the Hugging Face form of the model.
     """
     config = model.lora
-    assert config is not None, "add_lora comes first"
+    assert config is not None, "call add_lora first"
     layers = lora_layers(model)
     tensors = {
         f"base_model.model.{to_official(name)}.lora_{part}.weight": weight.detach().float().cpu().contiguous()
@@ -136,23 +135,16 @@ def save_adapter(model: LanguageModel, folder: Path | str, base: str | None = No
         "modules_to_save": None,
         "inference_mode": True,
     }
-    folder = Path(folder)
-    aside = folder.with_name(f"{folder.name}.tmp-save")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        (aside / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        replace_dir(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with written_folder(Path(folder)) as temporary:
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def merge_adapter(model: LanguageModel, folder: Path | str) -> int:
-    """Merge an adapter in PEFT's format into a plain model; returns how many weights changed.
+    """Merge an adapter in PEFT's format into a plain model; returns the number of changed weights.
 
-    Raises UserError for a folder that holds none, for kinds of adapter other than plain LoRA, and for one made for another
-    model; RunError for a damaged file.
+    Raises UserError for a folder without an adapter, an adapter other than plain LoRA or one for another model, RunError
+    for a damaged file.
     """
     folder = Path(folder)
     settings = _read_settings(folder / ADAPTER_CONFIG)
@@ -167,7 +159,7 @@ def merge_adapter(model: LanguageModel, folder: Path | str) -> int:
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UserError(f"{file} holds {key!r}, which is no LoRA matrix; only plain LoRA adapters are read")
+            raise UserError(f"{file} holds {key!r}, which is not a LoRA matrix; only plain LoRA adapters are supported")
         pairs.setdefault(from_official(match[1]), {})[match[2]] = tensor.float()
     weights = dict(model.named_parameters())
     for name, pair in pairs.items():
@@ -183,12 +175,7 @@ def merge_adapter(model: LanguageModel, folder: Path | str) -> int:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}; give an adapter's folder")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from None
+    settings = read_json(path, advice="give an adapter's folder")
     if settings.get("peft_type") != "LORA" or not isinstance(settings.get("lora_alpha"), int | float):
         raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; allowed: LORA, with a lora_alpha")
     plain = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None, "alpha_pattern": {}}

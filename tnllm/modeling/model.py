@@ -1,10 +1,10 @@
-"""The whole model: TransNormerLLM and, behind the same interface, the softmax baseline.
+"""The language model: TransNormerLLM and, behind the same interface, the softmax baseline.
 
     model = build_model(get_preset("385m"), device="cuda", dtype=torch.bfloat16, seed=0)
     logits, state = model(tokens)                # tokens [B, T] int64 → logits [B, T, V] fp32
-    logits, state = model(more, state)           # continues; `state` is a value, never changed
+    logits, state = model(more, state)           # continues; the state passed in is not changed
     logits = model.step(last, state)             # decoding: one token per row, `state` updated in place
-    loss_sum = model.loss(tokens, labels)        # training: summed cross entropy, full logits never held
+    loss_sum = model.loss(tokens, labels)        # training: summed cross entropy, never holding the full logits
 
 Paper: arXiv 2307.14995 Eq. 9 (block), arXiv 2405.17381 Fig. 3.
 """
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tnllm.errors import UserError
 from tnllm.kernels.linear_cross_entropy import linear_cross_entropy
 from tnllm.modeling.attention import GatedLinearAttention
-from tnllm.modeling.checkpointing import MODES, selectively
+from tnllm.modeling.checkpointing import MODES, checkpoint_selectively
 from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.layers import GLU, LRPE, make_norm
 from tnllm.modeling.packing import packed_index
@@ -39,7 +39,7 @@ class Block(nn.Module):
         )
         self.channel_norm = make_norm(config, config.model_dim)
         self.channel_mixer = GLU(config)
-        self.selective = False  # of what training keeps for its backward pass, matrix products alone
+        self.selective = False  # selective activation checkpointing: save the results of matrix products only
 
     def forward(
         self,
@@ -51,15 +51,18 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M] → x [B, T, M], and the layer's new state."""
         if self.selective and state is None and torch.is_grad_enabled():
-            return selectively(self._train, self.num_products, x, positions, cu_seqlens, longest), None
+            args = (x, positions, cu_seqlens, longest)
+            return checkpoint_selectively(self._mix_without_state, self.num_products, *args), None
         return self._mix(x, positions, state, cu_seqlens, longest)
 
     @property
     def num_products(self) -> int:
-        """Matrix products of a training pass."""
-        return sum(isinstance(module, nn.Linear) for module in self.modules()) - self.channel_mixer.joins
+        """Matrix products in a training forward pass."""
+        return sum(isinstance(module, nn.Linear) for module in self.modules()) - self.channel_mixer.fuses_up_projections
 
-    def _train(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, longest: int | None) -> Tensor:
+    def _mix_without_state(
+        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, longest: int | None
+    ) -> Tensor:
         return self._mix(x, positions, None, cu_seqlens, longest)[0]
 
     def _mix(
@@ -101,8 +104,8 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.checkpointing = "none"
         self._block: Callable[[Block, Tensor, Tensor, Tensor | None, int | None], Tensor] = _without_state
-        self.lora: LoraConfig | None = None  # set where adapters hang on the projections (tnllm.modeling.lora)
-        # The head with its loss; ranks that share the vocabulary put their own in its place.
+        self.lora: LoraConfig | None = None  # set while adapters are attached (tnllm.modeling.lora)
+        # Head and loss in one; replaced under vocabulary parallelism.
         self.cross_entropy = linear_cross_entropy
 
     @property
@@ -112,21 +115,21 @@ class LanguageModel(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """`layers`, typed."""
+        """`layers` as a typed list."""
         return list(self.layers)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The parameters' device."""
         return self.embed_tokens.weight.device
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Matrices and embeddings N(0, init_std^2), the padding row zero, norm weights one, theta by its formula."""
+        """Matrices and embeddings N(0, init_std^2), the padding row zero, norm weights one, LRPE's theta by its formula."""
         for module in self.modules():
             self.init_module(module, generator)
 
     def init_module(self, module: nn.Module, generator: torch.Generator | None = None) -> None:
-        """The initial weights of one of this model's modules, its children's left out."""
+        """Initialise one module of this model, without its children."""
         with torch.no_grad():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.init_std, generator=generator)
@@ -138,7 +141,7 @@ class LanguageModel(nn.Module):
                 module.weight[self.config.pad_token_id].zero_()
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """What the backward pass computes again: `none`; `full`: every block; `selective`: all but matrix products."""
+        """What the backward pass recomputes: `none`; `full`: every block; `selective`: all but matrix products."""
         if mode not in MODES:
             raise UserError(f"activation checkpointing is {mode!r}; allowed: {', '.join(MODES)}")
         self.checkpointing = mode
@@ -146,19 +149,19 @@ class LanguageModel(nn.Module):
             block.selective = mode == "selective"
 
     def compile_blocks(self) -> None:
-        """Let torch.compile build what `loss` runs, a block at a time.
+        """Use torch.compile for what `loss` runs, block by block.
 
-        Layers of one form share one compilation: seconds, where the whole model takes a minute and gains nothing that can
-        be measured. (`torch.compile(model.loss, fullgraph=True)` works too.)
+        Layers of one form share a compilation, so it takes seconds. `torch.compile(model.loss, fullgraph=True)` works too:
+        it takes a minute and is not measurably faster.
         """
         self._block = torch.compile(_without_state, fullgraph=True)
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state before any token, for `batch` rows."""
-        where = torch.device(device) if device is not None else self.device
-        layers = [block.token_mixer.new_state(batch, where) for block in self.blocks]
+        device = torch.device(device) if device is not None else self.device
+        layers = [block.token_mixer.new_state(batch, device) for block in self.blocks]
         rows_dim = 0 if self.config.kind == "transnormer" else 1
-        return State(layers, torch.zeros(batch, dtype=torch.int64, device=where), rows_dim)
+        return State(layers, torch.zeros(batch, dtype=torch.int64, device=device), rows_dim)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
@@ -166,7 +169,7 @@ class LanguageModel(nn.Module):
             x = x * math.sqrt(self.config.model_dim)
         if self.config.position == "ape":
             x = x + self.embed_positions(positions)
-        # Under autocast the residual stream is kept in the low precision too: half the traffic between blocks.
+        # Under autocast the residual stream is in low precision too: half the memory traffic between blocks.
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -179,15 +182,15 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None,
         longest: int | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Blocks and final norm. `start` [rows] is each row's position so far; None means zero."""
+        """Blocks and final norm. `start` [rows] is the position of each row's first token; None means zero."""
         batch, length = tokens.shape
         if cu_seqlens is None:
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
             if start is not None:
                 positions = positions + start[:, None]
         else:
-            sequence, place = packed_index(cu_seqlens, length)
-            positions = (place if start is None else place + start[sequence])[None]
+            sequence, offset = packed_index(cu_seqlens, length)
+            positions = (offset if start is None else offset + start[sequence])[None]
         x = self._embed(tokens, positions)
         new_layers: list[Tensor | None] = []
         for block, layer in zip(self.blocks, layers, strict=True):
@@ -218,7 +221,7 @@ class LanguageModel(nn.Module):
         return x, State(layers, state.position + lengths, state.rows_dim)  # type: ignore[arg-type]
 
     def _check_length(self, end: Tensor) -> None:
-        """Learned absolute positions run out; nothing else does."""
+        """Only learned absolute positions bound the length."""
         if self.config.position == "ape" and int(end.max()) > self.config.max_position:
             raise UserError(
                 f"{int(end.max())} tokens exceed model.max_position {self.config.max_position}, the learned "
@@ -229,7 +232,7 @@ class LanguageModel(nn.Module):
         """[..., M] → [..., V] fp32."""
         weight = self.head_weight
         if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-            # The fp32 accumulator is written out as it is instead of being rounded to 16 bits.
+            # The fp32 accumulator is stored as it is, not rounded to 16 bits.
             flat = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
             return flat.unflatten(0, hidden.shape[:-1])
         return F.linear(hidden, weight).float() if hidden.dtype != torch.float64 else F.linear(hidden, weight)
@@ -261,10 +264,10 @@ class LanguageModel(nn.Module):
         start: Tensor | None = None,
         longest: int | None = None,
     ) -> Tensor:
-        """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; shapes as `tokens`.
+        """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; `labels` has the shape of `tokens`.
 
-        `start` [B] int64 is the position of each row's first token, zero where it is not given. No packed sequence has
-        more than `longest` tokens: softmax attention is faster where it knows.
+        `start` [B] int64 is the position of each row's first token; None means zero. No packed sequence has more than
+        `longest` tokens: softmax attention is faster where it knows the bound.
         """
         layers: list[None] = [None] * self.config.num_layers
         x, _ = self._run(tokens, layers, start, cu_seqlens, longest)
@@ -279,8 +282,8 @@ def build_model(
 ) -> LanguageModel:
     """Build a model with initialised weights; on the meta device nothing is allocated.
 
-    Parameters are in `dtype`, except LRPE's theta, which is never below fp32. With a seed the weights depend on
-    nothing else, for a given device type.
+    Parameters are in `dtype`, except LRPE's theta, which is never below fp32. On one device type a seed always gives the
+    same weights.
     """
     with torch.device("meta"):
         model = LanguageModel(config).to(dtype)

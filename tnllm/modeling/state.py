@@ -4,8 +4,8 @@
     logits, state = model(tokens, state)
     fork = state.select([0, 0, 0])        # three continuations of row 0
 
-TransNormer layers hold [B, H, D, E] fp32, of constant size whatever the length. The softmax baseline holds its keys and
-values as [2, B, T, H, d] with `position` telling how many of the T slots of each row are filled.
+A TransNormer layer's state is [B, H, D, E] fp32, of constant size whatever the length. The softmax baseline's is its
+key-value cache [2, B, T, H, d]; `position` says how many of the T slots of each row are filled.
 """
 
 from collections.abc import Sequence
@@ -30,15 +30,15 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the layers."""
+        """Bytes of all layers' states."""
         return sum(layer.nbytes for layer in self.layers)
 
     def clone(self) -> "State":
-        """A copy that shares nothing."""
+        """A deep copy."""
         return State([layer.clone() for layer in self.layers], self.position.clone(), self.rows_dim)
 
     def select(self, rows: Sequence[int] | Tensor) -> "State":
-        """Rows in the given order, repeats allowed: forks, beams and reordering."""
+        """Rows by index, in any order and with repeats: forks, beams and reordering."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.position.device)
         layers = [layer.index_select(self.rows_dim, index.to(layer.device)) for layer in self.layers]
         return State(layers, self.position.index_select(0, index), self.rows_dim)
@@ -49,17 +49,15 @@ class State:
 
     @staticmethod
     def cat(states: Sequence["State"]) -> "State":
-        """Join the rows of several states of one model."""
+        """Concatenate the rows of several states of one model."""
         dim = states[0].rows_dim
-        if dim == 0:
-            columns = [torch.cat(layers) for layers in zip(*(state.layers for state in states), strict=True)]
-        else:
-            columns = [_cat_caches(layers) for layers in zip(*(state.layers for state in states), strict=True)]
+        join = torch.cat if dim == 0 else _cat_caches
+        columns = [join(layers) for layers in zip(*(state.layers for state in states), strict=True)]
         return State(columns, torch.cat([state.position for state in states]), dim)
 
 
 def _cat_caches(caches: Sequence[Tensor]) -> Tensor:
-    """Join [2, B, T, H, d] caches of different capacities along B."""
+    """Concatenate [2, B, T, H, d] caches of different capacities along B."""
     capacity = max(cache.shape[2] for cache in caches)
     padded = [torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, capacity - cache.shape[2])) for cache in caches]
     return torch.cat(padded, dim=1)

@@ -1,7 +1,6 @@
 """Softmax attention with rotary positions: the token mixer of the Llama-style baseline.
 
-Its state is a key-value cache [2, B, capacity, H, d]; row b holds position[b] tokens. It grows with the length, which
-is the point of comparing.
+Its state is a key-value cache [2, B, capacity, H, d]; row b holds position[b] tokens. It grows with the length.
 """
 
 import torch
@@ -14,7 +13,7 @@ from tnllm.modeling.packing import packed_index, unpack_padded
 
 
 class SoftmaxAttention(nn.Module):
-    """Token mixer of one layer of the baseline, behind the interface of GatedLinearAttention."""
+    """Token mixer of one layer of the baseline, with the interface of GatedLinearAttention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,11 +25,11 @@ class SoftmaxAttention(nn.Module):
             self.key_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, M], positions [B, T] → q, k, v [B, T, H, d]; q and k normalised where the config says so, rotated."""
+        """x [B, T, M], positions [B, T] → q, k, v [B, T, H, d]; q and k normalised if the config says so, and rotated."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = (rotate(part, positions, self.config.rope_base) for part in (q, k))
+        q, k = (rotate(x, positions, self.config.rope_base) for x in (q, k))
         return q, k, v
 
     def forward(
@@ -43,7 +42,7 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M], positions [B, T] → y [B, T, M], cache. Without a state this is plain causal attention.
 
-        `longest` bounds the packed sequences; the fused kernel starts as many blocks a sequence as that needs.
+        `longest` bounds the packed sequences: the fused kernel launches as many blocks per sequence as the bound needs.
         """
         q, k, v = self.project(x, positions)
         if state is None:
@@ -51,18 +50,18 @@ class SoftmaxAttention(nn.Module):
         if cu_seqlens is None:
             attended, state = _cached(q, k, v, positions, state)
         else:
-            # Packed rows become padded ones; padding sits after the real tokens and is never kept.
+            # Packed rows are padded on the right; position -1 keeps padding out of the cache.
             longest = int(cu_seqlens.diff().max())
-            sequence, place = packed_index(cu_seqlens, x.shape[1])
-            q, k, v = (unpack_padded(part, cu_seqlens, longest) for part in (q, k, v))
+            sequence, offset = packed_index(cu_seqlens, x.shape[1])
+            q, k, v = (unpack_padded(x, cu_seqlens, longest) for x in (q, k, v))
             padded_positions = unpack_padded(positions[..., None], cu_seqlens, longest)[..., 0]
             filled = torch.arange(longest, device=x.device) < cu_seqlens.diff()[:, None]
             attended, state = _cached(q, k, v, padded_positions.masked_fill(~filled, -1), state)
-            attended = attended[sequence, place][None]
+            attended = attended[sequence, offset][None]
         return self.out_proj(attended.flatten(-2)), state
 
     def step(self, x: Tensor, positions: Tensor, state: Tensor) -> Tensor:
-        """One token per row; the cache must have room for it and is updated in place."""
+        """One token per row; the cache must have a free slot for it (`grow`) and is updated in place."""
         q, k, v = self.project(x[:, None], positions[:, None])
         rows = torch.arange(len(x), device=x.device)
         state[0, rows, positions] = k[:, 0].to(state.dtype)
@@ -81,8 +80,8 @@ def grow(cache: Tensor, needed: int) -> Tensor:
     capacity = cache.shape[2]
     if needed <= capacity:
         return cache
-    room = max(needed, 2 * capacity, 64) - capacity
-    return F.pad(cache, (0, 0, 0, 0, 0, room))
+    added = max(needed, 2 * capacity, 64) - capacity
+    return F.pad(cache, (0, 0, 0, 0, 0, added))
 
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
@@ -96,9 +95,9 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, longest: int | None = None) -> Tensor:
-    """Causal softmax attention over [B, T, H, d]; with cu_seqlens (B = 1) it stays inside each sequence."""
+    """Causal softmax attention over [B, T, H, d]; with cu_seqlens (B = 1) within each sequence."""
     if cu_seqlens is None:
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
@@ -107,9 +106,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, longest:
         out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out[None]
-    sequence, place = packed_index(cu_seqlens, q.shape[1])
-    mask = (sequence[:, None] == sequence) & (place[:, None] >= place)
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    sequence, offset = packed_index(cu_seqlens, q.shape[1])
+    mask = (sequence[:, None] == sequence) & (offset[:, None] >= offset)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
@@ -124,8 +123,8 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Tensor) -
 
 
 def _attend(q: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
-    """Attend from q [B, T, H, d] at `positions` [B, T] to every cached token not after it."""
+    """Attend from q [B, T, H, d] at `positions` [B, T] to every cached token up to that position."""
     slots = torch.arange(cache.shape[2], device=q.device)
     mask = slots <= positions.clamp(min=0)[..., None]
-    k, v = (part.transpose(1, 2).to(q.dtype) for part in cache)
+    k, v = (x.transpose(1, 2).to(q.dtype) for x in cache)
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None]).transpose(1, 2)

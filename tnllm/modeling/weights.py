@@ -3,8 +3,8 @@
     save_model(model, "weights", tokenizer=Path("tokenizer.model"))
     model = load_model("weights", device="cpu", dtype=torch.float32)
 
-A Hugging Face folder that `tnllm convert --to hf` wrote loads the same way. `resolve_model` turns what a person names (a
-run folder, a weights folder, nothing) into such a folder. Nothing here is ever unpickled.
+A Hugging Face folder that `tnllm convert --to hf` wrote loads the same way. `resolve_model` finds the weights folder for a
+run folder, a step folder or None. Nothing here is ever unpickled.
 """
 
 import json
@@ -25,18 +25,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
-from tnllm.files import replace_dir
+from tnllm.files import read_json, written_folder
 from tnllm.modeling.config import LoraConfig, ModelConfig, make_config
 from tnllm.modeling.hf_names import HEAD, from_hf_config, from_official
 from tnllm.modeling.lora import add_lora, merge_lora
 from tnllm.modeling.model import LanguageModel, build_model
 
-CONFIG, GENERATION, INDEX, SINGLE = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "model.safetensors",
-)
+CONFIG, GENERATION = "config.json", "generation_config.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER = "tokenizer.model"
 CHECKPOINT = "model"  # the folder of tensors in a training checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +48,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None = None) -> str:
-    """The text of a weights folder's config.json; `lora` where the tensors hold an adapter beside the weights."""
+    """The text of a weights folder's config.json; `lora` if the folder's tensors include an adapter."""
     values: dict[str, Any] = {
         "model_type": "tnllm",
         "tnllm_version": __version__,
@@ -72,27 +68,19 @@ def save_model(
     generation: dict[str, Any] | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a weights folder aside and rename it into place.
+    """Write a weights folder: first a temporary one, which is then renamed.
 
     `dtype` casts the weights (LRPE's theta stays fp32). Files above `shard_bytes` are split and get an index.
     Raises OSError when the disk is full; an older folder is then untouched.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f"{folder.name}.tmp-save")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        target = dtype or model.head_weight.dtype
-        (aside / CONFIG).write_text(config_json(model.config, target), encoding="utf-8")
-        settings = {**GENERATION_DEFAULTS, **(generation or {})}
-        (aside / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    stored = dtype or model.head_weight.dtype
+    settings = {**GENERATION_DEFAULTS, **(generation or {})}
+    with written_folder(Path(folder)) as temporary:
+        (temporary / CONFIG).write_text(config_json(model.config, stored), encoding="utf-8")
+        (temporary / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, aside / TOKENIZER)
-        _save_tensors(model, aside, target, shard_bytes)
-        replace_dir(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            shutil.copyfile(tokenizer, temporary / TOKENIZER)
+        _save_tensors(model, temporary, stored, shard_bytes)
 
 
 def _save_tensors(model: LanguageModel, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
@@ -119,19 +107,19 @@ def _save_tensors(model: LanguageModel, folder: Path, dtype: torch.dtype, shard_
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
-    """Model config and stored dtype of a weights folder, or of a Hugging Face folder `tnllm convert` wrote."""
+    """Model config and stored dtype of a weights folder, or of a Hugging Face folder that `tnllm convert` wrote."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} has no {CONFIG}; give a weights folder or a run folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kind = values.get("model_type")
-        if kind == "tnllm" and "model" not in values and "auto_map" in values:
-            model, dtype = from_hf_config(values), values.get("dtype", values.get("torch_dtype"))
-        else:
-            model, dtype = values["model"], values["dtype"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a tnllm config; convert other formats with `tnllm convert`") from None
+    advice = "convert other formats with `tnllm convert`"
+    values = read_json(path, advice)
+    if values.get("model_type") == "tnllm" and "model" not in values and "auto_map" in values:
+        model: Any = from_hf_config(values)
+        dtype = values.get("dtype", values.get("torch_dtype"))
+    else:
+        model, dtype = values.get("model"), values.get("dtype")
+    if not isinstance(model, dict):
+        raise UserError(f"{path} is not a tnllm config; {advice}")
     if "quantization_config" in values:
         raise UserError(f"{folder} is quantized; load it with transformers, or convert the weights it was made from")
     if dtype not in DTYPES:
@@ -140,8 +128,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:
 
 
 def read_lora(folder: Path) -> LoraConfig | None:
-    """The adapter a training checkpoint holds beside its weights, if any."""
-    values = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("lora")
+    """Config of the adapter in a training checkpoint; None if it has none."""
+    values = read_json(folder / CONFIG).get("lora")
     return None if values is None else LoraConfig(**values)
 
 
@@ -153,9 +141,8 @@ def load_model(
 ) -> LanguageModel:
     """Load a weights folder or run folder (None: the model that ships in the package), ready for inference.
 
-    `dtype` None keeps the stored one. An adapter in a training checkpoint is merged, or with `merge` False left beside the
-    weights. Raises UserError for a folder that
-    is no model, RunError for damaged files.
+    `dtype` None keeps the stored one. An adapter in a training checkpoint is merged, or with `merge` False stays attached.
+    Raises UserError for a folder that is not a model, RunError for damaged files.
     """
     folder = resolve_model(folder)
     config, stored = read_config(folder)
@@ -164,11 +151,11 @@ def load_model(
     if lora is not None:
         add_lora(model, lora)
     model = model.to_empty(device=device)
-    wanted = model.state_dict()
+    target = model.state_dict()
     if (folder / CHECKPOINT).is_dir():
-        _load_checkpoint(wanted, folder / CHECKPOINT)
+        _load_checkpoint(target, folder / CHECKPOINT)
     else:
-        _load_files(wanted, folder)
+        _load_files(target, folder)
     if lora is not None and merge:
         merge_lora(model)
     return model.eval().requires_grad_(False)
@@ -176,9 +163,9 @@ def load_model(
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise what really went wrong inside torch.distributed.checkpoint.
+    """Raise the underlying error of a torch.distributed.checkpoint.CheckpointException.
 
-    Its CheckpointException derives from BaseException and so slips past every `except Exception`.
+    That class derives from BaseException, so `except Exception` does not catch it.
     """
     try:
         yield
@@ -186,32 +173,32 @@ def plain_errors() -> Iterator[None]:
         raise next(iter(error.failures.values()))[0] from error
 
 
-def _load_checkpoint(wanted: dict[str, Tensor], folder: Path) -> None:
-    """Fill `wanted` from a training checkpoint, written by any number of ranks."""
+def _load_checkpoint(target: dict[str, Tensor], folder: Path) -> None:
+    """Fill `target` from a training checkpoint, written by any number of ranks."""
     try:
-        # The headers first: the reader below answers a broken one with pages of its own log.
+        # Headers first: for a damaged one the reader below would log pages.
         for file in folder.glob("*.safetensors"):
             with safe_open(file, framework="pt"):
                 pass
         with warnings.catch_warnings(), plain_errors():
-            warnings.simplefilter("ignore", UserWarning)  # a single process is what we mean
-            dcp.load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+            warnings.simplefilter("ignore", UserWarning)  # a single process is intended
+            dcp.load(dict(target), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise RunError(f"{folder} is damaged or is no checkpoint of this model ({reason}); take another step") from None
+        raise RunError(f"{folder} is damaged or not a checkpoint of this model ({reason}); take another step") from None
 
 
-def _load_files(wanted: dict[str, Tensor], folder: Path) -> None:
-    missing = set(wanted)
+def _load_files(target: dict[str, Tensor], folder: Path) -> None:
+    missing = set(target)
     for file in tensor_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (no mapping)
-                    # Hugging Face folders put `model.` before our names, and may list a tied head.
+                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    # Hugging Face folders prefix our names with `model.`, and may list a tied head.
                     name = from_official(key)
-                    if name == HEAD and HEAD not in wanted:
+                    if name == HEAD and HEAD not in target:
                         continue
-                    _copy(wanted, name, tensors.get_tensor(key), file)
+                    _copy(target, name, tensors.get_tensor(key), file)
                     missing.discard(name)
         except SafetensorError as error:
             raise RunError(f"{file} is damaged ({error}); copy or convert it again") from None
@@ -219,23 +206,23 @@ def _load_files(wanted: dict[str, Tensor], folder: Path) -> None:
         raise RunError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[0]!r}; it is incomplete")
 
 
-def _copy(wanted: dict[str, Tensor], name: str, value: Tensor, file: Path) -> None:
-    if name not in wanted:
+def _copy(target: dict[str, Tensor], name: str, value: Tensor, file: Path) -> None:
+    if name not in target:
         raise RunError(f"{file} holds {name!r}, which this model does not have; config.json and weights differ")
-    if value.shape != wanted[name].shape:
-        raise RunError(f"{file}: {name} is {list(value.shape)}, config.json says {list(wanted[name].shape)}")
-    wanted[name].copy_(value)
+    if value.shape != target[name].shape:
+        raise RunError(f"{file}: {name} is {list(value.shape)}, config.json says {list(target[name].shape)}")
+    target[name].copy_(value)
 
 
 def tensor_files(folder: Path, index: str = INDEX, single: str = SINGLE) -> list[Path]:
-    """The files that hold a folder's tensors: those its index names, or the single one. Raises UserError."""
+    """The safetensors files of a folder: those named by its index, or the single one. Raises UserError."""
     if (folder / index).is_file():
         try:
             weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder / index} is no index (JSON with a weight_map); copy it again") from None
-        # A name with a path in it could point anywhere; shards live beside their index.
+            raise UserError(f"{folder / index} is not an index (JSON with a weight_map); copy it again") from None
+        # A name that is a path could point anywhere.
         bad = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
         if bad:
             raise UserError(f"{folder / index} names {bad[0]!r}; shards must lie in the same folder")
@@ -249,15 +236,15 @@ def tensor_files(folder: Path, index: str = INDEX, single: str = SINGLE) -> list
 
 
 def resolve_model(model: Path | str | None) -> Path:
-    """The folder behind what a person named: a weights folder, a run folder, a step folder; None: the packaged model.
+    """The folder to load for a weights folder, run folder or step folder; None: the model that ships in the package.
 
-    A run folder stands for its published weights, or, while it is still training, for its newest checkpoint.
+    A run folder resolves to its published weights, or while it is training to its latest checkpoint.
     """
     if model is None:
         return assets.demo_weights()
     folder = Path(model)
     if not folder.is_dir():
-        raise UserError(f"model {str(model)!r} is no folder; give a run folder or a weights folder")
+        raise UserError(f"model {str(model)!r} is not a folder; give a run folder or a weights folder")
     if (folder / CONFIG).is_file():
         return folder
     if (folder / "weights" / CONFIG).is_file():

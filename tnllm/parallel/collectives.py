@@ -1,11 +1,11 @@
 """Collectives inside a model: each is differentiable and opaque to torch.compile.
 
-    y = sum_backward(x, group)     # y = x; its gradient is summed over the group
-    y = sum_forward(x, group)      # summed over the group; its gradient passes as it is
-    y = sum_both(x, group)         # summed, and so is its gradient
+    y = sum_backward(x, group)     # y = x; the gradient is summed over the group
+    y = sum_forward(x, group)      # x is summed over the group; the gradient passes unchanged
+    y = sum_both(x, group)         # both are summed
 
-`group` is the name of a process group (`group.group_name`), a plain string, so that operators can carry it. The first
-two are the conjugate pair around a product whose inner dim is split over ranks (Megatron-LM, arXiv 1909.08053, f and g).
+`group` is the name of a process group (`group.group_name`): a string can be an argument of a custom operator. The first two
+are the conjugate operators f and g of Megatron-LM (arXiv 1909.08053), around a product whose inner dim is sharded.
 """
 
 from typing import Any
@@ -66,15 +66,15 @@ class _SumBoth(torch.autograd.Function):
 
 
 def sum_backward(x: Tensor, group: str) -> Tensor:
-    """x itself, for ranks that each use it for a part of the work: the parts' gradients add up."""
+    """x itself, if each rank computes a part of what follows: the gradients of the parts are summed."""
     return _SumBackward.apply(x, group)
 
 
 def sum_forward(x: Tensor, group: str) -> Tensor:
-    """The sum of every rank's x; each rank's x then gets the whole gradient."""
+    """The sum of x over ranks, if each rank then computes the same: each rank's x gets the full gradient."""
     return _SumForward.apply(x, group)
 
 
 def sum_both(x: Tensor, group: str) -> Tensor:
-    """The sum of every rank's x, where each rank goes on to use the sum for a part of the work."""
+    """The sum of x over ranks, if each rank then computes a part of what follows."""
     return _SumBoth.apply(x, group)

@@ -1,19 +1,18 @@
-"""The ranks of a run and the groups they form.
+"""The device mesh of a run: its axes, this rank's index on each, and the process groups.
 
     mesh = open_mesh(replicate=1, shard=2, sequence=2, tensor=2, device_type="cuda", timeout_s=600)
     mesh.data_rank, mesh.data_size       # which rows of a batch this rank reads
     mesh.groups["tensor"]                # the process group along an axis
     close_mesh(mesh)
 
-Four axes, outermost first: copies of the model (replicate), ranks that share a copy's weights (shard), ranks that share
-a row (sequence), ranks that share a matrix (tensor). Neighbouring ranks differ in `tensor`, which talks the most, so it
-should stay within a machine. Weights are spread over shard and sequence together.
+Four axes, outermost first: copies of the model (replicate), ranks that shard a copy's weights (shard), ranks that split
+a row (sequence), ranks that split a matrix (tensor). Consecutive ranks differ in `tensor`, which communicates most and
+should stay within a machine. Weights are sharded over the shard and sequence axes together.
 """
 
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +25,11 @@ AXES = ("replicate", "shard", "sequence", "tensor")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the axes, this rank's place on each, and its process groups.
+    """Sizes of the axes, this rank's index on each, and its process groups.
 
-    `groups`: "tensor" and "sequence" along those axes; "batch", the ranks that differ in the tokens they read
-    (replicate, shard and sequence); "replica", the ranks of one copy of the model; "control" and "files", all ranks,
-    on CPU.
-    `fsdp` is the device mesh weights are spread (and replicated) over; None where one rank would be on it.
+    `groups`: "tensor" and "sequence" along those axes; "batch", the ranks that read different tokens (replicate, shard
+    and sequence); "replica", the ranks of one copy of the model; "control" and "files", all ranks, on CPU.
+    `fsdp` is the device mesh that weights are sharded (and replicated) over; None if it would have one rank.
     """
 
     sizes: dict[str, int]
@@ -46,17 +44,17 @@ class Mesh:
         return self.data_size * self.sizes["sequence"] * self.sizes["tensor"]
 
     @property
-    def place(self) -> dict[str, int]:
-        """This rank's coordinate on each axis."""
-        left, found = self.rank, {}
+    def index(self) -> dict[str, int]:
+        """This rank's index on each axis."""
+        rest, index = self.rank, {}
         for axis in reversed(AXES):
-            left, found[axis] = divmod(left, self.sizes[axis])
-        return found
+            rest, index[axis] = divmod(rest, self.sizes[axis])
+        return index
 
     @property
     def data_rank(self) -> int:
-        """Which of `data_size` parts of a batch this rank reads."""
-        return self.place["replicate"] * self.sizes["shard"] + self.place["shard"]
+        """Which of the `data_size` shards of a batch this rank reads."""
+        return self.index["replicate"] * self.sizes["shard"] + self.index["shard"]
 
     @property
     def data_size(self) -> int:
@@ -65,14 +63,14 @@ class Mesh:
 
     @property
     def weights(self) -> tuple[int, int]:
-        """(rank, size) among those that share a copy's weights: shard * sequence."""
+        """(rank, size) among the ranks that shard a copy's weights: shard * sequence."""
         size = self.sizes["sequence"]
-        return self.place["shard"] * size + self.place["sequence"], self.sizes["shard"] * size
+        return self.index["shard"] * size + self.index["sequence"], self.sizes["shard"] * size
 
     @property
     def tensor(self) -> tuple[int, int]:
         """(rank, size) along the tensor axis."""
-        return self.place["tensor"], self.sizes["tensor"]
+        return self.index["tensor"], self.sizes["tensor"]
 
 
 def launched() -> bool:
@@ -88,15 +86,12 @@ def open_mesh(
     device_type: str,
     timeout_s: float,
     fake: int | None = None,
-    store: dist.Store | None = None,
 ) -> Mesh:
-    """Join the other ranks (torchrun's environment says how) and form the groups.
+    """Initialise torch.distributed from torchrun's environment variables and form the process groups.
 
-    `device_type` "cuda" speaks NCCL and takes the GPU of its LOCAL_RANK; "cpu" speaks gloo. A collective that others do
-    not join within `timeout_s` raises. `fake` builds the mesh as rank 0 of that many imaginary ranks, in one process,
-    where collectives do nothing. `store` is where ranks find each other, None: as the environment says; a process that
-    opens one mesh after another needs a fresh one each time, or it finds the addresses of the mesh before.
-    Raises UserError where the axes do not multiply to the number of ranks.
+    `device_type` "cuda" uses NCCL and the GPU LOCAL_RANK; "cpu" uses gloo. A collective that not all ranks join within
+    `timeout_s` raises. `fake` builds the mesh as rank 0 of that many simulated ranks, in one process, where collectives
+    do nothing. Raises UserError if the product of the axes is not the number of ranks.
     """
     sizes = dict(zip(AXES, (replicate, shard, sequence, tensor), strict=True))
     product = replicate * shard * sequence * tensor
@@ -106,9 +101,6 @@ def open_mesh(
         axes = " * ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise UserError(f"{world} ranks were started, but the parallel section asks for {product} ({axes})")
     device = torch.device(device_type)
-    meet: dict[str, Any] = {"timeout": timeout}
-    if store is not None:
-        meet |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
     if fake is not None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -121,13 +113,13 @@ def open_mesh(
                 "start as many ranks on each machine as it has GPUs"
             )
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", **meet)
+        dist.init_process_group("nccl", timeout=timeout)
     else:
-        dist.init_process_group("gloo", **meet)
+        dist.init_process_group("gloo", timeout=timeout)
     rank = dist.get_rank()
     grid = torch.arange(world).view(replicate, shard, sequence, tensor)
     r, s, q, p = (int(n) for n in (grid == rank).nonzero()[0])
-    small = None if fake is None else "fake"
+    control_backend = "gloo" if fake is None else "fake"
     members = {
         "tensor": grid[r, s, q, :],
         "sequence": grid[r, s, :, p],
@@ -140,22 +132,22 @@ def open_mesh(
         )
         for name, ranks in members.items()
     }
-    # A checkpoint written in the background must not mix its messages with those of the steps, nor run out of time.
-    groups["control"] = dist.new_group(backend=small or "gloo", timeout=timeout)
-    groups["files"] = dist.new_group(backend=small or "gloo", timeout=max(timeout, datetime.timedelta(hours=1)))
+    # Checkpoints written in the background need a group of their own, as steps communicate meanwhile, and more time.
+    groups["control"] = dist.new_group(backend=control_backend, timeout=timeout)
+    groups["files"] = dist.new_group(backend=control_backend, timeout=max(timeout, datetime.timedelta(hours=1)))
     fsdp = None
     if replicate * shard * sequence > 1:
-        whole = init_device_mesh(
+        device_mesh = init_device_mesh(
             device_type, (replicate, shard * sequence, tensor), mesh_dim_names=("replicate", "weights", "tensor")
         )
-        fsdp = whole["replicate", "weights"] if replicate > 1 else whole["weights"]
+        fsdp = device_mesh["replicate", "weights"] if replicate > 1 else device_mesh["weights"]
     return Mesh(sizes, rank, device, groups, fsdp)
 
 
 def close_mesh(mesh: Mesh) -> None:
-    """Leave the groups, once all ranks are here: one that left early would break the others' last exchange."""
+    """Destroy the process groups after a barrier: a rank that left early would break the others' last collective."""
     if mesh.device.type == "cuda":
-        # The host runs ahead: what it enqueued may still be travelling.
+        # Collectives that the host has enqueued may still be running.
         torch.cuda.synchronize(mesh.device)
     if dist.get_backend() != "fake":
         dist.barrier(mesh.groups["files"])

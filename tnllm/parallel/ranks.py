@@ -1,10 +1,10 @@
-"""What the training loop asks of the other ranks, and what one process answers itself.
+"""Coordination between ranks, behind one interface that the training loop uses with one process and with many.
 
-    ranks = OneRank() or ManyRanks(mesh)
-    labels = ranks.start_step(labels, signals)     # of all ranks; None where a signal reached any of them
+    ranks = SingleProcess() or Distributed(mesh)
+    labels = ranks.start_step(labels, signals)     # summed over ranks; None if any rank received a stop signal
     loss = ranks.sum_loss(loss)
 
-The loop is written once, against these few questions; with one process every answer is what it was given.
+With one process every method returns what it was given.
 """
 
 from collections.abc import Callable
@@ -21,60 +21,60 @@ T = TypeVar("T")
 
 
 class Signals(Protocol):
-    """What a signal handler noted: `seen` by this process, `stop` once the run acts on it."""
+    """Signal numbers: `seen`, received by this process; `stop`, the one the run acts on."""
 
     seen: int | None
     stop: int | None
 
 
 class SharedError(UserError):
-    """Every rank raises the same error; rank 0 says it, the others leave in silence with its exit code."""
+    """An error that every rank raises. Rank 0 prints it, the others exit silently with the same exit code."""
 
-    def __init__(self, error: UserError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
-class OneRank:
+class SingleProcess:
     """A run of one process."""
 
     size, main, data_rank, data_size = 1, True, 0, 1
 
     def start_step(self, labels: int, signals: Signals) -> int | None:
-        """Labels of the step on all ranks; None where the run is to stop instead."""
+        """Labels of the step summed over ranks; None if the run must stop instead."""
         return labels
 
     def sum_loss(self, loss: Tensor) -> Tensor:
-        """The loss of all ranks."""
+        """The loss summed over ranks."""
         return loss
 
     def sum_counts(self, loss: float, labels: int, num_bytes: int) -> tuple[float, int, int]:
-        """Loss, labels and bytes of all ranks' rows."""
+        """Loss, labels and bytes summed over the rows of all ranks."""
         return loss, labels, num_bytes
 
-    def smallest(self, value: float) -> float:
-        """The smallest of all ranks' values."""
+    def all_reduce_min(self, value: float) -> float:
+        """The minimum over ranks."""
         return value
 
-    def spread(self, value: float) -> list[float]:
+    def all_gather(self, value: float) -> list[float]:
         """Every rank's value, by rank."""
         return [value]
 
-    def first(self, work: Callable[[], T]) -> T:
-        """`work()` on rank 0, then on the others; an error of rank 0 is raised by all."""
+    def main_first(self, work: Callable[[], T]) -> T:
+        """`work()` on rank 0, then on the others; a UserError of rank 0 is raised on every rank."""
         return work()
 
-    def share(self, work: Callable[[], T]) -> T:
-        """`work()` of rank 0, given to all; an error is raised by all."""
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
+        """The result of `work()` on rank 0; its UserError is raised on every rank."""
         return work()
 
-    def shared(self, error: RunError) -> UserError:
-        """`error`, which every rank is about to raise, in the form this rank should."""
+    def as_shared_error(self, error: RunError) -> UserError:
+        """What this rank raises for `error`, which occurred on every rank."""
         return error
 
 
-class ManyRanks(OneRank):
-    """One of the ranks of `mesh`. What is asked travels on CPU, so that no step waits for a GPU."""
+class Distributed(SingleProcess):
+    """One rank of `mesh`. Control messages travel between CPUs, so that no step waits for a GPU."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -92,7 +92,7 @@ class ManyRanks(OneRank):
         dist.all_reduce(counts, group=self._control)
         total, numbers, count = counts.tolist()
         if count:
-            # Of several signals, as on a terminal and from a launcher at once, any will do: all stop alike.
+            # Ranks may have received different signals (terminal and launcher at once); all of them stop the run.
             signals.stop = seen or numbers // count
             return None
         return total // self._copies
@@ -104,49 +104,47 @@ class ManyRanks(OneRank):
         return loss
 
     def sum_counts(self, loss: float, labels: int, num_bytes: int) -> tuple[float, int, int]:
-        # Each tensor rank has the whole loss of its tokens; each sequence rank the loss of its own.
-        parts = torch.tensor([loss * self.mesh.sizes["sequence"], labels, num_bytes], dtype=torch.float64)
-        dist.all_reduce(parts, group=self._control)
-        total, labels, num_bytes = (parts / self._copies).tolist()
+        # Tensor ranks each have the full loss of their tokens; sequence ranks have that of their own slice.
+        sums = torch.tensor([loss * self.mesh.sizes["sequence"], labels, num_bytes], dtype=torch.float64)
+        dist.all_reduce(sums, group=self._control)
+        total, labels, num_bytes = (sums / self._copies).tolist()
         return total, round(labels), round(num_bytes)
 
-    def smallest(self, value: float) -> float:
-        found = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._control)
-        return found.item()
+    def all_reduce_min(self, value: float) -> float:
+        minimum = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(minimum, op=dist.ReduceOp.MIN, group=self._control)
+        return minimum.item()
 
-    def spread(self, value: float) -> list[float]:
-        everyone = torch.zeros(self.size, dtype=torch.float64)
-        dist.all_gather(list(everyone.split(1)), torch.tensor([value], dtype=torch.float64), group=self._control)
-        return everyone.tolist()
+    def all_gather(self, value: float) -> list[float]:
+        values = torch.zeros(self.size, dtype=torch.float64)
+        dist.all_gather(list(values.split(1)), torch.tensor([value], dtype=torch.float64), group=self._control)
+        return values.tolist()
 
-    def first(self, work: Callable[[], T]) -> T:
-        result = self._rank_0(work)
+    def main_first(self, work: Callable[[], T]) -> T:
+        result = self._run_on_main(work)
         return result[0] if self.main else work()
 
-    def share(self, work: Callable[[], T]) -> T:
-        found = self._rank_0(work)
-        dist.broadcast_object_list(found, src=0, group=self._control)
-        return found[0]
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
+        result = self._run_on_main(work)
+        dist.broadcast_object_list(result, src=0, group=self._control)
+        return result[0]
 
-    def _rank_0(self, work: Callable[[], T]) -> list[Any]:
-        """[result] on rank 0, [None] elsewhere, once rank 0 is through; its UserError is raised by all."""
+    def _run_on_main(self, work: Callable[[], T]) -> list[Any]:
+        """Returns [result] on rank 0 and [None] elsewhere, once rank 0 is done; its UserError is raised on all."""
         result: list[Any] = [None]
-        error: list[Any] = [None]
+        status: list[Any] = [None]
         raised: UserError | None = None
         if self.main:
             try:
                 result = [work()]
-            except UserError as found:
-                raised, error = found, [(str(found), found.exit_code)]
-        dist.broadcast_object_list(error, src=0, group=self._control)
+            except UserError as error:
+                raised, status = error, [(str(error), error.exit_code)]
+        dist.broadcast_object_list(status, src=0, group=self._control)
         if raised is not None:
             raise raised
-        if error[0] is not None:
-            plain = UserError(error[0][0])
-            plain.exit_code = error[0][1]
-            raise SharedError(plain)
+        if status[0] is not None:
+            raise SharedError(*status[0])
         return result
 
-    def shared(self, error: RunError) -> UserError:
-        return error if self.main else SharedError(error)
+    def as_shared_error(self, error: RunError) -> UserError:
+        return error if self.main else SharedError(str(error), error.exit_code)

@@ -1,13 +1,13 @@
-"""Tensor parallelism: each rank holds some heads of every mixer and some channels of every GLU.
+"""Tensor parallelism: each rank holds a share of the heads of every mixer and of the channels of every GLU.
 
-    shard_heads(model, rank, size, group)      # on the meta device, before weights exist
+    shard_heads(model, rank, size, group)      # on the meta device, before weights are allocated
 
-As the papers split them (arXiv 2307.14995 Eq. 11-15): the first product of a mixer by its output features, the last by
-its input features, so a mixer costs one sum over ranks in the forward pass (of its output) and one in the backward
-pass (of its input's gradient). Two things the papers leave open: the norm over all heads at once needs the sum of squares
-across ranks (one number a token, forward and backward), and embedding and head are split by vocabulary.
+Split as in arXiv 2307.14995 Eq. 11-15: the first product of a mixer by output features, the last by input features, so that
+a mixer costs one all-reduce in the forward pass (of its output) and one in the backward pass (of its input's gradient). The
+paper leaves two things open: the norm over all heads needs the sum of squares across ranks (one number per token, forward
+and backward), and embedding and output projection are split by vocabulary.
 
-The modules stay what they are; hooks bring the sums in. Which dim of which parameter is split: `layout.TENSOR_PLAN`.
+Modules are unchanged; hooks add the all-reduces. `layout.TENSOR_PLAN` says which dim of which parameter is split.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ from tnllm.parallel.vocabulary import VocabularyEmbedding, vocabulary_cross_entr
 
 
 class HeadsNorm(nn.Module):
-    """The norm over the channels of all heads, of which this rank holds `width / ranks`: same values as the whole one."""
+    """The norm over the channels of all heads, of which this rank holds `width / ranks`: same values as unsharded."""
 
     def __init__(self, config: ModelConfig, weight: nn.Parameter | None, group: str) -> None:
         super().__init__()
@@ -54,19 +54,19 @@ def check_tensor(config: ModelConfig, size: int) -> None:
 
 
 def shard_heads(model: LanguageModel, rank: int, size: int, group: str) -> None:
-    """Keep this rank's part of every parameter (shapes only: the model is on the meta device) and bring the sums in."""
+    """Replace every parameter by this rank's shard (shapes only: the model is on the meta device), add the all-reduces."""
     check_tensor(model.config, size)
     for name, parameter in list(model.named_parameters()):
         owner = model.get_submodule(name.rpartition(".")[0])
         shape = Layout.of(name, tuple(parameter.shape), (rank, size)).shape
         local = nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
         setattr(owner, name.rpartition(".")[2], local)
-    enter = partial(_enter, group=group)
-    leave = partial(_leave, group=group)
+    before = partial(_sum_input_gradient, group=group)
+    after = partial(_sum_output, group=group)
     for block in model.blocks:
         for mixer in (block.token_mixer, block.channel_mixer):
-            mixer.register_forward_pre_hook(enter)
-            mixer.register_forward_hook(leave)
+            mixer.register_forward_pre_hook(before)
+            mixer.register_forward_hook(after)
         if isinstance(block.token_mixer, GatedLinearAttention):
             mixer = block.token_mixer
             mixer.norm = HeadsNorm(model.config, getattr(mixer.norm, "weight", None), group)
@@ -76,11 +76,11 @@ def shard_heads(model: LanguageModel, rank: int, size: int, group: str) -> None:
     model.cross_entropy = partial(vocabulary_cross_entropy, rank=rank, group=group)
 
 
-def _enter(module: nn.Module, inputs: tuple[Any, ...], group: str) -> tuple[Any, ...]:
+def _sum_input_gradient(module: nn.Module, inputs: tuple[Any, ...], group: str) -> tuple[Any, ...]:
     return sum_backward(inputs[0], group), *inputs[1:]
 
 
-def _leave(module: nn.Module, inputs: tuple[Any, ...], output: Any, group: str) -> Any:
+def _sum_output(module: nn.Module, inputs: tuple[Any, ...], output: Any, group: str) -> Any:
     if isinstance(output, tuple):
         return sum_forward(output[0], group), *output[1:]
     return sum_forward(output, group)

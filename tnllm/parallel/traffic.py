@@ -1,88 +1,81 @@
-"""Bytes that this rank sends, counted from the collectives that are really called.
+"""Bytes that this rank sends, counted from the collectives that are actually called.
 
     with Traffic() as traffic:
         ...                                  # steps
     traffic.by_axis(mesh)                    # {"weights": bytes, "sequence": ..., "tensor": ..., "other": ...}
 
-With n ranks a ring sends (n - 1) / n of a tensor from each rank to gather or to scatter it, and twice that to sum it.
-Which algorithm a library picks is its own business; this is the least that any has to send.
+With n ranks a ring sends (n - 1) / n of the full tensor from each rank for an all-gather or a reduce-scatter, and twice
+that for an all-reduce. This is a lower bound; the algorithm that NCCL picks may send more.
 """
 
 from collections import defaultdict
-from types import TracebackType
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tnllm.parallel.mesh import Mesh
 
-# Collective → which argument is the whole tensor, its name, and how often a ring sends (n - 1) / n of it. Some names
-# are those of older versions of torch.
-COLLECTIVES = {
-    "all_reduce": (0, "tensor", 2),
-    "all_gather": (0, "tensor_list", 1),
-    "all_gather_single": (0, "output_tensor", 1),
-    "all_gather_into_tensor": (0, "output_tensor", 1),
-    "reduce_scatter_single": (1, "input", 1),
-    "reduce_scatter_tensor": (1, "input", 1),
+# Operator of torch.distributed → which argument is the full tensor, and how often a ring sends (n - 1) / n of it.
+_COLLECTIVES = {
+    "c10d::allreduce_": (0, 2),
+    "c10d::allgather_": (0, 1),
+    "c10d::_allgather_base_": (0, 1),
+    "c10d::_reduce_scatter_base_": (1, 1),
 }
-
-
-class Traffic:
-    """Counts while it is entered; `sent` maps the name of a process group to bytes."""
-
-    def __init__(self) -> None:
-        self.sent: dict[str, float] = defaultdict(float)
-        self._true: dict[str, Any] = {}
-        self._inside = False
-
-    def __enter__(self) -> "Traffic":
-        for name in COLLECTIVES:
-            if hasattr(dist, name):
-                self._true[name] = getattr(dist, name)
-                setattr(dist, name, self._counting(name))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for name, call in self._true.items():
-            setattr(dist, name, call)
-
-    def _counting(self, name: str) -> Any:
-        call, (place, key, rounds) = self._true[name], COLLECTIVES[name]
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            # One collective may be made of another: only the outer call counts.
-            if self._inside:
-                return call(*args, **kwargs)
-            whole = kwargs[key] if key in kwargs else args[place]
-            group = kwargs.get("group") or next((arg for arg in args if isinstance(arg, dist.ProcessGroup)), None)
-            group = group or dist.distributed_c10d._get_default_group()
-            nbytes = sum(t.nbytes for t in whole) if isinstance(whole, list) else whole.nbytes
-            self.sent[group.group_name] += rounds * nbytes * (group.size() - 1) / group.size()
-            self._inside = True
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self._inside = False
-
-        return counted
-
-    def by_axis(self, mesh: Mesh) -> dict[str, float]:
-        """Bytes so far by axis; "other" are the loss, norms and counts, which travel over several axes."""
-        names, found = axis_names(mesh), dict.fromkeys((*TRAFFIC_AXES,), 0.0)
-        for group, nbytes in self.sent.items():
-            found[names.get(group, "other")] += nbytes
-        return found
-
+_DISPATCH_KEYS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
 
 # "weights" is shard and sequence together.
 TRAFFIC_AXES = ("weights", "replicate", "sequence", "tensor", "other")
 
 
+class Traffic(TorchDispatchMode):
+    """Counts while it is entered, and slows every operator down: do not time under it.
+
+    `sent` maps the name of a process group to bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor then calls operators on local tensors
+        if func.namespace == "tnllm":
+            # A mode is off while it handles an operator, so collectives inside a custom operator would not be seen. Enter
+            # it again, and go to the device's kernel directly, because `func(...)` would come back here.
+            device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(_DISPATCH_KEYS[device]), *args, **kwargs)
+        if func._schema.name in _COLLECTIVES:
+            self._count(func._schema.name, args)
+        return func(*args, **kwargs)
+
+    def _count(self, name: str, args: tuple[Any, ...]) -> None:
+        index, rounds = _COLLECTIVES[name]
+        group = dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
+        nbytes = sum(tensor.nbytes for tensor in torch.utils._pytree.tree_leaves(args[index]))
+        self.sent[group.group_name] += rounds * nbytes * (group.size() - 1) / group.size()
+
+    def by_axis(self, mesh: Mesh) -> dict[str, float]:
+        """Bytes so far by axis; "other" are the loss, norms and counts, which are reduced over several axes."""
+        names, sums = axis_names(mesh), dict.fromkeys(TRAFFIC_AXES, 0.0)
+        for group, nbytes in self.sent.items():
+            sums[names.get(group, "other")] += nbytes
+        return sums
+
+
 def axis_names(mesh: Mesh) -> dict[str, str]:
-    """Name of a process group → the axis of `TRAFFIC_AXES` it serves."""
-    found = {str(mesh.groups[axis].group_name): axis for axis in ("sequence", "tensor")}
+    """Name of a process group → its axis, one of `TRAFFIC_AXES`."""
+    names = {str(mesh.groups[axis].group_name): axis for axis in ("sequence", "tensor")}
     if mesh.fsdp is not None:
-        names = mesh.fsdp.mesh_dim_names or ()
-        found |= {str(mesh.fsdp.get_group(name).group_name): name for name in names}
-    return found
+        names |= {str(mesh.fsdp.get_group(axis).group_name): axis for axis in mesh.fsdp.mesh_dim_names or ()}
+    return names

@@ -1,10 +1,10 @@
-"""Embedding and head split by vocabulary: rank r holds rows [r V / n, (r + 1) V / n) of one matrix, tied or not.
+"""Embedding and output projection sharded by vocabulary: rank r holds rows [r V / n, (r + 1) V / n) of the matrix.
 
     x = VocabularyEmbedding(weight, rank, group)(tokens)
     loss_sum = vocabulary_cross_entropy(x, weight, labels, rank=rank, group=group)
 
-Exchanged: one sum of [tokens, M] in the embedding's forward and in the head's backward pass, and three numbers a token for
-the softmax. Logits are never whole anywhere, nor held for more than a piece of the tokens.
+Communicated: one sum of [tokens, M] in the forward pass of the embedding and in the backward pass of the projection, and
+three numbers per token for the softmax. No rank ever has the logits of the full vocabulary, nor those of all tokens.
 """
 
 import torch
@@ -12,112 +12,59 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tnllm.kernels.linear_cross_entropy import chunked_cross_entropy, fake_forward, save_gradients, scale_gradients
 from tnllm.parallel.collectives import group_named, sum_forward
 
-# Elements of fp32 logits held at a time, as in the head of one rank.
-_HELD = {"cuda": 1 << 28}
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class VocabularyEmbedding(nn.Module):
-    """Rows of an embedding; tokens of other ranks' rows come from them."""
+    """This rank's rows of an embedding; the other rows are looked up by their ranks, and the results summed."""
 
     def __init__(self, weight: nn.Parameter, rank: int, group: str) -> None:
         super().__init__()
         self.weight, self.rank, self.group = weight, rank, group
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [...] int64 of the whole vocabulary → [..., M], the same on every rank."""
+        """tokens [...] int64 of the full vocabulary → [..., M], the same on every rank."""
         rows = self.weight.shape[0]
         local = tokens - self.rank * rows
         ours = (local >= 0) & (local < rows)
-        found = F.embedding(local.where(ours, 0), self.weight)
-        return sum_forward(found * ours[..., None].to(found.dtype), self.group)
+        x = F.embedding(local.where(ours, 0), self.weight)
+        return sum_forward(x * ours[..., None].to(x.dtype), self.group)
 
 
 def vocabulary_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, *, rank: int, group: str
 ) -> Tensor:
-    """Sum of cross entropies, as `linear_cross_entropy`, with this rank's rows of the head.
+    """Sum of cross entropies, as `linear_cross_entropy`, with this rank's rows of the output projection.
 
-    x [N, M], the same on every rank of `group`; weight [V / n, M]; labels [N] int64 of the whole vocabulary. Returns
-    the whole sum on every rank. The gradient of x is the whole one, that of weight belongs to its rows.
+    x [N, M], the same on every rank of `group`; weight [V / n, M]; labels [N] int64 of the full vocabulary. Returns the
+    full sum on every rank. The gradient of x is the full one, that of weight belongs to its rows.
     """
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _forward(x, weight, labels, ignore_index, wanted, rank, group)[0]
+    need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _forward(x, weight, labels, ignore_index, need_grad, rank, group)[0]
 
 
 @torch.library.custom_op("tnllm::vocabulary_cross_entropy", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, wanted: bool, rank: int, group: str
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_grad: bool, rank: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients in x and weight (empty unless wanted)."""
-    with torch.autocast(x.device.type, enabled=False):
-        return _pieces(x, weight, labels, ignore_index, wanted, rank, group_named(group))
+    """The loss, and its gradients in x and weight (empty unless `need_grad`)."""
+    process_group = group_named(group)
+
+    def reduce(values: Tensor, op: str) -> None:
+        dist.all_reduce(values, op=_REDUCE_OPS[op], group=process_group)
+
+    first_row = rank * weight.shape[0]
+    loss, dx, dweight = chunked_cross_entropy(x, weight, labels, ignore_index, need_grad, first_row, reduce)
+    if need_grad:
+        # All chunks in one collective, in fp32, so that the contributions are not rounded before they are summed.
+        total = dx.to(loss.dtype)
+        reduce(total, "sum")
+        dx = total.to(x.dtype)
+    return loss, dx, dweight
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with the accumulator's precision in the result."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
-
-
-def _pieces(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, wanted: bool, rank: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    low = weight.to(x.dtype)
-    loss = x.new_zeros((), dtype=wide)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
-    dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, wide)) if wanted else weight.new_empty(0)
-    step = max(1, _HELD.get(x.device.type, 1 << 22) // weight.shape[0])
-    for start in range(0, x.shape[0], step):
-        part, target = x[start : start + step], labels[start : start + step]
-        counted = target != ignore_index
-        local = target - rank * weight.shape[0]
-        ours = counted & (local >= 0) & (local < weight.shape[0])
-        local = local.where(ours, 0)[:, None]
-        logits = _product(part, low.t())
-        top = logits.amax(-1)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        logits -= top[:, None]
-        picked = logits.gather(1, local)[:, 0] * ours
-        sums = torch.stack([logits.exp_().sum(-1), picked])
-        dist.all_reduce(sums, group=group)
-        total, picked = sums
-        loss += ((total.log() - picked) * counted).sum()
-        if wanted:
-            logits.mul_((counted / total)[:, None])
-            logits.scatter_add_(1, local, -ours.to(logits.dtype)[:, None])
-            dlogits = logits.to(x.dtype)
-            torch.mm(dlogits, low, out=dx[start : start + step])
-            dweight += _product(dlogits.t(), part)
-    if wanted:
-        # In one exchange, fp32 so that ranks' parts are not rounded before they are added.
-        summed = dx.to(wide)
-        dist.all_reduce(summed, group=group)
-        dx = summed.to(x.dtype)
-    return loss, dx, dweight.to(weight.dtype)
-
-
-@_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, wanted: bool, rank: int, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-    if not wanted:
-        return loss, x.new_empty(0), weight.new_empty(0)
-    return loss, x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _autograd(ctx, dloss: Tensor, _dx: Tensor, _dweight: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight = ctx.saved_tensors
-    return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None, None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_save)
+_forward.register_fake(fake_forward)
+_forward.register_autograd(scale_gradients, setup_context=save_gradients)

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from tnllm.errors import UserError, did_you_mean
+from tnllm.recipe import dump_yaml, find_recipe, parse_yaml, read_text
 from tnllm.training.config import load_recipe
-from tnllm.training.recipes import dump_yaml, find_recipe, parse_yaml, read_text
 
 Row = dict[str, Any]
 _GROUP_KEYS = ("recipe", "set", "grid", "variants", "seeds", "best_of", "alone")

@@ -1,17 +1,17 @@
-"""Checkpoints a run can be killed at any moment of, and resumed from exactly.
+"""Crash-safe checkpoints: a run killed at any time resumes exactly.
 
-    saver = Saver(run / "checkpoints", keep=3)
+    saver = Saver(run, keep=3, background=True, tokenizer=path)
     saver.save(state, model, optimizer)               # snapshot now, write in the background
-    folder = find_checkpoint(run, "auto")             # the newest whole one, or None
+    folder = find_checkpoint(run, "auto", log=print)  # the newest complete one, or None
     state = load_checkpoint(folder, model, optimizer)
 
 A step folder holds `model/` and `optimizer/` (torch.distributed.checkpoint over safetensors, readable by any number of
 ranks), `config.json` and `tokenizer.model` (so the folder can be generated from), `state.json` (step, samples, tokens) and
-`manifest.json` (size and SHA-256 of every other file). It is written aside, flushed, renamed; then `latest` is replaced.
+`manifest.json` (size and SHA-256 of every other file). It is written as a temporary folder, flushed and renamed; then
+`latest` is replaced.
 Nothing is pickled.
 """
 
-import hashlib
 import json
 import shutil
 import threading
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from tnllm.errors import RunError, UserError
-from tnllm.files import replace_dir, write_text_atomic
+from tnllm.files import read_json, sha256_file, write_text_atomic, written_folder
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors, read_lora
 from tnllm.training.optim import Parameters
@@ -36,7 +36,7 @@ MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 
 @dataclass
 class TrainState:
-    """Where a run is: updates made, global samples drawn, tokens seen, updates refused in all."""
+    """Where a run is: updates made, samples and tokens consumed by all ranks, updates refused."""
 
     step: int = 0
     samples: int = 0
@@ -50,19 +50,17 @@ def step_name(step: int) -> str:
 
 
 class Saver:
-    """Writes checkpoints one at a time, keeps the newest `keep` (0: all), and reports a failed write at the next call."""
+    """Writes one checkpoint at a time and keeps the newest `keep` (0: all). A failed write is raised by the next call."""
 
     def __init__(self, run: Path, keep: int, background: bool, tokenizer: Path | None) -> None:
         self.run, self.folder, self.keep, self.background = run, run / "checkpoints", keep, background
         self.tokenizer = tokenizer
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*.tmp-*"):
-            shutil.rmtree(leftover)
+        remove_unfinished(self.folder)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, state: TrainState, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
-        """Copy everything now and write it, in the background if asked; waits for the write before."""
+        """Copy everything now and write it, in a background thread if so configured; first waits for the previous write."""
         self.wait()
         tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         moments = {name: value.cpu().clone() for name, value in optimizer_tensors(model, optimizer).items()}
@@ -81,7 +79,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Return once the last checkpoint is on disk; raises RunError if it is not."""
+        """Return once the last checkpoint is on disk. Raises RunError if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -92,33 +90,49 @@ class Saver:
     def _guard(self, write: Callable[[], None]) -> None:
         try:
             write()
-        except BaseException as error:  # all of it is carried to the thread that asked, which raises it
+        except BaseException as error:  # raised by `wait` in the main thread
             self._error = error
 
     def _write(self, state: TrainState, tensors: dict[str, Tensor], moments: dict[str, Tensor], config: str) -> None:
         final = self.folder / step_name(state.step)
-        aside = final.with_name(f"{final.name}.tmp-save")
-        try:
-            aside.mkdir()
-            _save_tensors(tensors, aside / "model")
-            _save_tensors(moments, aside / "optimizer")
-            (aside / CONFIG).write_text(config, encoding="utf-8")
-            if self.tokenizer is not None:
-                shutil.copyfile(self.tokenizer, aside / TOKENIZER)
-            (aside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-            sums = file_sums(sorted(path for path in aside.rglob("*") if path.is_file()), aside)
-            (aside / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-            replace_dir(aside, final)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        write_text_atomic(self.run / LATEST, f"{final.name}\n")
-        if self.keep:
-            for old in list_checkpoints(self.run)[: -self.keep]:
-                shutil.rmtree(old)
+        with written_folder(final) as temporary:
+            _save_tensors(tensors, temporary / "model")
+            _save_tensors(moments, temporary / "optimizer")
+            write_description(temporary, state, config, self.tokenizer)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            write_manifest(temporary, file_sums(files, temporary))
+        publish_checkpoint(final, self.run, self.keep)
+
+
+def write_description(folder: Path, state: TrainState, config: str, tokenizer: Path | None) -> None:
+    """Write what a checkpoint holds beside its tensors: state.json, config.json and the tokenizer."""
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+
+
+def write_manifest(folder: Path, sums: dict[str, list[int | str]]) -> None:
+    """Write `file_sums` of a checkpoint's files into it."""
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def publish_checkpoint(folder: Path, run: Path, keep: int) -> None:
+    """Make the complete `folder` the run's `latest`, and remove all but the newest `keep` (0: none)."""
+    write_text_atomic(run / LATEST, f"{folder.name}\n")
+    for old in list_checkpoints(run)[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Create the folder of checkpoints, or remove what a killed process left unfinished in it."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for leftover in checkpoints.glob("*.tmp-*"):
+        shutil.rmtree(leftover)
 
 
 def optimizer_tensors(model: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts by name of the trained parameters, created where no update has been made yet."""
+    """AdamW's moments and step counts by parameter name; zeros are created before the first update."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -133,7 +147,7 @@ def optimizer_tensors(model: Parameters, optimizer: torch.optim.Optimizer) -> di
 
 def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # one process is what we mean
+        warnings.simplefilter("ignore", UserWarning)  # that only one process saves is intended
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         with plain_errors():
             dcp.save(tensors, storage_writer=writer, no_dist=True)
@@ -147,17 +161,12 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def file_sums(files: list[Path], folder: Path) -> dict[str, list[int | str]]:
-    """What a manifest says of `files`: size and SHA-256, by path relative to `folder`."""
-    return {str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)] for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The manifest's entries for `files`: size and SHA-256, by path relative to `folder`."""
+    return {str(path.relative_to(folder)): [path.stat().st_size, sha256_file(path)] for path in files}
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Step folders, oldest first; one that is being written has another name."""
+    """Step folders, oldest first. One that is still being written has a temporary name and is not listed."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if ".tmp-" not in path.name)
 
 
@@ -165,7 +174,7 @@ def verify_checkpoint(folder: Path) -> None:
     """Raise RunError naming the first file that is missing, cut short or changed."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        raise RunError(f"{folder} has no {MANIFEST}; it is not a whole checkpoint")
+        raise RunError(f"{folder} has no {MANIFEST}; it is not a complete checkpoint")
     try:
         sums = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError:
@@ -176,15 +185,15 @@ def verify_checkpoint(folder: Path) -> None:
             raise RunError(f"{file} is missing")
         if file.stat().st_size != size:
             raise RunError(f"{file} has {file.stat().st_size} bytes, not the {size} that were written")
-        if _sha256(file) != digest:
+        if sha256_file(file) != digest:
             raise RunError(f"{file} was changed after it was written (SHA-256 differs)")
 
 
-def find_checkpoint(run: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
+def find_checkpoint(run: Path, resume: str, log: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from, verified.
 
-    `resume` "auto": the newest whole one of `run`, older ones taking the place of damaged ones (`warn` says so), None
-    where there is none at all. Otherwise a step folder or a run folder; damaged or missing raises an error.
+    `resume` "auto": the newest intact one of `run` (damaged ones are skipped and reported through `log`), None if the run
+    has no checkpoint. Otherwise a step folder or a run folder, and an error if its checkpoint is damaged or missing.
     """
     if resume != "auto":
         named = Path(resume)
@@ -193,17 +202,17 @@ def find_checkpoint(run: Path, resume: str, warn: Callable[[str], None]) -> Path
             raise UserError(f"--resume {resume}: no checkpoint there; give a run folder, a step folder or auto")
         verify_checkpoint(folder)
         return folder
-    there = list_checkpoints(run)
-    for folder in reversed(there):
+    checkpoints = list_checkpoints(run)
+    for folder in reversed(checkpoints):
         try:
             verify_checkpoint(folder)
         except RunError as error:
-            warn(f"checkpoint {folder.name} cannot be used: {error}; trying the one before")
+            log(f"checkpoint {folder.name} cannot be used: {error}; trying the one before")
             continue
         return folder
-    if there:
-        # To start anew would quietly throw the run away.
-        raise RunError(f"no checkpoint in {run / 'checkpoints'} can be used; move that folder away to start anew")
+    if checkpoints:
+        # Starting over would silently discard the run.
+        raise RunError(f"no checkpoint in {run / 'checkpoints'} can be used; move that folder away to start a new run")
     return None
 
 
@@ -215,7 +224,7 @@ def _latest(run: Path) -> Path | None:
 
 
 def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Fill model, optimizer and random state in place; returns where the run was."""
+    """Load model, optimizer and random state in place; returns where the run was."""
     check_same_model(folder, model)
     with torch.no_grad():
         tensors = dict(model.state_dict())
@@ -224,12 +233,12 @@ def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.O
         _load_tensors(tensors, folder / "model")
         _load_tensors(moments, folder / "optimizer")
     torch.set_rng_state(moments["rng.cpu"])
-    return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    return TrainState(**read_json(folder / STATE))
 
 
 def check_same_model(folder: Path, model: LanguageModel) -> None:
-    """Raise UserError where the checkpoint `folder` was trained with another model or another adapter."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+    """Raise UserError if the checkpoint `folder` is of another model or another adapter."""
+    config = read_json(folder / CONFIG)["model"]
     ours = model.config.model_dump()
     changed = [key for key in ours if config.get(key, ours[key]) != ours[key]]
     if changed:

@@ -1,25 +1,25 @@
-"""What ranks send each other in an optimizer step, by arithmetic.
+"""Bytes that a rank sends in an optimizer step, computed.
 
     communication(config)      # {"weights": ..., "replicate": ..., "sequence": ..., "tensor": ...} bytes one rank sends
 
-With n ranks, a ring sends (n - 1) / n of a tensor from each rank to gather or to scatter it, and twice that to sum it. For
-one pass over N tokens of a rank, with P parameters of the blocks and V M of embedding and head on a tensor rank:
+With n ranks, a ring sends (n - 1) / n of a tensor from each rank for an all-gather or a reduce-scatter, and twice that for
+an all-reduce. For one pass over N tokens of a rank, with P parameters of the blocks and V M of embedding and head on a
+tensor rank:
 
-    weights    blocks are gathered twice (forward, backward) in the compute type, embedding and head once in fp32; all
-               gradients are summed and scattered in fp32. Does not depend on N. Beside an adapter embedding and head are
-               kept in the compute type, and the adapter's are the only gradients.
-    replicate  each rank's part of the gradients is summed in fp32.
-    tensor     four sums of N M numbers a block (two forward, two backward; full recomputation repeats the mixer's,
+    weights    all-gather of the blocks twice (forward, backward) in the compute type, of embedding and head once in fp32;
+               reduce-scatter of all gradients in fp32. Independent of N. With an adapter, embedding and head are kept in
+               the compute type, and only the adapter has gradients.
+    replicate  all-reduce of each rank's shard of the gradients in fp32.
+    tensor     four all-reduces of N M numbers a block (two forward, two backward; full recomputation repeats the mixer's,
                not the last one), one number a token for the norm over heads each way; in fp32 N M numbers for the
                embedding and for the head.
     sequence   one state [H, D, E] fp32 a row and layer to each other rank, forward and backward (and once more with
-               recomputation of either kind). Does not depend on N.
+               recomputation of either kind). Independent of N.
 
-Selective recomputation repeats none of the large sums: those of `tensor` are kept.
+Selective recomputation repeats no all-reduce of `tensor`: their results are saved.
 """
 
-from tnllm.modeling.config import ModelConfig
-from tnllm.modeling.flops import count_parameters
+from tnllm.modeling.flops import count_parameters, lora_parameters, root_parameters
 from tnllm.training.config import RunConfig
 
 
@@ -29,13 +29,13 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
     if low_precision is None:
         low_precision = train.dtype != "fp32" and train.device != "cpu"
     item = 2 if low_precision else 4
-    again = 1 if train.activation_checkpointing == "full" else 0
+    repeats = 1 if train.activation_checkpointing == "full" else 0
     exchanges = 2 if train.activation_checkpointing == "none" else 3
     root = root_parameters(model) / parallel.tensor
     blocks = count_parameters(model) / parallel.tensor - root
     trained, kept = blocks + root, 4
     if config.lora.rank:
-        trained, kept = lora_parameters(config), item
+        trained, kept = lora_parameters(model, config.lora), item
         blocks += trained
     holders = parallel.shard * parallel.sequence
     gather = (holders - 1) / holders
@@ -44,9 +44,9 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
     replicate = 2 * (copies - 1) / copies * 4 * trained / holders
     tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
     ring = 2 * (parallel.tensor - 1) / parallel.tensor
-    per_block = (4 + again) * item * model.model_dim
+    per_block = (4 + repeats) * item * model.model_dim
     if model.kind == "transnormer":
-        per_block += (2 + again) * 4 * (2 if model.norm == "layernorm" else 1)
+        per_block += (2 + repeats) * 4 * (2 if model.norm == "layernorm" else 1)
     ends = 2 * 4 * model.model_dim + 3 * 4
     rows = train.micro_batch_size if config.data.packing == "concat" else 1
     states = sum(4 * model.model_dim * model.key_dim(layer) for layer in range(model.num_layers)) / parallel.tensor
@@ -57,26 +57,3 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
         "sequence": passes * (parallel.sequence - 1) * exchanges * rows * states,
         "tensor": passes * ring * tokens * (model.num_layers * per_block + ends),
     }
-
-
-def root_parameters(model: ModelConfig) -> int:
-    """Parameters outside of the blocks: embedding, head, learned positions, the last norm."""
-    return count_parameters(model.model_copy(update={"num_layers": 0}))
-
-
-def lora_parameters(config: RunConfig) -> int:
-    """Parameters of the recipe's adapter: rank * (in + out) of every projection it hangs on."""
-    model = config.model
-    width, glu = model.model_dim, model.glu_dim
-    fused = (
-        ("qkvu_proj", 4 * width) if model.kind == "transnormer" and model.gate == "full" else ("qkv_proj", 3 * width)
-    )
-    shapes = {
-        fused[0]: width + fused[1],
-        "out_proj": 2 * width,
-        "l1": width + glu,
-        "l2": width + glu,
-        "l3": width + glu,
-    }
-    names: tuple[str, ...] = config.lora.targets or tuple(shapes)
-    return config.lora.rank * model.num_layers * sum(shapes.get(name, 0) for name in names)

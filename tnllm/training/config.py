@@ -1,4 +1,4 @@
-"""What a run is: one frozen config, read from a recipe.
+"""The config of a run: frozen pydantic models, read from a recipe.
 
 config = load_recipe("385m", ["train.max_steps=20", "model.kind=transformer"])
 config.model                   # tnllm.modeling.config.ModelConfig, the preset and its overrides resolved
@@ -8,16 +8,19 @@ config.to_yaml()               # every key; load_recipe of that text is equal to
 Precedence: defaults here < the recipe's `base` < the recipe < `--set`. Sizes may be written 5000, 0.5M or 300B.
 """
 
-import textwrap
+import re
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from tnllm.errors import UserError, did_you_mean
+from tnllm import recipe
+from tnllm.errors import UserError
 from tnllm.files import parse_count
 from tnllm.modeling.config import PRESETS, LoraConfig, ModelConfig, get_preset
-from tnllm.training.recipes import dump_yaml, find_recipe, parse_yaml, read_text
+from tnllm.recipe import Section, one_or_more
 
 
 def _count(value: Any) -> Any:
@@ -29,28 +32,23 @@ def _count(value: Any) -> Any:
         raise ValueError("expected a whole number such as 5000, 10K, 0.5M or 300B") from None
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, dict)) else value
-
-
-def _as_sources(value: Any) -> Any:
-    items = _as_list(value)
-    return [{"path": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else items
-
-
 def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _device(name: str) -> str:
+    # Whether the machine has it is checked when training starts: a recipe may be read on another one.
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
+        raise ValueError("expected auto, cpu, cuda or cuda:N")
+    return name
+
+
 PACKAGED = "packaged"  # train.init: the model that ships
 Count = Annotated[int, BeforeValidator(_count)]
-_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class TokenizerSection(BaseModel):
+class TokenizerSection(Section):
     """Which tokenizer."""
-
-    model_config = _FROZEN
 
     path: str | None = Field(
         None,
@@ -59,70 +57,72 @@ class TokenizerSection(BaseModel):
     )
 
 
-class DataSource(BaseModel):
+class DataSource(Section):
     """One corpus of a mixture."""
-
-    model_config = _FROZEN
 
     path: str = Field(description="Token shards, or text to tokenize first.")
     weight: float | None = Field(None, gt=0, description="Share of the samples; null: its share of all tokens.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict | DataSource):
+            raise ValueError("expected a path or {path: ..., weight: ...}")
+        return {"path": value} if isinstance(value, str) else value
 
-class DataSection(BaseModel):
-    """What is learned from."""
 
-    model_config = _FROZEN
+class DataSection(Section):
+    """The training data."""
 
-    path: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(_as_sources)] | None = Field(
+    path: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(one_or_more)] | None = Field(
         None,
         description="Token shards, a text file or a folder of them (txt, jsonl, parquet; .zst, .gz, .xz); or a list "
         "of them; or a list of {path, weight}. null: the sample corpus that ships in the package.",
     )
     format: Literal["text", "chat"] = Field(
         "text",
-        description="text: documents, all of which is learned. chat: instruction files (alpaca, messages, prompt and "
-        "response), of which the answers are learned.",
+        description="text: documents, trained on in full. chat: instruction files (alpaca, messages, prompt and response), "
+        "trained on the answers only.",
     )
     chat_template: str | None = Field(
         None,
-        description="How a prompt is written, with {prompt} once; the answer and the end token follow. null: as the "
-        "weights of train.init say, else the released models' Human: and Assistant: lines.",
+        description="The text around a prompt, with {prompt} once; the answer and the end token follow. null: that of the "
+        "weights of train.init, else the released models' Human: and Assistant: lines.",
     )
     field: str = Field("text", description="The field of a JSONL or parquet record that holds the text.")
     seq_len: Count = Field(2048, ge=1, description="Tokens in a row.")
     packing: Literal["reset", "concat"] = Field(
         "reset",
-        description="reset: a document in a row never sees the one before it. concat: rows are cut from the stream "
-        "and the state runs on over document borders.",
+        description="reset: the state is reset between the documents of a row. concat: rows are cut from the stream "
+        "and the state continues across document borders.",
     )
     val_fraction: float = Field(
-        0.01, ge=0, lt=1, description="Share of documents or conversations kept for validation, when it is tokenized."
+        0.01,
+        ge=0,
+        lt=1,
+        description="Share of documents or conversations kept for validation when the data is tokenized.",
     )
 
 
-class OptimizerSection(BaseModel):
+class OptimizerSection(Section):
     """AdamW."""
-
-    model_config = _FROZEN
 
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="Decay of the running mean and mean square of gradients."
+        (0.9, 0.95), description="Decay of the running means of gradients and of their squares."
     )
     eps: float = Field(1e-8, gt=0, description="Added to the root of the mean square.")
     weight_decay: float = Field(
         0.1, ge=0, description="Decoupled decay of matrices; vectors and LRPE's theta are not decayed."
     )
-    grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: no clipping.")
 
 
-class ScheduleSection(BaseModel):
+class ScheduleSection(Section):
     """Learning rate over the run."""
 
-    model_config = _FROZEN
-
     kind: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="After warm-up: cosine to the end; wsd stays, then falls linearly; constant stays."
+        "cosine", description="After warm-up: cosine to the end; wsd: constant, then a linear fall; constant."
     )
     warmup_steps: Count = Field(
         100, ge=0, description="Steps of linear rise from zero. Left out: 100, or a tenth of a horizon below 1000."
@@ -130,19 +130,17 @@ class ScheduleSection(BaseModel):
     horizon_steps: Count | None = Field(
         None,
         ge=1,
-        description="Step at which the schedule ends. null: the recipe's own length, whatever --set makes of it, so "
+        description="Step at which the schedule ends. null: the recipe's own length, not the one set by --set, so "
         "that runs which differ only in max_steps agree step for step.",
     )
     min_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     decay_steps: Count | None = Field(
-        None, ge=1, description="Length of the fall of wsd. null: a tenth of the horizon."
+        None, ge=1, description="Length of wsd's linear fall. null: a tenth of the horizon."
     )
 
 
-class TrainSection(BaseModel):
+class TrainSection(Section):
     """Length, batch and precision."""
-
-    model_config = _FROZEN
 
     seed: Count = Field(0, description="Seeds the weights, the order of data and sampled text.")
     init: str | None = Field(
@@ -159,44 +157,43 @@ class TrainSection(BaseModel):
     )
     micro_batch_size: Count = Field(8, ge=1, description="Rows of seq_len tokens in one forward pass of one rank.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Compute type, whatever train.weights is. auto: bf16 on a GPU, fp32 on CPU."
+        "auto", description="Compute type, independent of train.weights. auto: bf16 on a GPU, fp32 on CPU."
     )
     weights: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="How weights and AdamW's moments are kept. bf16: 8 bytes a parameter instead of 16, updates rounded "
-        "at random; for models that do not fit otherwise. One device only.",
+        description="Type of weights and AdamW's moments. bf16: 8 bytes a parameter, not 16, with stochastic rounding; "
+        "for models that do not fit otherwise. One device only.",
     )
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="torch.compile. auto: on a GPU only."
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="What a backward pass computes again. selective: all but matrix products, about half the memory for "
-        "next to no work. full: whole blocks, of which only the input is kept, for about a third more work.",
+        description="What the backward pass recomputes. selective: everything but matrix products, about half the memory "
+        "for almost no work. full: entire blocks (only their input is kept), for about a third more work.",
     )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="On a loss or gradient that is NaN or infinite: stop, or skip the step; both name the batch.",
+        description="If a loss or gradient is NaN or infinite: stop, or skip the step; both report the batch.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one.")
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        "auto",
+        description="auto: a GPU if there is one; cpu, cuda, cuda:N. Under torchrun: the GPU of each LOCAL_RANK.",
+    )
 
 
-class EvalSection(BaseModel):
+class EvalSection(Section):
     """Validation while training."""
-
-    model_config = _FROZEN
 
     every_steps: Count = Field(
         500, ge=0, description="Steps between validations; 0: never. The last step validates too."
     )
-    tokens: Count | None = Field(
-        1_000_000, ge=1, description="Validation tokens read each time; null: the whole split."
-    )
-    sample_prompts: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
-        (), description="A prompt or a list; each is continued at every validation."
+    tokens: Count | None = Field(1_000_000, ge=1, description="Validation tokens read each time; null: the full split.")
+    sample_prompts: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
+        (), description="A prompt or a list of them, sampled from at every validation."
     )
     sample_tokens: Count = Field(64, ge=1, description="Tokens sampled for each prompt.")
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
         (), description="Tasks of lm-evaluation-harness to score while training, as in tnllm eval. One device only."
     )
     tasks_every_steps: Count = Field(
@@ -210,10 +207,8 @@ class EvalSection(BaseModel):
     )
 
 
-class LogSection(BaseModel):
-    """What is written while training."""
-
-    model_config = _FROZEN
+class LogSection(Section):
+    """Logging and profiling."""
 
     every_steps: Count = Field(10, ge=1, description="Steps between rows of metrics.jsonl and lines of the log.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
@@ -222,36 +217,28 @@ class LogSection(BaseModel):
     )
 
 
-class CheckpointSection(BaseModel):
-    """What a run resumes from."""
-
-    model_config = _FROZEN
+class CheckpointSection(Section):
+    """Checkpoints, from which a run resumes."""
 
     every_steps: Count = Field(1000, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: Count = Field(2, ge=1, description="Newest checkpoints kept; older ones are removed.")
-    async_save: bool = Field(True, description="Write in the background while training goes on.")
+    async_save: bool = Field(True, description="Write in the background while training continues.")
 
 
-class ParallelSection(BaseModel):
+class ParallelSection(Section):
     """The device mesh; the product is the number of ranks."""
-
-    model_config = _FROZEN
 
     replicate: Count = Field(1, ge=1, description="Copies of the model, each with its own rows.")
     shard: Count = Field(
-        1, ge=1, description="Ranks that share one copy's weights and optimizer, each with its own rows."
+        1, ge=1, description="Ranks that shard one copy's weights and optimizer, each with its own rows."
     )
-    sequence: Count = Field(1, ge=1, description="Ranks that share one row along the sequence.")
-    tensor: Count = Field(1, ge=1, description="Ranks that share each matrix and the heads.")
-    timeout_s: float = Field(
-        600, gt=0, description="Seconds a rank waits for the others before the run ends with an error."
-    )
+    sequence: Count = Field(1, ge=1, description="Ranks that split each row along the sequence.")
+    tensor: Count = Field(1, ge=1, description="Ranks that split each matrix and the heads.")
+    timeout_s: float = Field(600, gt=0, description="Seconds that a rank waits for the others before the run fails.")
 
 
-class RunConfig(BaseModel):
+class RunConfig(Section):
     """All sections of a recipe."""
-
-    model_config = _FROZEN
 
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerSection = TokenizerSection()
@@ -266,7 +253,7 @@ class RunConfig(BaseModel):
     lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_length(self) -> Self:
         train, schedule = self.train, self.schedule
         if train.max_steps is None and train.max_tokens is None:
             raise ValueError("the run has no end; set train.max_steps or train.max_tokens")
@@ -295,11 +282,16 @@ class RunConfig(BaseModel):
                 f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} "
                 f"do not fit into schedule.horizon_steps {horizon}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        train = self.train
         if train.weights == "bf16" and (train.dtype == "fp32" or self.world_size > 1):
             reason = "train.dtype fp32" if train.dtype == "fp32" else f"{self.world_size} ranks"
-            raise ValueError(f"train.weights is bf16, which does not go with {reason}; set train.weights=fp32")
+            raise ValueError(f"train.weights is bf16, which cannot be combined with {reason}; set train.weights=fp32")
         if self.lora.rank and train.weights == "bf16":
-            raise ValueError("train.weights bf16 and lora do not go together: frozen weights are in bf16 anyway")
+            raise ValueError("train.weights bf16 cannot be combined with lora: frozen weights are in bf16 anyway")
         if self.lora.rank and self.parallel.tensor > 1:
             raise ValueError(
                 f"parallel.tensor is {self.parallel.tensor}, but an adapter's matrices are not split; with lora set "
@@ -307,11 +299,15 @@ class RunConfig(BaseModel):
             )
         if self.data.format == "chat" and self.data.packing != "reset":
             raise ValueError(
-                "data.packing concat does not go with data.format chat: conversations must not run together"
+                "data.packing concat cannot be combined with data.format chat: conversations must stay separate"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mesh(self) -> Self:
         if self.parallel.tensor > 1 and self.model.qk_norm:
             raise ValueError(
-                f"parallel.tensor is {self.parallel.tensor}, but the weights of model.qk_norm belong to every head; "
+                f"parallel.tensor is {self.parallel.tensor}, but every head shares the weights of model.qk_norm; "
                 "set parallel.tensor=1 or model.qk_norm=false"
             )
         for key in ("num_heads", "glu_dim", "vocab_size"):
@@ -328,6 +324,11 @@ class RunConfig(BaseModel):
                 f"parallel.sequence is {self.parallel.sequence}; it must divide data.seq_len {self.data.seq_len}"
             )
         return self
+
+    @cached_property
+    def init_folder(self) -> Path | None:
+        """The weights folder behind train.init (None: new weights). Raises UserError if there is none."""
+        return None if self.train.init is None else _find_weights(self.train.init)
 
     @property
     def data_ranks(self) -> int:
@@ -351,24 +352,12 @@ class RunConfig(BaseModel):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, the last one whole."""
+        """Optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, rounded up."""
         return _length(self.train.max_steps, self.train.max_tokens, self.train.global_batch_tokens)
 
     def to_yaml(self, doc: bool = False) -> str:
         """Every key with its value, `load_recipe` of which gives an equal config; with `doc`, what each means."""
-        lines = ["# Every key of this run; `tnllm train` reads it like any recipe."]
-        docs = describe_keys()
-        if doc:
-            for key in ("base", _PRESET):
-                lines += [f"# {line}" for line in textwrap.wrap(f"{key} may also be given. {docs[key]}", 110)]
-        for section, keys in self.model_dump(mode="json").items():
-            lines.append(f"{section}:")
-            for key, value in keys.items():
-                if doc:
-                    lines += [f"  # {line}" for line in textwrap.wrap(docs[f"{section}.{key}"], 110)]
-                text = dump_yaml({key: value})
-                lines += [f"  {line}" for line in text.rstrip("\n").split("\n")]
-        return "\n".join(lines) + "\n"
+        return "# Every key of this run; `tnllm train` reads it like any recipe.\n" + recipe.to_yaml(FORMAT, self, doc)
 
 
 def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) -> int:
@@ -378,34 +367,33 @@ def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) ->
     return min(limits)
 
 
-# Keys of a recipe that are not fields: `preset` is spent when the model is resolved, `base` when files are merged.
 PRESET_DOC = f"Where the model section starts; keys beside it override it. One of {', '.join(PRESETS)}."
-BASE_DOC = "A recipe whose keys come before this one's: a packaged name, or a file beside it. One level."
-_PRESET = "model.preset"
+FORMAT = recipe.Format(
+    RunConfig,
+    sections="model: and train:",
+    setting="train.max_steps=100",
+    extra={"model.preset": PRESET_DOC},
+    restarts={"model": "preset"},
+)
 
 
 def describe_keys() -> dict[str, str]:
     """Every dotted key of a recipe and what it means, in order."""
-    docs = {"base": BASE_DOC, _PRESET: PRESET_DOC}
-    for section, field in RunConfig.model_fields.items():
-        kind: Any = field.annotation
-        docs.update({f"{section}.{key}": item.description or "" for key, item in kind.model_fields.items()})
-    return docs
+    return recipe.describe_keys(FORMAT)
 
 
-def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_recipe(name: str, sets: Sequence[str] = ()) -> RunConfig:
     """Read the recipe `name` (a path, or the name of a packaged one) with `sets` (`"section.key=value"`) on top.
 
     Raises UserError, one line with the key and the file and line it came from, for anything wrong.
     """
-    values, origins = read_recipe(name)
-    own_train = dict(values.get("train", {}))
-    changes, change_origins = _read_sets(sets)
-    values, origins = _merge(values, changes), {**origins, **change_origins}
-    init = (values.get("train") or {}).get("init")
-    values["model"] = _resolve_model(values.get("model", {}), origins, init)
+    values, origins = recipe.read_recipe(FORMAT, name)
+    own_train = values.get("train", {})
+    values, origins = recipe.apply_sets(FORMAT, values, origins, sets)
+    init = values.get("train", {}).get("init")
+    model = _resolve_model(values.get("model", {}), origins, init)
     try:
-        # The recipe's own length, not the one --set gives: max_steps must not bend the learning rate.
+        # The recipe's own length, not the one from --set: max_steps must not change the learning rate.
         train = TrainSection.model_validate(values.get("train", {}))
         own = TrainSection.model_validate({**own_train, "global_batch_tokens": train.global_batch_tokens})
         ends = own if own.max_steps or own.max_tokens else train
@@ -415,103 +403,29 @@ def load_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> RunConfig:
         horizon = ScheduleSection.model_validate(schedule).horizon_steps
         if horizon is not None:
             schedule.setdefault("warmup_steps", min(100, horizon // 10))
-        return RunConfig.model_validate({**values, "schedule": schedule})
+        return RunConfig.model_validate({**values, "model": model, "schedule": schedule})
     except ValidationError as error:
-        raise _explain(error, origins, name) from None
+        raise recipe.explain(FORMAT, error, origins, name) from None
 
 
 def most_rows(rows: int, most: int) -> int:
-    """The most rows a rank can take at a time, at most `most`, to go through `rows` of them in equal passes."""
+    """The largest micro-batch of at most `most` rows that divides `rows`."""
     return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
 
 
-def fit_rows(name: str, sets: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """`--set` items that make `name` load on its mesh: fewer rows at a time, where a step has too few for it."""
-    values = _merge(read_recipe(name)[0], _read_sets(sets)[0])
+def fit_rows(name: str, sets: Sequence[str] = ()) -> list[str]:
+    """`--set` items that make `name` load on its mesh: a smaller micro-batch, if a step has too few rows for all ranks."""
+    values, _ = recipe.apply_sets(FORMAT, *recipe.read_recipe(FORMAT, name), sets)
     try:
-        data = DataSection.model_validate(values.get("data") or {})
-        train = TrainSection.model_validate(values.get("train") or {})
-        mesh = ParallelSection.model_validate(values.get("parallel") or {})
+        data = DataSection.model_validate(values.get("data", {}))
+        train = TrainSection.model_validate(values.get("train", {}))
+        mesh = ParallelSection.model_validate(values.get("parallel", {}))
     except ValidationError:
-        return []  # load_recipe says what is wrong
+        return []  # load_recipe reports what is wrong
     rows, left = divmod(train.global_batch_tokens, data.seq_len * mesh.replicate * mesh.shard)
     if left or rows % train.micro_batch_size == 0:
         return []
     return [f"train.micro_batch_size={most_rows(rows, train.micro_batch_size)}"]
-
-
-def read_recipe(name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The recipe's sections over those of its base, and where (`file:line`) each dotted key was given."""
-    path = find_recipe(name)
-    values, origins = _read_file(path)
-    base = values.pop("base", None)
-    if base is None:
-        return values, origins
-    if not isinstance(base, str):
-        raise UserError(f"base is {base!r}; expected the name of one recipe ({origins['base']})")
-    below, below_origins = _read_file(find_recipe(base, beside=path.parent))
-    if "base" in below:
-        raise UserError(f"base: {base} has a base itself, and only one level is read ({origins['base']})")
-    return _merge(below, values), {**below_origins, **origins}
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    values, lines = parse_yaml(read_text(path), str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as model: and train:, found {type(values).__name__}")
-    origins = {key: f"{path}:{line}" for key, line in lines.items()}
-    for section in [key for key, value in values.items() if value is None and key != "base"]:
-        del values[section]
-    _check_keys(values, origins)
-    return values, origins
-
-
-def _read_sets(sets: list[str] | tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for item in sets:
-        key, equals, text = item.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if equals and key.strip() and not dot:
-            raise _unknown(key.strip(), {key.strip(): "--set"}, RunConfig.model_fields)
-        if not (equals and section and name):
-            raise UserError(f"--set is {item!r}; write section.key=value, such as train.max_steps=100")
-        values.setdefault(section, {})[name] = parse_yaml(text, f"--set {key}")[0]
-        origins[section] = origins[f"{section}.{name}"] = "--set"
-    _check_keys(values, origins)
-    return values, origins
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key; naming a preset above starts the model section afresh."""
-    merged = {**below}
-    for section, keys in above.items():
-        fresh = section == "model" and "preset" in keys
-        merged[section] = {**({} if fresh else below.get(section, {})), **keys}
-    return merged
-
-
-def _check_keys(values: dict[str, Any], origins: dict[str, str]) -> None:
-    known = describe_keys()
-    sections = list(RunConfig.model_fields)
-    for section, keys in values.items():
-        if section == "base":
-            continue
-        if section not in sections:
-            raise _unknown(str(section), origins, [*sections, "base"])
-        if not isinstance(keys, dict):
-            raise UserError(f"{section} is {keys!r}; expected a section of keys{_at(section, origins)}")
-        for key in keys:
-            if f"{section}.{key}" not in known:
-                raise _unknown(f"{section}.{key}", origins, known)
-
-
-def _unknown(key: str, origins: dict[str, str], allowed: Any) -> UserError:
-    # A right name in the wrong section is the commoner slip, so it is looked for first.
-    last = key.rpartition(".")[2]
-    elsewhere = [known for known in describe_keys() if known.rpartition(".")[2] == last]
-    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(key, allowed)
-    return UserError(f"{key}: no such key{hint}{_at(key, origins)}")
 
 
 def _resolve_model(keys: dict[str, Any], origins: dict[str, str], init: Any) -> ModelConfig:
@@ -524,58 +438,28 @@ def _resolve_model(keys: dict[str, Any], origins: dict[str, str], init: Any) -> 
         model = get_preset(str(preset), **overrides)
     except UserError as error:
         key = str(error).split()[0].rstrip(":")
-        raise UserError(f"{error}{_at(key, origins)}") from None
+        raise UserError(f"{error}{recipe.origin_of(key, origins)}") from None
     if start is not None and model != start:
         ours, theirs = model.model_dump(), start.model_dump()
         key = next(key for key in ours if ours[key] != theirs[key])
         raise UserError(
             f"model.{key} is {ours[key]!r}, but the weights of train.init {init} have {theirs[key]!r}; remove the model "
-            f"section, which comes from the weights{_at('train.init', origins)}"
+            f"section, which comes from the weights{recipe.origin_of('train.init', origins)}"
         )
     return model
 
 
+def _find_weights(init: str) -> Path:
+    from tnllm.modeling.weights import resolve_model
+
+    return resolve_model(None if init == PACKAGED else init)
+
+
 def _initial_model(init: str, origins: dict[str, str]) -> ModelConfig:
     """The config of the weights a run starts from."""
-    from tnllm.modeling.weights import read_config, resolve_model
+    from tnllm.modeling.weights import read_config
 
     try:
-        return read_config(resolve_model(None if init == PACKAGED else init))[0]
+        return read_config(_find_weights(init))[0]
     except UserError as error:
-        raise UserError(f"train.init: {error}{_at('train.init', origins)}") from None
-
-
-def _at(key: str, origins: dict[str, str]) -> str:
-    return f" ({origins[key]})" if key in origins else ""
-
-
-# pydantic's error types → what the key expects, in the words of the page that documents it.
-_EXPECTED = {
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "string_type": "a string (quote it)",
-    "tuple_type": "a list",
-    "too_short": "more items",
-    "too_long": "fewer items",
-    "model_type": "a path or {path: ..., weight: ...}",
-    "int_type": "a whole number such as 5000, 10K, 0.5M or 300B",
-}
-
-
-def _explain(error: ValidationError, origins: dict[str, str], name: str) -> UserError:
-    """One line for the first thing wrong."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    # A section read on its own reports keys without its name.
-    section = [] if error.title == RunConfig.__name__ else [error.title.removesuffix("Section").lower()]
-    parts = section + [str(part) for part in first["loc"]]
-    if not parts:
-        return UserError(f"{message} ({name})")
-    key = ".".join(parts[:2])
-    if first["type"] == "extra_forbidden":
-        return UserError(f"{'.'.join(parts)}: no such key{_at(key, origins)}")
-    expected = _EXPECTED.get(first["type"])
-    message = f"expected {expected}" if expected else message[:1].lower() + message[1:]
-    return UserError(f"{'.'.join(parts)} is {first['input']!r}: {message}{_at(key, origins)}")
+        raise UserError(f"train.init: {error}{recipe.origin_of('train.init', origins)}") from None

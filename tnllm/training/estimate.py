@@ -1,13 +1,13 @@
-"""What a run costs, by arithmetic: memory of one rank, FLOPs, days. Nothing is allocated.
+"""Computed costs of a run: memory of one rank, FLOPs, days. Nothing is allocated.
 
-estimate(config, gpu="h100", mfu=0.4)             # all of it, ready for JSON
+estimate(config, gpu="h100", mfu=0.4)             # everything, ready for JSON
 memory = estimate_memory(config)                  # bytes of one rank: weights, gradients, optimizer, ...
 cost = estimate_cost(config, tokens_per_s=4e5)    # FLOPs of the run and how long it takes
 GPUS["h100"].memory_gib
 
-All figures are computed, not measured. `activation_bytes` counts the tensors that autograd keeps for the backward
-pass, one by one in its docstring; a test holds it against what a small model really keeps. The peak of a run is a
-little higher: workspaces, fragmentation and communication buffers are not in it (see RESERVE).
+Nothing here is measured. `activation_bytes` counts the tensors that autograd saves for the backward pass; its docstring
+lists them, and a test compares it with what a small model saves. The peak of a run is a little higher: workspaces,
+fragmentation and communication buffers are not included (see RESERVE).
 """
 
 from dataclasses import asdict, dataclass
@@ -16,17 +16,23 @@ from typing import Any
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.config import ModelConfig
-from tnllm.modeling.flops import count_parameters, flops_per_token, recomputed_flops_per_token, state_bytes
-from tnllm.training.communication import lora_parameters, root_parameters
+from tnllm.modeling.flops import (
+    count_parameters,
+    flops_per_token,
+    lora_parameters,
+    recomputed_flops_per_token,
+    root_parameters,
+    state_bytes,
+)
 from tnllm.training.config import RunConfig
 
-# Share of a card left for what is not counted: the CUDA context, workspaces and the allocator's gaps.
+# Share of a card left for what is not counted: the CUDA context, workspaces and fragmentation.
 RESERVE = 0.08
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card: its memory and its dense bf16 peak, from its maker's data sheet."""
+    """A GPU's memory and its dense bf16 peak, from the vendor's data sheet."""
 
     memory_gib: float
     peak_flops: float
@@ -43,7 +49,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card `name`; UserError for one that is not in the table."""
+    """The GPU `name`. Raises UserError if it is not in the table."""
     if name.lower() not in GPUS:
         raise UserError(f"--gpu is {name!r}; allowed: {', '.join(GPUS)}{did_you_mean(name.lower(), GPUS)}")
     return GPUS[name.lower()]
@@ -62,19 +68,19 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them: the peak, in the backward pass."""
+        """Their sum: the peak, reached in the backward pass."""
         return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.head
 
 
 def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_precision: bool | None = None) -> Memory:
     """Memory of one rank for a forward and backward pass of `micro_batch_size` rows.
 
-    Weights, gradients and AdamW's two moments are fp32 (or bf16: train.weights) and divided over parallel.shard,
-    parallel.sequence and parallel.tensor. The low-precision copies autocast makes of the weights live through a pass.
-    Where weights are spread, what is whole at a time takes their place: two blocks and their gradients, one block's
-    gradients in fp32 on their way, embedding and head with their gradients in fp32. Beside an adapter the rest is frozen
-    and kept as it is computed with; only the adapter, spread alike, has gradients and moments. `checkpointing` and
-    `low_precision` (bf16) default to the recipe's; bf16 is what `train.dtype: auto` means on a GPU.
+    Weights, gradients and AdamW's two moments are fp32 (or bf16: train.weights) and sharded over parallel.shard,
+    parallel.sequence and parallel.tensor. `casts` are the low-precision copies that autocast makes of the weights, which
+    live through a pass. If weights are sharded, it is what is unsharded at a time instead: two blocks and their gradients,
+    one block's gradients in fp32 being reduced, embedding and head with their gradients in fp32. With an adapter, the base
+    is frozen and kept in the compute type; only the adapter, sharded alike, has gradients and moments. `checkpointing` and
+    `low_precision` (bf16) default to the recipe's; `train.dtype: auto` counts as bf16, as on a GPU.
     """
     model, parallel, train = config.model, config.parallel, config.train
     checkpointing = checkpointing or train.activation_checkpointing
@@ -95,7 +101,7 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
         casts = item * parameters // parallel.tensor
     trained, frozen = local, 0
     if config.lora.rank:
-        adapter, casts = lora_parameters(config), 0
+        adapter, casts = lora_parameters(config.model, config.lora), 0
         trained, frozen = -(-adapter // holders), item * local
         if holders * parallel.replicate > 1:
             root, two = root_parameters(model), min(2, model.num_layers)
@@ -115,17 +121,17 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
 def activation_bytes(
     model: ModelConfig, num_tokens: int, itemsize: int, checkpointing: str = "none", tensor: int = 1
 ) -> int:
-    """Bytes kept for the backward pass of `num_tokens` tokens, outside the head.
+    """Bytes saved for the backward pass of `num_tokens` tokens, without the head.
 
-    A block of TransNormerLLM keeps, in numbers of `itemsize` bytes for each token: the residual before each norm and
+    A block of TransNormerLLM saves, in numbers of `itemsize` bytes for each token: the residual before each norm and
     each norm's output (4 M), the projection's output q k v u (4 M; 3 M without a full gate), activated q and k
     (2 M), attention's output, its norm and the gated product (3 M), the two halves of the GLU and their product
-    (3 F); and one fp32 number for each of three norms. LRPE keeps its input, which is q and k again, and makes
-    them twice as wide (2 M more). The baseline keeps 10 M (q, k rotated; attention's output) and 3 F, and one more
+    (3 F); and one fp32 number for each of three norms. LRPE saves its input, which is q and k again, and makes
+    them twice as wide (2 M more). The baseline saves 10 M (q, k rotated; attention's output) and 3 F, and one more
     F for SwiGLU's activation. Heads and F are divided over tensor-parallel ranks, the residual is not.
 
-    With checkpointing `full` every block keeps its input (M), with `selective` also the results of its products but the
-    last (M and 2 F, the projection's, a low-rank gate's); one block at a time is whole again.
+    With checkpointing `full` every block saves its input (M), with `selective` also the results of its products but the
+    last (M and 2 F, the projection's, a low-rank gate's); one block at a time is recomputed in full.
     """
     M, L = model.model_dim, model.num_layers
     layers = [_block_numbers(model, layer, tensor) for layer in range(L)]
@@ -139,17 +145,17 @@ def activation_bytes(
 
 
 def _kept_products(model: ModelConfig, tensor: int) -> float:
-    """Numbers kept for each token by one block under selective checkpointing; see `activation_bytes`."""
+    """Numbers saved for each token by one block under selective checkpointing; see `activation_bytes`."""
     M, shared = model.model_dim, 3 * model.model_dim + 2 * model.glu_dim
     if model.kind == "transformer":
-        shared += M  # attention's output: softmax attention is not computed again
+        shared += M  # attention's output: softmax attention is not recomputed
     elif model.gate != "none":
         shared += M + (model.gate_dim if model.gate == "low-rank" else 0)
     return 2 * M + shared / tensor
 
 
 def _block_numbers(model: ModelConfig, layer: int, tensor: int) -> float:
-    """Numbers kept for each token by one block; see `activation_bytes`."""
+    """Numbers saved for each token by one block; see `activation_bytes`."""
     M, F = model.model_dim, model.glu_dim
     glu = F * (3 if model.glu_activation == "none" else 4)
     if model.kind == "transformer":
@@ -178,7 +184,7 @@ def head_bytes(model: ModelConfig, num_tokens: int, itemsize: int, tensor: int =
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of a run. `tokens_per_s` is of all ranks together; None where no rate is known."""
+    """Work of a run. `tokens_per_s`: of all ranks together; None if no rate is known."""
 
     parameters: int
     state_bytes: int
@@ -196,9 +202,9 @@ def estimate_cost(
     tokens_per_s: float | None = None,
     num_gpus: int | None = None,
 ) -> Cost:
-    """FLOPs and time of the whole run, at `tokens_per_s` of all ranks together.
+    """FLOPs and time of the complete run, at `tokens_per_s` of all ranks together.
 
-    Without that rate, at the share `mfu` of the peak of `num_gpus` (the recipe's ranks) of `gpu`.
+    Without that rate: at the share `mfu` of the peak of `num_gpus` (default: the recipe's ranks) of `gpu`.
     """
     per_token = flops_per_token(config.model, config.data.seq_len)
     tokens = config.total_steps * config.train.global_batch_tokens
@@ -217,7 +223,7 @@ def estimate_cost(
 
 
 def settings_at_length(config: RunConfig, seq_len: int) -> list[str]:
-    """`--set` items for rows of `seq_len` tokens with as many tokens in a pass, and in a step, as before."""
+    """`--set` items for rows of `seq_len` tokens, with as many tokens per pass and per step as before."""
     rows = max(1, config.train.micro_batch_size * config.data.seq_len // seq_len)
     unit = rows * seq_len * config.data_ranks
     batch = -(-config.train.global_batch_tokens // unit) * unit
@@ -232,11 +238,11 @@ def estimate(
     mfu: float | None = None,
     num_gpus: int | None = None,
 ) -> dict[str, Any]:
-    """The whole estimate as plain values.
+    """The complete estimate as plain values.
 
-    `rank_gib` holds the parts and the total for each mode of train.activation_checkpointing; `fits` says for the named
-    card, for `memory_gib`, or else for every known card, whether a total leaves RESERVE of it free; `again` what share of
-    the model's own FLOPs is computed a second time.
+    `rank_gib`: components and total for each mode of train.activation_checkpointing. `fits`: whether a total leaves RESERVE
+    free on the named GPU, in `memory_gib`, or else on every known GPU. `again`: recomputed FLOPs as a share of the
+    model's own.
     """
     card = find_gpu(gpu) if gpu else None
     cost = estimate_cost(config, card, mfu, tokens_per_s, num_gpus)

@@ -1,11 +1,10 @@
-"""Many processes: start them on this machine, and be one of them.
+"""Training with several processes: starting them on this machine, and running as one of them.
 
     launch(["train", "tiny", "--out", "runs/tiny"], nproc=4, max_restarts=1)     # returns the exit code
-    config = fit_mesh(load_recipe(name, sets), world_size)
     train_on_mesh(config, out, resume)                                           # in each process
 
-`launch` runs torch.distributed.run (torchrun) on `python -m tnllm ARGS`; on several machines people run torchrun
-themselves, on the same arguments. A process knows from its environment that it is one of several.
+`launch` runs torch.distributed.run (torchrun) on `python -m tnllm ARGS`; on several machines the user runs torchrun with
+the same arguments. A process reads from its environment that it is one of several.
 """
 
 import logging
@@ -16,46 +15,65 @@ from pathlib import Path
 
 import torch
 
-from tnllm.errors import RunError, UserError
-from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
-from tnllm.training.config import RunConfig, most_rows
-from tnllm.training.loop import pick_device, train
+from tnllm.device import pick_device
+from tnllm.errors import RunError
+from tnllm.parallel.mesh import close_mesh
+from tnllm.training.config import RunConfig
+from tnllm.training.loop import train
+from tnllm.training.mesh import config_mesh
 
-# After SIGTERM, the time ranks have to finish their pass and write a checkpoint before they are killed.
+# After SIGTERM, the time for ranks to finish their pass and write a checkpoint before they are killed.
 _SHUTDOWN_S = 300
+_TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(args: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
     """Run `python -m tnllm ARGS` as `nproc` ranks on this machine; returns the exit code of the first that failed.
 
-    Where a rank dies, the others are stopped, and all start again up to `max_restarts` times. Raises RunError naming
-    a rank that died without a word.
+    If a rank dies, the others are stopped, and all are restarted up to `max_restarts` times. Raises RunError naming
+    a rank that was killed by a signal.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
 
-    # Its log repeats as an error what the rank itself has said in one line.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    # Otherwise ranks that start again find the addresses of the dead in the store of the first attempt.
+    # Otherwise restarted ranks find the addresses of the dead ones in the store of the first attempt.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    options = ["--standalone", "--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts)]
-    options += ["--shutdown-timeout", str(_SHUTDOWN_S)] if _knows_shutdown_timeout() else []
     try:
-        run(get_args_parser().parse_args([*options, "-m", "tnllm", *args]))
+        torchrun(["tnllm", *args], nproc, ["--max-restarts", str(max_restarts)], _SHUTDOWN_S)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         raise RunError(
-            f"rank {rank} was lost ({name}); go on from the last checkpoint with --resume auto, or let --max-restarts do so"
+            f"rank {rank} was lost ({name}); resume the last checkpoint with --resume auto, or let --max-restarts do it"
         ) from None
     except SignalException as stopped:
-        # Rank 0 has said whether all is saved.
+        # Rank 0 has reported whether everything is saved.
         return 128 + stopped.sigval
     return 0
+
+
+def torchrun(module: Sequence[str], nproc: int, options: Sequence[str] = (), shutdown_s: int = 30) -> None:
+    """Run `python -m MODULE...` as `nproc` ranks on this machine, with more `options` of torchrun.
+
+    A signal to this process stops the ranks, which are killed after `shutdown_s`. Raises torch's ChildFailedError if a
+    rank fails, and its SignalException after a signal.
+    """
+    from torch.distributed.run import get_args_parser, run
+
+    # Its log repeats as an error what the rank itself has reported in one line.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    given = ["--standalone", "--nproc-per-node", str(nproc), *options]
+    given += ["--shutdown-timeout", str(shutdown_s)] if _knows_shutdown_timeout() else []
+    handlers = {number: signal.getsignal(number) for number in _TORCHRUN_SIGNALS}
+    try:
+        run(get_args_parser().parse_args([*given, "-m", *module]))
+    finally:
+        # torchrun leaves its own, which raise.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _knows_shutdown_timeout() -> bool:
@@ -64,46 +82,20 @@ def _knows_shutdown_timeout() -> bool:
     return "--shutdown-timeout" in get_args_parser().format_help()
 
 
-def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
-    """The keys to set for `world_size` ranks: none where the recipe's mesh fits.
-
-    For a recipe of one rank weights are sharded, and a rank takes fewer rows at a time where a step has too few for all.
-    Raises UserError where the recipe asks for another number of ranks.
-    """
-    if config.world_size == world_size:
-        return {}
-    if config.world_size == 1:
-        rows, left = divmod(config.global_batch_rows, world_size)
-        most = config.train.micro_batch_size
-        fewer = {} if left or not rows or rows % most == 0 else {"train.micro_batch_size": most_rows(rows, most)}
-        return {"parallel.shard": world_size, **fewer}
-    mesh = config.parallel
-    raise UserError(
-        f"the recipe's parallel section asks for {config.world_size} ranks (replicate {mesh.replicate} * "
-        f"shard {mesh.shard} * sequence {mesh.sequence} * tensor {mesh.tensor}), and {world_size} "
-        f"{'is' if world_size == 1 else 'are'} here; start that many with --nproc or torchrun, or --set the axes: "
-        f"--set parallel.replicate=1 --set parallel.shard={world_size}"
-    )
-
-
-def config_mesh(config: RunConfig, device_type: str, fake: int | None = None) -> Mesh:
-    """The mesh of a recipe's parallel section; with `fake`, in one process."""
-    axes = config.parallel
-    return open_mesh(axes.replicate, axes.shard, axes.sequence, axes.tensor, device_type, axes.timeout_s, fake)
-
-
 def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
-    """Be one rank of a run. A rank that torchrun has started again goes on from the newest checkpoint.
+    """Train as one rank of a run. A rank that torchrun has restarted resumes from the newest checkpoint.
 
-    Raises what `train` raises, and RunError where another rank is lost or silent for `parallel.timeout_s`.
+    Raises what `train` raises, and RunError if another rank is lost or does not respond for `parallel.timeout_s`.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = "auto"
     rank = os.environ["RANK"]
     try:
-        mesh = config_mesh(config, pick_device(config.train.device).type)
+        # Without an index: the mesh gives each rank the GPU of its LOCAL_RANK.
+        device = pick_device(config.train.device.partition(":")[0], "train.device")
+        mesh = config_mesh(config, device.type)
         train(config, out, resume, mesh)
-        # A rank that fails leaves at once: closing would wait for the others.
+        # A rank that fails exits without this: closing would wait for the others.
         close_mesh(mesh)
     except RuntimeError as error:
         if not is_lost_rank(error):
@@ -111,12 +103,12 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
         late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         what = f"silent for {config.parallel.timeout_s:g} s (parallel.timeout_s)" if late else "lost"
         raise RunError(
-            f"rank {rank}: another rank was {what}; its own message, if it left one, says why; go on with --resume auto"
+            f"rank {rank}: another rank was {what}; its own message, if it left one, says why; resume with --resume auto"
         ) from error
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed, which mostly means that another rank is gone."""
+    """Whether a collective failed, which usually means that another rank is gone."""
     if isinstance(error, torch.distributed.DistError):
         return True
     text = str(error)

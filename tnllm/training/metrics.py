@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per logged step, the truth that every view of a run is made from.
+"""metrics.jsonl: one JSON object per logged step, the source of every other view of a run.
 
 Training rows: step, tokens, loss (nats per counted label), grad_norm, lr, tokens_per_s, mfu (null where the device's
 peak is unknown), mem_gib, data_wait_s, skipped, time (Unix seconds). Validation rows: step, tokens, val_loss, val_bpb,
@@ -19,12 +19,12 @@ from tnllm.files import write_text_atomic
 
 
 class MetricsLog:
-    """Appends rows to a file (None: nowhere), each flushed as it is written; TensorBoard events beside it if asked."""
+    """Appends rows to a file (None: discards them), each flushed as written; optionally TensorBoard events beside it."""
 
     def __init__(self, path: Path | None, resume_step: int, tensorboard: bool = False) -> None:
-        """Keep the rows up to `resume_step` of an earlier part of the run: no step appears twice.
+        """Keep earlier rows up to `resume_step` and drop later ones, so that no step appears twice.
 
-        Raises MissingExtra where TensorBoard is asked for and not installed.
+        Raises MissingExtra if `tensorboard` is set and TensorBoard is not installed.
         """
         self._events: Any = None
         self._file: Any = None
@@ -64,7 +64,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; a last line cut short by a kill is left out."""
+    """All complete rows; a last line truncated by a kill is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -74,20 +74,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: the GPU allocator's, or the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def matmul_rate(device: torch.device) -> float | None:
-    """FLOP/s of an 8192^3 bf16 product of random matrices: the measured ceiling that utilisation is a share of.
+    """FLOP/s of an 8192^3 bf16 product of random matrices: the measured peak behind the `mfu` column.
 
-    The fastest of a few: how soon a card slows down to keep to its power differs from run to run by a tenth. None on CPU,
-    where a training step is bound by other things.
+    The fastest of 12 timings, since power throttling varies by a tenth from run to run. None on CPU, where a training
+    step is bound by other things.
     """
     if device.type != "cuda":
         return None

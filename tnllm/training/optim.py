@@ -1,7 +1,7 @@
-"""AdamW with the weights that decay and the weights that do not, and an update that refuses non-finite gradients.
+"""AdamW with and without weight decay by parameter, and an update that skips non-finite gradients.
 
 optimizer = make_optimizer(model, config.optimizer)
-norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0)
+norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0, loss=loss)
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tnllm.training.bf16_adamw import Bf16AdamW
 from tnllm.training.config import OptimizerSection
-from tnllm.training.rounding import Bf16AdamW
 
 
 class Parameters(Protocol):
-    """Named parameters: a module's, or a rank's parts of a model on a mesh."""
+    """Named parameters: a module's, or a rank's shards of a model on a mesh."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -25,15 +25,15 @@ class Parameters(Protocol):
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices and embeddings; not to norm weights, biases, or LRPE's theta.
 
-    theta holds frequencies; pulled to zero it would lose the positions it encodes.
+    theta holds frequencies; decayed to zero, it would lose the positions it encodes.
     """
     return parameter.ndim >= 2 and not name.endswith("lrpe.theta")
 
 
 def make_optimizer(model: Parameters, config: OptimizerSection, compiled: bool = False) -> torch.optim.AdamW:
-    """AdamW over two groups of `model`'s trained parameters: torch's fused one, or for bf16 weights the rounding one.
+    """AdamW over two groups of `model`'s trained parameters: torch's fused one, or Bf16AdamW for bf16 weights.
 
-    `compiled` is for the latter, which is written in plain torch.
+    `compiled` compiles the update of the latter, which is plain torch.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
@@ -62,9 +62,9 @@ def clip_and_step(
 ) -> Tensor:
     """Clip the gradients to a total norm of `max_norm` (0: no clipping) and update; returns the norm before clipping.
 
-    `norm` is the gradients' norm where `model` holds only a part of them; None: that of the gradients here. Where the
-    norm or `loss` is not finite, nothing is updated: neither weights nor moments nor the step count. The decision is
-    taken on the device, so no step waits for the host.
+    `norm`: the norm of all gradients if `model` holds only a shard of them; None: computed here. If the norm or `loss` is
+    not finite, nothing is updated: neither weights nor moments nor the step count. The decision is made on the device,
+    so no step waits for the host.
     """
     parameters = list(model.parameters())
     if norm is None:
@@ -74,7 +74,7 @@ def clip_and_step(
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    # The fused kernels read this flag, as they do for gradient scaling, and leave everything alone where it is 1.
+    # The fused kernels read this flag, as with gradient scaling, and update nothing if it is 1.
     optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """A chart of one or several runs from their metrics.jsonl: loss, learning rate, speed.
 
 runs = [read_run(Path("runs/tiny")), read_run(Path("runs/tiny-transformer"))]
-write_atomic(path, draw(runs, x="tokens", suffix=".png"))
+write_bytes_atomic(path, draw(runs, x="tokens", suffix=".png"))
 """
 
 import io
@@ -35,9 +35,9 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, or a metrics file. A last line cut short by a kill is left out.
+    """Read a run folder, or a metrics file. A last line truncated by a kill is left out.
 
-    Raises UserError when there is no such file or no row yet, RunError for a line that is no metrics row.
+    Raises UserError if there is no such file or no row yet, RunError for a line that is not a metrics row.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
@@ -65,9 +65,9 @@ def read_run(path: Path) -> Run:
 
 
 def smooth(values: list[float], span: int) -> list[float]:
-    """Exponential mean with a time constant of `span` points, without the pull to zero at the start.
+    """Exponential moving average with a time constant of `span` points (0: none), corrected for its bias at the start.
 
-    Values that are not finite are passed over: they neither show nor poison what follows. Span 0 smooths nothing.
+    Values that are not finite are skipped.
     """
     keep = math.exp(-1 / span) if span else 0.0
     total = weight = 0.0
@@ -82,8 +82,8 @@ def smooth(values: list[float], span: int) -> list[float]:
 def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | None = None) -> bytes:
     """The chart as bytes of a .png, .pdf or .svg file.
 
-    `span` is the time constant of the smoothed training loss in logged rows, 0 for none; None takes a third of
-    the square root of the longest run's rows. Raises MissingExtra without matplotlib.
+    `span`: time constant of the smoothed training loss in logged rows (0: none; None: a third of the square root of the
+    longest run's rows). Raises MissingExtra without matplotlib.
     """
     try:
         from matplotlib import rc_context
@@ -93,7 +93,7 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
     assert suffix in FORMATS, suffix
     if span is None:
         span = round(math.sqrt(max(len(run.train) for run in runs)) / 3)
-    look: dict[Any, Any] = {
+    style_settings: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -104,7 +104,7 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
         "svg.hashsalt": "tnllm",
     }
     scale, label = _axis(runs, x)
-    with rc_context(look):
+    with rc_context(style_settings):
         figure = Figure(figsize=(6.5, 6.2), layout="constrained")
         loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=[2.6, 1, 1])
         for index, run in enumerate(runs):
@@ -122,7 +122,7 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
         speed.yaxis.set_major_formatter(lambda value, _: _short(value))
         figure.align_ylabels()
         buffer = io.BytesIO()
-        # Without its date, the file of the same runs is the same file.
+        # Without a date in it, the same runs give the same bytes.
         dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
         figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=dates.get(suffix))
     return buffer.getvalue()

@@ -2,7 +2,7 @@
 
     learning_rate(config.schedule, config.optimizer.learning_rate, step)
 
-The horizon is a key of its own, so two runs that differ only in how long they go on agree step for step.
+The horizon is a separate key, so two runs that differ only in length agree step for step.
 """
 
 import math
@@ -15,7 +15,7 @@ def learning_rate(schedule: ScheduleSection, peak: float, step: int) -> float:
 
     Linear warm-up over `warmup_steps`, reaching `peak` with the last of them; then, up to `horizon_steps`:
     constant; cosine to `min_ratio * peak`; or wsd, which stays at the peak and falls linearly to that floor over
-    the last `decay_steps` (a tenth of the horizon where not given). After the horizon the floor holds.
+    the last `decay_steps` (default: a tenth of the horizon). After the horizon the rate stays at the floor.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

@@ -4,16 +4,15 @@
     saver.save(state, sharded, optimizer)
     state = load_sharded(folder, sharded, optimizer)
 
-Every rank of the first copy of the model owns some of the tensors: those are gathered whole on it, one after another, and
-it writes them, so no rank holds or writes more than its share. A tensor in a file is a whole tensor. Reading, every rank
-takes the slices it keeps straight from the files. All ranks must see the same run folder.
+Every rank of the first copy of the model owns some of the tensors: they are gathered on it in full, one after another, and
+it writes them, so no rank holds or writes more than its share. Files hold full tensors. When loading, every rank reads its
+own slices from the files. All ranks must see the same run folder.
 """
 
-import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,21 +25,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tnllm.errors import RunError
-from tnllm.files import replace_dir, write_text_atomic
-from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json
+from tnllm.files import read_json, replace_dir
+from tnllm.modeling.weights import config_json
 from tnllm.parallel.layout import Layout
 from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.parallelize import ShardedModel
 from tnllm.parallel.ranks import SharedError
 from tnllm.training.checkpoint import (
-    LATEST,
-    MANIFEST,
     STATE,
     TrainState,
     file_sums,
-    list_checkpoints,
     optimizer_tensors,
+    publish_checkpoint,
+    remove_unfinished,
     step_name,
+    write_description,
+    write_manifest,
 )
 
 FOLDERS = ("model", "optimizer")
@@ -53,14 +53,12 @@ class ShardedSaver:
         self.run, self.folder, self.keep, self.background = run, run / "checkpoints", keep, background
         self.tokenizer, self.mesh, self.group = tokenizer, sharded.mesh, sharded.mesh.groups["files"]
         if self.mesh.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("*.tmp-*"):
-                shutil.rmtree(leftover)
+            remove_unfinished(self.folder)
         self._thread: threading.Thread | None = None
         self._error: str | None = None
 
     def save(self, state: TrainState, sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> None:
-        """Gather everything now and write it, in the background if asked; waits for the write before."""
+        """Gather everything now and write it, in a background thread if configured; first waits for the previous write."""
         self.wait()
         owned = {folder: dict(tensors) for folder, tensors in zip(FOLDERS, _gather(sharded, optimizer), strict=True)}
         if self.mesh.rank == 0:
@@ -76,86 +74,82 @@ class ShardedSaver:
             self.wait()
 
     def wait(self) -> None:
-        """Return once the last checkpoint is on disk; raises RunError, on every rank, if it is not."""
+        """Return once the last checkpoint is on disk. Raises RunError, on every rank, if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             failed = RunError(f"the checkpoint could not be written ({error}); the one before is intact")
-            raise failed if self.mesh.rank == 0 else SharedError(failed)
+            raise failed if self.mesh.rank == 0 else SharedError(str(failed), failed.exit_code)
 
     def _write(self, state: TrainState, owned: dict[str, dict[str, Tensor]], config: str) -> None:
-        """Each rank its files, then rank 0 the rest. A rank's error is told to all, so that none waits for ever."""
+        """Each rank writes its files, then rank 0 the rest. An error on one rank is sent to all, so that none hangs."""
         final = self.folder / step_name(state.step)
-        aside = final.with_name(f"{final.name}.tmp-save")
+        temporary = final.with_name(f"{final.name}.tmp-save")
         main = self.mesh.rank == 0
-        begun = self._together(lambda: _make_folders(aside) if main else None)
-        sums = None if begun is None else self._together(lambda: self._write_own(owned, aside))
+        started = self._on_all_ranks(lambda: _make_folders(temporary) if main else None)
+        sums = None if started is None else self._on_all_ranks(lambda: self._write_own(owned, temporary))
         if sums is not None:
-            self._together(lambda: self._finish(state, config, aside, final, sums) if main else None)
+            self._on_all_ranks(lambda: self._finish(state, config, temporary, final, sums) if main else None)
         if main:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write_own(self, owned: dict[str, dict[str, Tensor]], aside: Path) -> dict[str, Any]:
+    def _write_own(self, owned: dict[str, dict[str, Tensor]], temporary: Path) -> dict[str, Any]:
+        name = f"rank-{self.mesh.rank:05d}.safetensors"
         for folder, tensors in owned.items():
             if tensors:
-                save_file(tensors, aside / folder / f"rank-{self.mesh.rank:05d}.safetensors", metadata={"format": "pt"})
-        mine = sorted(aside.glob(f"*/rank-{self.mesh.rank:05d}.safetensors"))
+                save_file(tensors, temporary / folder / name, metadata={"format": "pt"})
+        mine = sorted(temporary.glob(f"*/{name}"))
         for path in mine:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        return file_sums(mine, aside)
+        return file_sums(mine, temporary)
 
-    def _finish(self, state: TrainState, config: str, aside: Path, final: Path, sums: list[Any]) -> None:
-        (aside / CONFIG).write_text(config, encoding="utf-8")
-        if self.tokenizer is not None:
-            shutil.copyfile(self.tokenizer, aside / TOKENIZER)
-        (aside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-        whole = file_sums([path for path in aside.iterdir() if path.is_file()], aside)
-        for part in sums:
-            whole |= part
-        (aside / MANIFEST).write_text(json.dumps(dict(sorted(whole.items())), indent=2) + "\n", encoding="utf-8")
-        replace_dir(aside, final)
-        write_text_atomic(self.run / LATEST, f"{final.name}\n")
-        for old in list_checkpoints(self.run)[: -self.keep] if self.keep else []:
-            shutil.rmtree(old)
+    def _finish(self, state: TrainState, config: str, temporary: Path, final: Path, sums: list[Any]) -> None:
+        write_description(temporary, state, config, self.tokenizer)
+        manifest = file_sums([path for path in temporary.iterdir() if path.is_file()], temporary)
+        for rank_sums in sums:
+            manifest |= rank_sums
+        write_manifest(temporary, dict(sorted(manifest.items())))
+        replace_dir(temporary, final)
+        publish_checkpoint(final, self.run, self.keep)
 
-    def _together(self, work: Any) -> list[Any] | None:
-        """Do `work` on every rank and return all results; None where it failed on one, which is then kept."""
+    def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any] | None:
+        """Call `work` on every rank and return all results. If it failed on one: keeps the error and returns None."""
         mine: tuple[Any, str | None]
         try:
             mine = (work(), None)
-        except Exception as error:  # whatever it is, the others must hear of it
+        except Exception as error:  # any failure must reach the other ranks
             mine = (None, f"rank {self.mesh.rank}: {error}")
         everyone: list[Any] = [None] * self.mesh.world_size
         try:
             dist.all_gather_object(everyone, mine, group=self.group)
-        except RuntimeError as error:  # the thread that asked raises it
+        except RuntimeError as error:  # raised by `wait` in the main thread
             everyone = [(None, f"another rank was lost: {str(error).splitlines()[0]}")]
         self._error = self._error or next((error for _, error in everyone if error), None)
         return None if self._error else [result for result, _ in everyone]
 
 
-def _make_folders(aside: Path) -> None:
+def _make_folders(temporary: Path) -> None:
     for name in FOLDERS:
-        (aside / name).mkdir(parents=True)
+        (temporary / name).mkdir(parents=True)
 
 
 def _tensors(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> list[dict[str, tuple[Tensor, Layout | None]]]:
-    """Local tensors of the model and of the optimizer with their layouts (None: one number, alike on every rank)."""
+    """Local tensors of the model and of the optimizer with their layouts (None: a scalar, equal on every rank)."""
     model: dict[str, tuple[Tensor, Layout | None]] = {
-        name: (part.local.detach(), part.layout) for name, part in sharded.parts.items()
+        name: (shard.local.detach(), shard.layout) for name, shard in sharded.shards.items()
     }
     moments: dict[str, tuple[Tensor, Layout | None]] = {}
     for key, value in optimizer_tensors(sharded, optimizer).items():
-        layout = sharded.parts[key.partition(".")[2]].layout
+        layout = sharded.shards[key.partition(".")[2]].layout
         moments[key] = (value, layout if value.ndim else None)
     return [model, moments]
 
 
 def _gather(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> Iterator[Iterator[tuple[str, Tensor]]]:
-    """The whole tensors this rank owns, on CPU, for each of the two folders. Ranks of other copies own none."""
+    """The full tensors this rank owns, on CPU, for each of the two folders. Ranks of other copies own none."""
     mesh = sharded.mesh
     load = [0] * mesh.groups["replica"].size()
     for tensors in _tensors(sharded, optimizer):
@@ -165,64 +159,64 @@ def _gather(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> Iterator
 def _gather_all(
     tensors: dict[str, tuple[Tensor, Layout | None]], mesh: Mesh, load: list[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    if mesh.place["replicate"] != 0:
+    if mesh.index["replicate"] != 0:
         return
     group = mesh.groups["replica"]
-    place = dist.get_rank(group)
+    rank_in_group = dist.get_rank(group)
     for name, (local, layout) in tensors.items():
-        # The owner is the rank that has the least so far; all ranks count alike.
+        # The owner is the rank with the fewest values so far; every rank computes the same.
         owner = load.index(min(load))
         if layout is None:
             load[owner] += 1
-            if owner == place:
+            if owner == rank_in_group:
                 yield name, local.cpu().clone()
             continue
-        load[owner] += torch.Size(layout.whole).numel()
+        load[owner] += torch.Size(layout.full_shape).numel()
         layouts = [_layout_at(layout, mesh, rank) for rank in range(group.size())]
-        room = max(torch.Size(other.local_shape).numel() for other in layouts)
-        flat = local.new_zeros(room)
+        # gather needs equal sizes: shorter shards are padded.
+        flat = local.new_zeros(max(torch.Size(other.local_shape).numel() for other in layouts))
         flat[: local.numel()] = local.flatten()
-        parts = [torch.empty_like(flat) for _ in layouts] if owner == place else None
-        dist.gather(flat, parts, dst=dist.get_global_rank(group, owner), group=group)
-        if parts is not None:
-            whole = torch.empty(layout.whole, dtype=local.dtype)
-            for part, other in zip(parts, layouts, strict=True):
-                shaped = part[: torch.Size(other.local_shape).numel()].view(other.local_shape)
-                for mine, slices in other.pieces():
-                    whole[slices] = shaped[mine].to("cpu")
-            yield name, whole
+        shards = [torch.empty_like(flat) for _ in layouts] if owner == rank_in_group else None
+        dist.gather(flat, shards, dst=dist.get_global_rank(group, owner), group=group)
+        if shards is not None:
+            full = torch.empty(layout.full_shape, dtype=local.dtype)
+            for shard, other in zip(shards, layouts, strict=True):
+                shaped = shard[: torch.Size(other.local_shape).numel()].view(other.local_shape)
+                for mine, slices in other.slices():
+                    full[slices] = shaped[mine].to("cpu")
+            yield name, full
 
 
 def _layout_at(layout: Layout, mesh: Mesh, rank: int) -> Layout:
     """The layout of the same parameter on another rank of this copy of the model."""
     weights, tensor = divmod(rank, mesh.tensor[1])
-    other = Layout.of(layout.name, layout.whole, (tensor, mesh.tensor[1]))
+    other = Layout.of(layout.name, layout.full_shape, (tensor, mesh.tensor[1]))
     return other if layout.rows is None else other.with_rows((weights, mesh.weights[1]))
 
 
 def load_sharded(folder: Path, sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Fill this rank's part of model and optimizer from a checkpoint of any mesh; returns where the run was.
+    """Load this rank's shards of model and optimizer from a checkpoint of any mesh; returns where the run was.
 
     The checkpoint must be of the same model (`check_same_model`).
     """
     for name, tensors in zip(FOLDERS, _tensors(sharded, optimizer), strict=True):
-        _fill(tensors, folder / name)
-    return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        _load_slices(tensors, folder / name)
+    return TrainState(**read_json(folder / STATE))
 
 
-def _fill(tensors: dict[str, tuple[Tensor, Layout | None]], folder: Path) -> None:
-    """Copy this rank's slices of the whole tensors in `folder`'s safetensors files."""
+def _load_slices(tensors: dict[str, tuple[Tensor, Layout | None]], folder: Path) -> None:
+    """Copy this rank's slices of the full tensors in `folder`'s safetensors files."""
     with ExitStack() as stack, torch.no_grad():
-        where = {}
+        files = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = stack.enter_context(safe_open(path, framework="pt"))
-            where.update(dict.fromkeys(file.keys(), file))
+            files.update(dict.fromkeys(file.keys(), file))
         for key, (local, layout) in tensors.items():
-            if key not in where:
+            if key not in files:
                 raise RunError(f"{folder} has no tensor {key}; it holds another model")
             if layout is None:
-                local.copy_(where[key].get_tensor(key))
+                local.copy_(files[key].get_tensor(key))
                 continue
-            stored = where[key].get_slice(key)
-            for mine, slices in layout.pieces():
+            stored = files[key].get_slice(key)
+            for mine, slices in layout.slices():
                 local[mine].copy_(stored[slices])

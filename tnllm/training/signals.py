@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: finish the step, save, leave with the right exit code."""
+"""Ctrl-C and SIGTERM during a run: stop after the current pass, save, exit with the right code."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ _STOPPING = b"\nstopping when the current pass is through and all is saved; Ctrl
 class StopSignals:
     """While active, the first SIGINT or SIGTERM only sets `stop`; a second SIGINT stops at once.
 
-    With `shared`, for a run of several ranks, it only sets `seen`: `stop` is set once all ranks have agreed.
+    `shared`: this is one of several ranks. The signal then only sets `seen`; `stop` is set once all ranks agree.
     """
 
     def __init__(self, shared: bool = False) -> None:
@@ -24,7 +24,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -33,17 +33,17 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.seen is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.seen = number
         if not self._shared:
             self.stop = number
-        # Straight to the descriptor: a handler may interrupt a print, which would not bear another one inside it.
+        # Written to the descriptor: a handler may interrupt a print, and printing is not reentrant.
         os.write(2, _STOPPING)
 
     def leave(self) -> None:
-        """Raise what the command line turns into exit code 130 or 143."""
+        """Raise KeyboardInterrupt or Terminated, which the command line turns into exit code 130 or 143."""
         if self.stop == signal.SIGTERM:
-            raise Terminated("stopped by SIGTERM; everything is saved, go on with --resume auto")
+            raise Terminated("stopped by SIGTERM; everything is saved, resume with --resume auto")
         raise KeyboardInterrupt

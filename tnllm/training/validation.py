@@ -1,4 +1,4 @@
-"""Validation: loss and bits per byte over the same held-out rows each time."""
+"""Validation: loss and bits per byte over the same held-out rows every time."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tnllm.data.instruct_loader import InstructLoader
 from tnllm.data.loader import Batch, Loader
-from tnllm.parallel.ranks import OneRank
+from tnllm.parallel.ranks import SingleProcess
 
 
 def validate(
@@ -16,15 +16,15 @@ def validate(
     loader: Loader | InstructLoader,
     rows_per_batch: int,
     max_tokens: int | None,
-    ranks: OneRank | None = None,
+    ranks: SingleProcess | None = None,
 ) -> tuple[float, float]:
-    """Mean loss in nats per counted token, and bits per byte of the text those tokens stand for.
+    """Mean loss in nats per counted token, and bits per byte of the text of those tokens.
 
-    `loader` reads in order, not shuffled; about `max_tokens` tokens are read, in whole batches (None: all). Every batch
-    has the same shape, so a compiled loss is compiled once: rows past the end hold ignored labels alone. Of several
-    `ranks` each takes its turn at the rows; all get the same result.
+    `loader` reads in order, not shuffled; about `max_tokens` tokens are read, in complete batches (None: all). Every batch
+    has the same shape, so a compiled loss is compiled once: rows past the end hold only ignored labels. Several `ranks`
+    split the batches; all return the same result.
     """
-    ranks = ranks or OneRank()
+    ranks = ranks or SingleProcess()
     rows = loader.num_rows
     if max_tokens is not None:
         rows = min(rows, max(1, max_tokens // loader.seq_len))

@@ -1,12 +1,11 @@
-"""Lightning Attention in plain torch, chunk by chunk: the form that runs on CPU, and elsewhere without Triton.
+"""Lightning Attention in plain torch, chunk by chunk: the form for CPU, and for any device without Triton.
 
     o, final_state = chunk_forward(q, k, v, log_decay, initial_state, cu_seqlens)
     dq, dk, dv, dinitial = chunk_backward(do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens)
 
-Within a chunk of C tokens attention is a masked product of matrices; between chunks only the state S [D, E]
-travels. So everything but a short loop over chunk states is one batched matmul over all chunks of all heads.
-With r the row in its chunk, m the chunk's number of tokens, S the state before it and R the gradient of the
-state after it (all decays are <= 1):
+Within a chunk of C tokens attention is a masked matrix product; between chunks only the state S [D, E] is passed on. So
+all work but a short loop over chunk states is batched matmuls over all chunks of all heads. With r the row in its chunk,
+m the chunk's number of tokens, S the state before it and R the gradient of the state after it (all decays are <= 1):
 
     o  = (q k^T . M) v      + decay^(r+1) q S               S' = decay^m S + (decay^(m-1-r) k)^T v
     dq = (do v^T . M) k     + decay^(r+1) do S^T            R' = decay^m R + (decay^(r+1) q)^T do
@@ -23,25 +22,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens per chunk at most. Work within a chunk grows with C, work on states with D * E / C; of 16, 32, 64 and
-# 128, forward and backward together were fastest at 64 for head dims 64 and 128 and within 7 % of it for 32.
+# Maximum tokens per chunk. Work within a chunk grows with C, work on states with D * E / C. Of 16, 32, 64 and 128,
+# forward plus backward was fastest at 64 for head dims 64 and 128, and within 7 % of the fastest for 32.
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """How tokens fall into chunks. Chunks are ordered by wave: first every sequence's first chunk, then every
-    second chunk, and so on, longest sequence first, so that the loop over states takes one slice per wave."""
+    """How tokens are cut into chunks. Chunks are ordered by wave: the first chunk of every sequence, then the second of
+    each, and so on, longest sequence first, so that the loop over states takes one slice per wave."""
 
     size: int
     num_tokens: int
-    waves: list[int]  # sequences that reach this wave
+    waves: list[int]  # number of sequences with a chunk in each wave
     rows: Tensor  # [G] int64, tokens in each of the G chunks
-    index: Tensor | None  # [G, C] int64, token of each row, num_tokens where there is none; None: the batch
+    index: Tensor | None  # [G, C] int64, token of each row, num_tokens for padding; None: not packed
     order: Tensor | None  # [N] int64, sequences from longest to shortest
 
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T, H, D] -> [G, H, C, D] with zeros where a chunk has no token."""
+        """[B, T, H, D] -> [G, H, C, D], zero-padded to full chunks."""
         B, T, H, D = x.shape
         if self.index is None:
             x = F.pad(x, (0, 0, 0, 0, 0, len(self.waves) * self.size - T))
@@ -120,7 +119,7 @@ def _decays(log_decay: Tensor, chunks: _Chunks, dtype: torch.dtype) -> _Decays:
 
 
 def _states_before(update: Tensor, decays: _Decays, chunks: _Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn each chunk's own update [G, H, D, E] into the state before it, in place; also return the last."""
+    """Turn what each chunk adds to the state [G, H, D, E] into the state before it, in place; also return the last."""
     state = chunks.sort(state).clone()
     start = 0
     for count in chunks.waves:
@@ -133,7 +132,7 @@ def _states_before(update: Tensor, decays: _Decays, chunks: _Chunks, state: Tens
 
 
 def _gradients_after(update: Tensor, decays: _Decays, chunks: _Chunks, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The same backward in time: the gradient of the state after each chunk, and of the initial state."""
+    """The same reversed in time: the gradient of the state after each chunk, and of the initial state."""
     grad = chunks.sort(grad).clone()
     end = len(update)
     for count in reversed(chunks.waves):
@@ -160,14 +159,9 @@ def _prepare(
 
 
 def chunk_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in the public function; states are contiguous and new."""
+    """Shapes as in the public function; the final state is a new contiguous tensor."""
     chunks, decays, qc, kc, vc, state = _prepare(q, k, v, log_decay, initial_state, cu_seqlens)
     o = (qc @ kc.mT).mul_(decays.mask) @ vc
     before, final = _states_before((kc * decays.key).mT @ vc, decays, chunks, state)
@@ -207,8 +201,8 @@ def chunk_backward(
 def chunk_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token: q, k [B, H, D], v [B, H, E] -> o [B, H, E]; the state [B, H, D, E] is updated in place."""
     dtype = state.dtype
-    # S + ((decay - 1) S + k v^T), not decay S + k v^T: the slowest decays are 1 - 4e-8, which float32 rounds to
-    # 1 - 6e-8, and a stream of a million steps would forget half as fast again as it should.
+    # S + ((decay - 1) S + k v^T), not decay S + k v^T: the slowest decays are 1 - 4e-8, which float32 rounds to 1 - 6e-8,
+    # so that over a million steps the state would decay half as fast again as it should.
     change = k.to(dtype)[..., None] * v.to(dtype)[..., None, :]
     state.add_(change.addcmul_(state, log_decay.to(dtype).expm1()[:, None, None]))
     return (q.to(dtype)[..., None, :] @ state).squeeze(-2).to(v.dtype)

@@ -1,8 +1,7 @@
 """Launch the Triton kernels: `triton_forward` and `triton_backward`, called by `op.py` on CUDA.
 
-Arguments and results are those of the chunked CPU form (`chunk.py`), so tests run either on the same inputs.
-Nothing here depends on the values of tensors, so nothing waits for the GPU, and nothing is tuned at run
-time.
+Arguments and results are those of the chunked CPU form (`chunk.py`), so tests run either on the same inputs. No decision
+depends on the values of tensors, so the host never synchronises with the GPU; nothing is autotuned at run time.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tnllm.kernels.lightning_attention.kernels import attend_kernel, piece_states_kernel, scan_states_kernel
+from tnllm.kernels.lightning_attention.kernels import attend_kernel, scan_states_kernel, sub_split_states_kernel
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is built: tokens per chunk, columns of c per program, warps and pipeline stages."""
+    """Tile sizes and launch options: tokens per chunk, columns of c per program, warps, pipeline stages, use of TMA."""
 
     chunk: int
     cols: int
@@ -35,10 +34,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """How T tokens are cut: one program walks `segment` tokens; states are computed by `piece`."""
+    """How T tokens are split: a program scans `split` tokens; states are computed every `sub_split` tokens."""
 
-    segment: int
-    piece: int
+    split: int
+    sub_split: int
 
 
 @cache
@@ -49,63 +48,66 @@ def _cuda_device(index: int) -> Device:
 
 
 def _device(x: Tensor) -> Device:
-    # Tensors on CPU are tests under Triton's interpreter.
+    # Tensors are on CPU in tests under Triton's interpreter.
     return _cuda_device(x.get_device()) if x.is_cuda else Device(4, 232448, True)
 
 
 @cache
-def attend_config(a_dim: int, itemsize: int, device: Device, dual: bool = False) -> Config:
-    """One program of 4 warps and 64 columns per multiprocessor, with as deep a pipeline as shared memory
-    holds.
+def attend_config(head_dim: int, itemsize: int, device: Device, dual: bool = False) -> Config:
+    """One program of 4 warps and 64 columns per SM, with as many pipeline stages as shared memory holds.
 
-    On an H100 (B 16, H 16, T 4096, D = E = 128, bf16) 4 stages took 0.379 ms, 3 stages 0.403, 2 stages (two
-    programs per multiprocessor) 0.436; 8 warps with all 128 columns 0.458 at best. Loads by TMA descriptor
-    made `dual` 10 % faster (0.660 against 0.731 ms: it saves the registers of the addresses) and the others
-    2 % slower.
+    Measured on an H100 (B 16, H 16, T 4096, D = E = 128, bf16):
+
+        4 stages                              0.379 ms
+        3 stages                              0.403 ms
+        2 stages, two programs per SM         0.436 ms
+        8 warps with all 128 columns          0.458 ms at best
+
+    Loads by TMA descriptor made `dual` 10 % faster (0.660 against 0.731 ms: fewer address registers) and the other
+    launches 2 % slower. `head_dim` is the width of a and b.
     """
     chunk = 64 if itemsize == 2 else 32
-    rows = triton.next_power_of_2(a_dim)
+    rows = triton.next_power_of_2(head_dim)
     if rows == 256 and itemsize == 4 and device.shared_memory < 131072:
         raise ValueError(
             f"float32 with head dims above 128 needs 128 KiB of shared memory, this GPU has "
             f"{device.shared_memory // 1024}; use bfloat16"
         )
-    # 64 also where c has 32 columns (the rest is masked): with 32 the packed kernel, as Triton 3.6 builds it
-    # for bf16, reached outside its shared memory.
+    # 64 even if c has 32 columns (the rest is masked): with 32, Triton 3.6 compiled the packed bf16 kernel to accesses
+    # outside its shared memory.
     cols = 64
     tile_bytes = (2 * chunk * rows + chunk * cols) * itemsize
     scratch_bytes = (rows + chunk) * cols * itemsize
     num_stages = max(1, min(4, (device.shared_memory - scratch_bytes) // tile_bytes))
-    # Wider than 128 the state takes the registers of 8 warps.
+    # Above 128 rows the state needs the registers of 8 warps.
     return Config(chunk, cols, 4 if rows <= 128 else 8, num_stages, dual and device.has_tma and rows <= 128)
 
 
 @cache
 def plan(T: int, num_programs: int, num_sms: int, chunk: int) -> Plan:
-    """Cut T tokens so that `num_programs` programs per segment fill the GPU in few, full waves.
+    """Split T tokens so that `num_programs` programs per split fill the GPU in few, full waves.
 
-    A segment costs its tokens and, where there are several, about 512 more for its state (read, written,
-    joined). Pieces are smaller, for four programs per multiprocessor: their kernel is short, and its time is
-    that of one walk.
+    A split costs its tokens and, if there are several, about 512 more for its state (written, scanned, read). Sub-splits
+    are smaller, for four programs per SM: their kernel is short and takes as long as one program does.
     """
 
-    def cost(segments: int) -> float:
-        waves = -(-num_programs * segments // num_sms)
-        return waves * (T / segments + (512 if segments > 1 else 0))
+    def cost(splits: int) -> float:
+        waves = -(-num_programs * splits // num_sms)
+        return waves * (T / splits + (512 if splits > 1 else 0))
 
-    most = max(1, min(T // (8 * chunk), 4 * num_sms // num_programs))
-    segments = min(range(1, most + 1), key=cost)
-    if segments == 1:
+    max_splits = max(1, min(T // (8 * chunk), 4 * num_sms // num_programs))
+    splits = min(range(1, max_splits + 1), key=cost)
+    if splits == 1:
         return Plan(T, T)
-    length = -(-T // segments)
-    pieces = max(1, min(4 * num_sms // (num_programs * segments), length // (8 * chunk)))
-    piece = -(-length // (pieces * chunk)) * chunk
-    return Plan(pieces * piece, piece)
+    length = -(-T // splits)
+    sub_splits = max(1, min(4 * num_sms // (num_programs * splits), length // (8 * chunk)))
+    sub_split = -(-length // (sub_splits * chunk)) * chunk
+    return Plan(sub_splits * sub_split, sub_split)
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """One direction of time over one batch."""
+class _Scan:
+    """A scan of one batch, forward or reversed in time."""
 
     log_decay: Tensor
     cu_seqlens: Tensor | None
@@ -118,7 +120,7 @@ class _Walk:
         return self.cu_seqlens is not None
 
     def new_final(self, initial: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        # Packed sequences may be empty, and then no program writes their state: it stays the initial one.
+        # No program writes the state of an empty packed sequence: it must be the initial one.
         if not self.packed:
             return torch.empty(shape, device=like.device, dtype=torch.float32)
         if initial is None:
@@ -132,79 +134,80 @@ def _precision(x: Tensor) -> str:
 
 
 def _states_before(
-    walk: _Walk, cut: Plan, b: Tensor, c: Tensor, initial: Tensor | None, transposed: bool
+    scan: _Scan, splits: Plan, b: Tensor, c: Tensor, initial: Tensor | None, transposed: bool
 ) -> Tensor | None:
-    """The state before each piece [B, H, pieces, D * E], or None where one segment is all."""
-    if cut.segment >= walk.T:
+    """The state before each sub-split [B, H, sub-splits, D * E]; None if there is one split only."""
+    if splits.split >= scan.T:
         return None
-    return _states(walk, cut.piece, triton.cdiv(walk.T, cut.piece) - 1, 0, b, c, initial, transposed)
+    num_before_last = triton.cdiv(scan.T, splits.sub_split) - 1
+    return _states(scan, splits.sub_split, num_before_last, 0, b, c, initial, transposed)
 
 
 def _states(
-    walk: _Walk,
-    piece: int,
-    num_pieces: int,
+    scan: _Scan,
+    sub_split: int,
+    num_sub_splits: int,
     offset: int,
     b: Tensor,
     c: Tensor,
     initial: Tensor | None,
     transposed: bool,
 ) -> Tensor:
-    """The state before each of `num_pieces` pieces, and after the last [B, H, num_pieces + 1, D * E]."""
-    B, _, H, A = b.shape
-    N = c.shape[-1]
-    config = attend_config(A, b.element_size(), _device(b))
-    states = torch.empty(B, H, num_pieces + 1, A * N, device=b.device, dtype=torch.float32)
-    carries = torch.empty(num_pieces + 1, device=b.device, dtype=torch.int32) if walk.packed else None
-    piece_states_kernel[(H * triton.cdiv(N, config.cols), num_pieces, B)](
+    """The state before each of `num_sub_splits` sub-splits, and after the last [B, H, num_sub_splits + 1, D * E]."""
+    B, _, H, D = b.shape
+    E = c.shape[-1]
+    config = attend_config(D, b.element_size(), _device(b))
+    states = torch.empty(B, H, num_sub_splits + 1, D * E, device=b.device, dtype=torch.float32)
+    carries = torch.empty(num_sub_splits + 1, device=b.device, dtype=torch.int32) if scan.packed else None
+    sub_split_states_kernel[(H * triton.cdiv(E, config.cols), num_sub_splits, B)](
         b,
         c,
-        walk.log_decay,
+        scan.log_decay,
         initial,
         states,
         carries,
-        walk.cu_seqlens,
+        scan.cu_seqlens,
         *b.stride()[:3],
         *c.stride()[:3],
-        walk.T,
+        scan.T,
         H,
-        piece,
+        sub_split,
         offset,
-        walk.num_seqs,
-        A=A,
-        N=N,
-        BA=triton.next_power_of_2(A),
-        BC=config.cols,
+        scan.num_seqs,
+        D=D,
+        E=E,
+        BD=triton.next_power_of_2(D),
+        BE=config.cols,
         CHUNK=config.chunk,
-        REVERSE=walk.reverse,
+        REVERSE=scan.reverse,
         STATE_TRANSPOSED=transposed,
         HAS_INITIAL=initial is not None,
-        PACKED=walk.packed,
-        RAGGED=walk.packed or offset > 0,
+        PACKED=scan.packed,
+        RAGGED=scan.packed or offset > 0,
         PRECISION=_precision(b),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    scan_states_kernel[(A * N // 128, B * H)](
+    scan_states_kernel[(D * E // 128, B * H)](
         states,
-        walk.log_decay,
+        scan.log_decay,
         initial,
         carries,
         H,
-        piece,
-        num_pieces + 1,
-        SIZE=A * N,
+        sub_split,
+        num_sub_splits + 1,
+        SIZE=D * E,
         BLOCK=128,
         GROUP=8,
         HAS_INITIAL=initial is not None,
-        PACKED=walk.packed,
+        PACKED=scan.packed,
         num_warps=4,
     )
     return states
 
 
 def _attend(
-    walk: _Walk,
+    scan: _Scan,
     a: Tensor,
     b: Tensor,
     c: Tensor,
@@ -215,31 +218,31 @@ def _attend(
     second: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """out = attend(a, b, c), and with `second` = (a2, out2) also out2 = attend(a2, c, b)."""
-    B, T, H, A = a.shape
-    N = c.shape[-1]
+    B, T, H, D = a.shape
+    E = c.shape[-1]
     a2, out2 = second or (a, out)
     device = _device(a)
-    config = attend_config(A, a.element_size(), device, dual=second is not None)
+    config = attend_config(D, a.element_size(), device, dual=second is not None)
     if config.tma:
-        # Triton writes descriptors to memory that it asks for here.
+        # Triton allocates memory for descriptors with this function.
         triton.set_allocator(lambda size, align, stream: torch.empty(size, device=a.device, dtype=torch.int8))
     b_decay = torch.empty(H, config.chunk, device=a.device, dtype=torch.float32) if config.tma else None
-    programs = H * triton.cdiv(N, config.cols) * (2 if second else 1)
-    cut = plan(T, B * programs, device.num_sms, config.chunk)
-    before = _states_before(walk, cut, b, c, initial, transposed)
-    attend_kernel[(programs, triton.cdiv(T, cut.segment), B)](
+    programs = H * triton.cdiv(E, config.cols) * (2 if second else 1)
+    splits = plan(T, B * programs, device.num_sms, config.chunk)
+    before = _states_before(scan, splits, b, c, initial, transposed)
+    attend_kernel[(programs, triton.cdiv(T, splits.split), B)](
         a,
         b,
         c,
         out,
         a2,
         out2,
-        walk.log_decay,
+        scan.log_decay,
         b_decay,
         initial,
         before,
         final,
-        walk.cu_seqlens,
+        scan.cu_seqlens,
         *a.stride()[:3],
         *b.stride()[:3],
         *c.stride()[:3],
@@ -248,23 +251,23 @@ def _attend(
         *out2.stride()[:3],
         T,
         H,
-        cut.segment,
-        cut.segment // cut.piece,
-        triton.cdiv(T, cut.piece),
-        walk.num_seqs,
-        A=A,
-        N=N,
-        BA=triton.next_power_of_2(A),
-        BC=config.cols,
+        splits.split,
+        splits.split // splits.sub_split,
+        triton.cdiv(T, splits.sub_split),
+        scan.num_seqs,
+        D=D,
+        E=E,
+        BD=triton.next_power_of_2(D),
+        BE=config.cols,
         CHUNK=config.chunk,
-        REVERSE=walk.reverse,
+        REVERSE=scan.reverse,
         DUAL=second is not None,
         STATE_TRANSPOSED=transposed,
         HAS_INITIAL=initial is not None,
         HAS_BEFORE=before is not None,
         STORE_FINAL=final is not None,
-        PACKED=walk.packed,
-        RAGGED=walk.packed or T % config.chunk != 0,
+        PACKED=scan.packed,
+        RAGGED=scan.packed or T % config.chunk != 0,
         TMA=config.tma,
         PRECISION=_precision(a),
         num_warps=config.num_warps,
@@ -273,7 +276,7 @@ def _attend(
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x itself where rows are contiguous and start at 16 bytes, as slices of a projection do; else a copy."""
+    """x itself if its rows are contiguous and 16-byte aligned, as slices of a projection are; else a copy."""
     step = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(s % step == 0 for s in x.stride()[:3])
     return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
@@ -283,11 +286,11 @@ def _optional(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _walks(q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> tuple[_Walk, _Walk]:
+def _scans(q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> tuple[_Scan, _Scan]:
     num_seqs = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     log_decay, cu_seqlens = log_decay.contiguous(), _optional(cu_seqlens)
     shared = (log_decay, cu_seqlens, num_seqs, q.shape[1])
-    return _Walk(*shared, reverse=False), _Walk(*shared, reverse=True)
+    return _Scan(*shared, reverse=False), _Scan(*shared, reverse=True)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -303,32 +306,32 @@ def triton_forward(
     cu_seqlens: Tensor | None,
     need_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """o [B, T, H, E] and the final state, or None for it where it is not needed."""
+    """o [B, T, H, E] and the final state (None without `need_state`)."""
     q, k, v = _readable(q), _readable(k), _readable(v)
-    walk, _ = _walks(q, log_decay, cu_seqlens)
+    scan, _ = _scans(q, log_decay, cu_seqlens)
     initial, o = _optional(initial_state), _like(v)
-    shape = (walk.num_seqs, *q.shape[2:], v.shape[-1])
-    final = walk.new_final(initial, q, shape) if need_state else None
-    _attend(walk, q, k, v, o, initial, final, transposed=False)
+    shape = (scan.num_seqs, *q.shape[2:], v.shape[-1])
+    final = scan.new_final(initial, q, shape) if need_state else None
+    _attend(scan, q, k, v, o, initial, final, transposed=False)
     return o, final
 
 
 def triton_state(b: Tensor, c: Tensor, log_decay: Tensor, reverse: bool = False) -> Tensor:
-    """What the tokens of a row leave in a state that was zero before them, fp32 [B, H, D, E], from b and c alone.
+    """The state after a row that starts from zero, fp32 [B, H, D, E], without attention's output.
 
-    The sum over t of decay^(T - 1 - t) b_t c_t^T; in reverse that of decay^(t + 1) b_t c_t^T.
+    The sum over t of decay^(T - 1 - t) b_t c_t^T; with `reverse` that of decay^(t + 1) b_t c_t^T.
     """
     b, c = _readable(b), _readable(c)
-    B, T, H, A = b.shape
-    N, device = c.shape[-1], _device(b)
-    walk = _Walk(log_decay.contiguous(), None, B, T, reverse)
-    config = attend_config(A, b.element_size(), device)
-    programs = B * H * triton.cdiv(N, config.cols)
-    most = max(1, min(4 * device.num_sms // programs, T // (8 * config.chunk)))
-    piece = triton.cdiv(triton.cdiv(T, most), config.chunk) * config.chunk
-    num_pieces = triton.cdiv(T, piece)
-    states = _states(walk, piece, num_pieces, num_pieces * piece - T, b, c, None, False)
-    return states[:, :, -1].unflatten(-1, (A, N))
+    B, T, H, D = b.shape
+    E, device = c.shape[-1], _device(b)
+    scan = _Scan(log_decay.contiguous(), None, B, T, reverse)
+    config = attend_config(D, b.element_size(), device)
+    programs = B * H * triton.cdiv(E, config.cols)
+    max_sub_splits = max(1, min(4 * device.num_sms // programs, T // (8 * config.chunk)))
+    sub_split = triton.cdiv(triton.cdiv(T, max_sub_splits), config.chunk) * config.chunk
+    num_sub_splits = triton.cdiv(T, sub_split)
+    states = _states(scan, sub_split, num_sub_splits, num_sub_splits * sub_split - T, b, c, None, False)
+    return states[:, :, -1].unflatten(-1, (D, E))
 
 
 def triton_backward(
@@ -342,9 +345,9 @@ def triton_backward(
     cu_seqlens: Tensor | None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv (written to `into` where given) and, where there was an initial state, its gradient."""
+    """dq, dk, dv (written to `into` if given) and the gradient of the initial state (None if there was none)."""
     do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
-    forward, backward = _walks(q, log_decay, cu_seqlens)
+    forward, backward = _scans(q, log_decay, cu_seqlens)
     initial, dfinal = _optional(initial_state), _optional(dfinal)
     dq, dk, dv = into or (_like(q), _like(k), _like(v))
     dinitial = None if initial is None else backward.new_final(dfinal, q, tuple(initial.shape))

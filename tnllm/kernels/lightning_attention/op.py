@@ -3,8 +3,8 @@
     o, final_state = lightning_attention(q, k, v, log_decay, initial_state=None, cu_seqlens=None)
     o = lightning_attention_step(q, k, v, log_decay, state)
 
-Forward, backward and step are each one `torch.library` custom op, so torch.compile sees no graph break. CUDA
-tensors go to the Triton kernels, CPU tensors to the chunked torch form; nothing else chooses.
+Forward, backward and step are each one `torch.library` custom op, so torch.compile sees no graph break. CUDA tensors use
+the Triton kernels, CPU tensors the chunked torch form.
 """
 
 from types import ModuleType
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tnllm.kernels.lightning_attention import chunk
 
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of q and k, and of v: what the Triton kernels are tested for
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of q and k, and of v: those the Triton kernels are tested with
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -33,10 +33,10 @@ def lightning_attention(
     T >= 1. On CUDA, D and E are in HEAD_DIMS.
     log_decay [H] fp32, finite and <= 0, a constant: it gets no gradient.
     initial_state [B, H, D, E] fp32 (float64 for float64 inputs), None for zeros.
-    cu_seqlens [N + 1] int32 packs N sequences, empty ones allowed, in one row (B = 1): from 0, rising, to T.
-    The states are then [N, H, D, E]. On CUDA its values are trusted: reading them would stall the device.
-    Returns o [B, T, H, E] in v's dtype, and the final state, which continues the text when passed as initial.
-    need_state=False leaves the final state out (an empty tensor): writing one per packed sequence costs time.
+    cu_seqlens [N + 1] int32 packs N sequences, empty ones allowed, in one row (B = 1): offsets from 0 to T, non-decreasing.
+    The states are then [N, H, D, E]. On CUDA its values are not checked: that would synchronise.
+    Returns o [B, T, H, E] in v's dtype, and the final state; passed as initial_state, it continues the sequence.
+    need_state=False returns an empty tensor for it: writing one per packed sequence costs time.
     Raises ValueError for arguments that do not fit. Differentiable (once) in q, k, v and both states.
     Source: TransNormerLLM (arXiv 2307.14995) section 3.3, Lightning Attention-2 (arXiv 2401.04658).
     """
@@ -110,7 +110,7 @@ def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def _launch() -> ModuleType:
-    # Triton exists only where there may be a GPU, so its kernels are imported at their first use.
+    # Imported at first use: Triton is not installed on every platform.
     from tnllm.kernels.lightning_attention import launch
 
     return launch
@@ -207,7 +207,7 @@ def _autograd(ctx, do: Tensor | None, dfinal: Tensor | None):
     if do is None:
         do = torch.zeros_like(v)
     if not ctx.has_final:
-        dfinal = None  # the gradient of the empty stand-in
+        dfinal = None  # it belongs to the empty placeholder
     dq, dk, dv, dinitial = _backward(do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens)
     return dq, dk, dv, None, None if initial_state is None else dinitial, None, None
 

@@ -1,12 +1,11 @@
-"""What Lightning Attention computes, twice, each short enough to check by eye; the rest is tested against it.
+"""The definition of Lightning Attention, in two forms short enough to check by eye; all others are tested against it.
 
-    o, state = recurrent(q, k, v, log_decay)        # the definition: one token after another
+    o, state = recurrent(q, k, v, log_decay)        # the definition, token by token
     o, state = quadratic(q, k, v, log_decay)        # the same as a masked matrix product, [T, T] per head
 
-Both are plain differentiable torch on any device and dtype, computed in float64 for float64 inputs and in
-float32 otherwise. Shapes: q, k [B, T, H, D]; v, o [B, T, H, E]; log_decay [H]; states [B, H, D, E]. With
-`cu_seqlens` [N + 1], B is 1 and the tokens of N sequences, some perhaps empty, lie one after another; states
-are then [N, H, D, E].
+Both are plain differentiable torch on any device and dtype, computed in float64 for float64 inputs and in float32
+otherwise. Shapes: q, k [B, T, H, D]; v, o [B, T, H, E]; log_decay [H]; states [B, H, D, E]. With `cu_seqlens` [N + 1],
+B is 1, the tokens of N sequences (some may be empty) are packed, and states are [N, H, D, E].
 
 Sources: TransNormerLLM (arXiv 2307.14995) Eq. 2 and section 3.3; Lightning Attention-2 (arXiv 2401.04658).
 """
@@ -51,7 +50,7 @@ def quadratic(
     def sequence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.arange(q.shape[1], device=q.device)
         gap = t[:, None] - t[None, :]
-        # The mask looks at the index: a head without decay (log_decay = 0) must stay causal too.
+        # Masked by index, not by decay: a head with log_decay = 0 must be causal too.
         decay = torch.where(gap >= 0, (g[:, None, None] * gap.clamp(min=0)).exp(), 0.0)
         from_start = (g[None, :] * (t[:, None] + 1)).exp()[..., None]
         to_end = (g[None, :] * (len(t) - 1 - t[:, None])).exp()[..., None]

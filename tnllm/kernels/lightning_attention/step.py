@@ -1,8 +1,7 @@
 """One decoding step on the GPU: S <- decay S + k v^T in place, o = q^T S.
 
-Bound by reading and writing the state once (64 KiB per head at D = E = 128, both ways), so the kernel does
-only that: each program holds all D rows of a few columns of one head's state, updates them and reduces them
-against q.
+Bound by memory: the state is read and written once (64 KiB per head at D = E = 128, each way). Each program holds all D
+rows of BE columns of one head's state, updates them and reduces them against q.
 """
 
 import torch
@@ -51,21 +50,21 @@ def step_kernel(
     q = tl.load(q_ptr + row * q_b + head * q_h + d * q_d, mask=d < D, other=0.0).to(tl.float32)
     k = tl.load(k_ptr + row * k_b + head * k_h + d * k_d, mask=d < D, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + row * v_b + head * v_h + e * v_e, mask=e < E, other=0.0).to(tl.float32)
-    # decay - 1, because float32 cannot tell the slowest decays (1 - 4e-8) from their neighbours; see chunk_step.
+    # decay - 1, because the slowest decays (1 - 4e-8) are not representable in float32; see chunk_step.
     g = tl.load(log_decay_ptr + head)
-    loss = tl.where(g > -0.01, g * (1.0 + g * (0.5 + g * 0.16666667)), tl.exp(g) - 1.0)
-    state += loss * state + k[:, None] * v[None, :]
+    decay_minus_1 = tl.where(g > -0.01, g * (1.0 + g * (0.5 + g * 0.16666667)), tl.exp(g) - 1.0)
+    state += decay_minus_1 * state + k[:, None] * v[None, :]
     tl.store(state_ptrs, state, mask=mask)
     o = tl.sum(q[:, None] * state, 0).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + row * o_b + head * o_h + e, o, mask=e < E)
 
 
 def triton_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
-    """q, k [B, H, D], v [B, H, E], any strides -> o [B, H, E]. The state [B, H, D, E] is overwritten."""
+    """q, k [B, H, D], v [B, H, E], any strides -> o [B, H, E]. The state [B, H, D, E] is updated in place."""
     B, H, D = q.shape
     E = v.shape[-1]
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
-    # 32 columns are one 128-byte line of fp32 state per row.
+    # 32 columns of fp32 state are one 128-byte cache line per row.
     step_kernel[(B * H, triton.cdiv(E, 32))](
         q,
         k,

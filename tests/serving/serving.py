@@ -1,0 +1,27 @@
+"""A server on a port of its own, in this process, for tests that need real connections."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import uvicorn
+
+from tnllm.serving.app import make_app
+from tnllm.serving.engine import Engine
+
+
+@contextmanager
+def running(ready, settings, **engine_options):
+    """Yield (address, engine)."""
+    with Engine(ready, **engine_options) as engine:
+        server = uvicorn.Server(uvicorn.Config(make_app(engine, settings), port=0, log_level="error", access_log=False))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield f"http://127.0.0.1:{port}", engine
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,0 +1,317 @@
+"""The serving engine: what `generate` gives, whatever happens around a request."""
+
+import importlib
+import random
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.small_models import make_ready, small_model
+from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.generation.decoder import generate
+from tnllm.generation.sampler import SamplingParams
+from tnllm.generation.samples import Piece, Result
+from tnllm.serving import slots
+from tnllm.serving.engine import Busy, Engine, Failed, PromptRead
+
+
+@pytest.fixture(scope="module")
+def ready(model, tokenizer):
+    return make_ready(model, tokenizer)
+
+
+def alone(ready, ids, params):
+    events = generate(ready.model, ready.tokenizer, [ids], params, eos_ids=ready.eos_ids)
+    return sorted((event for event in events if isinstance(event, Result)), key=lambda result: result.sample)
+
+
+def results(ticket):
+    return sorted((event for event in ticket if isinstance(event, Result)), key=lambda result: result.sample)
+
+
+def requests(ready, count, seed=0):
+    """Prompts of many lengths, some with a shared beginning, with every sampling option."""
+    draw = random.Random(seed)
+    words = [
+        "The",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "the",
+        "lazy",
+        "dog",
+        "and",
+        "the",
+        "cat.",
+        "今天天气很好，我们去公园。",
+    ]
+    shared = ready.encode(" ".join(draw.choices(words, k=30)))
+    for number in range(count):
+        ids = ready.encode(" ".join(draw.choices(words, k=draw.choice((1, 3, 10, 60)))))
+        yield (
+            (shared + ids if number % 3 == 0 else ids),
+            SamplingParams(
+                max_tokens=draw.choice((0, 1, 5, 20, 40)),
+                temperature=draw.choice((0, 0.7, 1.0)),
+                top_k=draw.choice((0, 0, 20)),
+                top_p=draw.choice((1.0, 0.9)),
+                repetition_penalty=draw.choice((1.0, 1.2)),
+                frequency_penalty=draw.choice((0.0, 0.5)),
+                seed=number,
+                stop=draw.choice(((), ("e",), ("th", "好"))),
+                logprobs=draw.choice((None, 0, 3)),
+                n=draw.choice((1, 1, 2)),
+            ),
+        )
+
+
+def assert_same(actual, expected):
+    assert [r.tokens for r in actual] == [r.tokens for r in expected]
+    assert [(r.text, r.finish_reason, r.seed) for r in actual] == [(r.text, r.finish_reason, r.seed) for r in expected]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours.logprobs is None) == (theirs.logprobs is None)
+        for a, b in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
+            # Order of sums in fp32, as for `batched = alone`.
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-3) and len(a.top) == len(b.top)
+
+
+def test_every_request_gets_what_generate_gives(ready):
+    wanted = list(requests(ready, 24))
+    with Engine(ready, num_slots=5, prefill_tokens=32) as engine:
+        tickets = []
+        for number, (ids, params) in enumerate(wanted):
+            tickets.append(engine.submit(ids, params, client=str(number % 3)))
+            if number % 5 == 4:
+                time.sleep(0.05)  # others are under way when the next ones come
+        actual = [results(ticket) for ticket in tickets]
+    assert engine.metrics.cached_tokens > 0, "the shared beginning was read again each time"
+    for (ids, params), ours in zip(wanted, actual, strict=True):
+        assert_same(ours, alone(ready, ids, params))
+    assert engine.slots.free == 5 and engine.num_active == 0
+
+
+class PlainStep:
+    """A captured step without a graph: what the slots do on a GPU, on a CPU."""
+
+    def __init__(self, model, state):
+        self.model, self.state = model, state
+
+    def __call__(self, tokens):
+        return self.model.step(tokens, self.state)
+
+
+def test_looking_ahead_and_unused_rows_change_nothing(ready, monkeypatch):
+    """On a GPU steps run ahead of the host, in batches of a few fixed sizes."""
+    monkeypatch.setattr(slots, "can_capture", lambda model, steps: True)
+    monkeypatch.setattr(slots, "CapturedStep", PlainStep)
+    wanted = list(requests(ready, 12, seed=1))
+    with Engine(ready, num_slots=5) as engine:
+        tickets = [engine.submit(ids, params) for ids, params in wanted]
+        actual = [results(ticket) for ticket in tickets]
+    for (ids, params), ours in zip(wanted, actual, strict=True):
+        assert_same(ours, alone(ready, ids, params))
+
+
+@pytest.mark.gpu
+def test_every_request_gets_what_generate_gives_on_a_gpu(tokenizer):
+    model = small_model(model_dim=128, glu_dim=192).cuda()
+    ready = make_ready(model, tokenizer)
+    wanted = list(requests(ready, 24))
+    with Engine(ready, num_slots=5, prefill_tokens=32) as engine:
+        tickets = [engine.submit(ids, params) for ids, params in wanted]
+        actual = [results(ticket) for ticket in tickets]
+    for (ids, params), ours in zip(wanted, actual, strict=True):
+        assert_same(ours, alone(ready, ids, params))
+
+
+def test_pieces_add_up_and_come_after_the_prompt(ready):
+    with Engine(ready, num_slots=2) as engine:
+        events = list(engine.submit(ready.encode("The quick 今天"), SamplingParams(max_tokens=30, seed=2)))
+    assert isinstance(events[0], PromptRead) and events[0].prompt_tokens == len(ready.encode("The quick 今天"))
+    assert "".join(event.text for event in events if isinstance(event, Piece)) == events[-1].text
+    assert len(events) == 2 + len(events[-1].tokens)
+
+
+def test_a_long_prompt_stalls_no_other_request(ready):
+    """While 1,500 tokens are read, a running text gets a token per pass, and a short prompt comes through."""
+    order = []
+    long = ready.encode("The lazy dog. " * 400)[:1500]
+    params = SamplingParams(max_tokens=300, seed=1, ignore_eos=True)
+    with Engine(ready, num_slots=4, prefill_tokens=64, cache_bytes=0) as engine:
+        engine.submit(ready.encode("The"), params, deliver=lambda events: order.extend(["run"] * len(events)))
+        while order.count("run") < 3:
+            time.sleep(0.001)
+        engine.submit(long, SamplingParams(max_tokens=1), deliver=lambda _: order.append("long"))
+        engine.submit(ready.encode("A fox"), SamplingParams(max_tokens=1), deliver=lambda _: order.append("short"))
+    start, end = 0, order.index("long")
+    # 1500 / 64 passes with a decoding step after each; the first few may have come before.
+    assert order[start:end].count("run") > 1500 / 64
+    assert order.index("short") < end
+
+
+def test_a_cancelled_request_frees_its_slot_and_touches_no_other(ready):
+    params = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
+    endless = SamplingParams(max_tokens=60_000, seed=6, ignore_eos=True)
+    ids = ready.encode("The quick brown")
+    with Engine(ready, num_slots=2, queue_size=4) as engine:
+        doomed = [engine.submit(ids, endless) for _ in range(3)]  # two run, one waits
+        first = iter(doomed[0])
+        assert isinstance(next(first), PromptRead)
+        patient = engine.submit(ids, params)
+        for ticket in doomed:
+            ticket.cancel()
+        with pytest.raises(RunError, match="the request was cancelled"):
+            list(first)
+        assert_same(results(patient), alone(ready, ids, params))
+        for ticket in doomed[1:]:
+            with pytest.raises(RunError, match="cancelled"):
+                list(ticket)
+        assert engine.slots.free == 2 and engine.num_waiting == 0
+    assert engine.metrics.cancelled == 3
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back(ready):
+    params = SamplingParams(max_tokens=60_000, ignore_eos=True)
+    with Engine(ready, num_slots=1, queue_size=2) as engine:
+        tickets = [engine.submit([5], params)]
+        while engine.slots.free:
+            time.sleep(0.001)
+        tickets += [engine.submit([5], params) for _ in range(2)]
+        with pytest.raises(Busy, match="2 requests are waiting") as caught:
+            engine.submit([5], params)
+        assert 1 <= caught.value.retry_after_s <= 60 and not caught.value.stopping
+        for ticket in tickets:
+            ticket.cancel()
+    assert engine.metrics.refused == 1
+
+
+def test_clients_take_turns(ready):
+    done = []
+    lock = threading.Lock()
+
+    def deliver(name):
+        def note(events):
+            with lock:
+                done.extend(name for event in events if isinstance(event, Result))
+
+        return note
+
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    engine = Engine(ready, num_slots=1, cache_bytes=0)
+    for name in ["greedy"] * 20 + ["modest"]:
+        engine._thread.is_alive = lambda: True  # queue everything before the first turn
+        engine.submit([5, 6], params, client=name, deliver=deliver(name))
+    del engine._thread.is_alive
+    with engine:
+        pass
+    assert len(done) == 21 and done.index("modest") == 1
+
+
+def test_draining_finishes_what_was_taken_and_refuses_the_rest(ready):
+    engine = Engine(ready, num_slots=1)
+    engine.start()
+    tickets = [engine.submit([5], SamplingParams(max_tokens=20, seed=i, ignore_eos=True)) for i in range(3)]
+    engine.drain()
+    with pytest.raises(Busy, match="shutting down") as caught:
+        engine.submit([5], SamplingParams())
+    assert caught.value.stopping
+    engine.stop()
+    assert [len(results(ticket)[0].tokens) for ticket in tickets] == [20] * 3
+
+
+def test_stopping_at_once_tells_everybody(ready):
+    engine = Engine(ready, num_slots=1)
+    engine.start()
+    tickets = [engine.submit([5], SamplingParams(max_tokens=60_000, ignore_eos=True)) for _ in range(3)]
+    engine.stop(finish=True, timeout_s=0.05)
+    for ticket in tickets:
+        with pytest.raises(Busy, match="shut down before the text was finished"):
+            list(ticket)
+
+
+def test_damaged_weights_fail_one_request_and_not_the_engine(tokenizer):
+    model = small_model()
+    bad = tokenizer.unk_id
+    model.embed_tokens.weight[bad] = torch.nan
+    ready = make_ready(model, tokenizer)
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    fine = tokenizer.encode("The quick")
+    events = []
+    with Engine(ready, num_slots=2) as engine:
+        healthy = engine.submit(fine, SamplingParams(max_tokens=30, seed=1))
+        engine.submit([bad], SamplingParams(max_tokens=5, n=2), deliver=events.extend)
+        again = results(healthy)
+        assert results(engine.submit(fine, params))[0].finish_reason == "length"
+    assert again[0].tokens == alone(ready, fine, SamplingParams(max_tokens=30, seed=1))[0].tokens
+    assert isinstance(events[1], Failed) and "non-finite logits near token 1" in str(events[1].error)
+
+
+def test_prompt_logprobs_are_those_of_the_full_forward_pass(ready):
+    ids = ready.encode("The quick brown fox jumps over the lazy dog. " * 5)
+    params = SamplingParams(max_tokens=0, logprobs=2)
+    with Engine(ready, num_slots=2, prefill_tokens=16) as engine:
+        first = next(iter(engine.submit(ids, params, prompt_logprobs=True)))
+    logits = ready.model(torch.tensor([ids]))[0][0]
+    logits[:, ready.tokenizer.vocab_size :] = -torch.inf
+    expected = logits.log_softmax(-1)
+    assert first.logprobs[0] is None and len(first.logprobs) == len(ids)
+    for index, entry in enumerate(first.logprobs[1:]):
+        # Order of sums in fp32, logits of size 10.
+        assert entry.id == ids[index + 1]
+        assert entry.logprob == pytest.approx(expected[index, entry.id].item(), abs=1e-3)
+        assert [top.logprob for top in entry.top] == pytest.approx(expected[index].topk(2).values.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ids", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([5] * 65, {}, "the prompt has 65 tokens; this server takes at most 64"),
+        ([5], {"max_tokens": 101}, "max_tokens is 101; this server gives at most 100"),
+        ([5, 99_999], {}, "token id 99999 is outside the vocabulary"),
+        ([-1], {}, "token id -1 is outside the vocabulary"),
+    ],
+)
+def test_requests_that_are_refused(ready, ids, params, message):
+    engine = Engine(ready, num_slots=1, max_prompt_tokens=64, max_new_tokens=100)
+    with pytest.raises(UserError, match=message):
+        engine.submit(ids, SamplingParams(**{"max_tokens": 1, **params}))
+
+
+def test_models_without_a_fixed_state_are_refused(tokenizer):
+    from tnllm.modeling.config import get_preset
+    from tnllm.modeling.model import build_model
+
+    model = build_model(get_preset("tiny", kind="transformer", num_layers=1))
+    with pytest.raises(UserError, match="serving needs 'transnormer'"):
+        Engine(make_ready(model, tokenizer))
+
+
+def test_learned_positions_bound_a_request(tokenizer):
+    model = small_model(position="ape", max_position=40)
+    with pytest.raises(UserError, match="this model has learned 40 positions"):
+        Engine(make_ready(model, tokenizer), num_slots=1).submit([5] * 30, SamplingParams(max_tokens=11))
+
+
+def test_metrics_are_prometheus_text(ready):
+    with Engine(ready, num_slots=2) as engine:
+        results(engine.submit([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True)))
+        text = engine.metrics.text()
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert lines["tnllm_generated_tokens_total"] == "4" and lines["tnllm_prompt_tokens_total"] == "3"
+    assert lines['tnllm_samples_finished_total{reason="length"}'] == "1"
+    assert lines['tnllm_request_seconds_bucket{le="+Inf"}'] == lines["tnllm_request_seconds_count"] == "1"
+    kinds = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(kinds) == len(set(kinds)) and text.endswith("\n")
+
+
+def test_without_prometheus_client_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "tnllm.serving.metrics")
+    with pytest.raises(MissingExtra, match=r"tnllm\[serve\]"):
+        importlib.import_module("tnllm.serving.metrics")

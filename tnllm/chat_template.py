@@ -1,0 +1,160 @@
+"""The one form of a conversation, token for token: in training, `generate`, `serve`, `eval` and the exported tokenizer.
+
+    segments = render(DEFAULT, [("system", "Be brief."), ("user", "Who came?")])
+    ids = encode(segments, tokenizer.encode, tokenizer.eos_id)       # the answer follows
+    stop = stop_strings(DEFAULT)                                     # what ends an answer, besides the end token
+    jinja = to_jinja(DEFAULT, control_tokens=("<unk>", "<s>", "</s>"))
+
+A template is the text around a user's prompt. The system text comes first, on lines of its own; prompt and answer are
+encoded separately, as they are when the model is asked; every answer ends with the end token. Control tokens are never
+part of a segment's text, so the text `</s>` in a message stays text.
+
+Two callers hand a conversation on as one string, in which Unicode noncharacters mark what text must not be mistaken for:
+lm-evaluation-harness (`to_marked`, `from_marked`) and the exported tokenizer (`to_jinja`).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from tnllm.errors import UserError
+
+# The template of the released models' fine-tuning.
+DEFAULT = "Human:\n{prompt}\nAssistant:\n"
+
+# Marks of `to_marked`: the end token; the end of a prompt; and what escapes these three in a text.
+_EOS, _END_OF_PROMPT, _ESCAPE = _MARKS = "\ufdd0", "\ufdd1", "\ufdd2"
+_ANY_MARK = f"[{''.join(_MARKS)}]"
+# Marks of `to_jinja`: inside the name of a control token that is text; between a prompt and its answer.
+BREAK, BOUNDARY = "\ufdd0", "\ufdd1"
+
+
+class Segment(NamedTuple):
+    """A text that is encoded separately from its neighbours; the end token follows it if `eos`."""
+
+    text: str
+    is_answer: bool
+    eos: bool
+
+
+def split_template(template: str) -> tuple[str, str]:
+    """What comes before and after the prompt. Raises UserError unless {prompt} is there once."""
+    opening, placeholder, closing = template.partition("{prompt}")
+    if not placeholder or "{prompt}" in closing:
+        raise UserError(f"the chat template is {template!r}; it must hold {{prompt}} once")
+    return opening, closing
+
+
+def stop_strings(template: str) -> tuple[str, ...]:
+    """The stop string that ends an answer in which the model starts to speak for the user, if there is one."""
+    opening = split_template(template)[0].strip()
+    return ("\n" + opening,) if opening else ()
+
+
+def render(template: str, messages: Sequence[tuple[str, str]], open_answer: bool = False) -> list[Segment]:
+    """Segments of a conversation of (role, text) messages; with `open_answer` the last answer does not end yet.
+
+    An optional "system" or "developer" text comes first, then "user" and "assistant" take turns, user first. Raises
+    UserError for any other order or role, and for a template without {prompt}.
+    """
+    opening, closing = split_template(template)
+    system = ""
+    if messages and messages[0][0] in ("system", "developer"):
+        system = messages[0][1] + "\n" if messages[0][1] else ""
+        messages = messages[1:]
+    segments: list[Segment] = []
+    for index, (role, text) in enumerate(messages):
+        if role != ("user", "assistant")[index % 2]:
+            raise UserError(
+                f"message {index} after the system text is of role {role!r}; user and assistant take turns, user first"
+            )
+        if role == "user":
+            segments.append(Segment(system + opening + text + closing, is_answer=False, eos=False))
+            system = ""
+        else:
+            is_open = open_answer and index == len(messages) - 1
+            segments.append(Segment(text, is_answer=True, eos=not is_open))
+    return segments
+
+
+def encode(segments: Iterable[Segment], encode_text: Callable[[str], list[int]], eos_id: int) -> list[int]:
+    """Token ids of `segments`."""
+    ids: list[int] = []
+    for segment in segments:
+        ids += encode_text(segment.text)
+        if segment.eos:
+            ids.append(eos_id)
+    return ids
+
+
+def to_marked(segments: Iterable[Segment]) -> str:
+    """`segments` as one string, to which text may be appended; `from_marked` reads it."""
+    parts = []
+    for segment in segments:
+        end = _EOS if segment.eos else "" if segment.is_answer else _END_OF_PROMPT
+        parts.append(re.sub(_ANY_MARK, rf"{_ESCAPE}\g<0>", segment.text) + end)
+    return "".join(parts)
+
+
+def from_marked(marked: str) -> list[Segment]:
+    """The segments of a string made by `to_marked`. A text without marks is one open segment."""
+    segments, text = [], ""
+    for part in re.split(f"({_ESCAPE}{_ANY_MARK}|{_ANY_MARK})", marked):
+        if part in (_EOS, _END_OF_PROMPT):
+            segments.append(Segment(text, is_answer=part == _EOS, eos=part == _EOS))
+            text = ""
+        else:
+            text += part.removeprefix(_ESCAPE) if len(part) == 2 else part
+    return [*segments, Segment(text, is_answer=True, eos=False)] if text or not segments else segments
+
+
+def without_marks(marked: str, eos: str) -> str:
+    """A string made by `to_marked` for people: `eos` where the end token stands."""
+    segments = from_marked(marked)
+    return "".join(segment.text + (eos if segment.eos else "") for segment in segments)
+
+
+def to_jinja(
+    template: str, control_tokens: Sequence[str], bos: str = "", boundary: bool = False, answer_prefix: str = ""
+) -> str:
+    """The template in the language of transformers' `apply_chat_template`, where an answer ends with `eos_token`.
+
+    That tokenizer reads the names of control tokens in any text as the tokens. BREAK after the first character of a
+    name prevents this; the tokenizer's normalizer removes it. `bos` comes first. With `boundary`, BOUNDARY separates
+    an answer from its prompt, for tokenizers that would merge the two. `answer_prefix` precedes an answer
+    that is not empty.
+    """
+    opening, closing = map(_literal, split_template(template))
+    safe = "".join(f" | replace({_literal(name)}, {_literal(name[0] + BREAK + name[1:])})" for name in control_tokens)
+    roles = "'the conversation must be an optional system message, then user and assistant in turns, user first'"
+    before = f"{_literal(BOUNDARY)} ~ " if boundary else ""
+    before += f"({_literal(answer_prefix)} if text else '') ~ " if answer_prefix else ""
+    reserved = (
+        f"{{% if {_literal(BOUNDARY)} in text %}}{{{{ raise_exception('a message holds the noncharacter U+FDD1') }}}}"
+        "{% endif %}"
+    )
+    return (
+        (f"{{{{ {_literal(bos)} }}}}" if bos else "")
+        + "{% set state = namespace(system='', turn=0) %}{% for message in messages %}"
+        "{% set text = message['content'] if message['content'] is string"
+        " else message['content'] | map(attribute='text') | join %}"
+        + (reserved if boundary else "")
+        + "{% if loop.first and message['role'] in ('system', 'developer') %}"
+        "{% set state.system = text ~ '\\n' if text else '' %}"
+        "{% elif message['role'] != ('user', 'assistant')[state.turn % 2] %}"
+        f"{{{{ raise_exception({roles}) }}}}"
+        "{% elif message['role'] == 'user' %}"
+        f"{{{{ (state.system ~ {opening} ~ text ~ {closing}){safe} }}}}"
+        "{% set state.system = '' %}{% set state.turn = state.turn + 1 %}"
+        "{% else %}"
+        f"{{{{ {before}(text{safe}) ~ eos_token }}}}"
+        "{% set state.turn = state.turn + 1 %}"
+        "{% endif %}{% endfor %}"
+    )
+
+
+def _literal(text: str) -> str:
+    """A string literal of jinja."""
+    for plain, escaped in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r")):
+        text = text.replace(plain, escaped)
+    return f"'{text}'"

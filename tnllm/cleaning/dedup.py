@@ -1,0 +1,322 @@
+"""Exact and near duplicates by MinHash, in four stages of tasks: sign each shard, match bands, group pairs, drop.
+
+    signatures/NNNNN.npy   uint32 [values, documents]: MinHash values (rensa), one row per value
+    signatures/NNNNN.exact.npy, .ids.json     content hashes and names of the same documents
+    pairs/NNN.npy          uint64 [K, 2]: pairs of documents that share a band, found by task NNN
+    groups.npz             verified pairs with their similarity; which documents are dropped, and for which kept one
+
+A document's number is `shard << 32 | index in the shard`. Near duplicates are documents whose n-grams have a Jaccard
+similarity J of at least the threshold. The share of equal MinHash values estimates J with a standard error of
+sqrt(J (1 - J) / num_hashes). Pairs that come near the threshold are read again and compared exactly, unless `verify` is
+"estimate". A band takes 48 bytes of memory a document; if the documents exceed `memory_mb`, matching and verification
+work in parts.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from tnllm.cleaning.hashing import content_hash, counts_characters, ngram_hashes, token_hashes
+from tnllm.cleaning.records import REJECTED, read_records
+from tnllm.cleaning.settings import CleanSettings, DedupSection
+from tnllm.cleaning.steps import Step, count_document, reject
+from tnllm.data.permutation import splitmix64
+from tnllm.errors import MissingExtra
+from tnllm.files import write_bytes_atomic, write_text_atomic
+
+_BATCH_DOCUMENTS = 256
+_BYTES_PER_DOCUMENT = 48
+_VERIFY_PAIRS = 1 << 16
+# Two documents of a thousand n-grams each, 8 bytes an n-gram.
+_BYTES_PER_PAIR = 16_000
+_MAX_LISTED_GROUP = 100
+# A band of a million documents takes a few hundred milliseconds: more tasks would mostly start and stop.
+MATCH_TASKS = 8
+
+
+class Sign(PipelineStep):
+    """Signatures of the shard's kept documents, in order."""
+
+    type, name = "tnllm", "minhash"
+
+    def __init__(self, folder: Path, settings: DedupSection) -> None:
+        super().__init__()
+        self.folder, self.settings = folder, settings
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        parts: list[np.ndarray] = []
+        exact: list[int] = []
+        names: list[str] = []
+        batch: list[np.ndarray] = []
+        for doc in data:
+            if REJECTED not in doc.metadata:
+                count_document(self, doc)
+                with self.track_time():
+                    exact.append(content_hash(doc.text))
+                    names.append(doc.id)
+                    batch.append(shingles(doc.text, self.settings))
+                    if len(batch) == _BATCH_DOCUMENTS:
+                        parts.append(signatures(batch, self.settings))
+                        batch = []
+            yield doc
+        parts.append(signatures(batch, self.settings))
+        base = self.folder / f"{rank:05d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _save(base.with_suffix(".npy"), np.ascontiguousarray(np.concatenate(parts).T))
+        _save(base.with_suffix(".exact.npy"), np.array(exact, np.uint64))
+        write_text_atomic(base.with_suffix(".ids.json"), json.dumps(names, ensure_ascii=False))
+
+
+def shingles(text: str, settings: DedupSection) -> np.ndarray:
+    """Hashes of the distinct n-grams of a text, uint64; never empty."""
+    characters = counts_characters(text)
+    grams = ngram_hashes(token_hashes(text, characters), settings.characters if characters else settings.words)
+    # A text without letters is a duplicate only of a text with the same characters.
+    return np.unique(grams) if len(grams) else np.array([content_hash(text)], np.uint64)
+
+
+def signatures(documents: list[np.ndarray], settings: DedupSection) -> np.ndarray:
+    """MinHash values of documents given as n-gram hashes: uint32 [documents, num_hashes]."""
+    try:
+        from rensa import RMinHash
+    except ImportError:
+        raise MissingExtra("data", "rensa") from None
+    if not documents:
+        return np.zeros((0, settings.num_hashes), np.uint32)
+    offsets = np.cumsum([0, *map(len, documents)]).astype(np.uint64)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        np.concatenate(documents), offsets, settings.num_hashes, settings.seed
+    )
+    return np.array(matrix.to_rows(), np.uint32)
+
+
+def num_bands(settings: DedupSection) -> int:
+    """Bands of `rows` values; 0 if only exact duplicates are dropped."""
+    return settings.num_hashes // settings.rows if settings.threshold < 1 else 0
+
+
+class Match(PipelineStep):
+    """Pairs of documents that agree in a band. Each task takes every `world_size`-th band; the last is content hashes."""
+
+    type, name = "tnllm", "match"
+
+    def __init__(self, folder: Path, out: Path, settings: DedupSection) -> None:
+        super().__init__()
+        self.folder, self.out, self.settings = folder, out, settings
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        total = sum(len(np.load(path, mmap_mode="r")) for path in sorted(self.folder.glob("*.exact.npy")))
+        parts = max(1, -(-total * _BYTES_PER_DOCUMENT // int(self.settings.memory_mb * 2**20)))
+        pairs = [np.zeros((0, 2), np.uint64)]
+        with self.track_time():
+            for band in range(rank, num_bands(self.settings) + 1, world_size):
+                pairs += [self._match(band, part, parts) for part in range(parts)]
+        self.out.mkdir(parents=True, exist_ok=True)
+        _save(self.out / f"{rank:03d}.npy", np.unique(np.concatenate(pairs), axis=0))
+        return iter(())
+
+    def _match(self, band: int, part: int, parts: int) -> np.ndarray:
+        hashes, ids = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+        for path in sorted(self.folder.glob("*.exact.npy")):
+            shard = int(path.name.split(".")[0])
+            keys = self._keys(path, band)
+            chosen = np.flatnonzero(keys % np.uint64(parts) == part) if parts > 1 else np.arange(len(keys))
+            hashes.append(keys[chosen])
+            ids.append(chosen.astype(np.uint64) | np.uint64(shard << 32))
+        keys, numbers = np.concatenate(hashes), np.concatenate(ids)
+        order = np.argsort(keys, kind="stable")
+        keys, numbers = keys[order], numbers[order]
+        same = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+        # Each document is paired with the one before it and the first of its run, so the number of pairs is linear.
+        is_first = np.ones(len(keys), bool)
+        is_first[same] = False
+        first = np.maximum.accumulate(np.where(is_first, np.arange(len(keys)), 0))
+        pairs = np.concatenate([[numbers[same - 1], numbers[same]], [numbers[first[same]], numbers[same]]], axis=1).T
+        return np.unique(pairs, axis=0) if len(pairs) else pairs.reshape(0, 2)
+
+    def _keys(self, path: Path, band: int) -> np.ndarray:
+        if band == num_bands(self.settings):
+            return np.load(path)
+        rows = self.settings.rows
+        values = np.load(path.with_name(path.name.replace(".exact", "")), mmap_mode="r")
+        key = np.zeros(values.shape[1], np.uint64)
+        for row in range(band * rows, (band + 1) * rows):
+            key = splitmix64(key ^ values[row].astype(np.uint64))
+        return key
+
+
+class Group(PipelineStep):
+    """Verify the pairs, join them into groups, keep the first document of each. One task."""
+
+    type, name = "tnllm", "group"
+
+    def __init__(self, folder: Path, pairs: Path, filtered: Path, out: Path, settings: DedupSection) -> None:
+        super().__init__()
+        self.folder, self.pairs, self.filtered, self.out, self.settings = folder, pairs, filtered, out, settings
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with self.track_time():
+            parts = [np.load(path) for path in sorted(self.pairs.glob("*.npy"))]
+            pairs, similarity = self._near(np.unique(np.concatenate(parts), axis=0))
+            roots = join(pairs)
+            # Matching pairs each document with few others; the result lists all pairs of a group.
+            members: dict[int, list[int]] = {}
+            for number in sorted(roots):
+                members.setdefault(roots[number], [roots[number]]).append(number)
+            small = [group for group in members.values() if len(group) <= _MAX_LISTED_GROUP]
+            inner = [pair for group in small for pair in combinations(group, 2)]
+            more, more_similarity = self._near(np.array(inner, np.uint64).reshape(-1, 2))
+            pairs, first = np.unique(np.concatenate([pairs, more]), axis=0, return_index=True)
+            similarity = np.concatenate([similarity, more_similarity])[first]
+            dropped = np.array(sorted(roots), np.uint64)
+            kept = np.array([roots[int(number)] for number in dropped], np.uint64)
+            close = self._similarity(np.stack([kept, dropped], axis=1))
+            exact = np.array([self._exact(a) == self._exact(b) for a, b in zip(kept, dropped, strict=True)], bool)
+            self.stat_update("groups", value=len(members))
+            self.stat_update("largest_group", value=max(map(len, members.values()), default=0))
+            for size in map(len, members.values()):
+                self.stat_update(f"group_size/{size if size < 10 else '10 or more'}")
+            buffer = io.BytesIO()
+            columns = {"pairs": pairs, "similarity": similarity, "dropped": dropped, "kept": kept}
+            np.savez(buffer, **columns, close=close, exact=exact)  # type: ignore[arg-type]
+            write_bytes_atomic(self.out, buffer.getvalue())
+        return iter(())
+
+    def _near(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs that reach the threshold, and their similarities."""
+        self.stat_update("candidates", value=len(pairs))
+        similarity = self._estimate(pairs)
+        if self.settings.verify == "exact":
+            # Four standard errors below the threshold, no true pair is lost.
+            close = np.flatnonzero(similarity >= self.settings.threshold - 2 / self.settings.num_hashes**0.5)
+            pairs, similarity = pairs[close], self._jaccard(pairs[close])
+        near = similarity >= self.settings.threshold
+        return pairs[near], similarity[near]
+
+    def _similarity(self, pairs: np.ndarray) -> np.ndarray:
+        if self.settings.verify == "exact":
+            return self._jaccard(pairs)
+        return self._estimate(pairs)
+
+    def _jaccard(self, pairs: np.ndarray) -> np.ndarray:
+        """Exact similarity of each pair, from the documents' texts, in blocks that fit in memory."""
+        result = np.zeros(len(pairs))
+        block = max(1, int(self.settings.memory_mb * 2**20) // _BYTES_PER_PAIR)
+        for start in range(0, len(pairs), block):
+            part = pairs[start : start + block]
+            grams = self._shingles(np.unique(part))
+            for row, (a, b) in enumerate(part.tolist()):
+                shared = len(np.intersect1d(grams[a], grams[b], assume_unique=True))
+                result[start + row] = shared / (len(grams[a]) + len(grams[b]) - shared)
+        return result
+
+    def _shingles(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
+        result: dict[int, np.ndarray] = {}
+        for shard in np.unique(numbers >> np.uint64(32)):
+            wanted = set((numbers[numbers >> np.uint64(32) == shard] & np.uint64(0xFFFFFFFF)).tolist())
+            for index, record in enumerate(read_records(self.filtered / f"{int(shard):05d}.jsonl.gz")):
+                if index in wanted:
+                    result[int(shard) << 32 | index] = shingles(record["text"], self.settings)
+                    if len(result) == len(numbers):
+                        break
+        return result
+
+    def _estimate(self, pairs: np.ndarray) -> np.ndarray:
+        """Share of equal MinHash values of each pair; 1 for equal content."""
+        parts = [np.zeros(0)]
+        for start in range(0, len(pairs), _VERIFY_PAIRS):
+            part = pairs[start : start + _VERIFY_PAIRS]
+            left, right = self._columns(part[:, 0]), self._columns(part[:, 1])
+            parts.append((left == right).mean(axis=1))
+        return np.concatenate(parts)
+
+    def _columns(self, numbers: np.ndarray) -> np.ndarray:
+        result = np.empty((len(numbers), self.settings.num_hashes), np.uint32)
+        shards = numbers >> np.uint64(32)
+        for shard in np.unique(shards):
+            chosen = np.flatnonzero(shards == shard)
+            values = _load(self.folder / f"{int(shard):05d}.npy")
+            result[chosen] = values[:, (numbers[chosen] & np.uint64(0xFFFFFFFF)).astype(np.int64)].T
+        return result
+
+    def _exact(self, number: np.uint64) -> int:
+        return int(_load(self.folder / f"{int(number) >> 32:05d}.exact.npy")[int(number) & 0xFFFFFFFF])
+
+
+def join(pairs: np.ndarray) -> dict[int, int]:
+    """Connected groups of documents: maps every member but the lowest to the lowest."""
+    parent: dict[int, int] = {}
+
+    def root(number: int) -> int:
+        while (above := parent.get(number, number)) != number:
+            parent[number] = number = parent.get(above, above)
+        return number
+
+    for a, b in pairs.tolist():
+        low, high = sorted((root(a), root(b)))
+        if low != high:
+            parent[high] = low
+    return {number: root(number) for number in parent}
+
+
+class Drop(Step):
+    """Documents of an earlier stage's shard, the duplicates marked as rejected."""
+
+    name = section = "dedup"
+
+    def __init__(self, settings: CleanSettings, kept: Path, groups: Path, names: Path) -> None:
+        super().__init__(settings)
+        self.kept, self.groups, self.names = kept, groups, names
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with np.load(self.groups) as groups:
+            mine = groups["dropped"] >> np.uint64(32) == rank
+            dropped, *columns = (groups[name][mine].tolist() for name in ("dropped", "kept", "close", "exact"))
+        duplicates = {number & 0xFFFFFFFF: row for number, *row in zip(dropped, *columns, strict=True)}
+        for index, record in enumerate(read_records(self.kept / f"{rank:05d}.jsonl.gz")):
+            doc = Document(record.pop("text"), record.pop("id"), metadata=record)
+            count_document(self, doc)
+            if index in duplicates:
+                of, similarity, exact = duplicates[index]
+                reason = "exact duplicate" if exact else "near duplicate"
+                reject(doc, self.name, reason, of=document_name(self.names, of), similarity=round(similarity, 4))
+                self.count_rejected(doc)
+            yield doc
+
+
+def document_name(folder: Path, number: int) -> str:
+    """The id of a numbered document."""
+    return _load_names(folder / f"{number >> 32:05d}.ids.json")[number & 0xFFFFFFFF]
+
+
+def near_pairs(groups: Path, names: Path) -> Iterator[tuple[str, str, float]]:
+    """Every verified pair with its similarity, most similar first."""
+    with np.load(groups) as arrays:
+        pairs, similarity = arrays["pairs"], arrays["similarity"]
+    for row in np.argsort(-similarity, kind="stable"):
+        a, b = (int(number) for number in pairs[row])
+        yield document_name(names, a), document_name(names, b), float(similarity[row])
+
+
+@lru_cache(maxsize=64)
+def _load_names(path: Path) -> list[str]:
+    return json.loads(path.read_text("utf-8"))
+
+
+@lru_cache(maxsize=256)
+def _load(path: Path) -> Any:
+    return np.load(path, mmap_mode="r")
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    write_bytes_atomic(path, buffer.getvalue())

@@ -1,1 +1,0 @@
-"""From raw web text to documents worth learning from: repair, filters, de-duplication, decontamination; no torch."""

@@ -1,0 +1,197 @@
+"""Samples while they are decoded: the next token of every row, then each row's text and whether it has ended.
+
+columns = [sample(logits, options, positions, seen, counts, tokenizer.vocab_size, num_top), ...]   # one per step
+sampled = SampledTokens.of(columns)                      # the only synchronisation with the device
+for piece in row.append(sampled, index, eos_ids, tokenizer):
+    ...                                                  # up to the row's end, if it is among them
+
+`decoder.generate` and the serving engine are both loops around these functions, so they give the same text.
+"""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tnllm.generation.context import Context
+from tnllm.generation.sampler import MAX_SEED, Options, SamplingParams, log_probabilities, sample_ids
+from tnllm.generation.text import TextStream
+from tnllm.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "eos"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log-probability under the model, before any sampling option."""
+
+    id: int
+    text: str  # its bytes as UTF-8; U+FFFD for part of a character
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()  # the most likely ones, in descending order
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token."""
+
+    index: int  # of the prompt
+    sample: int  # 0 to n - 1
+    token: int
+    text: str  # what is certain with it: complete characters, nothing of a stop string, often ""
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished sample. `text` is the sum of its pieces' texts."""
+
+    index: int
+    sample: int
+    text: str
+    tokens: list[int]  # all generated ones, the end token and those of a stop string included
+    finish_reason: FinishReason
+    seed: int
+    prompt_tokens: int  # read for this request; a given context counts only in `context`
+    logprobs: list[TokenLogprob] | None
+    context: Context | None  # after the last token, if asked for
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The tokens of a few steps on the host, by row and step."""
+
+    tokens: list[list[int]]
+    finite: list[list[bool]]  # whether the logits were finite
+    logprobs: list[list[Any]] | None  # of the tokens, of the most likely ones, and the ids of these
+
+    @staticmethod
+    def of(columns: Sequence[Sequence[Tensor]]) -> "SampledTokens":
+        """Copy what `sample` returned at each step to the host."""
+        stacked = [torch.stack(parts, dim=1).cpu() for parts in zip(*columns, strict=True)]
+        return SampledTokens(stacked[0].tolist(), stacked[1].tolist(), [part.tolist() for part in stacked[2:]] or None)
+
+
+def sample(
+    logits: Tensor,
+    options: Options,
+    positions: Tensor,
+    seen: Tensor,
+    counts: Tensor | None,
+    vocab_size: int,
+    num_top: int | None,
+) -> list[Tensor]:
+    """The next token of each row, on the device: tokens [B], whether the logits were finite [B], log-probabilities.
+
+    logits [B, V] fp32. Ids from `vocab_size`, the tokenizer's, are padding of the vocabulary and are masked in place.
+    num_top: how many of the most likely tokens to report; None for no log-probabilities.
+    """
+    # A NaN or +inf anywhere in a row reaches its maximum; -inf does not, and is harmless.
+    finite = logits.amax(dim=-1).isfinite()
+    logits[:, vocab_size:] = -torch.inf
+    tokens = sample_ids(logits, options, positions, seen, counts)
+    column = [tokens, finite]
+    if num_top is not None:
+        column += log_probabilities(logits, tokens, num_top)
+    return column
+
+
+@dataclass
+class Row:
+    """A sample while it is decoded."""
+
+    index: int
+    sample: int
+    params: SamplingParams
+    seed: int
+    prompt_tokens: int
+    tail: tuple[int, ...]
+    stream: TextStream
+    texts: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+    @property
+    def left(self) -> int:
+        """Number of tokens it may still generate."""
+        return self.params.max_tokens - len(self.tokens)
+
+    def append(
+        self, sampled: SampledTokens, index: int, eos_ids: frozenset[int], tokenizer: Tokenizer
+    ) -> Iterator[Piece]:
+        """Append the tokens sampled for row `index` of the batch, up to the row's end if it is among them."""
+        for step, token in enumerate(sampled.tokens[index]):
+            logprob = None
+            if self.params.logprobs is not None and sampled.logprobs is not None:
+                chosen, top, ids = (values[index][step] for values in sampled.logprobs)
+                logprob = token_logprob(tokenizer, token, chosen, top, ids[: self.params.logprobs])
+            yield self._append_token(token, logprob, eos_ids)
+            if self.reason:
+                return
+
+    def _append_token(self, token: int, logprob: TokenLogprob | None, eos_ids: frozenset[int]) -> Piece:
+        self.tokens.append(token)
+        text = ""
+        if token in eos_ids and not self.params.ignore_eos:
+            self.reason = "eos"
+        else:
+            text = self.stream.push(token)
+            if self.stream.stopped:
+                self.reason = "stop"
+            elif len(self.tokens) == self.params.max_tokens:
+                self.reason = "length"
+        if self.reason:
+            text += self.stream.close()
+        self.texts.append(text)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        return Piece(self.index, self.sample, token, text, logprob)
+
+    def result(self, context: Context | None = None) -> Result:
+        """The sample, which must have ended."""
+        assert self.reason is not None
+        logprobs = self.logprobs if self.params.logprobs is not None else None
+        return Result(
+            self.index, self.sample, "".join(self.texts), self.tokens, self.reason, self.seed, self.prompt_tokens,
+            logprobs, context,
+        )  # fmt: skip
+
+
+def token_logprob(
+    tokenizer: Tokenizer, id: int, logprob: float, top: Sequence[float], top_ids: Sequence[int]
+) -> TokenLogprob:
+    """A TokenLogprob from plain numbers; `top` may be longer than `top_ids`."""
+
+    def entry(id: int, logprob: float, alternatives: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(id, tokenizer.token_bytes[id].decode("utf-8", "replace"), logprob, alternatives)
+
+    return entry(id, logprob, tuple(entry(*pair) for pair in zip(top_ids, top, strict=False)))
+
+
+def start_rows(
+    tokenizer: Tokenizer, index: int, params: SamplingParams, prompt_tokens: int, tail: tuple[int, ...]
+) -> list[Row]:
+    """The `params.n` samples of a prompt whose last ids are `tail`; sample i has seed + i."""
+    # 32 random bits are short enough to be typed again.
+    first = secrets.randbits(32) if params.seed is None else params.seed
+    return [
+        Row(
+            index, sample, params, (first + sample) & MAX_SEED, prompt_tokens, tail,
+            TextStream(tokenizer, tail, params.stop),
+        )
+        for sample in range(params.n)
+    ]  # fmt: skip
+
+
+def most_logprobs(rows: Sequence[Row]) -> int | None:
+    """The most top tokens that any row reports; None if no row reports log-probabilities."""
+    return max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None)
+
+
+def non_finite(position: int) -> str:
+    """The error message for logits that are NaN or infinite."""
+    return f"the model gave non-finite logits near token {position}; its weights are damaged or its training diverged"

@@ -1,0 +1,243 @@
+"""Log-probabilities of continuations; every shared prefix is prefilled once and its state is forked.
+
+    for result in Scorer(model).score(requests):               # in the order they finish
+        result.index, sum(result.logprobs), result.greedy
+    scorer.num_tokens, scorer.plain_tokens                     # computed, and without sharing
+
+Nodes of the prefix tree are packed as ragged rows, each with the state after its parent; padding never enters a state.
+The deepest ready nodes go first, so few states are alive at a time. A document longer than a pass is a chain of nodes, so
+its length costs no memory and nothing is truncated.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tnllm.errors import RunError, UserError
+from tnllm.generation.prefix_tree import Node, PrefixTree, Request
+from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.packing import pack
+from tnllm.modeling.state import State
+
+# Tokens of one pass, and bytes of its initial states and of its logits.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+_STATE_BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}
+_LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One finished request."""
+
+    index: int
+    logprobs: NDArray[np.float64]  # natural logarithm, one per token of the continuation
+    greedy: bool  # whether every token of the continuation is the argmax
+
+
+@dataclass
+class _Source:
+    """Initial states of nodes, one row per parent; `serial` sorts nodes of one source next to each other."""
+
+    serial: int
+    state: State
+    waiting: int  # nodes that still need it
+
+
+@dataclass
+class _Pending:
+    """Results on the device, copied to the host after the next pass was launched."""
+
+    numbers: list[int]
+    logprobs: Tensor
+    is_argmax: Tensor
+
+
+class Scorer:
+    """Scores requests with a model. `share` False computes each request separately, as a plain harness does."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        share: bool = True,
+        batch_tokens: int | None = None,
+        batch_rows: int | None = None,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`batch_tokens` and `batch_rows` limit one pass (None: by device and memory). `log` is told when they shrink."""
+        self.model, self.share, self.log = model, share, log
+        device = model.device.type
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[device]
+        self.batch_rows = batch_rows
+        self._logits_rows = max(1, _LOGITS_BYTES[device] // (4 * model.config.vocab_size))
+        self.num_tokens = self.plain_tokens = 0
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[Request], report: Report = lambda done, total: None) -> Iterator[Score]:
+        """Yield a Score per request. `report` gets the tokens computed so far and in total.
+
+        Raises UserError for an id outside the vocabulary, RunError if one node does not fit into memory or the
+        model gives non-finite logits.
+        """
+        vocab_size = self.model.config.vocab_size
+        checked: set[int] = set()
+        for request in requests:
+            assert request.context and request.continuation, "a prediction needs a token before it"
+            for ids in (request.context, request.continuation):
+                if id(ids) not in checked:
+                    checked.add(id(ids))
+                    if not 0 <= min(ids) <= max(ids) < vocab_size:
+                        raise UserError(
+                            f"a token id is outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
+                        )
+        if not requests:
+            return
+        tree = PrefixTree(requests, self.share, max_piece=self.batch_tokens)
+        self.num_tokens += tree.num_tokens
+        self.plain_tokens += tree.plain_tokens
+        first = tree.first_target
+        logprobs = np.empty(first[-1], np.float64)
+        is_argmax = np.empty(first[-1], np.bool_)
+        owner = np.repeat(np.arange(len(requests)), np.diff(first))
+        missing = np.diff(first)
+
+        def finished(pending: _Pending) -> Iterator[Score]:
+            numbers = np.array(pending.numbers, np.int64)
+            logprobs[numbers] = pending.logprobs.double().cpu().numpy()
+            is_argmax[numbers] = pending.is_argmax.cpu().numpy()
+            if not np.isfinite(logprobs[numbers]).all():
+                raise RunError(
+                    "the model gives non-finite log-probabilities; are the weights complete? try --dtype float32"
+                )
+            touched, counts = np.unique(owner[numbers], return_counts=True)
+            missing[touched] -= counts
+            for index in touched[missing[touched] == 0].tolist():
+                part = slice(first[index], first[index + 1])
+                yield Score(index, logprobs[part].copy(), bool(is_argmax[part].all()))
+
+        before: _Pending | None = None
+        done = 0
+        for tokens, pending in self._passes(tree, self._rows(requests)):
+            if before is not None:
+                yield from finished(before)
+            before = pending
+            done += tokens
+            report(done, tree.num_tokens)
+        if before is not None:
+            yield from finished(before)
+
+    def _rows(self, requests: Sequence[Request]) -> int:
+        """How many nodes one pass may hold, by the size of a state."""
+        model = self.model
+        row_bytes = model.init_state(1).nbytes
+        if model.config.kind == "transformer":
+            longest = max(len(request.context) + len(request.continuation) for request in requests)
+            row_bytes = 2 * model.config.num_layers * model.config.model_dim * longest * model.head_weight.itemsize
+        rows = max(1, _STATE_BYTES[model.device.type] // max(row_bytes, 1))
+        return min(rows, self.batch_rows or rows)
+
+    def _passes(self, tree: PrefixTree, max_rows: int) -> Iterator[tuple[int, _Pending | None]]:
+        """Run the tree; yields each pass's number of tokens and its results."""
+        sources: dict[Node, tuple[_Source, int]] = {}
+        ready = [(0, number, node) for number, node in enumerate(tree.top)]
+        heapq.heapify(ready)
+        serial = len(ready)
+        budget, states_alive = self.batch_tokens, 0
+        while ready:
+            taken = _take(ready, budget, max_rows, states_alive)
+            taken.sort(key=lambda entry: (sources[entry[2]][0].serial if entry[2] in sources else 0, entry[1]))
+            nodes = [node for _, _, node in taken]
+            try:
+                pending, after = self._run(nodes, sources)
+            except torch.OutOfMemoryError:
+                if len(nodes) == 1:
+                    raise RunError(
+                        f"a piece of {len(nodes[0])} tokens does not fit into the GPU's memory; lower --batch-tokens"
+                    ) from None
+                for entry in taken:
+                    heapq.heappush(ready, entry)
+                budget, max_rows = max(1, budget // 2), max(1, len(nodes) // 2)
+                torch.cuda.empty_cache()
+                self.log(f"out of GPU memory: continuing with {budget} tokens and {max_rows} rows at a time")
+                continue
+            for node in nodes:
+                if node in sources:
+                    origin, _ = sources.pop(node)
+                    origin.waiting -= 1
+                    states_alive -= origin.state.batch if origin.waiting == 0 else 0
+            inner = [node for node in nodes if node.children]
+            if inner:
+                rows = [row for row, node in enumerate(nodes) if node.children]
+                serial += 1
+                kept = after if len(inner) == len(nodes) else after.select(rows)
+                source = _Source(serial, kept, sum(len(node.children) for node in inner))
+                states_alive += kept.batch
+                for row, node in enumerate(inner):
+                    for child in node.children:
+                        serial += 1
+                        sources[child] = (source, row)
+                        heapq.heappush(ready, (-child.depth, serial, child))
+            yield sum(map(len, nodes)), pending
+
+    def _run(self, nodes: list[Node], sources: dict[Node, tuple[_Source, int]]) -> tuple[_Pending | None, State]:
+        """One pass over nodes: their predictions and the states after them."""
+        model = self.model
+        tokens, cu_seqlens = pack([node.tokens for node in nodes])
+        state = self._states(nodes, sources)
+        lengths = cu_seqlens.to(model.device) if len(nodes) > 1 else None
+        hidden, after = model.hidden(tokens.to(model.device), state, lengths)
+        targets = sorted(
+            (start + position - node.start, token, number)
+            for start, node in zip(cu_seqlens[:-1].tolist(), nodes, strict=True)
+            for position, token, number in node.targets
+        )
+        return (self._predictions(hidden[0], targets) if targets else None), after
+
+    def _predictions(self, hidden: Tensor, targets: list[tuple[int, int, int]]) -> _Pending:
+        """hidden [T, M]; targets sorted by position. Logits only where they are needed, some rows at a time."""
+        positions, tokens, numbers = map(list, zip(*targets, strict=True))
+        indices, rows = np.unique(np.array(positions), return_inverse=True)
+        logprobs, is_argmax = [], []
+        for low in range(0, len(indices), self._logits_rows):
+            high = min(len(indices), low + self._logits_rows)
+            logits = self.model.logits(hidden[torch.from_numpy(indices[low:high]).to(hidden.device)])
+            begin, end = np.searchsorted(rows, [low, high])
+            row = torch.from_numpy(rows[begin:end] - low).to(hidden.device)
+            token = torch.tensor(tokens[begin:end], device=hidden.device)
+            logprobs.append(logits[row, token] - logits.logsumexp(-1)[row])
+            is_argmax.append(logits.argmax(-1)[row] == token)
+        return _Pending(numbers, torch.cat(logprobs), torch.cat(is_argmax))
+
+    def _states(self, nodes: list[Node], sources: dict[Node, tuple[_Source, int]]) -> State:
+        """The initial state of each node; nodes of one source are adjacent."""
+        parts: list[tuple[State | None, list[int]]] = []
+        for node in nodes:
+            source, row = sources.get(node, (None, 0))
+            state = None if source is None else source.state
+            if not parts or parts[-1][0] is not state:
+                parts.append((state, []))
+            parts[-1][1].append(row)
+        states = [self.model.init_state(len(rows)) if state is None else state.select(rows) for state, rows in parts]
+        return states[0] if len(states) == 1 else State.cat(states)
+
+
+def _take(
+    ready: list[tuple[int, int, Node]], budget: int, max_rows: int, states_alive: int
+) -> list[tuple[int, int, Node]]:
+    """Take the deepest nodes, then shallower ones to fill the pass while there is room for their states."""
+    taken: list[tuple[int, int, Node]] = []
+    deepest, tokens = ready[0][0], 0
+    while ready and len(taken) < max_rows:
+        depth, _, node = ready[0]
+        crowded = depth != deepest and bool(node.children) and states_alive + len(taken) >= max_rows
+        if taken and (tokens + len(node) > budget or crowded):
+            break
+        taken.append(heapq.heappop(ready))
+        tokens += len(node)
+    return taken

@@ -1,0 +1,293 @@
+"""The HTTP side of an engine: OpenAI's routes, health, metrics and a web page.
+
+    app = make_app(engine, Settings(name="demo"))      # an ASGI application; the engine must be started
+    uvicorn.run(app, host="127.0.0.1", port=8000)
+
+Routes are fixed and nothing that a client sends becomes a path: the web page is read once, when the app is made. The
+middleware limits a request's body, the engine its tokens and the length of the queue.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import re
+from asyncio import AbstractEventLoop
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tnllm import __version__, assets
+from tnllm.errors import RunError, UserError
+from tnllm.generation.samples import Piece, Result
+from tnllm.serving.api import (
+    Answer,
+    ChatAnswer,
+    ChatRequest,
+    CompletionRequest,
+    TextAnswer,
+    check_choices,
+    error_body,
+)
+from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket
+from tnllm.serving.middleware import JSON, RequestChecks, Settings
+
+LOG = logging.getLogger("tnllm.serve")
+
+
+class _Submission:
+    """The tickets of one HTTP request, and their events numbered by choice on the event loop's thread."""
+
+    def __init__(
+        self, engine: Engine, body: CompletionRequest | ChatRequest, client: str, name: str, loop: AbstractEventLoop
+    ) -> None:
+        """Tokenize and check, then queue every prompt or none. Raises UserError.
+
+        Long prompts take time, so this runs on a thread of its own; `loop` is the server's.
+        """
+        self._loop, self._body = loop, body
+        self._queue: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+        loaded = engine.loaded
+        prompts, params = body.prompts(loaded), body.params(loaded)
+        check_choices(len(prompts), params.n)
+        for prompt in prompts:
+            engine.check(prompt, params)
+        fingerprint = f"fp_{engine.weights[:12]}"
+        answer = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
+        self.answer: Answer = answer(loaded, name, fingerprint, body, prompts, params)
+        echoes = isinstance(body, CompletionRequest) and body.echo and params.logprobs is not None
+        self._samples = params.n
+        self._unfinished = len(prompts) * params.n
+        try:
+            for index, prompt in enumerate(prompts):
+                deliver = partial(self._deliver, index * params.n)
+                ticket = engine.submit(prompt, params, client=client, prompt_logprobs=echoes, deliver=deliver)
+                self._tickets.append(ticket)
+        except UserError:
+            self.cancel()
+            raise
+
+    def _deliver(self, first_choice: int, events: list[Event]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (first_choice, events))
+        except RuntimeError:
+            # The loop is closed, and the connection with it.
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Release the slots of what has not ended."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    async def cancel_on_disconnect(self, receive: Receive) -> None:
+        """Wait until the client has disconnected, then cancel."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+
+    async def events(self) -> AsyncIterator[tuple[int, PromptRead | Piece | Result]]:
+        """(choice, event) until every choice has ended. Raises UserError if one fails."""
+        while self._unfinished:
+            first_choice, events = await self._queue.get()
+            for event in events:
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, PromptRead):
+                    self.answer.cached_tokens += event.cached_tokens
+                    for sample in range(self._samples):
+                        yield first_choice + sample, event
+                    continue
+                if isinstance(event, Piece):
+                    self.answer.completion_tokens += 1
+                else:
+                    self._unfinished -= 1
+                yield first_choice + event.sample, event
+
+    async def full_body(self) -> dict[str, Any]:
+        """The answer as one JSON object."""
+        choices: dict[int, dict[str, Any]] = {}
+        prompts: dict[int, PromptRead] = {}
+        async for choice, event in self.events():
+            if isinstance(event, PromptRead):
+                prompts[choice] = event
+            elif isinstance(event, Result):
+                choices[choice] = self.answer.full_choice(choice, event, prompts[choice].logprobs)
+        return self.answer.body([choices[choice] for choice in sorted(choices)])
+
+    async def server_sent_events(self) -> AsyncIterator[bytes]:
+        """The answer as a stream."""
+        options = self._body.stream_options
+        usage = options is not None and options.include_usage
+        try:
+            async for choice, event in self.events():
+                if isinstance(event, PromptRead):
+                    parts = self.answer.first(choice, event.logprobs)
+                elif isinstance(event, Piece):
+                    parts = self.answer.piece(choice, event)
+                else:
+                    parts = self.answer.last(choice, event)
+                for part in parts:
+                    yield _server_sent_event(self.answer.chunk([part]) | ({"usage": None} if usage else {}))
+            if usage:
+                yield _server_sent_event(self.answer.chunk([]) | {"usage": self.answer.usage()})
+            yield b"data: [DONE]\n\n"
+        except UserError as error:
+            yield _server_sent_event(_error(error)[1])
+
+
+def _server_sent_event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Ends when the client disconnects, and releases the slots even if that was before the first event."""
+
+    def __init__(self, submission: _Submission) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(submission.server_sent_events(), headers=headers, media_type="text/event-stream")
+        self._submission = submission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._submission.cancel()
+
+
+def _error(error: UserError) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of an error."""
+    if isinstance(error, Busy):
+        headers = {"Retry-After": str(error.retry_after_s)}
+        if error.stopping:
+            return 503, error_body(str(error), "service_unavailable", "shutting_down"), headers
+        return 429, error_body(str(error), "rate_limit_error", "queue_full"), headers
+    if isinstance(error, RunError):
+        return 500, error_body(str(error), "server_error"), {}
+    return 400, error_body(str(error), "invalid_request_error"), {}
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error in OpenAI's shape."""
+
+    @app.exception_handler(UserError)
+    async def _user_error(request: Request, error: UserError) -> JSON:
+        status, body, headers = _error(error)
+        return JSON(body, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSON:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        return JSON(error_body(message, "invalid_request_error", param=where or None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def _http_error(request: Request, error: HTTPException) -> JSON:
+        messages = {
+            404: "there is no such route; see /openapi.json",
+            405: f"{request.method} is not allowed here; see /openapi.json",
+        }
+        message = messages.get(error.status_code, str(error.detail))
+        return JSON(error_body(message, "invalid_request_error"), error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def _bug(request: Request, error: Exception) -> JSON:
+        return JSON(error_body("the server has a bug; its log says more", "server_error"), 500)
+
+
+def make_app(engine: Engine, settings: Settings) -> ASGIApp:
+    """The application. The caller starts and stops the engine."""
+    app = FastAPI(
+        title="tnllm", version=__version__, docs_url=None, redoc_url=None, default_response_class=JSON,
+        description="TransNormerLLM behind OpenAI's API.",
+    )  # fmt: skip
+
+    _add_error_handlers(app)
+
+    async def respond(request: Request, body: CompletionRequest | ChatRequest) -> Response:
+        if body.model not in (None, settings.name):
+            message = f"model is {body.model!r}; this server has {settings.name!r}"
+            return JSON(error_body(message, "invalid_request_error", "model_not_found", "model"), 404)
+        client = request.client.host if request.client else ""
+        loop = asyncio.get_running_loop()
+        submission = await run_in_threadpool(_Submission, engine, body, client, settings.name, loop)
+        if body.stream:
+            return _EventStream(submission)
+        watcher = asyncio.create_task(submission.cancel_on_disconnect(request.receive))
+        try:
+            return JSON(await submission.full_body())
+        finally:
+            watcher.cancel()
+            submission.cancel()
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Continue one or several texts."""
+        return await respond(request, body)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        """Answer the last message of a conversation."""
+        return await respond(request, body)
+
+    created = engine.metrics.started
+
+    def model() -> dict[str, Any]:
+        return {"id": settings.name, "object": "model", "created": int(created), "owned_by": "tnllm"}
+
+    @app.get("/v1/models")
+    async def models() -> JSON:
+        """The one model that is served."""
+        return JSON({"object": "list", "data": [model()]})
+
+    @app.get("/v1/models/{name}")
+    async def model_named(name: str) -> JSON:
+        """The model, if that is its name."""
+        if name != settings.name:
+            message = f"there is no model {name!r}; this server has {settings.name!r}"
+            return JSON(error_body(message, "invalid_request_error", "model_not_found", "model"), 404)
+        return JSON(model())
+
+    @app.get("/health")
+    async def health() -> JSON:
+        """200 while requests are taken, 503 while the server shuts down."""
+        if engine.stopping:
+            return JSON({"status": "shutting down"}, 503)
+        return JSON({"status": "ok", "version": __version__})
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        """Prometheus text."""
+        return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    page = (assets.folder() / "web" / "index.html").read_text(encoding="utf-8")
+    policy = _content_policy(page)
+
+    @app.get("/", include_in_schema=False)
+    async def web_page() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
+
+    return RequestChecks(app, settings)
+
+
+def _content_policy(page: str) -> str:
+    """A policy that allows the page's own script and style, by their hashes, and connections to this server only."""
+
+    def hashes(tag: str) -> str:
+        blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

@@ -1,0 +1,460 @@
+"""Continuous batching: requests join and leave at every step, long prompts are read between steps.
+
+    with Engine(loaded, num_slots=32) as engine:
+        ticket = engine.submit(ids, loaded.params(max_tokens=50, seed=1))
+        for event in ticket:                     # Piece, Result for each sample; raises what went wrong
+            ...
+        ticket.cancel()                          # from any thread, at any time
+
+One thread owns the model and all tensors. Each turn it admits waiting requests, prefills at most `prefill_tokens` of their
+prompts (shared evenly) and decodes a few tokens of every row: no request waits for another's prompt or text to end. A
+sample depends on its prompt, options and seed alone, so it equals what `generate` gives.
+
+Clients take turns; the requests of one client are served in order. When `queue_size` requests wait, `submit` raises Busy
+with the seconds after which to try again.
+"""
+
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tnllm.errors import RunError, UserError
+from tnllm.generation.context import Context, after_reading, weights_hash
+from tnllm.generation.loading import LoadedModel
+from tnllm.generation.sampler import SamplingParams, log_probabilities
+from tnllm.generation.samples import Piece, Result, Row, TokenLogprob, start_rows, token_logprob
+from tnllm.modeling.packing import pack
+from tnllm.modeling.state import State
+from tnllm.serving.metrics import Metrics, Snapshot
+from tnllm.serving.prefix_cache import PrefixCache
+from tnllm.serving.slots import Slots
+
+# Prompt tokens prefilled between two decoding steps. On a CPU they cost about as much as a few steps, so that running texts
+# slow down but do not stop; on a GPU they are enough to keep it busy.
+PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
+# A smaller part of a prompt is not worth its overhead in a pass.
+_MIN_SHARE = 16
+
+
+class Busy(UserError):
+    """Too many requests wait, or the engine is about to stop. The request was not queued."""
+
+    def __init__(self, message: str, retry_after_s: int, stopping: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after_s, self.stopping = retry_after_s, stopping
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """The first event of a request: its prompt was read."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of these, found in the prefix cache
+    logprobs: list[TokenLogprob | None] | None  # of each prompt token, if asked for; the first has none
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of a request that failed or was cancelled."""
+
+    error: UserError
+
+
+Event = PromptRead | Piece | Result | Failed
+
+
+class Ticket:
+    """A submitted request. Iterate over its events, or pass `submit` a function that receives them."""
+
+    def __init__(self, samples: int, deliver: Callable[[list[Event]], None] | None) -> None:
+        self._samples = samples
+        self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        self.deliver = deliver or self._events.put
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Release the request's slots at the next step. Does nothing if it has ended."""
+        self.cancelled.set()
+
+    def __iter__(self) -> Iterator[PromptRead | Piece | Result]:
+        results = 0
+        while results < self._samples:
+            for event in self._events.get():
+                if isinstance(event, Failed):
+                    raise event.error
+                results += isinstance(event, Result)
+                yield event
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request from submission until the last of its rows has ended."""
+
+    ids: list[int]
+    params: SamplingParams
+    ticket: Ticket
+    client: str
+    prompt_logprobs: bool
+    submitted: float
+    cached: Context | None = None  # of the longest cached prefix
+    state: State | None = None  # after ids[:done]
+    done: int = 0
+    cache_at: int = 0  # length of the prefix shared with an earlier prompt: its context is cached
+    logits: Tensor | None = None  # [1, V] after the last token read
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    rows_left: int = 0
+    first_token: float | None = None
+
+
+class Engine:
+    """Serves one model. Use as a context manager, or call `start` and `stop`."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        num_slots: int = 32,
+        queue_size: int = 512,
+        prefill_tokens: int | None = None,
+        cache_bytes: int = 1 << 28,
+        max_prompt_tokens: int = 1 << 20,
+        max_new_tokens: int = 1 << 16,
+    ) -> None:
+        """num_slots: texts decoded together. queue_size: requests that may wait for a slot. cache_bytes: size of the
+        prefix cache; 0 turns it off. The last two limit a single request. Raises UserError for a model that cannot be
+        served.
+        """
+        model = loaded.model
+        self.loaded, self.num_slots, self.queue_size = loaded, num_slots, queue_size
+        self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
+        self._prefill_tokens = prefill_tokens or PREFILL_TOKENS[model.device.type]
+        loaded.tokenizer.check_vocabulary(model.config.vocab_size)
+        self.slots = Slots(model, loaded.tokenizer, num_slots)
+        self.weights = weights_hash(model)
+        self.cache = PrefixCache(self.weights, cache_bytes)
+        self.metrics = Metrics(self._snapshot)
+        self._ends = frozenset(loaded.eos_ids)
+        self._wake = threading.Condition()
+        self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()  # by client; the first one is next
+        self.num_waiting = 0
+        self._reading: list[_Job] = []
+        self._to_join: deque[tuple[Row, Context]] = deque()
+        self._jobs: dict[int, _Job] = {}  # by id(row)
+        self._stopping = self._abandon = False
+        self._thread = threading.Thread(target=self._run, name="tnllm-engine", daemon=True)
+
+    def __enter__(self) -> "Engine":
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop(finish=error[0] is None)
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Accept no more requests; those already accepted are finished."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    def stop(self, finish: bool = True, timeout_s: float | None = None) -> None:
+        """Drain and wait; with finish=False, or after `timeout_s`, cancel what is left."""
+        self.drain()
+        if finish:
+            self._thread.join(timeout_s)
+        with self._wake:
+            self._abandon = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def num_active(self) -> int:
+        """Requests and samples that are being read or decoded."""
+        return len(self._reading) + len(self._to_join) + len(self.slots.rows)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            requests_waiting=self.num_waiting,
+            requests_active=self.num_active,
+            slots=self.num_slots,
+            slots_free=self.slots.free,
+            prefix_cache_bytes=self.cache.num_bytes,
+            prefix_cache_entries=len(self.cache),
+        )
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all further requests are refused."""
+        return self._stopping or not self._thread.is_alive()
+
+    def check(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise UserError for a request that this engine refuses."""
+        config = self.loaded.model.config
+        if not ids:
+            raise UserError("the prompt is empty; give text, or the begin token to start from nothing")
+        if len(ids) > self.max_prompt_tokens:
+            raise UserError(f"the prompt has {len(ids)} tokens; this server takes at most {self.max_prompt_tokens}")
+        if params.max_tokens > self.max_new_tokens:
+            raise UserError(f"max_tokens is {params.max_tokens}; this server gives at most {self.max_new_tokens}")
+        if not 0 <= min(ids) <= max(ids) < self.loaded.tokenizer.vocab_size:
+            bad = next(id for id in ids if not 0 <= id < self.loaded.tokenizer.vocab_size)
+            raise UserError(f"token id {bad} is outside the vocabulary of {self.loaded.tokenizer.vocab_size}")
+        if config.position == "ape" and len(ids) + params.max_tokens > config.max_position:
+            raise UserError(
+                f"prompt and max_tokens are {len(ids) + params.max_tokens} tokens; this model has learned "
+                f"{config.max_position} positions"
+            )
+
+    def submit(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        client: str = "",
+        prompt_logprobs: bool = False,
+        deliver: Callable[[list[Event]], None] | None = None,
+    ) -> Ticket:
+        """Queue a prompt, from any thread; `deliver` is called on the engine's thread with its events, in order.
+
+        client: clients take turns. prompt_logprobs: return those of the prompt's tokens too, with the params.logprobs most
+        likely alternatives. Raises UserError for a bad request, Busy if the queue is full or the engine stops.
+        """
+        self.check(ids, params)
+        ticket = Ticket(params.n, deliver)
+        job = _Job(list(ids), params, ticket, client, prompt_logprobs, time.monotonic(), rows_left=params.n)
+        with self._wake:
+            if self.stopping:
+                raise Busy("the server is shutting down; try another one", 10, stopping=True)
+            if self.num_waiting >= self.queue_size:
+                self.metrics.refused += 1
+                raise Busy(
+                    f"{self.num_waiting} requests are waiting, the most that this server allows; try again later",
+                    self.metrics.retry_after_s(),
+                )
+            self._waiting.setdefault(client, deque()).append(job)
+            self.num_waiting += 1
+            self._wake.notify()
+        return ticket
+
+    def _run(self) -> None:
+        if self.loaded.model.device.type == "cuda":
+            torch.cuda.set_device(self.loaded.model.device)
+        try:
+            self.slots.warm_up()
+            while self._turn():
+                pass
+        except BaseException as error:
+            # No request may wait for ever for a thread that has ended.
+            with self._wake:
+                self._stopping = True
+            self._fail_all(RunError(f"the engine stopped: {error}"))
+            raise
+
+    def _turn(self) -> bool:
+        """Admit, prefill, decode. Returns False when the engine has stopped."""
+        with self._wake:
+            while not (self._abandon or self.num_waiting or self.num_active):
+                if self._stopping:
+                    return False
+                self._wake.wait()
+        if self._abandon:
+            self._fail_all(Busy("the server shut down before the text was finished", 10, stopping=True))
+            return False
+        self._drop_cancelled()
+        self._admit()
+        if self._reading:
+            self._prefill()
+        while self._to_join and self.slots.free:
+            self.slots.join(*self._to_join.popleft())
+        if self.slots.rows:
+            self._decode()
+        return True
+
+    def _drop_cancelled(self) -> None:
+        cancelled = RunError("the request was cancelled")
+        dropped: list[_Job] = []
+        with self._wake:
+            for client, jobs in list(self._waiting.items()):
+                dropped += [job for job in jobs if job.ticket.cancelled.is_set()]
+                self._waiting[client] = deque(job for job in jobs if not job.ticket.cancelled.is_set())
+                if not self._waiting[client]:
+                    del self._waiting[client]
+            self.num_waiting -= len(dropped)
+        dropped += [job for job in self._reading if job.ticket.cancelled.is_set()]
+        self._reading = [job for job in self._reading if not job.ticket.cancelled.is_set()]
+        rows = [row for row, _ in self._to_join] + self.slots.rows
+        for row in [row for row in rows if self._jobs[id(row)].ticket.cancelled.is_set()]:
+            job = self._jobs[id(row)]
+            self._drop_row(row)
+            if job not in dropped:
+                dropped.append(job)
+        for job in dropped:
+            self.metrics.cancelled += 1
+            job.ticket.deliver([Failed(cancelled)])
+
+    def _drop_row(self, row: Row) -> None:
+        del self._jobs[id(row)]
+        if any(row is other for other in self.slots.rows):
+            self.slots.leave(row)
+        else:
+            self._to_join = deque(pair for pair in self._to_join if pair[0] is not row)
+
+    def _admit(self) -> None:
+        """Start to prefill waiting requests, as long as slots will be free for them."""
+        while not self._to_join and len(self._reading) < self.slots.free:
+            with self._wake:
+                if not self._waiting:
+                    return
+                client, jobs = next(iter(self._waiting.items()))
+                job = jobs.popleft()
+                # This client goes to the end of the order.
+                del self._waiting[client]
+                if jobs:
+                    self._waiting[client] = jobs
+                self.num_waiting -= 1
+            self.metrics.queue_s.observe(time.monotonic() - job.submitted)
+            if not job.prompt_logprobs:
+                job.cached = self.cache.longest(job.ids)
+                job.cache_at = self.cache.branch(job.ids)
+            if job.cached is not None:
+                job.done, job.logits = job.cached.num_tokens, job.cached.logits
+            job.state = job.cached.state if job.cached is not None else self.loaded.model.init_state(1)
+            self._reading.append(job)
+
+    def _shares(self) -> Iterator[tuple[_Job, int]]:
+        """How many tokens of which prompts to prefill now.
+
+        Half of the room is the oldest prompt's, so that it ends; the others share the rest, shortest first, so that a
+        short prompt does not wait for long ones.
+        """
+        # With many running texts a step is slow; more room for each step lets a long queue of prompts end sooner.
+        room = max(self._prefill_tokens, 2 * len(self.slots.rows))
+        oldest, *others = self._reading
+        others.sort(key=lambda job: len(job.ids) - job.done)
+        for index, job in enumerate([oldest, *others]):
+            if room <= 0:
+                return
+            most = max(_MIN_SHARE, room // 2 if index == 0 else room // (len(others) - index + 1))
+            share = min(len(job.ids) - job.done, most if others else room)
+            if job.done < job.cache_at < job.done + share:
+                share = job.cache_at - job.done
+            room -= share
+            yield job, share
+
+    @torch.no_grad()
+    def _prefill(self) -> None:
+        """One pass over parts of prompts, packed, so that padding never enters a state."""
+        model = self.loaded.model
+        pieces = [(job, share) for job, share in self._shares() if share]
+        if pieces:
+            tokens, cu_seqlens = pack([job.ids[job.done : job.done + share] for job, share in pieces])
+            ends = cu_seqlens[1:].tolist()
+            states = [job.state for job, _ in pieces if job.state is not None]
+            if len(pieces) == 1:
+                hidden, after = model.hidden(tokens.to(model.device), states[0])
+            else:
+                hidden, after = model.hidden(tokens.to(model.device), State.cat(states), cu_seqlens.to(model.device))
+            self.metrics.prompt_tokens += ends[-1]
+            for index, (job, share) in enumerate(pieces):
+                end = ends[index]
+                if job.prompt_logprobs:
+                    self._add_logprobs(job, hidden[0, end - share : end])
+                job.done += share
+                job.state = after if len(pieces) == 1 else after.select([index])
+                if job.done in (job.cache_at, len(job.ids)):
+                    job.logits = model.logits(hidden[:, end - 1])
+                    context = self._context(job)
+                    if not job.prompt_logprobs:
+                        self.cache.put(job.ids[: job.done], context)
+        for job in [job for job in self._reading if job.done == len(job.ids)]:
+            self._reading.remove(job)
+            self._start_rows(job)
+
+    def _add_logprobs(self, job: _Job, hidden: Tensor) -> None:
+        """Append the log-probabilities of the tokens that follow the hidden states [share, M] of ids[done:]."""
+        if not job.logprobs:
+            job.logprobs.append(None)
+        following = job.ids[job.done + 1 : job.done + 1 + len(hidden)]
+        if following:
+            logits = self.loaded.model.logits(hidden[: len(following)])
+            logits[:, self.loaded.tokenizer.vocab_size :] = -torch.inf
+            num_top = job.params.logprobs or 0
+            ids = torch.tensor(following, device=logits.device)
+            chosen, top, top_ids = (part.tolist() for part in log_probabilities(logits, ids, num_top))
+            for id, *logprobs in zip(following, chosen, top, top_ids, strict=True):
+                job.logprobs.append(token_logprob(self.loaded.tokenizer, id, *logprobs))
+
+    def _context(self, job: _Job) -> Context:
+        cached = job.cached.num_tokens if job.cached is not None else 0
+        assert job.state is not None
+        return after_reading(job.ids[cached : job.done], job.cached, job.state, job.logits)
+
+    def _start_rows(self, job: _Job) -> None:
+        context = self._context(job)
+        cached = job.cached.num_tokens if job.cached is not None else 0
+        self.metrics.cached_tokens += cached
+        events: list[Event] = [
+            PromptRead(len(job.ids), cached, job.logprobs if job.prompt_logprobs else None),
+        ]
+        for row in start_rows(self.loaded.tokenizer, 0, job.params, len(job.ids), context.tail):
+            if job.params.max_tokens == 0:
+                row.reason = "length"
+                events.append(row.result())
+                self._ended(job, "length")
+            else:
+                self._jobs[id(row)] = job
+                self._to_join.append((row, context))
+        job.state = job.logits = job.cached = None
+        job.ticket.deliver(events)
+
+    def _decode(self) -> None:
+        now = time.monotonic()
+        by_job: dict[_Job, list[Event]] = {}
+        for row, pieces in self.slots.decode(self._ends):
+            job = self._jobs[id(row)]
+            events = by_job.setdefault(job, [])
+            if isinstance(pieces, RunError):
+                del self._jobs[id(row)]
+                self.metrics.failed += 1
+                job.ticket.cancel()  # stops its other samples
+                events.append(Failed(pieces))
+                continue
+            self.metrics.generated_tokens += len(pieces)
+            if job.first_token is None:
+                job.first_token = time.monotonic()
+                self.metrics.first_token_s.observe(job.first_token - job.submitted)
+            events += pieces
+            if row.reason:
+                del self._jobs[id(row)]
+                events.append(row.result())
+                self._ended(job, row.reason)
+        self.metrics.step_s.observe(time.monotonic() - now)
+        for job, events in by_job.items():
+            job.ticket.deliver(events)
+
+    def _ended(self, job: _Job, reason: str) -> None:
+        self.metrics.finished[reason] += 1
+        job.rows_left -= 1
+        if not job.rows_left:
+            self.metrics.request_s.observe(time.monotonic() - job.submitted)
+
+    def _fail_all(self, error: UserError) -> None:
+        with self._wake:
+            jobs = {id(job): job for jobs in self._waiting.values() for job in jobs}
+            self._waiting.clear()
+            self.num_waiting = 0
+        jobs |= {id(job): job for job in [*self._reading, *self._jobs.values()]}
+        self._reading, self._jobs = [], {}
+        self._to_join.clear()
+        self.slots.rows.clear()
+        for job in jobs.values():
+            job.ticket.deliver([Failed(error)])

@@ -1,0 +1,136 @@
+"""Checks in front of every route: Host, API key, type and size of the body; refusals have OpenAI's error shape.
+
+app = RequestChecks(app, Settings(name="demo", api_key="secret"))
+
+A body is read completely, within its limit, before a route sees it.
+"""
+
+import asyncio
+import hmac
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tnllm.serving.api import error_body
+
+_OPEN_PATHS = ("/", "/health")
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_BODY_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the server.
+
+    api_key: what clients must send as a bearer token. hosts: Host headers that are served, None for all. A server on
+    the loopback serves its own names only, so that a web page elsewhere cannot reach it by DNS rebinding.
+    """
+
+    name: str
+    api_key: str | None = None
+    max_body_bytes: int = 8 << 20
+    hosts: tuple[str, ...] | None = _LOOPBACK
+
+
+class JSON(Response):
+    """JSON in ASCII, so that an answer may quote any text that a client sent, lone surrogates included."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode("ascii")
+
+
+class RequestChecks:
+    """The application behind the checks."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # The lifespan protocol; websockets have no route.
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+
+        async def safe_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        async def refuse(status: int, message: str, code: str | None = None, **more: str) -> None:
+            kind = "authentication_error" if status == 401 else "invalid_request_error"
+            response = JSON(error_body(message, kind, code), status, {key.replace("_", "-"): more[key] for key in more})
+            await response(scope, receive, safe_send)
+
+        if not self._host_allowed(headers.get(b"host", b"")):
+            await refuse(403, "this Host is not served here; open the server by the address it printed")
+            return
+        if scope["path"] not in _OPEN_PATHS and not self._key_is_right(headers.get(b"authorization", b"")):
+            await refuse(401, "a wrong or missing API key; send it as 'Authorization: Bearer KEY'", "invalid_api_key",
+                         WWW_Authenticate="Bearer")  # fmt: skip
+            return
+        if scope["method"] == "POST":
+            # A web page elsewhere may send any other type without a CORS preflight.
+            if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
+                await refuse(415, "the body must be JSON; send it with 'Content-Type: application/json'")
+                return
+            limit = self._settings.max_body_bytes
+            declared = headers.get(b"content-length", b"0")
+            body = None
+            if not declared.isdigit() or (len(declared) < 19 and int(declared) <= limit):
+                try:
+                    body = await asyncio.wait_for(_read_body(receive, limit), _BODY_SECONDS)
+                except TimeoutError:
+                    await refuse(408, f"the body did not arrive within {_BODY_SECONDS:g} seconds", connection="close")
+                    return
+            if body is None:
+                message = f"the body is larger than {limit} bytes, the most this server takes"
+                await refuse(413, message, "body_too_large", connection="close")
+                return
+            await self._app(scope, _replay(body, receive), safe_send)
+            return
+        await self._app(scope, receive, safe_send)
+
+    def _host_allowed(self, host: bytes) -> bool:
+        hosts = self._settings.hosts
+        name = re.sub(r":\d+$", "", host.decode("latin-1")).lower()
+        return hosts is None or name in hosts
+
+    def _key_is_right(self, authorization: bytes) -> bool:
+        key = self._settings.api_key
+        return key is None or hmac.compare_digest(authorization, b"Bearer " + key.encode())
+
+
+async def _read_body(receive: Receive, limit: int) -> bytes | None:
+    """The complete body; None if it is larger than `limit`."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b""
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            return None
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body once, then what the server receives."""
+    is_read = False
+
+    async def replayed() -> Message:
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        is_read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

@@ -1,0 +1,73 @@
+"""What a run would do, as text, without doing it.
+
+print(dry_run_text(config))     # tnllm train RECIPE --dry-run
+"""
+
+from tnllm.files import format_bytes, format_count
+from tnllm.modeling.flops import flops_per_token, lora_parameters
+from tnllm.modeling.model import build_model
+from tnllm.parallel.mesh import close_mesh
+from tnllm.parallel.parallelize import parallelize
+from tnllm.training.communication import communication
+from tnllm.training.config import RunConfig
+from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
+from tnllm.training.loaders import open_tokenizer
+from tnllm.training.mesh import config_mesh
+from tnllm.training.run_model import make_meta_model
+
+
+def dry_run_text(config: RunConfig) -> str:
+    """A few lines of text: model (built on the meta device), batch, length, memory, data. Checks the tokenizer."""
+    tokenizer = open_tokenizer(config)
+    parameters = sum(parameter.numel() for parameter in build_model(config.model, "meta").parameters())
+    tokens = config.total_steps * config.train.global_batch_tokens
+    work = flops_per_token(config.model, config.data.seq_len) * tokens
+    rows, length = config.train.micro_batch_size, config.data.seq_len
+    shape = [1, rows * length] if config.data.packing == "reset" else [rows, length]
+    sources = ", ".join(source.path for source in config.data.path) if config.data.path else "the packaged sample"
+    if config.data.format == "chat":
+        sources += ", the answers of its conversations"
+    adapter = (
+        f", with an adapter of {format_count(lora_parameters(config.model, config.lora))}" if config.lora.rank else ""
+    )
+    memory = estimate_memory(config)
+    persistent = memory.weights + memory.gradients + memory.optimizer
+    lines = {
+        "model": f"{config.model.kind}, {format_count(parameters)} parameters ({parameters:,}){adapter}",
+        "data": f"{sources}; tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)",
+        "step": f"{format_count(config.train.global_batch_tokens)} tokens = {config.accumulation_steps} micro-batches "
+        f"of {shape}",
+        "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
+        "memory": f"{format_bytes(persistent)} for weights, gradients and optimizer, plus activations",
+    }
+    lines |= _lines_of_ranks(config) if config.world_size > 1 else {}
+    cards = [name for name, card in GPUS.items() if memory.total <= (1 - RESERVE) * card.memory_gib * 2**30]
+    lines["fits"] = (
+        f"{', '.join(cards) or 'no known card'}: {format_bytes(memory.total)} with activations ({RESERVE:.0%} left "
+        "free); computed, not measured"
+    )
+    return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
+
+
+def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
+    """The lines of a mesh. The model is sharded as on rank 0 of that many simulated ranks, on the meta device."""
+    axes, world = config.parallel, config.world_size
+    mesh = config_mesh(config, "cpu", fake=world)
+    try:
+        sharded = parallelize(make_meta_model(config, low=False), mesh, config.train.activation_checkpointing)
+        sharded.locate_shards()
+        persistent = sum(part.numel() for part in sharded.parameters())
+    finally:
+        close_mesh(mesh)
+    memory = estimate_memory(config)
+    sent = communication(config)
+    by_axis = ", ".join(f"{axis} {format_bytes(amount)}" for axis, amount in sent.items() if amount)
+    return {
+        "mesh": f"replicate {axes.replicate} * shard {axes.shard} * sequence {axes.sequence} * tensor {axes.tensor} "
+        f"= {world} ranks",
+        "rank": f"{format_count(persistent)} parameters ({persistent:,}); {format_bytes(memory.total)}: weights "
+        f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, optimizer "
+        f"{format_bytes(memory.optimizer)}, unsharded {format_bytes(memory.casts)}, activations "
+        f"{format_bytes(memory.activations)}, head {format_bytes(memory.head)}",
+        "sends": f"{format_bytes(sum(sent.values()))} a step and rank ({by_axis or 'nothing'}); computed",
+    }

@@ -1,0 +1,99 @@
+"""The tokenizer and the data loaders of a run.
+
+    tokenizer = open_tokenizer(config)
+    train, validation = open_loaders(config, tokenizer)
+
+Text is tokenized once into a cache, token shards are read as they are, conversations are tokenized and packed in memory.
+"""
+
+from itertools import chain
+from pathlib import Path
+
+from tnllm import assets
+from tnllm.chat_template import split_template
+from tnllm.data.encode import Options
+from tnllm.data.instruct import find_instruction_files, read_conversations
+from tnllm.data.instruct_loader import InstructLoader, pack
+from tnllm.data.loader import Loader, Source
+from tnllm.data.shards import TokenStream, is_shard_folder
+from tnllm.data.tokenize import SAMPLE, prepare
+from tnllm.files import format_count
+from tnllm.progress import corpus_progress, log
+from tnllm.tokenizer import Tokenizer
+from tnllm.training.config import DataSource, RunConfig
+from tnllm.training.run_model import chat_template
+
+DEFAULT_SOURCES = (DataSource(path=SAMPLE, weight=None),)
+
+
+def open_tokenizer(config: RunConfig) -> Tokenizer:
+    """The recipe's tokenizer; if it names none, that of train.init, of its first shard folder, or the packaged one.
+
+    Raises UserError if it has more pieces than the model's embedding has rows.
+    """
+    sources = config.data.path or DEFAULT_SOURCES
+    first, folder, given = Path(sources[0].path), config.init_folder, config.tokenizer.path
+    if given not in (None, *assets.TOKENIZERS):
+        tokenizer = Tokenizer.load(assets.tokenizer_model(given))
+    elif folder is not None:
+        # Weights and shards must be read with the tokenizer they were made with; a packaged one is for text.
+        tokenizer = Tokenizer.load(folder)
+    elif is_shard_folder(first):
+        tokenizer = Tokenizer.load(first)
+    else:
+        tokenizer = Tokenizer.load(assets.tokenizer_model(given))
+    advice = f"set model.vocab_size={tokenizer.vocab_size} or use a smaller tokenizer"
+    tokenizer.check_vocabulary(config.model.vocab_size, advice)
+    return tokenizer
+
+
+AnyLoader = Loader | InstructLoader
+
+
+def open_loaders(
+    config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1
+) -> tuple[AnyLoader, AnyLoader | None]:
+    """The training loader, shuffled, and the validation loader, in order (None if nothing is held out).
+
+    `rank` of `world_size`: which rows of a step this process reads.
+    """
+    data = config.data
+    if data.format == "chat":
+        return _open_conversations(config, tokenizer, rank, world_size)
+    options = Options(field=data.field, val_fraction=data.val_fraction)
+    train, held_out = [], []
+    for source in data.path or DEFAULT_SOURCES:
+        with corpus_progress(f"tokenizing {source.path}") as report:
+            folder = prepare(source.path, tokenizer, options=options, report=report)
+        train.append(Source(TokenStream.open(folder, "train"), source.weight))
+        stream = TokenStream.open(folder, "val")
+        if stream.num_tokens > 1:
+            held_out.append(Source(stream))
+    rows = config.global_batch_rows
+    loader = Loader(train, data.seq_len, rows, config.train.seed, rank, world_size, packing=data.packing)
+    if not held_out:
+        return loader, None
+    return loader, Loader(
+        held_out, data.seq_len, world_size, rank=rank, world_size=world_size, packing=data.packing, shuffle=False
+    )
+
+
+def _open_conversations(
+    config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int
+) -> tuple[InstructLoader, InstructLoader | None]:
+    data = config.data
+    template = chat_template(config)
+    split_template(template)
+    sources = data.path or (DataSource(path=str(assets.sample_instructions()), weight=None),)
+    files = list(chain.from_iterable(find_instruction_files(source.path) for source in sources))
+    packed = pack(read_conversations(files), tokenizer, template, data.seq_len)
+    train, held_out = packed.split(data.val_fraction)
+    loader = InstructLoader(train, config.global_batch_rows, config.train.seed, rank, world_size)
+    log(
+        f"{len(packed.ids)} conversations ({packed.cut} cut to data.seq_len, {packed.dropped} more without an answer): "
+        f"{len(train.ids)} to learn from, {format_count(loader.num_labels)} answer tokens in {loader.num_rows} rows; "
+        f"{len(held_out.ids)} for validation"
+    )
+    if not held_out.ids:
+        return loader, None
+    return loader, InstructLoader(held_out, world_size, rank=rank, world_size=world_size, shuffle=False)

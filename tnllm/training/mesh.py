@@ -1,0 +1,37 @@
+"""The device mesh that a recipe's parallel section asks for.
+
+sets = fit_mesh(config, world_size)      # keys to set so that the recipe runs on that many ranks
+mesh = config_mesh(config, "cuda")       # in each process
+"""
+
+from tnllm.errors import UserError
+from tnllm.parallel.mesh import Mesh, open_mesh
+from tnllm.training.config import RunConfig, most_rows
+
+
+def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
+    """The keys to set for `world_size` ranks; empty if the recipe's mesh fits.
+
+    For a recipe of one rank, weights are sharded, and micro-batches get smaller if a step has too few rows for all ranks.
+    Raises UserError if the recipe asks for another number of ranks.
+    """
+    if config.world_size == world_size:
+        return {}
+    if config.world_size == 1:
+        rows, left = divmod(config.global_batch_rows, world_size)
+        most = config.train.micro_batch_size
+        fewer = {} if left or not rows or rows % most == 0 else {"train.micro_batch_size": most_rows(rows, most)}
+        return {"parallel.shard": world_size, **fewer}
+    mesh = config.parallel
+    raise UserError(
+        f"the recipe's parallel section asks for {config.world_size} ranks (replicate {mesh.replicate} * "
+        f"shard {mesh.shard} * sequence {mesh.sequence} * tensor {mesh.tensor}), and {world_size} "
+        f"{'is' if world_size == 1 else 'are'} here; start that many with --nproc or torchrun, or --set the axes: "
+        f"--set parallel.replicate=1 --set parallel.shard={world_size}"
+    )
+
+
+def config_mesh(config: RunConfig, device_type: str, fake: int | None = None) -> Mesh:
+    """The mesh of a recipe's parallel section. `fake`: that many simulated ranks in one process."""
+    axes = config.parallel
+    return open_mesh(axes.replicate, axes.shard, axes.sequence, axes.tensor, device_type, axes.timeout_s, fake)

@@ -1,0 +1,70 @@
+"""Whether a recipe would start: checks its model, tokenizer and data without training.
+
+report = check_recipe("385m", ["data.path=corpus"])    # UserError with one line for what is wrong
+report.parameters                                       # counted on the meta device; nothing is allocated
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tnllm import assets
+from tnllm.errors import UserError
+from tnllm.modeling.flops import count_parameters
+from tnllm.modeling.model import build_model
+from tnllm.tokenizer import Tokenizer
+from tnllm.training.config import DataSection, RunConfig, load_recipe
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recipe that passes would train."""
+
+    recipe: str
+    parameters: int
+    tokens: int
+    steps: int
+    ranks: int
+    tokenizer: str
+    data: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
+    """Load the recipe, build its model on the meta device, open its tokenizer and check that its data exists.
+
+    Raises UserError for the first thing that would stop a run.
+    """
+    config = load_recipe(name, sets)
+    model = build_model(config.model, device="meta")
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert built == count_parameters(config.model), (built, count_parameters(config.model))
+    return Report(
+        recipe=name,
+        parameters=built,
+        tokens=config.total_steps * config.train.global_batch_tokens,
+        steps=config.total_steps,
+        ranks=config.world_size,
+        tokenizer=str(_check_tokenizer(config).path),
+        data=_check_data(config.data),
+    )
+
+
+def _check_tokenizer(config: RunConfig) -> Tokenizer:
+    tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
+    advice = f"set model.vocab_size={tokenizer.vocab_size} or use a smaller tokenizer"
+    tokenizer.check_vocabulary(config.model.vocab_size, advice)
+    return tokenizer
+
+
+def _check_data(data: DataSection) -> list[str]:
+    paths = [str(assets.sample_corpus())] if data.path is None else [source.path for source in data.path]
+    for path in paths:
+        if not Path(path).exists():
+            raise UserError(f"data.path is {path}: no such file or folder")
+        if Path(path).is_dir() and not any(Path(path).iterdir()):
+            raise UserError(f"data.path is {path}: the folder is empty")
+    return paths

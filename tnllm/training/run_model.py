@@ -1,0 +1,87 @@
+"""The model of a run: how it starts (new weights, those of a folder, an adapter on them), and how it is published.
+
+model = make_model(config, device, low)       # train.init, train.weights, lora and recomputation applied
+model = make_meta_model(config, low)          # the same shapes and dtypes on the meta device, for a mesh
+publish(model, out, config, tokenizer, dtype) # weights/, and adapter/ if there is one
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tnllm.chat_template import DEFAULT
+from tnllm.files import read_json
+from tnllm.modeling.lora import add_lora, merge_lora, save_adapter
+from tnllm.modeling.model import LanguageModel, build_model
+from tnllm.modeling.weights import GENERATION, load_model, save_model
+from tnllm.tokenizer import Tokenizer
+from tnllm.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from tnllm.parallel.parallelize import ShardedModel
+
+
+def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageModel:
+    """Trainable weights on `device`, in fp32 or as train.weights says; with an adapter, the base weights are frozen.
+
+    `low`: products run in bf16. Frozen weights are then kept in bf16, since no updates are added to them.
+    """
+    dtype = weights_dtype(config, low)
+    if config.init_folder is None:
+        model = build_model(config.model, device, dtype, seed=config.train.seed)
+    else:
+        model = load_model(config.init_folder, device, dtype).train().requires_grad_(True)
+    if config.lora.rank:
+        add_lora(model, config.lora, seed=config.train.seed)
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    return model
+
+
+def make_meta_model(config: RunConfig, low: bool) -> LanguageModel:
+    """The model of `make_model` on the meta device, for `parallelize`."""
+    model = build_model(config.model, "meta", weights_dtype(config, low))
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    return model
+
+
+def weights_dtype(config: RunConfig, low: bool) -> torch.dtype:
+    """The dtype weights are stored in: fp32; bf16 if train.weights says so, or if frozen while products run in bf16."""
+    return torch.bfloat16 if config.train.weights == "bf16" or (config.lora.rank and low) else torch.float32
+
+
+def fill_shards(sharded: "ShardedModel", folder: Path) -> None:
+    """Copy this rank's shards of the weights in `folder`; the full weights are loaded into host memory.
+
+    They keep their stored dtype; with an adapter, they get the dtype of the frozen weights. The adapter is left alone.
+    """
+    lora = sharded.model.lora
+    dtype = None if lora is None else sharded.model.embed_tokens.weight.dtype
+    weights = dict(load_model(folder, "cpu", dtype).named_parameters())
+    with torch.no_grad():
+        for name, shard in sharded.shards.items():
+            if lora is not None and name not in weights:
+                continue
+            for local, full in shard.layout.slices():
+                shard.local[local].copy_(weights[name][full])
+
+
+def chat_template(config: RunConfig) -> str:
+    """The form of a prompt: data.chat_template, else that of the weights in train.init, else the default."""
+    if config.data.chat_template is not None:
+        return config.data.chat_template
+    folder = config.init_folder
+    if folder is not None and (folder / GENERATION).is_file():
+        return str(read_json(folder / GENERATION).get("chat_template", DEFAULT))
+    return DEFAULT
+
+
+def publish(model: LanguageModel, out: Path, config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Write `out`/weights; an adapter goes to `out`/adapter and is merged into `model` first, in place."""
+    if model.lora is not None:
+        folder = config.init_folder
+        save_adapter(model, out / "adapter", base=None if folder is None else str(folder.absolute()))
+        merge_lora(model)
+    generation = {"chat_template": chat_template(config)} if config.data.format == "chat" else None
+    save_model(model, out / "weights", tokenizer=tokenizer.path, dtype=dtype, generation=generation)
