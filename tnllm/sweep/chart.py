@@ -1,6 +1,6 @@
 """Charts of a sweep, as its file's `charts` name them.
 
-    picture = draw(chart, plan, rows, curves)      # bytes of a .png
+    picture = draw(chart, rows, curves)      # bytes of a .png
 
 `x: tokens` and `x: time` draw the validation loss along the best cell of each group; where none is done, tokens shows an
 unfinished one. Time is tokens over the speed of a cell of the same recipe that ran alone. `x: cell` draws a dot a seed and

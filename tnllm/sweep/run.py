@@ -1,15 +1,14 @@
 """Running a sweep: each cell is `tnllm train` in a process of its own, several at once.
 
-    finished = run_sweep(plan, Path("runs/evidence"), jobs=3, sets=[], limit_s=570, say=print)
+    finished = run_sweep(plan, Path("runs/evidence"), jobs=3, sets=[], limit_s=570, on_event=print)
 
 DIR/cells/<cell>/ is the cell's run folder and console.log its output; cell.json, written once the cell ended, is its row.
 DIR/results.csv and DIR/curves.csv are made from those after every cell; curves.csv has the validations of unfinished cells
-too. A sweep that is stopped or killed loses nothing
-that ended: running it again continues cells from their checkpoint, or repeats them where there is none.
+too. A sweep that is stopped or killed loses nothing that ended: running it again continues cells from their checkpoint, or
+repeats them where there is none.
 """
 
 import ctypes
-import fcntl
 import json
 import shutil
 import signal
@@ -49,7 +48,7 @@ def run_sweep(
     jobs: int,
     sets: Sequence[str] = (),
     limit_s: float | None = None,
-    say: Callable[[str], None] = print,
+    on_event: Callable[[str], None] = print,
     keep: bool = False,
 ) -> bool:
     """Run what is open of `plan` in `out`; returns whether all of it is done.
@@ -68,17 +67,17 @@ def run_sweep(
                 if not waiting and not running:
                     break
                 for cell in _startable(waiting, [item.cell for item in running], jobs):
-                    say(f"{cell.name}: starts ({len(rows)} cells done)")
+                    on_event(f"{cell.name}: starts ({len(rows)} cells done)")
                     running.append(_Running(cell, _start(cell, out, sets, lock)))
                 time.sleep(_POLL_S)
-                running = _collect(running, rows, out, sets, say, keep)
+                running = _collect(running, rows, out, sets, on_event, keep)
         finally:
             # A limit, Ctrl-C or an error: every cell saves what it has.
             for item in running:
                 item.process.terminate()
             for item in running:
                 item.process.wait()
-        _collect(running, rows, out, sets, say, keep)
+        _collect(running, rows, out, sets, on_event, keep)
         _write_tables(out, rows)
         return not _open_cells(plan, rows, set())
 
@@ -136,7 +135,12 @@ def _end_with_parent() -> None:
 
 
 def _collect(
-    running: list[_Running], rows: list[Row], out: Path, sets: Sequence[str], say: Callable[[str], None], keep: bool
+    running: list[_Running],
+    rows: list[Row],
+    out: Path,
+    sets: Sequence[str],
+    on_event: Callable[[str], None],
+    keep: bool,
 ) -> list[_Running]:
     """Write the rows of cells that ended; returns those still running."""
     left = []
@@ -146,7 +150,7 @@ def _collect(
             left.append(item)
             continue
         if code in (_SAVED, -signal.SIGTERM):
-            say(f"{item.cell.name}: stopped; the next call continues it")
+            on_event(f"{item.cell.name}: stopped; the next call continues it")
             continue
         folder = out / "cells" / item.cell.name
         row = make_row(item.cell, folder, code, sets)
@@ -154,7 +158,7 @@ def _collect(
         rows.append(row)
         _write_tables(out, rows)
         result = f"val_loss {row['val_loss']:.4f}" if row["status"] == "done" else row["status"]
-        say(f"{item.cell.name}: {result}")
+        on_event(f"{item.cell.name}: {result}")
         if not keep:
             for name in ("checkpoints", "weights"):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -254,7 +258,14 @@ def curve(metrics: Sequence[Row]) -> list[list[Any]]:
 
 @contextmanager
 def _only_writer(out: Path) -> Iterator[int]:
-    """Hold the lock of `out`, which its cells share: it is free once the last of them has ended."""
+    """Hold the lock of `out`, which its cells share: it is free once the last of them has ended.
+
+    Child processes inherit a lock of this kind, unlike `tnllm.files.lock`; only POSIX systems have it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise UserError("tnllm sweep needs Linux or macOS: its cells share a lock of the system") from None
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "a", encoding="utf-8") as file:
         until = time.monotonic() + _LOCK_WAIT_S
