@@ -10,7 +10,7 @@ import pytest
 from tnllm.bench.report import write_csv
 from tnllm.bench.scale import ONE, Plan, bench_scaling, make_cases, mesh_axes, timed_row
 from tnllm.bench.scale_rank import times_of_nccl
-from tnllm.bench.scale_report import longest_line, plot_scaling, print_check, print_environment, print_row, summary
+from tnllm.bench.tables import longest_line, plot_scaling, print_check, print_environment, print_row, summary
 from tnllm.errors import UserError
 
 

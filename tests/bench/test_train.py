@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tnllm.bench import train as bench
-from tnllm.bench.report import compare_training, plot_training, print_training_head, print_training_row, write_csv
+from tnllm.bench.report import write_csv
+from tnllm.bench.tables import compare_training, plot_training, print_training_head, print_training_row
 from tnllm.bench.train import Case, RandomLoader, Step, bench_training, run_config
 from tnllm.errors import UserError
 from tnllm.modeling.flops import count_parameters, flops_per_token

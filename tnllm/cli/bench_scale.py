@@ -54,7 +54,7 @@ def command(
 
     from tnllm.bench.report import write_csv, write_json
     from tnllm.bench.scale import Plan, bench_scaling
-    from tnllm.bench.scale_report import plot_scaling, print_check, print_environment, print_row, summary
+    from tnllm.bench.tables import plot_scaling, print_check, print_environment, print_row, summary
 
     # Only counted: a CUDA context in this process would take memory from the ranks.
     seen = torch.cuda.device_count()
