@@ -178,7 +178,7 @@ def test_the_longest_row_is_the_last_that_fitted(results):
 
 
 def test_reports(results, tmp_path, capsys):
-    print_environment(results)
+    print_environment(results["environment"])
     for row in results["accuracy"]:
         print_check(row)
     for row in [*results["rows"], *results["longest"]]:

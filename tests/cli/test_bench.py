@@ -94,18 +94,18 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
 
     asked = []
 
-    def bench(plan, log, on_environment, on_check, on_row, folder):
+    def bench(plan, log, on_row, folder):
         asked.append(plan)
         assert folder == tmp_path / "s.json.cases"
         device = {"device": "cpu", "dtype": "float32", "matmul_tflop_per_s": None}
         results = {"environment": device, "accuracy": [], "rows": [], "longest": []}
-        on_environment(results)
+        on_row("environment", device, results)
         for case in (case for case in scale.make_cases(plan) if "time" in case.phases):
             row = scale.timed_row(
                 case, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
             )
             results["rows"].append(row)
-            on_row(row, results)
+            on_row("rows", row, results)
             # An interrupted run leaves its rows.
             assert len(json.loads(file.read_text())["rows"]) == len(results["rows"])
         return results

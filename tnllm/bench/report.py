@@ -194,7 +194,7 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         axis.set_yscale("log")
     else:
         # A logarithmic axis of less than a decade has no numbers. From zero, so that constant looks constant.
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.06 * max(values, default=1.0))
         if panel.form:
             axis.yaxis.set_major_formatter(lambda value, _: format(value, panel.form))
     axis.minorticks_off()

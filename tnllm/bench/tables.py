@@ -227,9 +227,9 @@ _SCALE_CHECK = (
 )
 
 
-def print_environment(results: Row) -> None:
+def print_environment(environment: Row) -> None:
     """bench-scale: device, versions and column names, on stdout, before the first row."""
-    print(environment_line(results["environment"]))
+    print(environment_line(environment))
     print_line(_SCALE)
 
 

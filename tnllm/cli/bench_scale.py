@@ -85,21 +85,16 @@ def command(
         timeout_s,
     )
 
-    def save(results: dict) -> None:
+    show = {"environment": print_environment, "accuracy": print_check, "rows": print_row, "longest": print_row}
+
+    def on_row(kind: str, row: dict, results: dict) -> None:
+        show[kind](row)
         for file, write in ((json_file, write_json), (csv_file, write_csv)):
-            if file is not None and results["environment"]:
+            if file is not None and results["environment"] and kind != "environment":
                 write(results, file)
 
-    def on_row(row: dict, results: dict) -> None:
-        print_row(row)
-        save(results)
-
-    def on_check(row: dict, results: dict) -> None:
-        print_check(row)
-        save(results)
-
     folder = json_file.with_name(f"{json_file.name}.cases") if json_file is not None else None
-    results = bench_scaling(plan, log, print_environment, on_check, on_row, folder)
+    results = bench_scaling(plan, log, on_row, folder)
     for line in summary(results["rows"]):
         print(line)
     if results["environment"]:
