@@ -265,8 +265,7 @@ def attend_kernel(  # noqa: C901
                     state = tl.zeros_like(state)
             state = _scan_chunks(
                 ptrs, row_strides, descriptors, t, stop, T, state, g, b_decay, cols,
-                RAGGED,
-                D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
+                RAGGED, D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
             )  # fmt: skip
             if STORE_FINAL:  # noqa: SIM102
                 if stop == next_start and first_of_dual:
@@ -278,8 +277,7 @@ def attend_kernel(  # noqa: C901
             state = tl.load(initial_ptr + state_offset + offsets, mask=mask, other=0.0)
         state = _scan_chunks(
             ptrs, row_strides, descriptors, begin, end, T, state, g, b_decay, cols,
-            RAGGED,
-            D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
+            RAGGED, D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
         )  # fmt: skip
         if STORE_FINAL:  # noqa: SIM102
             if end == T and first_of_dual:
