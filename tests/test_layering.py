@@ -103,6 +103,7 @@ def test_imports_point_down(path):
     assert not above, f"{own} must not import {sorted(above)}"
 
 
+@pytest.mark.slow
 def test_every_permission_is_used():
     used: dict[str, set[str]] = {}
     for path in FILES:

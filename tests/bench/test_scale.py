@@ -13,6 +13,8 @@ from tnllm.bench.scale_rank import times_of_nccl
 from tnllm.bench.tables import longest_line, plot_scaling, print_check, print_environment, print_row, summary
 from tnllm.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def axes(**given):
     return {"replicate": 1, "shard": 1, "sequence": 1, "tensor": 1, **given}

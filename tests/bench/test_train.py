@@ -82,6 +82,7 @@ def test_nan_fails_the_check(monkeypatch):
     assert not bench.check(CASES[0], CPU, False, "auto")["passed"]
 
 
+@pytest.mark.slow
 def test_recomputation_and_documents_pass_the_check():
     for kind in ("transnormer", "transformer"):
         for mode in ("selective", "full"):

@@ -69,6 +69,7 @@ def test_pairs_are_those_of_brute_force(tmp_path):
     assert verdicts["d41"]["reason"] == "near duplicate" and 0.8 <= verdicts["d41"]["similarity"] < 1
 
 
+@pytest.mark.slow
 def test_parts_change_nothing_but_memory(tmp_path):
     rng = random.Random(4)
     texts = [words(rng, 60) for _ in range(30)]

@@ -56,6 +56,7 @@ def test_bench_norm(capfd):
     assert run(capfd, "bench-norm", "--widths", "wide")[0] == 2
 
 
+@pytest.mark.slow
 def test_bench_train_on_cpu(capfd, tmp_path):
     file = tmp_path / "t.json"
     args = ("--seqlens", "32,64", "--tokens-per-batch", "64", "--steps", "1", "--warmup", "0", "--json", str(file))

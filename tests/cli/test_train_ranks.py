@@ -39,6 +39,7 @@ def children(process: int) -> list[int]:
     return [int(child) for file in tasks for child in file.read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a rank's process in Linux's /proc")
 def test_a_lost_rank_a_sigterm_and_another_mesh(tmp_path):
     out = tmp_path / "run"
@@ -82,6 +83,7 @@ def test_dry_run_spreads_the_model_over_imaginary_ranks(tnllm):
     assert "weights" in lines["sends"] and "tensor" in lines["sends"]
 
 
+@pytest.mark.slow
 def test_dry_run_of_an_adapter(tnllm):
     flags = ["--dry-run", "--world-size", "64", "--set"]
     full, adapter = (tnllm("train", "7b", *flags, f"lora.rank={rank}")[1] for rank in (0, 16))

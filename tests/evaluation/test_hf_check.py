@@ -18,6 +18,7 @@ def sets(*names, shots=None):
     return {name: load_tasks(choose([name], shots, print), None, False, print) for name in names}
 
 
+@pytest.mark.slow
 def test_both_ways_give_the_same_answers(folder):
     seen = []
     asked = sets("mmlu", "winogrande", "openbookqa", shots=2)

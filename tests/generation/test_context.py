@@ -37,6 +37,7 @@ def test_any_chunk_size_reads_the_same(model, length, chunk_tokens):
     assert whole.num_tokens == length
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 50))
 @settings(deadline=None, max_examples=25)
 def test_unequal_prompts_read_as_if_alone(model, lengths, chunk_tokens):

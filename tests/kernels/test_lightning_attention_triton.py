@@ -79,6 +79,7 @@ def check_state(args, reverse):
     assert float((state.double() - exact).norm() / exact.norm()) <= TOLERANCE[a.dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 64, 65, 600, 1040])  # 1040: four sub-splits, the first of 272 tokens
 @pytest.mark.parametrize("reverse", [False, True])
 def test_state_of_a_slice(T, reverse):
@@ -89,11 +90,13 @@ def test_half_precision():
     check(make(1, 130, 2, 64, 64, torch.float16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_state", [False, True])
 def test_splits(short_splits, with_state):
     check(make(1, 290, 2, 32, 32, torch.float32, with_state=with_state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize(
     "lengths",
@@ -104,6 +107,7 @@ def test_packed_splits(short_splits, lengths, with_state):
     check(make(1, sum(lengths), 1, 32, 32, torch.float32, lengths, with_state))
 
 
+@pytest.mark.slow
 def test_packed_with_different_head_dims(short_splits):
     check(make(1, 200, 1, 32, 64, torch.float32, [70, 0, 130]))
 

@@ -296,6 +296,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(server, http):
         wait_for(lambda: engine.num_active == 0 and engine.num_waiting == 0)
 
 
+@pytest.mark.slow
 def test_many_streams_at_once_are_neither_lost_nor_mixed_up(server, ready):
     """The small form of the load test: every stream is what `generate` says."""
     count, texts, failures = 12, {}, []

@@ -80,6 +80,7 @@ def assert_same(actual, expected):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-3) and len(a.top) == len(b.top)
 
 
+@pytest.mark.slow
 def test_every_request_gets_what_generate_gives(ready):
     wanted = list(requests(ready, 24))
     with Engine(ready, num_slots=5, prefill_tokens=32) as engine:

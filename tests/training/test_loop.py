@@ -68,6 +68,7 @@ def test_the_loss_curve_is_bit_equal_at_a_seed(config, tmp_path):
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_ten_and_ten_more_equal_twenty(recipe, config, tmp_path):
     train(config, tmp_path / "uninterrupted")
     train(load_recipe(str(recipe), ["train.max_steps=10"]), tmp_path / "parts")
@@ -244,6 +245,7 @@ def test_a_second_interrupt_stops_at_once():
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_end(recipe, config, tmp_path):
     """SIGKILL in a row of processes, at moments that fall before, into and after checkpoint writes."""
     train(config, tmp_path / "straight")
