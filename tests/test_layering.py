@@ -112,6 +112,7 @@ def test_every_permission_is_used():
     assert not {own: names for own, names in unused.items() if names}
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other():
     """Imports inside functions count too, except in cli, where every import is one."""
     modules = {dotted(path): path for path in FILES}

@@ -115,6 +115,7 @@ def test_join_finds_the_connected_groups(pairs):
     assert roots == {n: min(group) for n, group in groups.items() if n != min(group)}
 
 
+@pytest.mark.slow
 def test_many_equal_documents_make_few_pairs(tmp_path):
     run, kept = dedup(tmp_path, [ENGLISH] * 60)
     assert kept == ["d0"]

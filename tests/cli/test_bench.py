@@ -50,6 +50,7 @@ def test_bad_input(capfd, args, message):
     assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
 
 
+@pytest.mark.slow
 def test_bench_norm(capfd):
     code, out, _ = run(capfd, "bench-norm", "--device", "cpu", "--widths", "32", "--rows", "8")
     assert code == 0 and "srmsnorm" in out and "layernorm" in out

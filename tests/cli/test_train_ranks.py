@@ -74,6 +74,7 @@ def test_a_lost_rank_a_sigterm_and_another_mesh(tmp_path):
     assert "rank_wait_s" in ours[0] and ours[0]["straggler"] in (0, 1)
 
 
+@pytest.mark.slow
 def test_dry_run_spreads_the_model_over_imaginary_ranks(tnllm):
     code, out, err = tnllm("train", "175b", "--dry-run", "--world-size", "1024")
     assert (code, err) == (0, "")

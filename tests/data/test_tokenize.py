@@ -292,6 +292,7 @@ def test_prepare_makes_shards_once(corpus, tmp_path):
         prepare(first, Tokenizer.load(other), cache)
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_share_the_work(tmp_path):
     corpus = write_jsonl(tmp_path / "big.jsonl", texts(60) * 200)
     code = (

@@ -183,6 +183,7 @@ def test_max_tokens_zero_only_reads(model, tokenizer):
     assert result.context.logits.equal(context.logits)
 
 
+@pytest.mark.slow
 def test_stop_strings_cut_the_text_wherever_they_are(model, tokenizer):
     params = {"seed": 3, "max_tokens": 60, **FREE}
     free = one(model, tokenizer, "The", SamplingParams(**params))
@@ -228,6 +229,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model, tokenizer):
     assert max(result.tokens) < tokenizer.vocab_size
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(model, tokenizer):
     sizes = []
     for length in (20, 200):

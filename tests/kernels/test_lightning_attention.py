@@ -73,6 +73,7 @@ def test_lower_precisions_are_as_near_as_their_format_allows(T, D, E, dtype, tol
         assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
+@pytest.mark.slow
 def test_gradcheck():
     q, k, v, g, state = make(1, 6, 3, 3, 2)
     cu_seqlens = torch.tensor([0, 4, 4, 6], dtype=torch.int32)

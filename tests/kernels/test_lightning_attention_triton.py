@@ -50,6 +50,7 @@ def short_splits(monkeypatch):
     monkeypatch.setattr(launch, "plan", lambda T, *_: launch.Plan(128, 64) if T > 128 else launch.Plan(T, T))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 65])
 def test_any_length(T):
     check(make(2, T, 2, 32, 32, torch.float32))
@@ -62,6 +63,7 @@ def test_gradients_without_tensor_memory_accelerator(monkeypatch, lengths):
     check(make(1, 100, 2, 32, 32, torch.float32, lengths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("D", "E"), [(32, 64), (96, 32), (64, 96), (192, 32), (32, 192), (256, 128)])
 def test_head_dims(D, E):
     check(make(1, 40, 2, D, E, torch.float32))
@@ -112,6 +114,7 @@ def test_packed_with_different_head_dims(short_splits):
     check(make(1, 200, 1, 32, 64, torch.float32, [70, 0, 130]))
 
 
+@pytest.mark.slow
 def test_fast_decaying_heads_skip_only_negligible_terms(short_splits):
     args = make(1, 290, 2, 32, 32, torch.float32, with_state=False)
     args[5][:] = torch.tensor([-30.0, -0.84])

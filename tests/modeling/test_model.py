@@ -259,6 +259,7 @@ def test_a_seed_fixes_the_weights():
     assert a.embed_tokens.weight[1:].std().item() == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bfloat16_decode_agrees_with_its_own_forward():
     """Decays of late layers survive bfloat16 weights: stepping and scanning see the same ones."""

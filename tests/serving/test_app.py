@@ -76,6 +76,7 @@ def test_completions_equal_generate(client, ready):
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
 
 
+@pytest.mark.slow
 def test_a_stream_adds_up_to_the_whole(client, ready):
     """Chinese text of byte tokens, so that characters are split between tokens."""
     asked = {"model": "small", "prompt": "今天", "max_tokens": 60, "seed": 11, "n": 2, "temperature": 1.5}

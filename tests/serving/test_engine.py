@@ -138,6 +138,7 @@ def test_pieces_add_up_and_come_after_the_prompt(ready):
     assert len(events) == 2 + len(events[-1].tokens)
 
 
+@pytest.mark.slow
 def test_a_long_prompt_stalls_no_other_request(ready):
     """While 1,500 tokens are read, a running text gets a token per pass, and a short prompt comes through."""
     order = []
