@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist work
 test: check
 	$(PYTEST)
 
-# While working: without the tests that take seconds each, in under two minutes on two cores.
+# While working: without the tests marked slow, in under two minutes on two cores.
 quick: install
 	$(PYTEST) -m "not slow"
 

@@ -48,6 +48,7 @@ def ids_of_exported(tokenizer, messages):
     return list(tokenizer.apply_chat_template(as_dicts(messages), add_generation_prompt=True, return_dict=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_five_users_make_the_same_ids(tmp_path, monkeypatch, template, add_bos):

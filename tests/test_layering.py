@@ -106,6 +106,7 @@ def test_imports_point_down(path):
     assert not above, f"{own} must not import {sorted(above)}"
 
 
+@pytest.mark.slow
 def test_every_permission_is_used():
     used: dict[str, set[str]] = {}
     for path in FILES:
@@ -114,6 +115,7 @@ def test_every_permission_is_used():
     assert not {own: names for own, names in unused.items() if names}
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other():
     """Imports inside functions count too, except in cli, where every import is one."""
     modules = {dotted(path): path for path in FILES}

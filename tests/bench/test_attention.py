@@ -8,7 +8,8 @@ import torch
 
 from tnllm.bench import attention, providers
 from tnllm.bench.attention import Shape, bench_attention
-from tnllm.bench.report import plot_attention, print_results, write_csv, write_json
+from tnllm.bench.report import write_csv, write_json
+from tnllm.bench.tables import plot_attention, print_results
 from tnllm.errors import UserError
 
 CPU = torch.device("cpu")

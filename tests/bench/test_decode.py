@@ -22,6 +22,7 @@ def run(capfd, *args):
 SMALL = ("--preset", "tiny", "--positions", "64:128", "--batches", "1,2", "--contexts", "32", "--seconds", "0.01")
 
 
+@pytest.mark.slow
 def test_rows_and_files(capfd, tmp_path):
     files = [tmp_path / name for name in ("d.json", "d.csv", "d.svg")]
     code, out, err = run(capfd, *SMALL, "--json", str(files[0]), "--csv", str(files[1]), "--plot", str(files[2]))
@@ -70,6 +71,7 @@ def test_the_baseline_step_is_the_models():
     torch.testing.assert_close(logits, model(tokens)[0][:, -1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_skipped_and_said(capfd, monkeypatch):
     monkeypatch.setattr(decode, "_usable_bytes", lambda device: 600_000)
     code, out, _ = run(capfd, *SMALL)

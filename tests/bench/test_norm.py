@@ -6,6 +6,7 @@ import torch
 from tnllm.bench.norm import bench_norm, check
 
 
+@pytest.mark.slow
 def test_norms_and_steps():
     result = bench_norm([32, 48], 16, torch.float32, torch.device("cpu"), budget_s=0.01, step_preset="tiny")
     assert [(row["width"], row["norm"]) for row in result["norms"]] == [

@@ -10,8 +10,10 @@ import pytest
 from tnllm.bench.report import write_csv
 from tnllm.bench.scale import ONE, Plan, bench_scaling, make_cases, mesh_axes, timed_row
 from tnllm.bench.scale_rank import times_of_nccl
-from tnllm.bench.scale_report import longest_line, plot_scaling, print_check, print_environment, print_row, summary
+from tnllm.bench.tables import longest_line, plot_scaling, print_check, print_environment, print_row, summary
 from tnllm.errors import UserError
+
+pytestmark = pytest.mark.slow
 
 
 def axes(**given):
@@ -178,7 +180,7 @@ def test_the_longest_row_is_the_last_that_fitted(results):
 
 
 def test_reports(results, tmp_path, capsys):
-    print_environment(results)
+    print_environment(results["environment"])
     for row in results["accuracy"]:
         print_check(row)
     for row in [*results["rows"], *results["longest"]]:

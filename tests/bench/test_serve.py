@@ -25,6 +25,7 @@ def run(capfd, *args):
     return stop.value.code, *capfd.readouterr()
 
 
+@pytest.mark.slow
 def test_more_streams_than_slots_are_all_complete_and_their_own(capfd, ready, tmp_path):
     file = tmp_path / "load.json"
     with running(ready, Settings(name="small", api_key="k"), num_slots=8) as (address, engine):

@@ -14,6 +14,7 @@ def run(capfd, *args):
     return stop.value.code, *capfd.readouterr()
 
 
+@pytest.mark.slow
 def test_float32_holds_where_the_naive_form_breaks(capfd, tmp_path):
     file = tmp_path / "s.json"
     code, out, err = run(capfd, "--tokens", "4k", "--json", str(file))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tnllm.bench import train as bench
-from tnllm.bench.report import compare_training, plot_training, print_training_head, print_training_row, write_csv
+from tnllm.bench.report import write_csv
+from tnllm.bench.tables import compare_training, plot_training, print_training_head, print_training_row
 from tnllm.bench.train import Case, RandomLoader, Step, bench_training, run_config
 from tnllm.errors import UserError
 from tnllm.modeling.flops import count_parameters, flops_per_token
@@ -81,6 +82,7 @@ def test_nan_fails_the_check(monkeypatch):
     assert not bench.check(CASES[0], CPU, False, "auto")["passed"]
 
 
+@pytest.mark.slow
 def test_recomputation_and_documents_pass_the_check():
     for kind in ("transnormer", "transformer"):
         for mode in ("selective", "full"):

@@ -69,6 +69,7 @@ def test_pairs_are_those_of_brute_force(tmp_path):
     assert verdicts["d41"]["reason"] == "near duplicate" and 0.8 <= verdicts["d41"]["similarity"] < 1
 
 
+@pytest.mark.slow
 def test_parts_change_nothing_but_memory(tmp_path):
     rng = random.Random(4)
     texts = [words(rng, 60) for _ in range(30)]
@@ -114,6 +115,7 @@ def test_join_finds_the_connected_groups(pairs):
     assert roots == {n: min(group) for n, group in groups.items() if n != min(group)}
 
 
+@pytest.mark.slow
 def test_many_equal_documents_make_few_pairs(tmp_path):
     run, kept = dedup(tmp_path, [ENGLISH] * 60)
     assert kept == ["d0"]

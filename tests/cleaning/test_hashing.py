@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +44,7 @@ def test_equal_hashes_are_equal_words(words, n):
     assert len(set(grams.tolist())) == len(expected)
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_text(text):
     assert len(token_hashes(text, characters=False)) == len(words_of(text))

@@ -1,9 +1,12 @@
 import lzma
 
+import pytest
+
 from tests.cleaning import noise
 from tnllm import assets
 
 
+@pytest.mark.slow
 def test_the_sample_that_ships_is_what_noise_makes(tmp_path):
     """All but the Japanese excerpts, whose source does not ship: there, a line with other text of the same kind."""
     noise.write_sample(tmp_path, "？" * 30_000)

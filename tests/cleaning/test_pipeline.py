@@ -20,6 +20,8 @@ from tnllm.cleaning.settings import CleanSettings, SlurmSection
 from tnllm.errors import RunError, UserError
 from tnllm.files import lock, write_text_atomic
 
+pytestmark = pytest.mark.slow
+
 
 def clean(settings, out, workers=1):
     run = open_run(settings, out)

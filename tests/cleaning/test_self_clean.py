@@ -10,6 +10,8 @@ from tnllm.cleaning.records import RecordWriter, read_records
 from tnllm.cleaning.run import self_clean_alone
 from tnllm.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "model.num_layers=1",
     "model.model_dim=32",

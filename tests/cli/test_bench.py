@@ -50,12 +50,14 @@ def test_bad_input(capfd, args, message):
     assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
 
 
+@pytest.mark.slow
 def test_bench_norm(capfd):
     code, out, _ = run(capfd, "bench-norm", "--device", "cpu", "--widths", "32", "--rows", "8")
     assert code == 0 and "srmsnorm" in out and "layernorm" in out
     assert run(capfd, "bench-norm", "--widths", "wide")[0] == 2
 
 
+@pytest.mark.slow
 def test_bench_train_on_cpu(capfd, tmp_path):
     file = tmp_path / "t.json"
     args = ("--seqlens", "32,64", "--tokens-per-batch", "64", "--steps", "1", "--warmup", "0", "--json", str(file))
@@ -94,18 +96,18 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
 
     asked = []
 
-    def bench(plan, log, on_environment, on_check, on_row, folder):
+    def bench(plan, log, on_row, folder):
         asked.append(plan)
         assert folder == tmp_path / "s.json.cases"
         device = {"device": "cpu", "dtype": "float32", "matmul_tflop_per_s": None}
         results = {"environment": device, "accuracy": [], "rows": [], "longest": []}
-        on_environment(results)
+        on_row("environment", device, results)
         for case in (case for case in scale.make_cases(plan) if "time" in case.phases):
             row = scale.timed_row(
                 case, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
             )
             results["rows"].append(row)
-            on_row(row, results)
+            on_row("rows", row, results)
             # An interrupted run leaves its rows.
             assert len(json.loads(file.read_text())["rows"]) == len(results["rows"])
         return results

@@ -16,6 +16,7 @@ def corpus(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_clean_and_inspect(tnllm, corpus, tmp_path):
     out = tmp_path / "out"
     code, stdout, _ = tnllm("data", "clean", corpus, "-o", out, "--workers", "1", "--set", "output.tally_field=label")
@@ -48,6 +49,7 @@ def test_dedup_lists_pairs_and_compares_with_labels(tnllm, corpus, tmp_path):
     assert (a, b) == ("d0", "d1") and 0.95 < float(similarity) < 1
 
 
+@pytest.mark.slow
 def test_score(tnllm, corpus, tmp_path):
     code, stdout, stderr = tnllm("data", "score", corpus, "--label-field", "label", "--device", "cpu")
     rows = {row["id"]: row for row in map(json.loads, stdout.splitlines())}

@@ -55,6 +55,7 @@ def test_the_last_line_says_what_came_from_the_cache(tnllm, folder, tmp_path):
     assert "all 4 answers from the cache, " in every and "computed" not in every
 
 
+@pytest.mark.slow
 def test_check_against_the_hf_model(tnllm, folder, tmp_path, monkeypatch):
     code, stdout, _ = tnllm("eval", "check", "--tasks", "piqa,winogrande", "--model", folder, "--limit", 2)
     assert code == 0 and "0 answers differ in 4 questions" in stdout and "seconds hf" in stdout
@@ -90,6 +91,7 @@ def test_perplexity_of_a_file(tnllm, folder, tmp_path):
     assert code == 0 and "bits per byte" in stdout and "0 to 63" in stdout
 
 
+@pytest.mark.slow
 def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
     file = tmp_path / "requests.xz"
     code, stdout, _ = tnllm("eval", "requests", file, "--tasks", "mmlu", "--limit", 1, "-n", 5)

@@ -252,6 +252,7 @@ def test_ctrl_c_in_a_chat_breaks_the_answer_off(run, monkeypatch):
     assert out.count("\n") >= 2
 
 
+@pytest.mark.slow
 def test_a_document_is_read_once_and_asked_many_times(run, tmp_path):
     book, state = "The quick brown fox jumps over the lazy dog. " * 20, tmp_path / "book.state"
     options = "--max-tokens", 15, "--seed", 1
@@ -303,6 +304,7 @@ def test_text_that_is_not_utf8(run, tmp_path):
     fails(run("--prompt", "a\udcff"), "text holds a lone surrogate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -41,6 +41,7 @@ def test_png_of_two_runs(tnllm: Run, tmp_path: Path, x: str) -> None:
     assert struct.unpack(">II", data[16:24]) == (1300, 1240)
 
 
+@pytest.mark.slow
 def test_the_chart_names_what_it_shows(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / "ours")), read_run(write_run(tmp_path / "theirs"))]
     # Text stays text in an SVG whose fonts are not outlines, so that it can be read back.

@@ -35,6 +35,7 @@ def post(address, **body):
     return urllib.request.urlopen(request, timeout=60)
 
 
+@pytest.mark.slow
 def test_it_serves_and_sigterm_lets_running_requests_end(tnllm):
     process, address, lines = start("--max-tokens", "200", TNLLM_API_KEY="sesame")
     try:
@@ -57,6 +58,7 @@ def test_it_serves_and_sigterm_lets_running_requests_end(tnllm):
         process.wait()
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_130_and_ends_what_takes_too_long():
     process, address, _ = start("--drain-seconds", "0")
     try:

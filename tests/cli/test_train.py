@@ -95,6 +95,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capfd, tmp_path, args, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_so(tmp_path, sets, number, code):
     command = [sys.executable, "-m", "tnllm", "train", "tiny", "--device", "cpu", "--out", str(tmp_path / "run"), *sets]

@@ -39,6 +39,7 @@ def children(process: int) -> list[int]:
     return [int(child) for file in tasks for child in file.read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a rank's process in Linux's /proc")
 def test_a_lost_rank_a_sigterm_and_another_mesh(tmp_path):
     out = tmp_path / "run"
@@ -73,6 +74,7 @@ def test_a_lost_rank_a_sigterm_and_another_mesh(tmp_path):
     assert "rank_wait_s" in ours[0] and ours[0]["straggler"] in (0, 1)
 
 
+@pytest.mark.slow
 def test_dry_run_spreads_the_model_over_imaginary_ranks(tnllm):
     code, out, err = tnllm("train", "175b", "--dry-run", "--world-size", "1024")
     assert (code, err) == (0, "")
@@ -82,6 +84,7 @@ def test_dry_run_spreads_the_model_over_imaginary_ranks(tnllm):
     assert "weights" in lines["sends"] and "tensor" in lines["sends"]
 
 
+@pytest.mark.slow
 def test_dry_run_of_an_adapter(tnllm):
     flags = ["--dry-run", "--world-size", "64", "--set"]
     full, adapter = (tnllm("train", "7b", *flags, f"lora.rank={rank}")[1] for rank in (0, 16))

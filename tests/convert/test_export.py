@@ -24,6 +24,8 @@ from tnllm.modeling.hf_names import to_hf_config
 from tnllm.modeling.model import build_model
 from tnllm.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"vocab_size": 97, "model_dim": 32, "num_heads": 2, "num_layers": 3, "glu_dim": 48}
 PROMPTS = ["Once upon a time", "The river", "In the year of our Lord 1066 the men of"]
 

@@ -14,6 +14,7 @@ MODULES = [
 ]
 
 
+@pytest.mark.slow
 def test_without_fcntl():
     pytest.importorskip("datatrove")
     # filelock and datatrove know how to do without; torch is imported first, since its own code is not in question.

@@ -37,6 +37,7 @@ def make(folder, shards, **changes):
 documents = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), max_size=6)
 
 
+@pytest.mark.slow
 @given(st.lists(documents, min_size=1, max_size=4).filter(lambda s: any(map(len, s))), st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_stream_is_its_documents_in_a_circle(tmp_path_factory, shards, data):

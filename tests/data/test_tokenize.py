@@ -112,6 +112,7 @@ def run_cli(corpus: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "tnllm", "data", "tokenize", str(corpus), "-o", str(out), "--shard-tokens", "50K"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_process_that_is_stopped_or_killed_leaves_complete_shards(tmp_path, sent, code):
     corpus = write_jsonl(tmp_path / "big.jsonl", texts(60) * 500)
@@ -291,6 +292,7 @@ def test_prepare_makes_shards_once(corpus, tmp_path):
         prepare(first, Tokenizer.load(other), cache)
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_share_the_work(tmp_path):
     corpus = write_jsonl(tmp_path / "big.jsonl", texts(60) * 200)
     code = (

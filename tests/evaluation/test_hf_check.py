@@ -18,6 +18,7 @@ def sets(*names, shots=None):
     return {name: load_tasks(choose([name], shots, print), None, False, print) for name in names}
 
 
+@pytest.mark.slow
 def test_both_ways_give_the_same_answers(folder):
     seen = []
     asked = sets("mmlu", "winogrande", "openbookqa", shots=2)
@@ -33,6 +34,7 @@ def test_both_ways_give_the_same_answers(folder):
     assert ("hf, winogrande", 4, 4) in seen and winogrande["requests"] == 4
 
 
+@pytest.mark.slow
 def test_other_weights_are_told_with_margins(folder):
     def other(source, target):
         export(source, target)

@@ -28,6 +28,7 @@ def same(a, b, atol=ATOL):
         torch.testing.assert_close(x, y, atol=atol * max(1.0, y.abs().max().item()), rtol=0)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 90), st.integers(1, 100))
 @settings(deadline=None, max_examples=25)
 def test_any_chunk_size_reads_the_same(model, length, chunk_tokens):
@@ -37,6 +38,7 @@ def test_any_chunk_size_reads_the_same(model, length, chunk_tokens):
     assert whole.num_tokens == length
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 50))
 @settings(deadline=None, max_examples=25)
 def test_unequal_prompts_read_as_if_alone(model, lengths, chunk_tokens):

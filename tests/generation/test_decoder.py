@@ -55,6 +55,7 @@ def largest_gap(model):
     return (step_logits(model, tokens) - model(tokens)[0]).abs().max().item()
 
 
+@pytest.mark.slow
 def test_step_logits_equal_the_full_forward_at_every_position():
     # The same products summed in another order. Logits have a standard deviation of 3; measured: 3e-5.
     assert largest_gap(small_model()) < 2e-4
@@ -62,6 +63,7 @@ def test_step_logits_equal_the_full_forward_at_every_position():
     assert largest_gap(small_model(torch.float64)) < 1e-12
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_keep_every_decay_below_one():
     """The released code rounds slopes to the weights' dtype; in late layers its decay is then exactly 1."""
     sizes = {"num_layers": 30, "model_dim": 64, "num_heads": 32, "glu_dim": 64}
@@ -87,6 +89,7 @@ def test_bfloat16_weights_keep_every_decay_below_one():
     assert error(step_logits(model, tokens)) > 1.2 * full
 
 
+@pytest.mark.slow
 def test_batched_equals_alone(model, tokenizer):
     params = [
         SamplingParams(seed=1, max_tokens=30),
@@ -180,6 +183,7 @@ def test_max_tokens_zero_only_reads(model, tokenizer):
     assert result.context.logits.equal(context.logits)
 
 
+@pytest.mark.slow
 def test_stop_strings_cut_the_text_wherever_they_are(model, tokenizer):
     params = {"seed": 3, "max_tokens": 60, **FREE}
     free = one(model, tokenizer, "The", SamplingParams(**params))
@@ -225,6 +229,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model, tokenizer):
     assert max(result.tokens) < tokenizer.vocab_size
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(model, tokenizer):
     sizes = []
     for length in (20, 200):

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from tests.small_models import small_model
@@ -9,6 +10,7 @@ from tnllm.generation.context import read
 from tnllm.kernels.lightning_attention import lightning_attention_step
 
 
+@pytest.mark.slow
 def test_a_long_text_does_not_drift_from_float64():
     tokens = torch.randint(3, 340, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
     single, double = small_model(), small_model(torch.float64)

@@ -28,6 +28,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles(capability, tmp_path):
     script = Path(__file__).with_name("compile_without_gpu.py")

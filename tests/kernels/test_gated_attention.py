@@ -31,6 +31,7 @@ def error(found, expected):
     return float((found.detach().cpu().double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
@@ -46,6 +47,7 @@ def test_triton(B, T, H, D, lengths, dtype):
         assert error(part, true) < LIMIT[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 def test_two_slices_are_the_whole():
     """The second slice starts from the state that the first leaves, and the first gets its gradient back."""

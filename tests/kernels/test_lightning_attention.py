@@ -73,6 +73,7 @@ def test_lower_precisions_are_as_near_as_their_format_allows(T, D, E, dtype, tol
         assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
+@pytest.mark.slow
 def test_gradcheck():
     q, k, v, g, state = make(1, 6, 3, 3, 2)
     cu_seqlens = torch.tensor([0, 4, 4, 6], dtype=torch.int32)
@@ -177,6 +178,7 @@ def test_the_final_state_may_be_left_out():
     torch.library.opcheck(op, (q, k, v, g, state, None, False))
 
 
+@pytest.mark.slow
 def test_opcheck():
     q, k, v, g, state = make(1, 9, 3, 4, 3, num_seqs=2)
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -195,6 +197,7 @@ def test_opcheck():
         torch.library.opcheck(ops.lightning_attention_step.default, step)
 
 
+@pytest.mark.slow
 def test_compiles_whole_with_one_graph_for_all_lengths():
     g = -torch.rand(3)
 

@@ -50,6 +50,7 @@ def short_splits(monkeypatch):
     monkeypatch.setattr(launch, "plan", lambda T, *_: launch.Plan(128, 64) if T > 128 else launch.Plan(T, T))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 65])
 def test_any_length(T):
     check(make(2, T, 2, 32, 32, torch.float32))
@@ -62,6 +63,7 @@ def test_gradients_without_tensor_memory_accelerator(monkeypatch, lengths):
     check(make(1, 100, 2, 32, 32, torch.float32, lengths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("D", "E"), [(32, 64), (96, 32), (64, 96), (192, 32), (32, 192), (256, 128)])
 def test_head_dims(D, E):
     check(make(1, 40, 2, D, E, torch.float32))
@@ -79,6 +81,7 @@ def check_state(args, reverse):
     assert float((state.double() - exact).norm() / exact.norm()) <= TOLERANCE[a.dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 64, 65, 600, 1040])  # 1040: four sub-splits, the first of 272 tokens
 @pytest.mark.parametrize("reverse", [False, True])
 def test_state_of_a_slice(T, reverse):
@@ -89,11 +92,13 @@ def test_half_precision():
     check(make(1, 130, 2, 64, 64, torch.float16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_state", [False, True])
 def test_splits(short_splits, with_state):
     check(make(1, 290, 2, 32, 32, torch.float32, with_state=with_state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize(
     "lengths",
@@ -104,10 +109,12 @@ def test_packed_splits(short_splits, lengths, with_state):
     check(make(1, sum(lengths), 1, 32, 32, torch.float32, lengths, with_state))
 
 
+@pytest.mark.slow
 def test_packed_with_different_head_dims(short_splits):
     check(make(1, 200, 1, 32, 64, torch.float32, [70, 0, 130]))
 
 
+@pytest.mark.slow
 def test_fast_decaying_heads_skip_only_negligible_terms(short_splits):
     args = make(1, 290, 2, 32, 32, torch.float32, with_state=False)
     args[5][:] = torch.tensor([-30.0, -0.84])

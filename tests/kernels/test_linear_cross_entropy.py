@@ -84,6 +84,7 @@ def test_triton_softmax(vocab, scale):
     assert unwanted[1].numel() == 0 and torch.equal(unwanted[0], losses)
 
 
+@pytest.mark.slow
 def test_autocast_and_compile_change_nothing():
     x, weight, labels = inputs(12, 8, 20)
     weight.requires_grad_()

@@ -50,6 +50,7 @@ LIMIT = 2e-5
 each_kernel = pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @each_kernel
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_one_kernel_equals_the_model(batch, changes, narrow):
     assert logits < LIMIT and states < LIMIT
 
 
+@pytest.mark.slow
 @each_kernel
 @torch.no_grad()
 def test_the_argmax_is_a_token_that_may_be_chosen(narrow):

@@ -233,6 +233,7 @@ def test_both_halves_of_the_glu_in_one_product(name, mode, monkeypatch):
         torch.testing.assert_close(a, parameter.grad, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_selective_recomputation_compiles_in_one_graph():
     model, tokens = small(), text(1, 20)
     model.loss(tokens, tokens).backward()
@@ -258,6 +259,7 @@ def test_a_seed_fixes_the_weights():
     assert a.embed_tokens.weight[1:].std().item() == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bfloat16_decode_agrees_with_its_own_forward():
     """Decays of late layers survive bfloat16 weights: stepping and scanning see the same ones."""
@@ -272,6 +274,7 @@ def test_bfloat16_decode_agrees_with_its_own_forward():
     assert error < 2e-2
 
 
+@pytest.mark.slow
 def test_everything_compiles_in_one_graph():
     model, tokens = small(dtype=torch.float32), text(1, 16)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager", dynamic=True)

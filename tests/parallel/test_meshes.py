@@ -5,6 +5,8 @@ import pytest
 from tests.parallel.ranks import CASES, STEPS, model_config, run_all
 from tnllm.modeling.flops import count_parameters
 
+pytestmark = pytest.mark.slow
+
 # fp32 sums over tokens, heads or ranks in another order: 6e-8 each, amplified by ten updates at a high learning rate.
 LOSS = 2e-5
 # The gradient of one batch: sums of some hundred terms; LRPE's theta has terms as large as the position that cancel.

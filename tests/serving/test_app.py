@@ -76,6 +76,7 @@ def test_completions_equal_generate(client, ready):
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
 
 
+@pytest.mark.slow
 def test_a_stream_adds_up_to_the_whole(client, ready):
     """Chinese text of byte tokens, so that characters are split between tokens."""
     asked = {"model": "small", "prompt": "今天", "max_tokens": 60, "seed": 11, "n": 2, "temperature": 1.5}
@@ -296,6 +297,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(server, http):
         wait_for(lambda: engine.num_active == 0 and engine.num_waiting == 0)
 
 
+@pytest.mark.slow
 def test_many_streams_at_once_are_neither_lost_nor_mixed_up(server, ready):
     """The small form of the load test: every stream is what `generate` says."""
     count, texts, failures = 12, {}, []

@@ -88,6 +88,7 @@ def check(answer):
         assert answer.json()["choices"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_no_body_makes_a_500(app, path):
     schema, definitions = schema_of(app, path)

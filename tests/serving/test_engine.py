@@ -80,6 +80,7 @@ def assert_same(actual, expected):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-3) and len(a.top) == len(b.top)
 
 
+@pytest.mark.slow
 def test_every_request_gets_what_generate_gives(ready):
     wanted = list(requests(ready, 24))
     with Engine(ready, num_slots=5, prefill_tokens=32) as engine:
@@ -137,6 +138,7 @@ def test_pieces_add_up_and_come_after_the_prompt(ready):
     assert len(events) == 2 + len(events[-1].tokens)
 
 
+@pytest.mark.slow
 def test_a_long_prompt_stalls_no_other_request(ready):
     """While 1,500 tokens are read, a running text gets a token per pass, and a short prompt comes through."""
     order = []

@@ -18,6 +18,8 @@ from tnllm.training.config import load_recipe
 from tnllm.training.loop import train
 from tnllm.training.mesh import config_mesh
 
+pytestmark = pytest.mark.slow
+
 # fp32 sums in another order, grown by twelve updates at a high learning rate.
 LOSS = 2e-5
 ADAPTER = ["lora.rank=4", "eval.sample_prompts=[]", "train.micro_batch_size=1", "eval.every_steps=4"]

@@ -93,6 +93,7 @@ def test_chunks_change_nothing(monkeypatch):
     assert torch.equal(run(7), run(_CHUNK))
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes_bit_for_bit(recipe, config, tmp_path):
     def losses(run):
         rows = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())

@@ -55,6 +55,7 @@ def test_base_is_read_one_level_deep(recipe: Path) -> None:
     assert fails(recipe.parent / "c.yaml").startswith("no recipe nowhere")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @example(seed=0, rate=1e-9, rows=1, prompts=["0E0", "08", "1_0", "-.5", "null", "\x85"], kind="cosine")
 @given(

@@ -70,6 +70,7 @@ def rows(run, key="loss"):
     return [row[key] for line in (run / "metrics.jsonl").read_text().splitlines() if key in (row := json.loads(line))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", [[], ["lora.rank=8"]], ids=["all", "adapter"])
 def test_a_run_learns_resumes_exactly_and_is_published(chat, base, tmp_path, sets, capfd):
     train(load_recipe(chat, sets), tmp_path / "uninterrupted")
@@ -189,6 +190,7 @@ def test_memory_of_a_rank_is_what_it_holds(axes):
     assert memory.weights == pytest.approx(sum(size for _, size in sizes), rel=0.01)
 
 
+@pytest.mark.slow
 def test_two_ranks_start_from_the_same_weights(chat, tmp_path):
     """As typed, in processes of their own: the losses of one process, but for the order of fp32 sums."""
     sets = ["train.max_steps=2", "eval.every_steps=0", "eval.sample_prompts=[]"]

@@ -31,6 +31,7 @@ def rows(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_a_model(config, tmp_path, capfd):
     train(config, tmp_path / "run")
     metrics = rows(tmp_path / "run")
@@ -62,12 +63,14 @@ def test_a_run_learns_and_leaves_a_model(config, tmp_path, capfd):
     assert "step 20/20  loss" in seen.err and "val_bpb" in seen.err
 
 
+@pytest.mark.slow
 def test_the_loss_curve_is_bit_equal_at_a_seed(config, tmp_path):
     train(config, tmp_path / "a")
     train(config, tmp_path / "b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_ten_and_ten_more_equal_twenty(recipe, config, tmp_path):
     train(config, tmp_path / "uninterrupted")
     train(load_recipe(str(recipe), ["train.max_steps=10"]), tmp_path / "parts")
@@ -161,6 +164,7 @@ def poison(trainer, at: int) -> None:
     trainer.loss_sum = loss_sum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_nan_never_reaches_the_weights(recipe, tmp_path, monkeypatch, policy):
     import tnllm.training.loop as loop
@@ -244,6 +248,7 @@ def test_a_second_interrupt_stops_at_once():
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_end(recipe, config, tmp_path):
     """SIGKILL in a row of processes, at moments that fall before, into and after checkpoint writes."""
     train(config, tmp_path / "straight")

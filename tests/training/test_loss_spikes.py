@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 
+import pytest
 import torch
 
 from tnllm.training.config import load_recipe
@@ -49,6 +50,7 @@ def test_a_run_reports_its_spikes(recipe, tmp_path, monkeypatch, capfd):
     assert "loss spike at step 7: " in (shown := capfd.readouterr().err) and "(global samples 48 to 55)" in shown
 
 
+@pytest.mark.slow
 def test_a_run_can_be_profiled(recipe, tmp_path, capfd):
     sets = ["train.max_steps=5", "log.profile_steps=1", "eval.every_steps=0"]
     train(load_recipe(str(recipe), sets), tmp_path / "run")

@@ -18,6 +18,7 @@ from tnllm.training.metrics import read_metrics
 TASKS = ["piqa", "openbookqa"]
 
 
+@pytest.mark.slow
 def test_scores_are_rows_and_change_nothing_of_the_run(recipe, tmp_path):
     keys = ["train.max_steps=6", "eval.tasks=[piqa, openbookqa]", "eval.tasks_every_steps=4", "eval.tasks_limit=3"]
     train(load_recipe(str(recipe), keys), tmp_path / "run", score=task_scorer(TASKS, 3))

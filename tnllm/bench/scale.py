@@ -219,16 +219,15 @@ def _meshes(plan: Plan) -> dict[int, list[tuple[str, dict[str, int]]]]:
 def bench_scaling(
     plan: Plan,
     log: Callable[[str], None] = lambda text: None,
-    on_environment: Callable[[dict[str, Any]], None] = lambda results: None,
-    on_check: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, results: None,
-    on_row: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, results: None,
+    on_row: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda kind, row, results: None,
     folder: Path | None = None,
     module: str = "tnllm.bench.scale_rank",
 ) -> dict[str, Any]:
     """Run the plan. Returns {"environment", "accuracy": [...], "rows": [...], "longest": [...]}, all plain values.
 
-    `folder` keeps each finished case as a JSON file: a plan that was interrupted skips those when it is run again. Once
-    no case is left that failed, the files are removed. `module` is what each rank runs.
+    `on_row` gets the key of each row as it comes, the row, and the results so far. `folder` keeps each finished case as a
+    JSON file: a plan that was interrupted skips those when it is run again. Once no case is left that failed, the files
+    are removed. `module` is what each rank runs.
 
     A row of `rows`: preset, gpus, mesh and its axes, seq_len, rows, tokens, scaling; status ("ok", "out of memory",
     "wrong", "failed") and reason; step_ms (median; low_ms, high_ms: 20th and 80th percentile), tokens_per_s,
@@ -251,28 +250,24 @@ def bench_scaling(
             outcome = _outcome(case, plan, expected.get(case.preset), kept, module, log)
             if not results["environment"] and "environment" in outcome:
                 results["environment"] = outcome["environment"]
-                on_environment(results)
+                on_row("environment", results["environment"], results)
             for phase in case.phases:
                 row = {"preset": case.preset, "gpus": case.ranks, "mesh": case.mesh, **outcome[phase]}
+                if phase == "check" and case.mesh == ONE:
+                    if row["status"] == "ok":
+                        expected[case.preset] = {"loss": row["loss"], "norm": row["norm"]}
+                    else:
+                        log(f"{case.preset} on one GPU could not be checked ({row['status']}): no mesh of it is timed")
+                    continue
                 if phase == "time":
                     peak = results["environment"].get("matmul_tflop_per_s")
                     row = timed_row(case, plan, outcome[phase], results["rows"], peak)
-                    results["rows"].append(row)
-                    on_row(row, results)
-                elif phase == "longest":
-                    results["longest"].append(row)
-                    on_row(row, results)
-                elif case.mesh != ONE:
-                    results["accuracy"].append(row)
-                    on_check(row, results)
-                elif row["status"] == "ok":
-                    expected[case.preset] = {"loss": row["loss"], "norm": row["norm"]}
-                else:
-                    log(f"{case.preset} on one GPU could not be checked ({row['status']}): no mesh of it is timed")
+                kind = {"check": "accuracy", "time": "rows", "longest": "longest"}[phase]
+                results[kind].append(row)
+                on_row(kind, row, results)
         if all((kept / f"{case.name}.json").exists() for case in cases):
-            for case in cases:
-                for file in kept.glob(f"{glob.escape(case.name)}.*"):
-                    file.unlink()
+            for file in chain.from_iterable(kept.glob(f"{glob.escape(case.name)}.*") for case in cases):
+                file.unlink()
             with suppress(OSError):
                 kept.rmdir()
     return results

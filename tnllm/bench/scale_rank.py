@@ -8,6 +8,7 @@ import faulthandler
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -15,6 +16,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Ctrl-C ends a rank without a traceback, also while it imports torch.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler

@@ -47,7 +47,8 @@ def command(
     import torch
 
     from tnllm.bench.attention import Shape, bench_attention
-    from tnllm.bench.report import plot_attention, print_results, write_csv, write_json
+    from tnllm.bench.report import write_csv, write_json
+    from tnllm.bench.tables import plot_attention, print_errors, print_results
     from tnllm.device import pick_device
 
     where = pick_device(device, "--device")
@@ -66,7 +67,6 @@ def command(
     if accuracy:
         from tnllm.bench.accuracy import SLOPES, decay_errors
         from tnllm.bench.attention import choose
-        from tnllm.bench.report import print_errors
         from tnllm.device import describe_device
 
         rows = decay_errors(choose(names, where, kind, log), chosen, SLOPES, kind, where, heads, head_dim)

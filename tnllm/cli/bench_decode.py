@@ -38,8 +38,8 @@ def command(
     import torch
 
     from tnllm.bench.decode import bench_decode
-    from tnllm.bench.decode_report import plot_decode, print_decode
     from tnllm.bench.report import write_csv, write_json
+    from tnllm.bench.tables import plot_decode, print_decode
     from tnllm.device import pick_device
 
     where = pick_device(device, "--device")

@@ -71,8 +71,7 @@ def command(
 
 
 def _show(results: dict[str, Any]) -> None:
-    from tnllm.bench.report import environment_line, or_dash
-    from tnllm.cli.tables import print_table
+    from tnllm.bench.report import environment_line, print_table
 
     environment, counts = results["environment"], results["counts"]
     print(f"{results['model']}, {environment_line(environment)}")
@@ -80,16 +79,12 @@ def _show(results: dict[str, Any]) -> None:
         f"{results['questions']:,} questions, {counts['requests']:,} requests; tokens one by one {counts['one_by_one']:,}, "
         f"equal inputs once {counts['equal_inputs_once']:,}, shared {counts['shared']:,}"
     )
-    rows = [
-        [
-            row["way"], f"{row['tokens']:,}", f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}",
-            f"{row['requests_per_s']:,.1f}", or_dash(row["memory_gib"], ".1f"),
-            f"{100 * row['accuracy']:.2f}",
-        ]
-        for row in results["ways"]
+    columns = [
+        ("way", "{way}"), ("tokens computed", "{tokens:,}"), ("seconds", "{seconds:.2f}"),
+        ("tokens/s", "{tokens_per_s:,.0f}"), ("requests/s", "{requests_per_s:,.1f}"), ("GiB", "{memory_gib:.1f}"),
+        ("accuracy %", "{percent:.2f}"),
     ]  # fmt: skip
-    columns = ["way", "tokens computed", "seconds", "tokens/s", "requests/s", "GiB", "accuracy %"]
-    print_table("", columns, rows, right=columns[1:])
+    print_table("", columns, [{**row, "percent": 100 * row["accuracy"]} for row in results["ways"]], left=("way",))
     if agreement := results.get("agreement"):
         print(
             f"shared against plain: {results['token_ratio']:.1f} x fewer tokens, {results['time_ratio']:.1f} x faster; "

@@ -36,15 +36,11 @@ def command(
         log=log,
     )
     print(environment_line(results["environment"]))
-    cells = [
-        [
-            str(row["width"]), row["norm"], f"{row['error']:.1e}", f"{row['fwd_ms']:.4f}", f"{row['fwd_share']:.0%}",
-            f"{row['fwd_bwd_ms']:.4f}", f"{row['fwd_bwd_share']:.0%}",
-        ]
-        for row in results["norms"]
+    columns = [
+        ("width", "{width}"), ("norm", "{norm}"), ("error", "{error:.1e}"), ("fwd ms", "{fwd_ms:.4f}"),
+        ("share", "{fwd_share:.0%}"), ("fwd+bwd ms", "{fwd_bwd_ms:.4f}"), ("share", "{fwd_bwd_share:.0%}"),
     ]  # fmt: skip
-    columns = ("width", "norm", "error", "fwd ms", "share", "fwd+bwd ms", "share")
-    print_table(f"{results['rows']} rows; share of copy bandwidth", columns, cells, left=("norm",))
+    print_table(f"{results['rows']} rows; share of copy bandwidth", columns, results["norms"], left=("norm",))
     for row in results["steps"]:
         print(f"training step of {step} with {row['norm']:<10} {row['step_ms']:.2f} ms")
     write_outputs(results, (json_file, write_json))

@@ -54,7 +54,7 @@ def command(
 
     from tnllm.bench.report import write_csv, write_json
     from tnllm.bench.scale import Plan, bench_scaling
-    from tnllm.bench.scale_report import plot_scaling, print_check, print_environment, print_row, summary
+    from tnllm.bench.tables import plot_scaling, print_check, print_environment, print_row, summary
 
     # Only counted: a CUDA context in this process would take memory from the ranks.
     seen = torch.cuda.device_count()
@@ -63,7 +63,7 @@ def command(
     on_gpu = seen > 0 and device != "cpu"
     default_preset, default_length, default_rows, default_steps, default_warmup = _GPU if on_gpu else _CPU
     if not on_gpu:
-        log("no GPU in use: CPU processes instead, whose figures say nothing about GPUs; expect about 30 s")
+        log("no GPU in use: CPU processes instead, whose figures say nothing about GPUs; expect about a minute")
         if longest:
             raise UserError("--longest fills a GPU's memory; it needs a GPU")
     numbers = _numbers(gpus, seen) if on_gpu or gpus else [1, 2]
@@ -84,22 +84,16 @@ def command(
         longest,
         timeout_s,
     )
+    show = {"environment": print_environment, "accuracy": print_check, "rows": print_row, "longest": print_row}
 
-    def save(results: dict) -> None:
+    def on_row(kind: str, row: dict, results: dict) -> None:
+        show[kind](row)
         for file, write in ((json_file, write_json), (csv_file, write_csv)):
-            if file is not None and results["environment"]:
+            if file is not None and results["environment"] and kind != "environment":
                 write(results, file)
 
-    def on_row(row: dict, results: dict) -> None:
-        print_row(row)
-        save(results)
-
-    def on_check(row: dict, results: dict) -> None:
-        print_check(row)
-        save(results)
-
     folder = json_file.with_name(f"{json_file.name}.cases") if json_file is not None else None
-    results = bench_scaling(plan, log, print_environment, on_check, on_row, folder)
+    results = bench_scaling(plan, log, on_row, folder)
     for line in summary(results["rows"]):
         print(line)
     if results["environment"]:

@@ -5,7 +5,6 @@ from pathlib import Path
 import typer
 
 from tnllm.cli.options import length, write_outputs
-from tnllm.cli.tables import print_table
 from tnllm.errors import RunError
 from tnllm.progress import log
 
@@ -22,38 +21,27 @@ def command(
     A million tokens take about ten minutes.
     """
     count = length(tokens, "--tokens")
-    from tnllm.bench.report import environment_line, length_label, write_json
+    from tnllm.bench.report import environment_line, print_table, write_json
     from tnllm.bench.stream import bench_stream
 
     results = bench_stream(preset, count, log)
     print(environment_line(results["environment"]))
-    columns = ["tokens read", "next logits", "32 steps", "state", "resident MiB", "tokens/s"]
-    print_table(
-        f"{preset}, float32 against float64: largest gap of logits over their standard deviation",
-        columns,
-        [
-            [
-                length_label(row["tokens"]), f"{row['logits_gap']:.1e}", f"{row['steps_gap']:.1e}",
-                f"{row['state_error']:.1e}", f"{row['resident_mib']:.0f}", f"{row['tokens_per_s']:.0f}",
-            ]
-            for row in results["model"]
-        ],
-        right=columns,
-    )  # fmt: skip
-    columns = ["steps", "decay", "log decay", "error", "plain form", "naive form"]
-    print_table(
-        "one layer, step by step: relative error of the latest outputs",
-        columns,
-        [
-            [
-                length_label(row["tokens"]), row["decay"], f"{row['log_decay']:.3g}", f"{row['error']:.1e}",
-                f"{row['plain_error']:.1e}",
-                "finite" if row["naive_broken_at"] is None else f"not finite from token {row['naive_broken_at']}",
-            ]
-            for row in results["layer"]
-        ],
-        right=["steps", "log decay", "error", "plain form"],
-    )  # fmt: skip
+    columns = [
+        ("tokens read", "{tokens:tokens}"), ("next logits", "{logits_gap:.1e}"), ("32 steps", "{steps_gap:.1e}"),
+        ("state", "{state_error:.1e}"), ("resident MiB", "{resident_mib:.0f}"), ("tokens/s", "{tokens_per_s:.0f}"),
+    ]  # fmt: skip
+    title = f"{preset}, float32 against float64: largest gap of logits over their standard deviation"
+    print_table(title, columns, results["model"])
+    columns = [
+        ("steps", "{tokens:tokens}"), ("decay", "{decay}"), ("log decay", "{log_decay:.3g}"), ("error", "{error:.1e}"),
+        ("plain form", "{plain_error:.1e}"), ("naive form", "{naive}"),
+    ]  # fmt: skip
+    rows = [{**row, "naive": _naive(row["naive_broken_at"])} for row in results["layer"]]
+    print_table("one layer, step by step: relative error of the latest outputs", columns, rows, ("decay", "naive form"))
     write_outputs(results, (json_file, write_json))
     if not results["passed"]:
         raise RunError(f"float32 drifts from float64 by more than {results['limit']:g}; see the table")
+
+
+def _naive(broken_at: int | None) -> str:
+    return "finite" if broken_at is None else f"not finite from token {broken_at}"

@@ -51,14 +51,8 @@ def command(
     tokens = length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
     chosen_lengths = lengths(seqlens, "--seqlens") if seqlens else None
     check_outputs(json_file, csv_file, plot=plot)
-    from tnllm.bench.report import (
-        compare_training,
-        plot_training,
-        print_training_head,
-        print_training_row,
-        write_csv,
-        write_json,
-    )
+    from tnllm.bench.report import write_csv, write_json
+    from tnllm.bench.tables import compare_training, plot_training, print_training_head, print_training_row
     from tnllm.bench.train import Case, bench_training
     from tnllm.device import pick_device
 

@@ -55,14 +55,7 @@ def launch_softmax(
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     dlogits = torch.empty(logits.shape if wanted else 0, dtype=dtype, device=logits.device)
     _softmax_kernel[(logits.shape[0],)](
-        logits,
-        target,
-        losses,
-        dlogits,
-        logits.shape[1],
-        ignore_index,
-        WANTED=wanted,
-        BLOCK=_BLOCK,
+        logits, target, losses, dlogits, logits.shape[1], ignore_index, WANTED=wanted, BLOCK=_BLOCK,
         num_warps=_NUM_WARPS,
-    )
+    )  # fmt: skip
     return losses, dlogits

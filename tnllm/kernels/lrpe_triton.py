@@ -23,19 +23,10 @@ def _encode(x, theta, position, o_d, m_d, head, DIM: tl.constexpr, SILU: tl.cons
 
 @triton.jit
 def _fwd_kernel(
-    x,
-    theta,
-    positions,
-    y,
-    T,
-    s_b,
-    s_t,
-    s_h,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SILU: tl.constexpr,
-):
+    x, theta, positions, y, T,
+    s_b, s_t, s_h,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < DIM

@@ -65,15 +65,7 @@ def launch_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
     programs, rows, block = _grid(*flat.shape)
     if programs:
         _bwd_kernel[(programs,)](
-            grad,
-            flat,
-            dx,
-            *flat.shape,
-            grad.stride(0),
-            flat.stride(0),
-            eps,
-            ROWS=rows,
-            BLOCK=block,
+            grad, flat, dx, *flat.shape, grad.stride(0), flat.stride(0), eps, ROWS=rows, BLOCK=block,
             num_warps=_NUM_WARPS,
-        )
+        )  # fmt: skip
     return dx

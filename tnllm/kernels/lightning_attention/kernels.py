@@ -52,16 +52,9 @@ def _sequence_at(cu_ptr, t, num_seqs, T, REVERSE: tl.constexpr):
 
 @triton.jit
 def _load_tile(
-    ptr,
-    row_stride,
-    token,
-    rows,
-    cols,
-    MASK_ROWS: tl.constexpr,
-    MASK_COLS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ptr, row_stride, token, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """[CHUNK, BLOCK] starting at `token`; with masks, rows >= `rows` and columns >= `cols` are zero."""
     r = tl.arange(0, CHUNK)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
@@ -76,17 +69,9 @@ def _load_tile(
 
 @triton.jit
 def _store_tile(
-    ptr,
-    x,
-    row_stride,
-    token,
-    rows,
-    cols,
-    MASK_ROWS: tl.constexpr,
-    MASK_COLS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ptr, x, row_stride, token, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     r = tl.arange(0, CHUNK)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     ptrs = ptr + token.to(tl.int64) * row_stride + (r * row_stride + d)
@@ -111,25 +96,10 @@ def _state_tile(first_col, transposed, D: tl.constexpr, E: tl.constexpr, BD: tl.
 
 @triton.jit
 def _chunk(
-    ptrs,
-    row_strides,
-    descriptors,
-    token,
-    state,
-    g,
-    b_decay,
-    rows,
-    cols,
-    MASK_ROWS: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    ptrs, row_strides, descriptors, token, state, g, b_decay, rows, cols,
+    MASK_ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    CHUNK: tl.constexpr, REVERSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it.
 
     ptrs, row_strides, descriptors: of a, b, c and o. b_decay [CHUNK]: `to_end` of a full chunk. descriptors and b_decay
@@ -176,26 +146,10 @@ def _chunk(
 
 @triton.jit
 def _scan_chunks(
-    ptrs,
-    row_strides,
-    descriptors,
-    t,
-    stop,
-    T,
-    state,
-    g,
-    b_decay,
-    cols,
-    RAGGED: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    ptrs, row_strides, descriptors, t, stop, T, state, g, b_decay, cols,
+    RAGGED: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    CHUNK: tl.constexpr, REVERSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Attend over tokens [t, stop) of one sequence, chunk by chunk; return the state after them."""
     num_chunks = (stop - t) // CHUNK
     for i in range(num_chunks):
@@ -203,107 +157,36 @@ def _scan_chunks(
         if REVERSE:
             token = T - CHUNK - token
         state = _chunk(
-            ptrs,
-            row_strides,
-            descriptors,
-            token,
-            state,
-            g,
-            b_decay,
+            ptrs, row_strides, descriptors, token, state, g, b_decay,
             CHUNK,
             cols,
             False,
-            D,
-            E,
-            BD,
-            BE,
-            CHUNK,
-            REVERSE,
-            TMA,
-            PRECISION,
-        )
+            D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
+        )  # fmt: skip
     if RAGGED:
         rows = (stop - t) % CHUNK
         if rows > 0:
             token = T - stop if REVERSE else stop - rows
             state = _chunk(
-                ptrs,
-                row_strides,
-                descriptors,
-                token,
-                state,
-                g,
-                b_decay,
-                rows,
-                cols,
+                ptrs, row_strides, descriptors, token, state, g, b_decay, rows, cols,
                 True,
-                D,
-                E,
-                BD,
-                BE,
-                CHUNK,
-                REVERSE,
-                TMA,
-                PRECISION,
-            )
+                D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
+            )  # fmt: skip
     return state
 
 
 # Complexity: its branches are compile-time variants of one scan; a second kernel would repeat the scan.
 @triton.jit(do_not_specialize=["T", "H", "split_len", "states_per_split", "num_states", "num_seqs"])
 def attend_kernel(  # noqa: C901
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    o_ptr,
-    a2_ptr,
-    o2_ptr,
-    log_decay_ptr,
-    b_decay_ptr,
-    initial_ptr,
-    before_ptr,
-    final_ptr,
+    a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, log_decay_ptr, b_decay_ptr, initial_ptr, before_ptr, final_ptr,
     cu_ptr,
-    a_b,
-    a_t,
-    a_h,
-    b_b,
-    b_t,
-    b_h,
-    c_b,
-    c_t,
-    c_h,
-    o_b,
-    o_t,
-    o_h,
-    a2_b,
-    a2_t,
-    a2_h,
-    o2_b,
-    o2_t,
-    o2_h,
-    T,
-    H,
-    split_len,
-    states_per_split,
-    num_states,
-    num_seqs,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    DUAL: tl.constexpr,
-    STATE_TRANSPOSED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HAS_BEFORE: tl.constexpr,
-    STORE_FINAL: tl.constexpr,
-    PACKED: tl.constexpr,
-    RAGGED: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    a_b, a_t, a_h, b_b, b_t, b_h, c_b, c_t, c_h, o_b, o_t, o_h, a2_b, a2_t, a2_h, o2_b, o2_t, o2_h,
+    T, H, split_len, states_per_split, num_states, num_seqs,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr, DUAL: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Grid (heads x column blocks, splits, batch). o = attend(a, b, c).
 
     With DUAL the first axis is twice as long and every second program computes o2 = attend(a2, c, b) instead: dk and dv
@@ -381,26 +264,9 @@ def attend_kernel(  # noqa: C901
                 else:
                     state = tl.zeros_like(state)
             state = _scan_chunks(
-                ptrs,
-                row_strides,
-                descriptors,
-                t,
-                stop,
-                T,
-                state,
-                g,
-                b_decay,
-                cols,
-                RAGGED,
-                D,
-                E,
-                BD,
-                BE,
-                CHUNK,
-                REVERSE,
-                TMA,
-                PRECISION,
-            )
+                ptrs, row_strides, descriptors, t, stop, T, state, g, b_decay, cols,
+                RAGGED, D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
+            )  # fmt: skip
             if STORE_FINAL:  # noqa: SIM102
                 if stop == next_start and first_of_dual:
                     tl.store(final_ptr + state_offset + offsets, state, mask=mask)
@@ -410,26 +276,9 @@ def attend_kernel(  # noqa: C901
         if HAS_INITIAL and not HAS_BEFORE:
             state = tl.load(initial_ptr + state_offset + offsets, mask=mask, other=0.0)
         state = _scan_chunks(
-            ptrs,
-            row_strides,
-            descriptors,
-            begin,
-            end,
-            T,
-            state,
-            g,
-            b_decay,
-            cols,
-            RAGGED,
-            D,
-            E,
-            BD,
-            BE,
-            CHUNK,
-            REVERSE,
-            TMA,
-            PRECISION,
-        )
+            ptrs, row_strides, descriptors, begin, end, T, state, g, b_decay, cols,
+            RAGGED, D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
+        )  # fmt: skip
         if STORE_FINAL:  # noqa: SIM102
             if end == T and first_of_dual:
                 tl.store(final_ptr + state_offset + offsets, state, mask=mask)
@@ -437,36 +286,13 @@ def attend_kernel(  # noqa: C901
 
 @triton.jit(do_not_specialize=["T", "H", "sub_split", "offset", "num_seqs"])
 def sub_split_states_kernel(
-    b_ptr,
-    c_ptr,
-    log_decay_ptr,
-    initial_ptr,
-    added_ptr,
-    carries_ptr,
-    cu_ptr,
-    b_b,
-    b_t,
-    b_h,
-    c_b,
-    c_t,
-    c_h,
-    T,
-    H,
-    sub_split,
-    offset,
-    num_seqs,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    STATE_TRANSPOSED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    PACKED: tl.constexpr,
-    RAGGED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    b_ptr, c_ptr, log_decay_ptr, initial_ptr, added_ptr, carries_ptr, cu_ptr,
+    b_b, b_t, b_h, c_b, c_t, c_h,
+    T, H, sub_split, offset, num_seqs,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+    RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Grid (heads x column blocks, sub-splits, batch): what each sub-split adds to the state.
 
     The first sub-split is `offset` tokens shorter (needs RAGGED if not 0). added [B, H, sub-splits + 1, D, E]: index i + 1
@@ -535,19 +361,10 @@ def sub_split_states_kernel(
 
 @triton.jit(do_not_specialize=["H", "sub_split", "num_states"])
 def scan_states_kernel(
-    states_ptr,
-    log_decay_ptr,
-    initial_ptr,
-    carries_ptr,
-    H,
-    sub_split,
-    num_states,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    PACKED: tl.constexpr,
-):
+    states_ptr, log_decay_ptr, initial_ptr, carries_ptr,
+    H, sub_split, num_states,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """Grid (SIZE / BLOCK, B * H): turn what each sub-split adds into the state before each sub-split, in place.
 
     states [B * H, num_states, SIZE] with SIZE = D * E; index 0 becomes the initial state, or zero. GROUP states are

@@ -144,15 +144,9 @@ def _states_before(
 
 
 def _states(
-    scan: _Scan,
-    sub_split: int,
-    num_sub_splits: int,
-    offset: int,
-    b: Tensor,
-    c: Tensor,
-    initial: Tensor | None,
+    scan: _Scan, sub_split: int, num_sub_splits: int, offset: int, b: Tensor, c: Tensor, initial: Tensor | None,
     transposed: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The state before each of `num_sub_splits` sub-splits, and after the last [B, H, num_sub_splits + 1, D * E]."""
     B, _, H, D = b.shape
     E = c.shape[-1]
@@ -207,16 +201,9 @@ def _states(
 
 
 def _attend(
-    scan: _Scan,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    out: Tensor,
-    initial: Tensor | None,
-    final: Tensor | None,
-    transposed: bool,
-    second: tuple[Tensor, Tensor] | None = None,
-) -> None:
+    scan: _Scan, a: Tensor, b: Tensor, c: Tensor, out: Tensor, initial: Tensor | None, final: Tensor | None,
+    transposed: bool, second: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
     """out = attend(a, b, c), and with `second` = (a2, out2) also out2 = attend(a2, c, b)."""
     B, T, H, D = a.shape
     E = c.shape[-1]
@@ -298,14 +285,9 @@ def _like(x: Tensor) -> Tensor:
 
 
 def triton_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     need_state: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """o [B, T, H, E] and the final state (None without `need_state`)."""
     q, k, v = _readable(q), _readable(k), _readable(v)
     scan, _ = _scans(q, log_decay, cu_seqlens)
@@ -335,16 +317,9 @@ def triton_state(b: Tensor, c: Tensor, log_decay: Tensor, reverse: bool = False)
 
 
 def triton_backward(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv (written to `into` if given) and the gradient of the initial state (None if there was none)."""
     do, q, k, v = _readable(do), _readable(q), _readable(k), _readable(v)
     forward, backward = _scans(q, log_decay, cu_seqlens)

@@ -12,33 +12,10 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["H"])
 def step_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
-    log_decay_ptr,
-    state_ptr,
-    q_b,
-    q_h,
-    q_d,
-    k_b,
-    k_h,
-    k_d,
-    v_b,
-    v_h,
-    v_e,
-    o_b,
-    o_h,
-    s_b,
-    s_h,
-    s_d,
-    s_e,
-    H,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, o_ptr, log_decay_ptr, state_ptr,
+    q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_e, o_b, o_h, s_b, s_h, s_d, s_e, H,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """Grid (B * H, E / BE)."""
     row = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
