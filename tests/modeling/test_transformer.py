@@ -23,6 +23,7 @@ def stream() -> TokenStream:
     return TokenStream.open(prepare(SAMPLE, tokenizer, options=Options(val_fraction=0.01)), "train")
 
 
+@pytest.mark.slow
 def test_trimmed_batch_has_the_same_loss_and_gradients(stream: TokenStream) -> None:
     loader = Loader([Source(stream)], seq_len=128, batch_size=4, seed=3)
     batch = loader.batch(0, 4)

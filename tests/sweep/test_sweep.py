@@ -114,6 +114,7 @@ def test_bad_files_are_told_in_one_line(sweep: Path, old: str, new: str, message
     assert "\n" not in str(error.value) and str(sweep) in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_kill_changes_nothing_in_the_table(sweep: Path, tmp_path: Path) -> None:
     sweep.write_text(
         PLAN.partition("  change:")[0].replace("[1, 2]", "[0, 1]") + "charts:\n  rates: {groups: [rate]}\n"
@@ -143,6 +144,7 @@ def test_a_kill_changes_nothing_in_the_table(sweep: Path, tmp_path: Path) -> Non
     assert [line.spread is not None for line in summarize(read_csv(out / "results.csv"))].count(True) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_named_and_the_rest_runs(sweep: Path, tmp_path: Path) -> None:
     sweep.write_text(PLAN.partition("  seeds:")[0].replace("[1e-3, 1e-2]", "[1e-3, 1e30]"))
     done = start(sweep, tmp_path / "out")
