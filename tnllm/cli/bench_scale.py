@@ -63,7 +63,7 @@ def command(
     on_gpu = seen > 0 and device != "cpu"
     default_preset, default_length, default_rows, default_steps, default_warmup = _GPU if on_gpu else _CPU
     if not on_gpu:
-        log("no GPU in use: CPU processes instead, whose figures say nothing about GPUs; expect about a minute")
+        log("no GPU in use: CPU processes instead, whose figures say nothing about GPUs; expect a minute or two")
         if longest:
             raise UserError("--longest fills a GPU's memory; it needs a GPU")
     numbers = _numbers(gpus, seen) if on_gpu or gpus else [1, 2]
