@@ -14,17 +14,7 @@ from typing import Any
 from tnllm.errors import MissingExtra
 from tnllm.sweep.plan import Chart, Row
 from tnllm.sweep.table import summarize
-from tnllm.training.plot import COLORS
-
-_LOOK: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
+from tnllm.training.plot import COLORS, STYLE
 
 
 def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row]) -> bytes | None:
@@ -38,7 +28,7 @@ def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row]) -> bytes | No
     started = [row for row in curves if _group(row) in chart.groups] if chart.x == "tokens" else []
     if not done and not started:
         return None
-    with rc_context(_LOOK):
+    with rc_context(STYLE):
         height = max(2.0, 0.26 * len(summarize(done)) + 1.0) if chart.x == "cell" else 4.2
         figure = Figure(figsize=(6.5, height), layout="constrained")
         axes = figure.subplots()

@@ -18,6 +18,17 @@ FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, told apart by colour-blind readers; black is kept for text.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":", "-.")
+# matplotlib's settings for charts of runs and of sweeps.
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "tnllm",
+}
 
 
 @dataclass(frozen=True)
@@ -93,18 +104,8 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
     assert suffix in FORMATS, suffix
     if span is None:
         span = round(math.sqrt(max(len(run.train) for run in runs)) / 3)
-    style_settings: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "svg.hashsalt": "tnllm",
-    }
     scale, label = _axis(runs, x)
-    with rc_context(style_settings):
+    with rc_context(STYLE):
         figure = Figure(figsize=(6.5, 6.2), layout="constrained")
         loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=[2.6, 1, 1])
         for index, run in enumerate(runs):
