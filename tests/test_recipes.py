@@ -2,6 +2,8 @@
 
 import pytest
 
+from tnllm import recipe
+from tnllm.errors import UserError
 from tnllm.files import format_count
 from tnllm.modeling.flops import count_parameters
 from tnllm.recipe import packaged_recipes, read_header
@@ -48,6 +50,20 @@ def test_baselines_match_in_size_and_differ_in_the_model_alone(name: str, baseli
     assert theirs.model.kind == "transformer"
     assert abs(count_parameters(theirs.model) / count_parameters(ours.model) - 1) < 0.01
     assert ours.model_dump(exclude={"model"}) == theirs.model_dump(exclude={"model"})
+
+
+def test_a_checkout_s_path_to_a_recipe_works_anywhere(tmp_path, monkeypatch, capsys) -> None:
+    """README's `tnllm train recipes/385m.yaml` after pip install; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    recipe._log_packaged.cache_clear()
+    assert load_recipe("recipes/385m.yaml") == load_recipe("recipes/385m.yaml") == load_recipe("385m")
+    assert capsys.readouterr().err.count("using the recipe of that name that ships with tnllm") == 1
+    for missing in ("recipes/386m.yaml", "mine/385m.yaml", "recipes/../recipes/tiny.yaml2"):
+        with pytest.raises(UserError, match="no such file"):
+            load_recipe(missing)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "385m.yaml").write_text("base: tiny\n")
+    assert load_recipe("recipes/385m.yaml").model == load_recipe("tiny").model
 
 
 def test_demo_is_small_enough_to_ship() -> None:

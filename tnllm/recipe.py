@@ -10,6 +10,7 @@ Precedence: defaults of the models < the file that `base:` names (one level) < t
 `tnllm/recipes` is a link to `recipes/` in a checkout and a folder in the wheel, so there is one copy.
 """
 
+import functools
 import re
 import textwrap
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tnllm.errors import UserError, did_you_mean
+from tnllm.progress import log
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 BASE_DOC = "A recipe whose keys come before this one's: a packaged name, or a file beside it. One level."
@@ -99,17 +101,27 @@ def packaged_recipes(folder: str = "") -> list[Path]:
 def find_recipe(name: str, beside: Path | None = None, folder: str = "", noun: str = "recipe") -> Path:
     """Return the file that `name` means: a path (relative to `beside`, if given), or the name of a packaged recipe.
 
+    `recipes/385m.yaml`, as it is called in a checkout, means the packaged recipe where no such file is; a line says so.
     Raises UserError if there is none.
     """
     paths = [Path(name)] if beside is None else [beside / name, beside / f"{name}.yaml"]
     for path in [*paths, FOLDER / f"{name}.yaml", FOLDER / folder / f"{name}.yaml"]:
         if path.is_file():
             return path
+    if Path(name).parts[0:1] == ("recipes",) and (FOLDER.parent / name).is_file():
+        _log_packaged(name)
+        return FOLDER.parent / name
     prefix = f"{folder}/" if folder else ""
     names = [prefix + path.stem for path in packaged_recipes(folder)]
     stem = prefix + Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     hint = f"; did you mean the packaged {noun} {stem!r}?" if stem in names else did_you_mean(stem, names)
     raise UserError(f"no {noun} {name}: no such file, and the packaged ones are {', '.join(names)}{hint}")
+
+
+@functools.cache
+def _log_packaged(name: str) -> None:
+    """Once for a name: a command may read its recipe several times."""
+    log(f"there is no {name} here: using the recipe of that name that ships with tnllm")
 
 
 def load(form: Format[Root], name: str | None, sets: Sequence[str] = ()) -> Root:

@@ -94,4 +94,4 @@ def test_verifying_a_corpus_makes_no_sense(tnllm, corpus):
 @pytest.mark.parametrize("command", ["tokenize", "inspect"])
 def test_help_ends_with_an_example(tnllm, command):
     code, stdout, _ = tnllm("data", command, "--help")
-    assert code == 0 and f"Example:  tnllm data {command} " in stdout
+    assert code == 0 and "Examples:" in stdout and f"tnllm data {command} " in stdout

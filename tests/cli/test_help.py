@@ -1,14 +1,16 @@
 """Help answers at once and shows by example."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from tnllm.cli.main import app
+from tnllm.cli.main import PANELS, app
 
 HEAVY = ("torch", "pydantic", "numpy", "lm_eval", "matplotlib", "triton", "sentencepiece", "yaml")
 
@@ -53,12 +55,28 @@ def test_help_answers_at_once() -> None:
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_help_carries_an_example(words: list[str]) -> None:
-    from typer.testing import CliRunner
-
     done = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "110", "NO_COLOR": "1"}, prog_name="tnllm")
     assert done.exit_code == 0, done.output
-    example = done.output.rpartition("Example:")[2]
-    assert f"tnllm {words[0]}" in example
+    examples = [line.strip() for line in done.output.rpartition("Examples:")[2].splitlines() if line.strip()]
+    assert any(f"tnllm {words[0]}" in example for example in examples)
+    # One a line, so that a line can be copied into a shell.
+    assert all(re.match("(tnllm|torchrun) ", example) and " | " not in example for example in examples)
+
+
+def test_commands_stand_in_panels_in_the_order_people_meet_them() -> None:
+    output = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "110", "NO_COLOR": "1"}, prog_name="tnllm").output
+    names = [name for names in PANELS.values() for name in names]
+    places = [re.search(rf"^│ {name} ", output, re.M).start() for name in names]  # type: ignore[union-attr]
+    assert places == sorted(places)
+    assert all(f"─ {panel} ─" in output for panel in PANELS)
+    assert "--debug" in output and "--install-completion" in output
+
+
+def test_the_shell_completes_commands() -> None:
+    environment = {**os.environ, "_TNLLM_COMPLETE": "complete_bash", "COMP_WORDS": "tnllm bench-", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv[0] = 'tnllm'; from tnllm.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split() == list(PANELS["Measure"])
 
 
 @pytest.mark.parametrize(

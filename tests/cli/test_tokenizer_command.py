@@ -57,4 +57,4 @@ def test_without_a_model_the_shipped_one_is_shown(tnllm):
 @pytest.mark.parametrize("command", ["train", "inspect"])
 def test_help_ends_with_an_example(tnllm, command):
     code, stdout, _ = tnllm("tokenizer", command, "--help")
-    assert code == 0 and f"Example:  tnllm tokenizer {command} " in stdout
+    assert code == 0 and "Examples:" in stdout and f"tnllm tokenizer {command} " in stdout

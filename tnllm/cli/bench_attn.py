@@ -5,11 +5,11 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_choice, check_outputs, length, lengths, write_outputs
+from tnllm.cli.options import check_choice, check_outputs, examples, length, lengths, write_outputs
 from tnllm.errors import UserError
 from tnllm.progress import log
 
-EPILOG = "Example:  tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png"
+EPILOG = examples("tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png")
 
 # Lengths, heads, width of a head, dtype.
 _GPU = ("1k:64k", 16, 128, "bf16")

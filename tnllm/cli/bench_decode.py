@@ -5,10 +5,10 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_choice, check_outputs, lengths, write_outputs
+from tnllm.cli.options import check_choice, check_outputs, examples, lengths, write_outputs
 from tnllm.progress import log
 
-EPILOG = "Example:  tnllm bench-decode --preset 385m --json decode.json --plot decode.png"
+EPILOG = examples("tnllm bench-decode --preset 385m --json decode.json --plot decode.png")
 
 # Preset, positions, batches, contexts of the baseline, dtype, seconds for a measurement.
 _GPU = ("385m", "1k:1m", "1,4,16,64,256,1024", "1k,16k", "bf16", 0.5)

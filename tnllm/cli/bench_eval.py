@@ -5,12 +5,14 @@ from typing import Any
 
 import typer
 
+from tnllm.cli.options import examples
 from tnllm.errors import RunError, UserError
 from tnllm.progress import Progress, log
 
-EPILOG = """Example:  tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data
-
-tnllm bench-eval mmlu.npz.xz --preset 385m --json mmlu-385m.json"""
+EPILOG = examples(
+    "tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data",
+    "tnllm bench-eval mmlu.npz.xz --preset 385m --json mmlu-385m.json",
+)
 
 
 def command(

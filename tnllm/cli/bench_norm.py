@@ -4,10 +4,10 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import counts, write_outputs
+from tnllm.cli.options import counts, examples, write_outputs
 from tnllm.progress import log
 
-EPILOG = "Example:  tnllm bench-norm --widths 1024,4096 --step 385m --json norm.json"
+EPILOG = examples("tnllm bench-norm --widths 1024,4096 --step 385m --json norm.json")
 
 
 def command(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_choice, check_outputs, counts, length, write_outputs
+from tnllm.cli.options import check_choice, check_outputs, counts, examples, length, write_outputs
 from tnllm.errors import RunError, UserError
 from tnllm.progress import log
 
-EPILOG = (
-    "Example:  tnllm bench-scale --preset 385m,1b --gpus 1,2 --meshes fsdp,tp,sp --json scale.json --plot scale.png"
+EPILOG = examples(
+    "tnllm bench-scale --preset 385m,1b --gpus 1,2 --meshes fsdp,tp,sp --json scale.json --plot scale.png"
 )
 
 # Preset, length of a row, rows, timed steps, warm-up steps.

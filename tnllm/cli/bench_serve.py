@@ -6,11 +6,11 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import write_outputs
+from tnllm.cli.options import examples, write_outputs
 from tnllm.errors import RunError
 from tnllm.progress import log
 
-EPILOG = "Example:  tnllm bench-serve --streams 100 --tokens 64   (with tnllm serve running)"
+EPILOG = examples("tnllm bench-serve --streams 100 --tokens 64   (with tnllm serve running)")
 
 
 def command(

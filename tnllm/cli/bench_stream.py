@@ -4,11 +4,11 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import length, write_outputs
+from tnllm.cli.options import examples, length, write_outputs
 from tnllm.errors import RunError
 from tnllm.progress import log
 
-EPILOG = "Example:  tnllm bench-stream --tokens 64k --json stream.json"
+EPILOG = examples("tnllm bench-stream --tokens 64k --json stream.json")
 
 
 def command(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_choice, check_outputs, choices, length, lengths, write_outputs
+from tnllm.cli.options import check_choice, check_outputs, choices, examples, length, lengths, write_outputs
 from tnllm.errors import RunError, UserError
 from tnllm.progress import log
 
-EPILOG = "Example:  tnllm bench-train --preset 385m --seqlens 1k:64k --json training.json --plot training.png"
+EPILOG = examples("tnllm bench-train --preset 385m --seqlens 1k:64k --json training.json --plot training.png")
 
 # Preset, lengths, tokens in a step, timed steps.
 _GPU = ("385m", "1k:64k", "32k", 10)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from tnllm.cli.options import check_choice
+from tnllm.cli.options import check_choice, examples
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_duration, parse_count
 from tnllm.progress import Progress, log
@@ -16,18 +16,13 @@ if TYPE_CHECKING:
     from tnllm.convert.run import Options, Report
     from tnllm.convert.source import Source
 
-EPILOG = """Examples:
-
-tnllm convert TransNormerLLM-385M 385m --to tnllm
-
-tnllm convert runs/tiny tiny-hf --to hf
-
-tnllm convert my-adapter merged --to hf --base 385m
-
-tnllm convert 385m 385m-official --to official --dtype bfloat16
-
-tnllm convert TransNormerLLM2-7B-300B x --to tnllm --dry-run
-"""
+EPILOG = examples(
+    "tnllm convert TransNormerLLM-385M 385m --to tnllm",
+    "tnllm convert runs/tiny tiny-hf --to hf",
+    "tnllm convert my-adapter merged --to hf --base 385m",
+    "tnllm convert 385m 385m-official --to official --dtype bfloat16",
+    "tnllm convert TransNormerLLM2-7B-300B x --to tnllm --dry-run",
+)
 FORMATS = ("tnllm", "hf", "official")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -9,10 +9,19 @@ from typing import Any
 import typer
 
 from tnllm.cli import data_clean
-from tnllm.cli.options import OnError
+from tnllm.cli.options import OnError, examples
 from tnllm.errors import UserError
 
-app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    help="Prepare and inspect training data.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    epilog=examples(
+        "tnllm data clean data/sample -o clean-out",
+        "tnllm data tokenize clean-out/clean -o tokens",
+        "tnllm data inspect tokens --verify",
+    ),
+)
 
 
 class SplitOn(StrEnum):
@@ -23,7 +32,7 @@ class SplitOn(StrEnum):
     line = "line"
 
 
-@app.command(epilog="Example:  tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer")
+@app.command(epilog=examples("tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer"))
 def tokenize(
     inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
     out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to resume after a stop."),
@@ -76,7 +85,7 @@ def tokenize(
     print(f"{out}: {count} shard{'s' * (count != 1)} in {seconds}{left_out}")
 
 
-@app.command(epilog="Example:  tnllm data inspect tokens --verify   |   tnllm data inspect web.jsonl.zst --json")
+@app.command(epilog=examples("tnllm data inspect tokens --verify", "tnllm data inspect web.jsonl.zst --json"))
 def inspect(
     path: Path = typer.Argument(..., help="A folder of token shards, of a cleaning run, or corpus files."),
     field: str = typer.Option("text", help="Field or column that holds the text of a corpus."),

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from tnllm.cli.options import examples
 from tnllm.errors import UserError
 
 
@@ -21,10 +22,10 @@ class Executor(StrEnum):
     ray = "ray"
 
 
-CLEAN_EPILOG = "Example:  tnllm data clean data/sample -o clean-out   |   tnllm data clean web/ -o out --workers 8"
-DEDUP_EPILOG = "Example:  tnllm data dedup web.jsonl.zst -o unique --threshold 0.7 --pairs pairs.tsv"
-SELF_CLEAN_EPILOG = "Example:  tnllm data self-clean clean-out/clean -o better --set self_clean.rounds=2"
-SCORE_EPILOG = "Example:  tnllm data score web.jsonl --model runs/tiny -o scores.jsonl"
+CLEAN_EPILOG = examples("tnllm data clean data/sample -o clean-out", "tnllm data clean web/ -o out --workers 8")
+DEDUP_EPILOG = examples("tnllm data dedup web.jsonl.zst -o unique --threshold 0.7 --pairs pairs.tsv")
+SELF_CLEAN_EPILOG = examples("tnllm data self-clean clean-out/clean -o better --set self_clean.rounds=2")
+SCORE_EPILOG = examples("tnllm data score web.jsonl --model runs/tiny -o scores.jsonl")
 
 
 def clean(

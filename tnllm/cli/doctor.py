@@ -12,9 +12,10 @@ from pathlib import Path
 
 import typer
 
+from tnllm.cli.options import examples
 from tnllm.errors import RunError, UserError
 
-EPILOG = "Example:  tnllm doctor --json"
+EPILOG = examples("tnllm doctor --json")
 
 # Import names of required packages, and of each extra.
 REQUIRED = (

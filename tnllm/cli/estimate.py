@@ -4,9 +4,10 @@ from typing import Any
 
 import typer
 
+from tnllm.cli.options import examples
 from tnllm.errors import UserError
 
-EPILOG = "Example:  tnllm estimate 1b --gpu h100 --mfu 0.45"
+EPILOG = examples("tnllm estimate 1b --gpu h100 --mfu 0.45")
 
 
 def command(

@@ -15,13 +15,18 @@ from tnllm.cli.evaluation_view import (
     show_results,
     show_tasks,
 )
-from tnllm.cli.options import check_choice, log_default_model
+from tnllm.cli.options import check_choice, examples, log_default_model
 from tnllm.errors import CheckFailed, UserError
 from tnllm.progress import Progress, log
 
-EXAMPLES = """Example:  tnllm eval --tasks mmlu,ceval   |   tnllm eval --model runs/tiny --tasks piqa --data-dir data
-
-tnllm eval ls   |   tnllm eval compare A.json B.json   |   tnllm eval check --tasks piqa   |   tnllm eval ppl book.txt"""
+EXAMPLES = examples(
+    "tnllm eval --tasks mmlu,ceval",
+    "tnllm eval --model runs/tiny --tasks piqa --data-dir data",
+    "tnllm eval ls",
+    "tnllm eval compare A.json B.json",
+    "tnllm eval check --tasks piqa",
+    "tnllm eval ppl book.txt",
+)
 app = typer.Typer(rich_markup_mode="rich", epilog=EXAMPLES)
 _PROMPT, _COMPUTE, _OUTPUT = "Prompts", "Computing", "Output"
 
@@ -144,7 +149,7 @@ def run(
         log(f"results in {write_results(out, results, log_samples)}")
 
 
-@app.command("ls", epilog="Example:  tnllm eval ls   |   tnllm eval ls 'arc*'   |   tnllm eval ls --data-dir data")
+@app.command("ls", epilog=examples("tnllm eval ls", "tnllm eval ls 'arc*'", "tnllm eval ls --data-dir data"))
 def list_tasks(
     pattern: str | None = typer.Argument(None, help="Search all of lm-evaluation-harness; * and ? match anything."),
     data_dir: Path | None = typer.Option(None, help="Say which sets are in this folder."),
@@ -176,7 +181,7 @@ def list_tasks(
 
 
 @app.command(
-    "compare", epilog="Example:  tnllm eval compare evals/a evals/b   |   tnllm eval compare evals/a --paper 385m"
+    "compare", epilog=examples("tnllm eval compare evals/a evals/b", "tnllm eval compare evals/a --paper 385m")
 )
 def compare_results(
     first: Path = typer.Argument(..., help="results_*.json, or a folder: its newest."),
@@ -200,7 +205,7 @@ def compare_results(
             log(note)
 
 
-@app.command("ppl", epilog="Example:  tnllm eval ppl book.txt   |   tnllm eval ppl web.jsonl --window 2048 --json")
+@app.command("ppl", epilog=examples("tnllm eval ppl book.txt", "tnllm eval ppl web.jsonl --window 2048 --json"))
 def file_perplexity(
     file: Path = typer.Argument(..., help="Text, JSON Lines or parquet."),
     model: str | None = typer.Option(None, help="As for tnllm eval."),
@@ -228,7 +233,7 @@ def file_perplexity(
         show_perplexity(result)
 
 
-@app.command("check", epilog="Example:  tnllm eval check --tasks openbookqa,piqa --data-dir data --limit 100")
+@app.command("check", epilog=examples("tnllm eval check --tasks openbookqa,piqa --data-dir data --limit 100"))
 def check_against_harness(
     tasks: str = typer.Option(..., "--tasks", "-t", help="Multiple-choice tasks, with commas."),
     model: str | None = typer.Option(None, help="As for tnllm eval."),
@@ -284,7 +289,7 @@ def check_against_harness(
 
 
 @app.command(
-    "requests", epilog="Example:  tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data"
+    "requests", epilog=examples("tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data")
 )
 def save_requests(
     out: Path = typer.Argument(..., help="File to write, for tnllm bench-eval."),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tnllm.cli.options import log_default_model
+from tnllm.cli.options import examples, log_default_model
 from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, stream_text, write_batch
 from tnllm.errors import UserError
 from tnllm.progress import log
@@ -20,18 +20,13 @@ if TYPE_CHECKING:
     from tnllm.generation.sampler import SamplingParams
     from tnllm.generation.samples import Piece, Result
 
-EPILOG = """Examples:
-
-tnllm generate --prompt "Once upon a time" --max-tokens 100 --temperature 0.8 --seed 1
-
-tnllm generate --model runs/tiny --chat
-
-tnllm generate --input prompts.jsonl --output answers.jsonl --temperature 0
-
-tnllm generate --prompt-file book.txt --max-tokens 0 --state-out book.state
-
-tnllm generate --state-in book.state --prompt "In short, "
-"""
+EPILOG = examples(
+    'tnllm generate --prompt "Once upon a time" --max-tokens 100 --temperature 0.8 --seed 1',
+    "tnllm generate --model runs/tiny --chat",
+    "tnllm generate --input prompts.jsonl --output answers.jsonl --temperature 0",
+    "tnllm generate --prompt-file book.txt --max-tokens 0 --state-out book.state",
+    'tnllm generate --state-in book.state --prompt "In short, "',
+)
 _SAMPLING, _INPUT, _OUTPUT, _STATE = "Sampling", "Input", "Output", "State"
 
 

@@ -7,43 +7,47 @@ Exit codes: 0 ok, 1 run-time failure, 2 bad input or config, 3 missing extra, 4 
 import importlib
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+import typer.core
 
 from tnllm import __version__
+from tnllm.cli.options import examples
 from tnllm.errors import UserError
 
-# In the order people meet them. A module offers `command` (a function) or `app` (a group of functions).
-COMMANDS = (
-    "train",
-    "sweep",
-    "generate",
-    "serve",
-    "eval",
-    "convert",
-    "data",
-    "tokenizer",
-    "recipes",
-    "estimate",
-    "doctor",
-    "plot",
-    "bench-attn",
-    "bench-norm",
-    "bench-train",
-    "bench-scale",
-    "bench-decode",
-    "bench-stream",
-    "bench-eval",
-    "bench-serve",
-)
+# Panels of `tnllm --help`, and in each the order people meet the commands. A module offers `command` (a function) or
+# `app` (a group of functions).
+PANELS = {
+    "Model": ("train", "generate", "serve", "eval", "convert", "sweep"),
+    "Data": ("data", "tokenizer"),
+    "Find and check": ("recipes", "estimate", "doctor", "plot"),
+    "Measure": (
+        "bench-attn",
+        "bench-norm",
+        "bench-train",
+        "bench-scale",
+        "bench-decode",
+        "bench-stream",
+        "bench-eval",
+        "bench-serve",
+    ),
+}
+
+
+class _InOrder(typer.core.TyperGroup):
+    """Lists the commands as PANELS does; Typer would put groups behind single commands."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for names in PANELS.values() for name in names]
+
 
 app = typer.Typer(
     name="tnllm",
+    cls=_InOrder,
     help="Train, evaluate and serve TransNormerLLM, the linear-attention large language model.",
-    epilog="Start with:  tnllm generate --prompt 'Once upon a time'   |   tnllm train recipes/tiny.yaml",
+    epilog=examples("tnllm generate --prompt 'Once upon a time'", "tnllm train tiny", "tnllm recipes list"),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -61,16 +65,19 @@ def _root(
     version: bool = typer.Option(
         False, "--version", help="Print the version and stop.", callback=_show_version, is_eager=True
     ),
+    # `main` takes it away, at any place of the command line; it is here for --help.
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; may stand anywhere."),
 ) -> None:
     pass
 
 
-for _name in COMMANDS:
-    _module = importlib.import_module(f"tnllm.cli.{_name.replace('-', '_')}")
-    if hasattr(_module, "app"):
-        app.add_typer(_module.app, name=_name)
-    else:
-        app.command(_name, epilog=_module.EPILOG)(_module.command)
+for _panel, _names in PANELS.items():
+    for _name in _names:
+        _module = importlib.import_module(f"tnllm.cli.{_name.replace('-', '_')}")
+        if hasattr(_module, "app"):
+            app.add_typer(_module.app, name=_name, rich_help_panel=_panel)
+        else:
+            app.command(_name, epilog=_module.EPILOG, rich_help_panel=_panel)(_module.command)
 
 
 def _normalize(args: list[str]) -> list[str]:

@@ -18,6 +18,12 @@ class OnError(StrEnum):
     skip = "skip"
 
 
+def examples(*commands: str) -> str:
+    """The end of a command's help: each of `commands` on a line of its own."""
+    # Typer joins lines; only an empty one between them ends a line.
+    return "\n\n".join(["Examples:", *commands])
+
+
 def length(text: str, flag: str) -> int:
     """`1000`, `64k` (65536) or `1m` (1048576); `flag` names the option in messages. Raises UserError."""
     number, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in ("k", "m") else (text, "")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import typer
 
-EPILOG = "Example:  tnllm plot runs/tiny runs/tiny-transformer -o loss.png --x tokens"
+from tnllm.cli.options import examples
+
+EPILOG = examples("tnllm plot runs/tiny runs/tiny-transformer -o loss.png --x tokens")
 
 
 class X(StrEnum):

@@ -5,17 +5,19 @@ from typing import Any
 
 import typer
 
+from tnllm.cli.options import examples
+
 app = typer.Typer(
     help="Find recipes, read them, check them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    epilog="Example:  tnllm recipes show 385m --doc",
+    epilog=examples("tnllm recipes show 385m --doc"),
 )
 
 SET_HELP = "Change a key: section.key=value. May be repeated."
 
 
-@app.command("list", epilog="Example:  tnllm recipes list --json")
+@app.command("list", epilog=examples("tnllm recipes list --json"))
 def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """List the recipes that ship, smallest first."""
     from tnllm.cli.tables import print_table
@@ -55,7 +57,7 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
     print_table("", columns, rows, right=["parameters", "tokens"], note=note)
 
 
-@app.command("show", epilog="Example:  tnllm recipes show 385m --doc > mine.yaml")
+@app.command("show", epilog=examples("tnllm recipes show 385m --doc > mine.yaml"))
 def show(
     recipe: str = typer.Argument(help="A recipe file, or the name of one that ships."),
     sets: list[str] = typer.Option([], "--set", help=SET_HELP),
@@ -74,7 +76,7 @@ def show(
     print(config.to_yaml(doc=doc), end="")
 
 
-@app.command("check", epilog="Example:  tnllm recipes check recipes/385m.yaml mine.yaml")
+@app.command("check", epilog=examples("tnllm recipes check recipes/385m.yaml mine.yaml"))
 def check(
     recipes: list[str] = typer.Argument(help="Recipe files, or names of recipes that ship."),
     sets: list[str] = typer.Option([], "--set", help=SET_HELP),

@@ -8,11 +8,11 @@ from typing import NoReturn
 
 import typer
 
-from tnllm.cli.options import log_default_model
+from tnllm.cli.options import examples, log_default_model
 from tnllm.errors import MissingExtra, RunError, Terminated, UserError
 from tnllm.progress import log
 
-EPILOG = "Example:  tnllm serve --model runs/first --port 8000"
+EPILOG = examples("tnllm serve --model runs/first --port 8000")
 
 KEY_VARIABLE = "TNLLM_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

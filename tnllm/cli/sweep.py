@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tnllm.cli.options import examples
+
 if TYPE_CHECKING:
     from tnllm.sweep.plan import Plan
 
-EPILOG = (
-    "Example:  tnllm sweep recipes/evidence/loss.yaml --out runs/evidence --jobs 3 --set data.path=CORPUS   |   "
-    "tnllm sweep recipes/evidence/loss.yaml --report docs/evidence"
+EPILOG = examples(
+    "tnllm sweep recipes/evidence/loss.yaml --out runs/evidence --jobs 3 --set data.path=CORPUS",
+    "tnllm sweep recipes/evidence/loss.yaml --report docs/evidence",
 )
 
 

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import OnError
+from tnllm.cli.options import OnError, examples
 from tnllm.errors import UserError
 
-app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    help="Train and inspect tokenizers.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    epilog=examples(
+        "tnllm tokenizer inspect tnllm-8k --text 'Hello world'", "tnllm tokenizer train corpus/ -o my-tokenizer"
+    ),
+)
 
 
-@app.command(epilog="Example:  tnllm tokenizer train corpus/ --vocab-size 32000 -o my-tokenizer")
+@app.command(epilog=examples("tnllm tokenizer train corpus/ --vocab-size 32000 -o my-tokenizer"))
 def train(
     inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
     out: Path = typer.Option(..., "--out", "-o", help="Folder for tokenizer.model."),
@@ -52,7 +59,7 @@ def train(
     print(f"{target}: {vocab_size} tokens, {format_bytes(len(model))}, trained in {seconds}")
 
 
-@app.command(epilog="Example:  tnllm tokenizer inspect my-tokenizer --text 'Hello world' --file sample.txt")
+@app.command(epilog=examples("tnllm tokenizer inspect my-tokenizer --text 'Hello world' --file sample.txt"))
 def inspect(
     model: Path | None = typer.Argument(
         None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tnllm.cli.options import examples
 from tnllm.progress import log
 
 if TYPE_CHECKING:
     from tnllm.training.config import RunConfig
 
-EPILOG = (
-    "Example:  tnllm train recipes/tiny.yaml --set train.max_steps=50 --out runs/short   |   "
-    "tnllm train 385m --nproc 8   |   torchrun --nproc-per-node 8 -m tnllm train 385m"
+EPILOG = examples(
+    "tnllm train recipes/tiny.yaml --set train.max_steps=50 --out runs/short",
+    "tnllm train 385m --nproc 8",
+    "torchrun --nproc-per-node 8 -m tnllm train 385m",
 )
 
 
