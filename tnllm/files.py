@@ -4,17 +4,24 @@ write_text_atomic(folder / "latest", "step-00001000")
 with written_folder(Path("weights")) as temporary:      # renamed to weights/ when the block ends without an error
     (temporary / "config.json").write_text("{}")
 values = read_json(folder / "config.json")              # a dict, or one clear line
-with lock(folder, busy="another process writes here"):  # released when the process ends, however it ends
+with only_writer(Path("runs/first")):                   # refuses a second writer by pid and host; ends with the process
+    ...
+with lock(folder, busy="another process writes here"):  # the same for short work that others may wait for
     ...
 parse_count("0.5M")                                     # 500000
 format_bytes(3 << 30)                                   # "3.00 GiB"
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +29,8 @@ from typing import Any
 
 from tnllm.errors import UserError
 
+LOCK = ".lock"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux; the containers of one machine share it
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
@@ -138,6 +147,94 @@ def lock(folder: Path, busy: str, wait: Callable[[], None] | None = None) -> Ite
         yield
     finally:
         held.release()
+
+
+@contextmanager
+def only_writer(folder: Path, force: bool | None = None, wait_s: float = 0) -> Iterator[int]:
+    """Be the only process that writes `folder`, created if missing. Readers need no lock.
+
+    `folder`/.lock is held by flock, so it is free when its process ends, even if killed. Inside it a JSON object says
+    by whom the folder is written: `written_by` (the command), `pid`, `host`, `boot` (of the machine) and `since`. It is
+    removed at the end, and with it a folder made here that is still empty. Yields the descriptor: a child process that
+    inherits it (`pass_fds`) holds the lock too.
+
+    Raises UserError, which names the writer, if there still is one after `wait_s`. A .lock left by another machine is
+    refused too, since that machine may still be writing; `force` ignores it. None: this command has no --force-unlock.
+    """
+    path, made = Path(folder) / LOCK, [item for item in (folder, *Path(folder).parents) if not Path(item).exists()]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + wait_s
+    while (handle := _take(path)) is None:
+        if time.monotonic() >= until:
+            raise UserError(f"{folder} is being written by {_writer(path)}; wait for it, or choose another folder")
+        time.sleep(0.1)
+    try:
+        record = _record(path)
+        ours = {"host": socket.gethostname(), "boot": _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""}
+        if record and not force and all(record.get(key) != value for key, value in ours.items()):
+            how = f"remove {path}" if force is None else "add --force-unlock"
+            raise UserError(
+                f"{folder} was being written by {_writer(path)}, and this machine cannot tell whether that still runs; "
+                f"if it has ended, {how}"
+            )
+        command = shlex.join(["tnllm", *sys.argv[1:]])
+        since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        record = {"written_by": command, "pid": os.getpid(), **ours, "since": since}
+        os.truncate(handle, 0)
+        os.pwrite(handle, json.dumps(record).encode(), 0)
+        try:
+            yield handle
+        finally:
+            # While it is held: a process that opened it meanwhile sees that its file is gone, and opens the new one.
+            path.unlink(missing_ok=True)
+            for item in made:
+                if item.is_dir() and not any(item.iterdir()):
+                    item.rmdir()
+    finally:
+        os.close(handle)
+
+
+def _take(path: Path) -> int | None:
+    """A descriptor of `path` that holds its lock; None if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        raise UserError("writing needs the file locks of Linux or macOS") from None
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise UserError(
+                    f"the file system of {path.parent} has no locks ({error.strerror}); use another"
+                ) from None
+            raise
+        os.close(handle)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What .lock says of its writer; empty if it says nothing readable."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _writer(path: Path) -> str:
+    record = _record(path)
+    if not record:
+        return "another process"
+    command = str(record.get("written_by"))
+    command = command if len(command) <= 100 else f"{command[:97]}..."
+    return f"pid {record.get('pid')} on {record.get('host')} ({command}, since {record.get('since')})"
 
 
 def parse_count(value: int | float | str, name: str = "count") -> int:

@@ -15,15 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tnllm.errors import UserError
-from tnllm.files import write_text_atomic
+from tnllm.files import only_writer, write_text_atomic
 from tnllm.modeling.flops import count_parameters
 from tnllm.sweep.plan import Cell, Plan, Row
 from tnllm.sweep.table import CURVES, RESULTS, write_csv
@@ -58,7 +57,7 @@ def run_sweep(
     holds cells of another plan.
     """
     started = time.monotonic()
-    with _only_writer(out) as lock:
+    with only_writer(out, wait_s=_LOCK_WAIT_S) as lock:
         rows = read_rows(out)
         running: list[_Running] = []
         try:
@@ -254,27 +253,3 @@ def _write_tables(out: Path, rows: Sequence[Row]) -> None:
 def curve(metrics: Sequence[Row]) -> list[list[Any]]:
     """Step, tokens and loss of every validation in rows of metrics.jsonl."""
     return [[item["step"], item["tokens"], item["val_loss"]] for item in metrics if item.get("val_loss") is not None]
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[int]:
-    """Hold the lock of `out`, which its cells share: it is free once the last of them has ended.
-
-    Child processes inherit a lock of this kind, unlike `tnllm.files.lock`; only POSIX systems have it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        raise UserError("tnllm sweep needs Linux or macOS: its cells share a lock of the system") from None
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a", encoding="utf-8") as file:
-        until = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise UserError(f"another sweep works in {out}; wait for it, or choose another --out") from None
-                time.sleep(_POLL_S)
-        yield file.fileno()

@@ -1,0 +1,82 @@
+"""Folders with one writer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tnllm.errors import UserError
+from tnllm.files import LOCK, only_writer
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tnllm.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_by_name_until_the_first_dies(tmp_path):
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"^.* is being written by pid {first.pid} on .*; wait for it, or .*$"):
+            only_writer(folder).__enter__()
+        first.send_signal(signal.SIGKILL)
+    assert json.loads((folder / LOCK).read_text())["pid"] == first.pid
+    with only_writer(folder):
+        assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
+    assert not (folder / LOCK).exists()
+
+
+def test_the_lock_of_another_machine_is_explained_and_can_be_forced(tmp_path):
+    record = {
+        "written_by": "tnllm train tiny",
+        "pid": 7,
+        "host": "node-17",
+        "boot": "x",
+        "since": "2026-01-01T00:00:00",
+    }
+    (tmp_path / LOCK).write_text(json.dumps(record))
+    with (
+        pytest.raises(
+            UserError, match=r"by pid 7 on node-17 \(tnllm train tiny, .*; if it has ended, add --force-unlock"
+        ),
+        only_writer(tmp_path, force=False),
+    ):
+        pass
+    with pytest.raises(UserError, match=rf"if it has ended, remove {tmp_path / LOCK}"), only_writer(tmp_path):
+        pass
+    assert json.loads((tmp_path / LOCK).read_text()) == record
+    with only_writer(tmp_path, force=True):
+        pass
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_force_never_takes_a_lock_that_is_held(tmp_path):
+    refused = pytest.raises(UserError, match=f"written by pid {os.getpid()} on")
+    with only_writer(tmp_path), refused, only_writer(tmp_path, force=True):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "null", "\udcff"])
+def test_a_record_that_says_nothing_blocks_nobody(tmp_path, content):
+    (tmp_path / LOCK).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with only_writer(tmp_path):
+        pass
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path):
+    with pytest.raises(UserError), only_writer(tmp_path / "a" / "b"):
+        raise UserError("bad input")
+    assert not (tmp_path / "a").exists()
+    with only_writer(tmp_path / "a" / "b") as handle:
+        assert not os.get_inheritable(handle)
+        (tmp_path / "a" / "b" / "file").touch()
+    assert [path.name for path in Path(tmp_path / "a" / "b").iterdir()] == ["file"]
