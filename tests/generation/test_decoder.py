@@ -5,7 +5,7 @@ import torch
 
 from tests.small_models import small_model
 from tnllm.errors import RunError, UserError
-from tnllm.generation import decoder
+from tnllm.generation import slots
 from tnllm.generation.context import load_context, read, save_context, weights_hash
 from tnllm.generation.decoder import Piece, Result, generate, generate_text
 from tnllm.generation.sampler import SamplingParams
@@ -286,13 +286,14 @@ def test_rows_of_a_captured_step_end_one_by_one(model, tokenizer, monkeypatch):
 
         def __init__(self, model, state, num_choices):
             self.step = lambda tokens: model.step(tokens, state)
+            self.batch = state.batch
             batches.append(state.batch)
 
         def __call__(self, tokens):
             return self.step(tokens)
 
-    monkeypatch.setattr(decoder, "CapturedStep", FakeCapture)
-    monkeypatch.setattr(decoder, "can_capture", lambda model, num_steps: num_steps >= 4)
+    monkeypatch.setattr(slots, "CapturedStep", FakeCapture)
+    monkeypatch.setattr(slots, "can_capture", lambda model, num_steps: num_steps >= 4)
     for sync_every in 1, 8:
         captured = results(model, tokenizer, PROMPTS, params, sync_every=sync_every)
         assert {key: result.tokens for key, result in captured.items()} == {
@@ -310,7 +311,7 @@ def test_a_captured_step_may_choose_the_token(model, tokenizer, monkeypatch, opt
 
     class FakeCapture:
         def __init__(self, model, state, num_choices):
-            self.model, self.state, self.num_choices = model, state, num_choices
+            self.model, self.state, self.num_choices, self.batch = model, state, num_choices, state.batch
             self.top_token, self.logits = torch.zeros(1, dtype=torch.int64), None
 
         @property
@@ -323,8 +324,8 @@ def test_a_captured_step_may_choose_the_token(model, tokenizer, monkeypatch, opt
             self.top_token.copy_(self.logits[:, : self.num_choices].argmax(dim=-1))
             return self.logits
 
-    monkeypatch.setattr(decoder, "CapturedStep", FakeCapture)
-    monkeypatch.setattr(decoder, "can_capture", lambda *_: True)
+    monkeypatch.setattr(slots, "CapturedStep", FakeCapture)
+    monkeypatch.setattr(slots, "can_capture", lambda *_: True)
     captured = results(model, tokenizer, PROMPTS[:1], params)
     for key, result in plain.items():
         assert captured[key].tokens == result.tokens
@@ -338,7 +339,7 @@ def test_a_captured_step_equals_a_plain_one(tokenizer, monkeypatch, dtype):
     params = [SamplingParams(seed=row, max_tokens=30 + 20 * row, n=1 + row, **FREE) for row in range(4)]
     captured = results(model, tokenizer, PROMPTS, params)
     again = results(model, tokenizer, PROMPTS, params)
-    monkeypatch.setattr(decoder, "can_capture", lambda model, num_steps: False)
+    monkeypatch.setattr(slots, "can_capture", lambda model, num_steps: False)
     plain = results(model, tokenizer, PROMPTS, params, sync_every=1)
     for key, result in plain.items():
         assert captured[key].tokens == again[key].tokens
@@ -351,7 +352,7 @@ def test_a_kernel_that_chooses_the_token_equals_the_sampler(tokenizer, monkeypat
     model = small_model(model_dim=128).cuda()
     params = [SamplingParams(temperature=0.0, max_tokens=60, **FREE)]
     chosen = results(model, tokenizer, PROMPTS[:1], params)
-    monkeypatch.setattr(decoder, "can_capture", lambda model, num_steps: False)
+    monkeypatch.setattr(slots, "can_capture", lambda model, num_steps: False)
     assert {key: result.tokens for key, result in chosen.items()} == {
         key: result.tokens for key, result in results(model, tokenizer, PROMPTS[:1], params).items()
     }

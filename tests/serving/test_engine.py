@@ -11,10 +11,10 @@ import torch
 
 from tests.small_models import make_ready, small_model
 from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.generation import slots
 from tnllm.generation.decoder import generate
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result
-from tnllm.serving import slots
 from tnllm.serving.engine import Busy, Engine, Failed, PromptRead
 
 
@@ -99,8 +99,10 @@ def test_every_request_gets_what_generate_gives(ready):
 class PlainStep:
     """A captured step without a graph: what the slots do on a GPU, on a CPU."""
 
-    def __init__(self, model, state):
-        self.model, self.state = model, state
+    top_token = None
+
+    def __init__(self, model, state, num_choices):
+        self.model, self.state, self.batch = model, state, state.batch
 
     def __call__(self, tokens):
         return self.model.step(tokens, self.state)

@@ -2,7 +2,7 @@
 
 step = CapturedStep(model, state)
 logits = step(tokens)          # as model.step(tokens, state); logits are overwritten by the next call
-logits = step(step.top_token)  # greedy decoding of one row: the argmax is part of the graph, nothing is copied
+step.top_token                 # argmax of the logits, where it is part of the graph
 
 For one row the graph holds one persistent kernel (`tnllm.kernels.decode_step`), for a larger batch the model's own kernels.
 """
@@ -35,6 +35,7 @@ class CapturedStep:
     @torch.no_grad()
     def __init__(self, model: LanguageModel, state: State, num_choices: int | None = None) -> None:
         """`num_choices`: `top_token` is below this id; None: the full vocabulary."""
+        self.batch = state.batch
         self._tokens = torch.zeros(state.batch, dtype=torch.int64, device=model.device)
         # Warm up on a copy of the state and a separate stream: no kernel may be compiled and no workspace allocated
         # during capture.

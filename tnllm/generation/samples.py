@@ -1,11 +1,9 @@
-"""Samples while they are decoded: the next token of every row, then each row's text and whether it has ended.
+"""A sample while it is decoded: its tokens, its text, and whether it has ended.
 
-columns = [sample(logits, options, positions, seen, counts, tokenizer.vocab_size, num_top), ...]   # one per step
 sampled = SampledTokens.of(columns)                      # the only synchronisation with the device
 for piece in row.append(sampled, index, eos_ids, tokenizer):
     ...                                                  # up to the row's end, if it is among them
-
-`decoder.generate` and the serving engine are both loops around these functions, so they give the same text.
+row.result()
 """
 
 import secrets
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tnllm.generation.context import Context
-from tnllm.generation.sampler import MAX_SEED, Options, SamplingParams, log_probabilities, sample_ids
+from tnllm.generation.sampler import MAX_SEED, SamplingParams
 from tnllm.generation.text import TextStream
 from tnllm.tokenizer import Tokenizer
 
@@ -70,36 +68,12 @@ class SampledTokens:
 
     @staticmethod
     def of(columns: Sequence[Sequence[Tensor]]) -> "SampledTokens":
-        """Copy what `sample` returned at each step to the host."""
+        """Copy to the host what was sampled at each step: tokens [B], whether finite [B], log-probabilities if any."""
         stacked = [torch.stack(parts, dim=1).cpu() for parts in zip(*columns, strict=True)]
         return SampledTokens(stacked[0].tolist(), stacked[1].tolist(), [part.tolist() for part in stacked[2:]] or None)
 
 
-def sample(
-    logits: Tensor,
-    options: Options,
-    positions: Tensor,
-    seen: Tensor,
-    counts: Tensor | None,
-    vocab_size: int,
-    num_top: int | None,
-) -> list[Tensor]:
-    """The next token of each row, on the device: tokens [B], whether the logits were finite [B], log-probabilities.
-
-    logits [B, V] fp32. Ids from `vocab_size`, the tokenizer's, are padding of the vocabulary and are masked in place.
-    num_top: how many of the most likely tokens to report; None for no log-probabilities.
-    """
-    # A NaN or +inf anywhere in a row reaches its maximum; -inf does not, and is harmless.
-    finite = logits.amax(dim=-1).isfinite()
-    logits[:, vocab_size:] = -torch.inf
-    tokens = sample_ids(logits, options, positions, seen, counts)
-    column = [tokens, finite]
-    if num_top is not None:
-        column += log_probabilities(logits, tokens, num_top)
-    return column
-
-
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A sample while it is decoded."""
 
@@ -114,6 +88,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     reason: FinishReason | None = None
+    context: Context | None = None  # after its last token, if it is to be kept
 
     @property
     def left(self) -> int:
@@ -151,13 +126,13 @@ class Row:
             self.logprobs.append(logprob)
         return Piece(self.index, self.sample, token, text, logprob)
 
-    def result(self, context: Context | None = None) -> Result:
+    def result(self) -> Result:
         """The sample, which must have ended."""
         assert self.reason is not None
         logprobs = self.logprobs if self.params.logprobs is not None else None
         return Result(
             self.index, self.sample, "".join(self.texts), self.tokens, self.reason, self.seed, self.prompt_tokens,
-            logprobs, context,
+            logprobs, self.context,
         )  # fmt: skip
 
 
@@ -185,13 +160,3 @@ def start_rows(
         )
         for sample in range(params.n)
     ]  # fmt: skip
-
-
-def most_logprobs(rows: Sequence[Row]) -> int | None:
-    """The most top tokens that any row reports; None if no row reports log-probabilities."""
-    return max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None)
-
-
-def non_finite(position: int) -> str:
-    """The error message for logits that are NaN or infinite."""
-    return f"the model gave non-finite logits near token {position}; its weights are damaged or its training diverged"

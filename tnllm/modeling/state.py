@@ -43,6 +43,17 @@ class State:
         layers = [layer.index_select(self.rows_dim, index.to(layer.device)) for layer in self.layers]
         return State(layers, self.position.index_select(0, index), self.rows_dim)
 
+    def write(self, row: int, source: "State", source_row: int = 0) -> None:
+        """Copy a row of another state into this one, in place; a cache grows to hold it."""
+        for index, values in enumerate(source.layers):
+            values = values.select(self.rows_dim, source_row)
+            if self.rows_dim == 1 and self.layers[index].shape[2] < values.shape[1]:
+                missing = values.shape[1] - self.layers[index].shape[2]
+                self.layers[index] = torch.nn.functional.pad(self.layers[index], (0, 0, 0, 0, 0, missing))
+            # Without its rows a cache is [2, T, H, d], of which the first slots are written; any other is of equal size.
+            self.layers[index].select(self.rows_dim, row)[:, : values.shape[1]].copy_(values)
+        self.position[row] = source.position[source_row]
+
     def to(self, device: torch.device | str) -> "State":
         """The same state on another device."""
         return State([layer.to(device) for layer in self.layers], self.position.to(device), self.rows_dim)

@@ -29,11 +29,11 @@ from tnllm.generation.context import Context, after_reading, weights_hash
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams, log_probabilities
 from tnllm.generation.samples import Piece, Result, Row, TokenLogprob, start_rows, token_logprob
+from tnllm.generation.slots import Slots
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
 from tnllm.serving.metrics import Metrics, Snapshot
 from tnllm.serving.prefix_cache import PrefixCache
-from tnllm.serving.slots import Slots
 
 # Prompt tokens prefilled between two decoding steps. On a CPU they cost about as much as a few steps, so that running texts
 # slow down but do not stop; on a GPU they are enough to keep it busy.
@@ -131,6 +131,11 @@ class Engine:
         served.
         """
         model = loaded.model
+        if model.config.kind != "transnormer":
+            raise UserError(
+                f"model.kind is {model.config.kind!r}; serving needs 'transnormer', whose state has a fixed size: "
+                "use tnllm generate"
+            )
         self.loaded, self.num_slots, self.queue_size = loaded, num_slots, queue_size
         self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS[model.device.type]

@@ -1,0 +1,213 @@
+"""Rows decoded together: a fixed number of slots in one state; rows join and leave between any two steps.
+
+slots = Slots(model, tokenizer, 64)
+slots.join(row, context)            # a copy of the context becomes the row's state
+while slots.rows:
+    for row, pieces in slots.decode(eos_ids):
+        ...                         # a few more tokens of each row; finished rows have left
+
+`decoder.generate` and the serving engine are both loops around this class, so they give the same text.
+
+Active rows come first: the last row replaces one that leaves. So a step runs on the first rows of the tensors, without
+gaps and without allocating states. On a GPU steps are captured as CUDA graphs for a few batch sizes; the rows above the
+active ones are padding, and their results are discarded.
+"""
+
+import torch
+from torch import Tensor
+
+from tnllm.errors import RunError
+from tnllm.generation.captured_step import MIN_STEPS, CapturedStep, can_capture
+from tnllm.generation.context import Context
+from tnllm.generation.sampler import Options, log_probabilities, sample_ids
+from tnllm.generation.samples import Piece, Row, SampledTokens
+from tnllm.generation.text import TAIL_TOKENS
+from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.state import State
+from tnllm.tokenizer import Tokenizer
+
+# Tokens between two synchronisations with a GPU. Each stalls the device for about a kernel launch; after a stop, up to
+# SYNC_EVERY - 1 steps are wasted.
+SYNC_EVERY = 8
+
+
+class Slots:
+    """Decodes up to `num_slots` rows together."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        num_slots: int,
+        *,
+        keep_contexts: bool = False,
+        sync_every: int | None = None,
+    ) -> None:
+        """keep_contexts: give each row that ends the context after its last token. sync_every: tokens between two
+        synchronisations; None: SYNC_EVERY where steps can be captured, else 1.
+        """
+        self._model, self._tokenizer = model, tokenizer
+        self._state = model.init_state(num_slots)
+        vocab_size, wide = model.config.vocab_size, model.head_weight.dtype == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        self._logits = torch.zeros(num_slots, vocab_size, dtype=dtype, device=model.device)
+        self._seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=model.device)
+        self._counts: Tensor | None = None  # [slots, V]; allocated for the first row that needs it
+        self._options: Options | None = None  # of the active rows; None after a row joined or left
+        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=model.device)  # sampled last
+        # Whether a token is fed to the model before the host has seen it: the device computes while the host processes
+        # tokens, and results of rows that have ended are discarded. A kept context holds its last token, too.
+        self._ahead = keep_contexts or can_capture(model, MIN_STEPS)
+        self._keep_contexts = keep_contexts
+        self._sync_every = 1 if keep_contexts else sync_every or (SYNC_EVERY if self._ahead else 1)
+        self._steps: dict[int, CapturedStep] = {}  # by batch size
+        self._latest: CapturedStep | None = None  # the step that gave the logits of the active rows
+        self.rows: list[Row] = []
+        self.num_slots = num_slots
+
+    @property
+    def free(self) -> int:
+        """Number of free slots."""
+        return self.num_slots - len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, active or free."""
+        counts = self._counts.nbytes if self._counts is not None else 0
+        return self._state.nbytes + self._logits.nbytes + self._seen.nbytes + counts
+
+    def warm_up(self) -> None:
+        """Capture every batch size now rather than while a request waits. Does nothing on a CPU."""
+        for power in range(self.num_slots.bit_length() + 1):
+            self._captured(min(1 << power, self.num_slots), MIN_STEPS)
+
+    @torch.no_grad()
+    def join(self, row: Row, context: Context) -> None:
+        """Put a row into a free slot, with a copy of `context` as its state.
+
+        The softmax baseline's rows must all join before the first step: its cache is cut to the active rows.
+        """
+        slot = len(self.rows)
+        assert slot < self._state.batch
+        self._state.write(slot, context.state)
+        self._logits[slot].copy_(context.logits[0])
+        self._seen[slot].copy_(context.seen[0])
+        if row.params.presence_penalty or row.params.frequency_penalty:
+            if self._counts is None:
+                self._counts = torch.zeros_like(self._seen, dtype=torch.int32)
+            self._counts[slot].zero_()
+        self.rows.append(row)
+        self._options = self._latest = None
+
+    @torch.no_grad()
+    def leave(self, row: Row) -> None:
+        """Free a row's slot."""
+        slot, last = self.rows.index(row), len(self.rows) - 1
+        if slot != last:
+            self._state.write(slot, self._state, last)
+            tensors = [self._logits, self._seen, self._tokens]
+            for tensor in [*tensors, self._counts] if self._counts is not None else tensors:
+                tensor[slot].copy_(tensor[last])
+            self.rows[slot] = self.rows[last]
+        self.rows.pop()
+        self._options = self._latest = None
+
+    @torch.no_grad()
+    def decode(self, eos_ids: frozenset[int]) -> list[tuple[Row, list[Piece] | RunError]]:
+        """A few more tokens of every row (one on a CPU), with one synchronisation; finished rows leave.
+
+        A row whose logits are not finite leaves with an error in place of its pieces; the others continue.
+        """
+        rows = list(self.rows)
+        columns: list[list[Tensor]] = []
+        for _ in range(min(self._sync_every, max(row.left for row in rows))):
+            if columns:
+                self._read()
+            columns.append(self._sample())
+        if self._ahead:
+            self._read()
+        sampled = SampledTokens.of(columns)
+        results: list[tuple[Row, list[Piece] | RunError]] = []
+        for index, row in enumerate(rows):
+            # Logits after a row's last token are discarded, so they need not be finite.
+            if all(sampled.finite[index][: row.left]):
+                results.append((row, list(row.append(sampled, index, eos_ids, self._tokenizer))))
+            else:
+                near = int(self._state.position[index])
+                results.append((row, RunError(f"the model gave non-finite logits near token {near}; its weights are "
+                                              "damaged or its training diverged")))  # fmt: skip
+        for row, pieces in results:
+            if self._keep_contexts and row.reason:
+                row.context = self._context(row)
+            if row.reason or isinstance(pieces, RunError):
+                self.leave(row)
+        if not self._ahead and self.rows:
+            self._read()
+        return results
+
+    def _sample(self) -> list[Tensor]:
+        """The next token of each row, on the device: tokens [B], whether the logits were finite [B], log-probabilities."""
+        rows, count = self.rows, len(self.rows)
+        if self._options is None:
+            self._options = Options.of([row.params for row in rows], [row.seed for row in rows], self._model.device)
+        options = self._options
+        num_top = max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None)
+        plain = not (options.draws or options.repetition or options.counts) and num_top is None
+        if plain and self._latest is not None and self._latest.top_token is not None:
+            # The graph has computed the argmax.
+            column = [self._latest.top_token[:count].clone(), self._latest.top_logit[:count].isfinite()]
+        else:
+            logits = self._logits[:count]
+            # A NaN or +inf anywhere in a row reaches its maximum; -inf does not, and is harmless.
+            finite = logits.amax(dim=-1).isfinite()
+            # Ids from the tokenizer's size on are padding of the vocabulary.
+            logits[:, self._tokenizer.vocab_size :] = -torch.inf
+            counts = None if self._counts is None else self._counts[:count]
+            tokens = sample_ids(logits, options, self._state.position[:count], self._seen[:count], counts)
+            column = [tokens, finite]
+            if num_top is not None:
+                column += log_probabilities(logits, tokens, num_top)
+        self._tokens[:count].copy_(column[0])
+        return column
+
+    def _read(self) -> None:
+        """Feed each active row its latest token."""
+        count = len(self.rows)
+        tokens = self._tokens[:count]
+        self._seen[:count].scatter_(1, tokens[:, None], True)
+        if self._counts is not None:
+            ones = torch.ones_like(tokens[:, None], dtype=torch.int32)
+            self._counts[:count].scatter_add_(1, tokens[:, None], ones)
+        self._latest = self._captured(count, max(row.left for row in self.rows))
+        if self._latest is not None:
+            logits = self._latest(self._tokens[: self._latest.batch])[:count]
+        else:
+            logits = self._model.step(tokens, self._first(count))
+        self._logits[:count].copy_(logits)
+
+    def _captured(self, count: int, num_steps: int) -> CapturedStep | None:
+        """A captured step of which at most half is padding; None if capturing does not pay off for `num_steps` steps."""
+        size = min((size for size in self._steps if count <= size < 2 * count), default=None)
+        if size is None and can_capture(self._model, num_steps):
+            size = min(1 << (count - 1).bit_length(), self.num_slots)
+            self._steps[size] = CapturedStep(self._model, self._first(size), self._tokenizer.vocab_size)
+        return None if size is None else self._steps[size]
+
+    def _first(self, count: int) -> State:
+        """The state of the first rows: a view of slots; a cache, which a step may replace by a larger one, is cut."""
+        state = self._state
+        if state.rows_dim == 0:
+            return State([layer[:count] for layer in state.layers], state.position[:count])
+        if count < state.batch:
+            self._state = state.select(range(count))
+        return self._state
+
+    def _context(self, row: Row) -> Context:
+        slot = self.rows.index(row)
+        return Context(
+            self._state.select([slot]),
+            self._logits[slot : slot + 1].clone(),
+            self._seen[slot : slot + 1].clone(),
+            (*row.tail, *row.tokens)[-TAIL_TOKENS:],
+        )
