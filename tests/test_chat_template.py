@@ -138,21 +138,56 @@ def test_other_tokenizers_are_exported_with_the_same_form(tmp_path, kind, templa
     assert expected.count(tokenizer.eos_id) == len(PROMPTS) + 1
 
 
-def test_exported_templates_refuse_what_serve_refuses(tmp_path):
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        # What stands between two answers is one prompt: system texts first, then the users'.
+        ([("user", "a"), ("user", "b")], "Human:\na\nb\nAssistant:\n"),
+        ([("user", "a"), ("system", "S"), ("user", "b")], "S\nHuman:\na\nb\nAssistant:\n"),
+        ([("system", "S"), ("developer", "D"), ("user", "a")], "S\nD\nHuman:\na\nAssistant:\n"),
+        (
+            [("user", "a"), ("assistant", "x"), ("system", "S"), ("user", "b")],
+            "Human:\na\nAssistant:\nx</s>S\nHuman:\nb\nAssistant:\n",
+        ),
+        ([("user", "a"), ("assistant", "x"), ("system", "S")],
+         "Human:\na\nAssistant:\nx</s>S\nHuman:\n\nAssistant:\n"),
+        ([("system", "S")], "S\nHuman:\n\nAssistant:\n"),
+        ([("assistant", "x"), ("user", "a")], "Human:\n\nAssistant:\nx</s>Human:\na\nAssistant:\n"),
+        (
+            [("user", "a"), ("assistant", "x"), ("assistant", "y")],
+            "Human:\na\nAssistant:\nx</s>Human:\n\nAssistant:\ny</s>",
+        ),
+    ],
+)  # fmt: skip
+def test_any_order_has_a_form_and_exported_templates_have_the_same(exported_demo, messages, expected):
+    assert exported_demo.apply_chat_template(as_dicts(messages), tokenize=False) == expected
+    assert without_marks(to_marked(render(DEFAULT, messages)), "</s>") == expected
+
+
+@pytest.fixture(scope="module")
+def exported_demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
     files, _ = tokenizer_files(Tokenizer.load(assets.tokenizer_model()), {})
     for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    tokenizer = exported(tmp_path)
-    for roles in (("assistant",), ("user", "user"), ("user", "system"), ("system", "system", "user"), ("user", "tool")):
-        with pytest.raises(Exception, match="user and assistant in turns, user first"):
-            ids_of_exported(tokenizer, [(role, "x") for role in roles])
-        with pytest.raises(UserError, match="user and assistant take turns, user first"):
-            render(DEFAULT, [(role, "x") for role in roles])
+        (folder / name).write_text(text, encoding="utf-8")
+    return exported(folder)
+
+
+def test_exported_templates_refuse_what_serve_refuses(exported_demo):
+    messages = [("user", "x"), ("tool", "y")]
+    with pytest.raises(Exception, match="is of role tool; allowed: system, developer, user, assistant"):
+        ids_of_exported(exported_demo, messages)
+    with pytest.raises(UserError, match="message 1 is of role 'tool'; allowed: system, developer, user, assistant"):
+        render(DEFAULT, messages)
+    assert render(DEFAULT, []) == []
+
+
+def test_exported_templates_take_parts(exported_demo):
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    assert tokenizer.apply_chat_template(parts, tokenize=False) == "Human:\nab\nAssistant:\n"
+    assert exported_demo.apply_chat_template(parts, tokenize=False) == "Human:\nab\nAssistant:\n"
     # A conversation that does not need marks has none.
     plain = [("system", "A"), ("user", "B"), ("assistant", "C"), ("user", "D")]
-    text = tokenizer.apply_chat_template(as_dicts(plain), tokenize=False)
+    text = exported_demo.apply_chat_template(as_dicts(plain), tokenize=False)
     assert text == "A\nHuman:\nB\nAssistant:\nC</s>Human:\nD\nAssistant:\n"
 
 

@@ -5,7 +5,7 @@
     stop = stop_strings(DEFAULT)                                     # what ends an answer, besides the end token
     jinja = to_jinja(DEFAULT, control_tokens=("<unk>", "<s>", "</s>"))
 
-A template is the text around a user's prompt. The system text comes first, on lines of its own; prompt and answer are
+A template is the text around a user's prompt. A system text precedes it, on lines of its own; prompt and answer are
 encoded separately, as they are when the model is asked; every answer ends with the end token. Control tokens are never
 part of a segment's text, so the text `</s>` in a message stays text.
 
@@ -21,6 +21,7 @@ from tnllm.errors import UserError
 
 # The template of the released models' fine-tuning.
 DEFAULT = "Human:\n{prompt}\nAssistant:\n"
+ROLES = ("system", "developer", "user", "assistant")
 
 # Marks of `to_marked`: the end token; the end of a prompt; and what escapes these three in a text.
 _EOS, _END_OF_PROMPT, _ESCAPE = _MARKS = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -54,26 +55,32 @@ def stop_strings(template: str) -> tuple[str, ...]:
 def render(template: str, messages: Sequence[tuple[str, str]], open_answer: bool = False) -> list[Segment]:
     """Segments of a conversation of (role, text) messages; with `open_answer` the last answer does not end yet.
 
-    An optional "system" or "developer" text comes first, then "user" and "assistant" take turns, user first. Raises
-    UserError for any other order or role, and for a template without {prompt}.
+    Roles are "system" (or "developer"), "user" and "assistant", in any order: what stands between two answers is one
+    prompt, so that the model sees the form that it was trained on. The system texts come first, then the users'
+    texts, each on lines of its own. An answer without a prompt has an empty one. Raises UserError for any other role,
+    and for a template without {prompt}.
     """
     opening, closing = split_template(template)
-    system = ""
-    if messages and messages[0][0] in ("system", "developer"):
-        system = messages[0][1] + "\n" if messages[0][1] else ""
-        messages = messages[1:]
     segments: list[Segment] = []
+    system, user = "", list[str]()
+    # Whether a prompt has begun that no answer follows yet.
+    is_open = False
     for index, (role, text) in enumerate(messages):
-        if role != ("user", "assistant")[index % 2]:
-            raise UserError(
-                f"message {index} after the system text is of role {role!r}; user and assistant take turns, user first"
-            )
-        if role == "user":
-            segments.append(Segment(system + opening + text + closing, is_answer=False, eos=False))
-            system = ""
+        if role not in ROLES:
+            raise UserError(f"message {index} is of role {role!r}; allowed: {', '.join(ROLES)}")
+        if role == "assistant":
+            segments.append(Segment(system + opening + "\n".join(user) + closing, is_answer=False, eos=False))
+            ends = not (open_answer and index == len(messages) - 1)
+            segments.append(Segment(text, is_answer=True, eos=ends))
+            system, user, is_open = "", [], False
         else:
-            is_open = open_answer and index == len(messages) - 1
-            segments.append(Segment(text, is_answer=True, eos=not is_open))
+            is_open = True
+            if role == "user":
+                user.append(text)
+            elif text:
+                system += text + "\n"
+    if is_open:
+        segments.append(Segment(system + opening + "\n".join(user) + closing, is_answer=False, eos=False))
     return segments
 
 
@@ -126,30 +133,29 @@ def to_jinja(
     """
     opening, closing = map(_literal, split_template(template))
     safe = "".join(f" | replace({_literal(name)}, {_literal(name[0] + BREAK + name[1:])})" for name in control_tokens)
-    roles = "'the conversation must be an optional system message, then user and assistant in turns, user first'"
     before = f"{_literal(BOUNDARY)} ~ " if boundary else ""
     before += f"({_literal(answer_prefix)} if text else '') ~ " if answer_prefix else ""
     reserved = (
         f"{{% if {_literal(BOUNDARY)} in text %}}{{{{ raise_exception('a message holds the noncharacter U+FDD1') }}}}"
         "{% endif %}"
     )
+    prompt = f"{{{{ (state.system ~ {opening} ~ (state.user | join('\\n')) ~ {closing}){safe} }}}}"
     return (
         (f"{{{{ {_literal(bos)} }}}}" if bos else "")
-        + "{% set state = namespace(system='', turn=0) %}{% for message in messages %}"
+        + "{% set state = namespace(system='', user=[], is_open=false) %}{% for message in messages %}"
         "{% set text = message['content'] if message['content'] is string"
         " else message['content'] | map(attribute='text') | join %}"
         + (reserved if boundary else "")
-        + "{% if loop.first and message['role'] in ('system', 'developer') %}"
-        "{% set state.system = text ~ '\\n' if text else '' %}"
-        "{% elif message['role'] != ('user', 'assistant')[state.turn % 2] %}"
-        f"{{{{ raise_exception({roles}) }}}}"
-        "{% elif message['role'] == 'user' %}"
-        f"{{{{ (state.system ~ {opening} ~ text ~ {closing}){safe} }}}}"
-        "{% set state.system = '' %}{% set state.turn = state.turn + 1 %}"
-        "{% else %}"
-        f"{{{{ {before}(text{safe}) ~ eos_token }}}}"
-        "{% set state.turn = state.turn + 1 %}"
+        + f"{{% if message['role'] not in {ROLES} %}}"
+        f"{{{{ raise_exception('a message is of role ' ~ message['role'] ~ '; allowed: {', '.join(ROLES)}') }}}}"
+        "{% elif message['role'] == 'assistant' %}"
+        f"{prompt}{{{{ {before}(text{safe}) ~ eos_token }}}}"
+        "{% set state.system = '' %}{% set state.user = [] %}{% set state.is_open = false %}"
+        "{% else %}{% set state.is_open = true %}"
+        "{% if message['role'] == 'user' %}{% set state.user = state.user + [text] %}"
+        "{% elif text %}{% set state.system = state.system ~ text ~ '\\n' %}{% endif %}"
         "{% endif %}{% endfor %}"
+        f"{{% if state.is_open %}}{prompt}{{% endif %}}"
     )
 
 

@@ -22,12 +22,12 @@ from tnllm.tokenizer import StreamDecoder, Tokenizer
 def message_ids(loaded: LoadedModel, messages: Sequence[tuple[str, str]]) -> list[int]:
     """Token ids of a conversation of (role, text) messages, up to where the answer begins.
 
-    An optional "system" (or "developer") text comes first; then "user" and "assistant" take turns, and "user" has the
-    last word. Raises UserError otherwise.
+    The order is that of `render`. A last message of "assistant" is the beginning of the answer. Raises UserError for
+    a role that is not known, and for no messages at all.
     """
-    segments = render(loaded.chat_template, messages)
-    if not segments or segments[-1].is_answer:
-        raise UserError("the last message must be of role 'user'")
+    segments = render(loaded.chat_template, messages, open_answer=True)
+    if not segments:
+        raise UserError("messages is empty; give at least one message, such as a user's")
     return loaded.at_start(encode(segments, loaded.tokenizer.encode, loaded.tokenizer.eos_id))
 
 
