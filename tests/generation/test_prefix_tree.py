@@ -34,9 +34,11 @@ def test_every_prediction_follows_its_own_text(requests, share, min_saved, max_p
         assert 0 < len(node) <= (max_piece or len(node))
         assert all(child.parent is node and child.start == node.end for child in node.children)
         text = path_text(node)
-        for position, token, number in node.targets:
-            assert node.start <= position < node.end and number not in targets
-            targets[number] = (text[: position + 1], token)
+        for first, tokens, number in node.targets:
+            assert len(tokens) and node.start <= first and first + len(tokens) <= node.end
+            for index, token in enumerate(tokens.tolist()):
+                assert number + index not in targets
+                targets[number + index] = (text[: first + index + 1], token)
     assert targets == expected
     assert tree.num_tokens <= tree.plain_tokens == sum(len(r.context) + len(r.continuation) - 1 for r in requests)
     if not share:

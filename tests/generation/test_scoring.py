@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small_models import small_model
+from tests.small_models import make_ready, small_model
+from tnllm.cleaning.score import score_texts
 from tnllm.errors import RunError, UserError
+from tnllm.evaluation.perplexity import perplexity
 from tnllm.generation.prefix_tree import Request
-from tnllm.generation.scoring import Scorer
+from tnllm.generation.scoring import Scorer, bits_per_byte
+from tnllm.serving.engine import Engine
 
 
 def make_requests(seed=0, vocab_size=352):
@@ -93,3 +96,26 @@ def test_ids_and_results_out_of_range_are_told():
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(RunError, match="non-finite"):
         list(Scorer(model).score([Request([1], [1])]))
+
+
+def test_evaluation_data_score_perplexity_and_the_server_give_one_number(tokenizer):
+    """The same text after the same token. Float64 leaves only the order of sums."""
+    model, text = small_model(torch.float64), "The quick brown fox jumps over the lazy dog."
+    ready = make_ready(model, tokenizer)
+    ids = tokenizer.encode(text)
+    [score] = Scorer(model).score([Request([ready.bos_id], ids)])
+    with Engine(ready, num_slots=2) as engine:
+        params = ready.params(max_tokens=0, logprobs=2)
+        read = next(iter(engine.submit([ready.bos_id, *ids], params, prompt_logprobs=True)))
+    # The server gives the vocabulary's padding no probability, which raises all others alike.
+    logits = model(torch.tensor([[ready.bos_id, *ids[:-1]]]))[0][0]
+    padding = logits.logsumexp(-1) - logits[:, : tokenizer.vocab_size].logsumexp(-1)
+    np.testing.assert_allclose(
+        [entry.logprob for entry in read.logprobs[1:]], score.logprobs + padding.numpy(), atol=1e-5
+    )
+    assert read.logprobs[0] is None and all(len(entry.top) == 2 for entry in read.logprobs[1:])
+    bits = perplexity(ready, [text])["bits_per_byte"]
+    assert bits == pytest.approx(bits_per_byte(-score.logprobs.sum(), len(text)))
+    [document] = score_texts(model, tokenizer, [text])
+    [alone] = Scorer(model).score([Request(ids[:1], [*ids[1:], tokenizer.eos_id])])
+    assert document.nats == pytest.approx(-alone.logprobs.sum()) and document.tokens == len(ids)

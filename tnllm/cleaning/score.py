@@ -5,25 +5,19 @@
         score.bits_per_byte, score.perplexity
 
 Each token of a document from the second to the end token is predicted from all tokens before it; documents do not see
-each other. Short documents are packed into one pass. A long one is processed in chunks with the state passed on, so the
-memory on the device does not depend on its length.
+each other.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
 
+from tnllm.generation.prefix_tree import Request
+from tnllm.generation.scoring import Scorer, bits_per_byte
 from tnllm.modeling.model import LanguageModel
-from tnllm.modeling.packing import pack
 from tnllm.tokenizer import Tokenizer
-
-CHUNK_TOKENS = 4096
-# fp32 logits in memory at a time.
-_MAX_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Score:
     @property
     def bits_per_byte(self) -> float:
         """The value that selection compares: it does not depend on the tokenizer."""
-        return self.nats / math.log(2) / max(self.num_bytes, 1)
+        return bits_per_byte(self.nats, self.num_bytes)
 
     @property
     def perplexity(self) -> float:
@@ -46,58 +40,30 @@ class Score:
         return math.exp(mean) if mean < 700 else math.inf
 
 
-@torch.no_grad()
 def score_texts(
-    model: LanguageModel, tokenizer: Tokenizer, texts: Iterable[str], chunk_tokens: int = CHUNK_TOKENS
+    model: LanguageModel, tokenizer: Tokenizer, texts: Iterable[str], batch_tokens: int | None = None
 ) -> Iterator[Score]:
-    """The score of every text, in order. Raises UserError for text with lone surrogates."""
-    lengths = torch.tensor([len(data) for data in tokenizer.token_bytes])
-    batch: list[Tensor] = []
+    """The score of every text, in order; `batch_tokens` are computed together (None: by device).
+
+    Raises UserError for text with lone surrogates, RunError if the model gives non-finite logits.
+    """
+    scorer = Scorer(model, share=False, batch_tokens=batch_tokens)
+    sizes = np.array([len(data) for data in tokenizer.token_bytes])
+    batch: list[list[int]] = []
     num_tokens = 0
     for text in texts:
-        ids = torch.tensor(tokenizer.encode(text, eos=True))
-        if batch and num_tokens + len(ids) > chunk_tokens:
-            yield from _scores(batch, _packed_nats(model, batch), lengths)
+        ids = tokenizer.encode(text, eos=True)
+        if batch and num_tokens + len(ids) > scorer.batch_tokens:
+            yield from _scores(scorer, batch, sizes)
             batch, num_tokens = [], 0
-        if len(ids) > chunk_tokens:
-            yield from _scores([ids], [_long_nats(model, ids, chunk_tokens)], lengths)
-        else:
-            batch.append(ids)
-            num_tokens += len(ids)
-    if batch:
-        yield from _scores(batch, _packed_nats(model, batch), lengths)
+        batch.append(ids)
+        num_tokens += len(ids)
+    yield from _scores(scorer, batch, sizes)
 
 
-def _scores(documents: list[Tensor], nats: list[float], lengths: Tensor) -> Iterator[Score]:
-    for ids, value in zip(documents, nats, strict=True):
-        yield Score(len(ids) - 1, value, int(lengths[ids[1:]].sum()))
-
-
-def _packed_nats(model: LanguageModel, documents: list[Tensor]) -> list[float]:
-    """Nats of short documents, packed into one pass."""
-    tokens, cu_seqlens = pack(documents)
-    tokens, starts, ends = tokens.to(model.device), cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    hidden, _ = model.hidden(tokens, None, cu_seqlens.to(model.device))
-    nats = _token_nats(model, hidden[0, :-1], tokens[0, 1:]) if tokens.numel() > 1 else torch.zeros(0)
-    sums = F.pad(nats.double().cumsum(0), (1, 0))
-    # Position p of `nats` predicts token p + 1; a document of n tokens has n - 1 of them.
-    return (sums[ends - 1] - sums[starts]).tolist()
-
-
-def _long_nats(model: LanguageModel, ids: Tensor, chunk_tokens: int) -> float:
-    total, state = 0.0, None
-    for start in range(0, len(ids) - 1, chunk_tokens):
-        end = min(start + chunk_tokens, len(ids) - 1)
-        hidden, state = model.hidden(ids[None, start:end].to(model.device), state)
-        total += float(_token_nats(model, hidden[0], ids[start + 1 : end + 1].to(model.device)).double().sum())
-    return total
-
-
-def _token_nats(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """hidden [T, M], targets [T] → nats [T] fp32 on the CPU; only a part of the logits is in memory at a time."""
-    step = max(1, _MAX_LOGITS // model.config.vocab_size)
-    parts = [
-        F.cross_entropy(model.logits(hidden[at : at + step]), targets[at : at + step], reduction="none")
-        for at in range(0, len(targets), step)
-    ]
-    return torch.cat(parts).float().cpu()
+def _scores(scorer: Scorer, documents: list[list[int]], sizes: np.ndarray) -> Iterator[Score]:
+    # The end token of an empty document has nothing before it.
+    logprobs = iter(scorer.in_order([Request(ids[:1], ids[1:]) for ids in documents if len(ids) > 1]))
+    for ids in documents:
+        nats = -float(next(logprobs).sum()) if len(ids) > 1 else 0.0
+        yield Score(len(ids) - 1, nats, int(sizes[ids[1:]].sum()))

@@ -17,7 +17,7 @@ import numpy as np
 from tnllm.errors import UserError
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.prefix_tree import Request
-from tnllm.generation.scoring import Report, Scorer
+from tnllm.generation.scoring import Report, Scorer, bits_per_byte
 
 
 def perplexity(
@@ -34,7 +34,12 @@ def perplexity(
     ids = [loaded.tokenizer.encode(text) for text in texts]
     if not any(ids):
         raise UserError("there is no text to score: every document is empty")
-    logprobs = _score(loaded, [text for text in ids if text], batch_tokens, report)
+    scorer = Scorer(loaded.model, batch_tokens=batch_tokens)
+
+    def score(pieces: list[list[int]]) -> list[np.ndarray]:
+        return scorer.in_order([Request([loaded.bos_id], piece) for piece in pieces], report)
+
+    logprobs = score([text for text in ids if text])
     sizes = np.array([len(data) for data in loaded.tokenizer.token_bytes])
     num_bytes = [sizes[text] for text in ids if text]
     total = -float(sum(part.sum() for part in logprobs))
@@ -48,18 +53,9 @@ def perplexity(
     result["by_position"] = _by_position(logprobs, num_bytes)
     if window is not None:
         pieces = [text[start : start + window] for text in ids for start in range(0, len(text), window)]
-        nats = -float(sum(part.sum() for part in _score(loaded, pieces, batch_tokens, report)))
+        nats = -float(sum(part.sum() for part in score(pieces)))
         result["windows"] = {"window": window, "pieces": len(pieces), **_rates(nats, result)}
     return result
-
-
-def _score(
-    loaded: LoadedModel, texts: Sequence[list[int]], batch_tokens: int | None, report: Report
-) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-    scorer = Scorer(loaded.model, batch_tokens=batch_tokens)
-    requests = [Request([loaded.bos_id], text) for text in texts]
-    logprobs: dict[int, Any] = {score.index: score.logprobs for score in scorer.score(requests, report)}
-    return [logprobs[index] for index in range(len(texts))]
 
 
 def _rates(nats: float, counts: dict[str, Any]) -> dict[str, float]:
@@ -68,7 +64,7 @@ def _rates(nats: float, counts: dict[str, Any]) -> dict[str, float]:
         # A text without spaces is one word, whose perplexity would overflow.
         "word_perplexity": math.exp(min(nats / counts["words"], 700.0)),
         "byte_perplexity": math.exp(nats / counts["bytes"]),
-        "bits_per_byte": nats / math.log(2) / counts["bytes"],
+        "bits_per_byte": bits_per_byte(nats, counts["bytes"]),
     }
 
 
@@ -80,7 +76,7 @@ def _by_position(logprobs: Sequence[Any], num_bytes: Sequence[Any]) -> list[dict
         nats = -float(sum(part[low:high].sum() for part in logprobs))
         size = int(sum(part[low:high].sum() for part in num_bytes))
         count = sum(len(part[low:high]) for part in logprobs)
-        bits = nats / math.log(2) / size if size else None
+        bits = bits_per_byte(nats, size) if size else None
         rows.append(
             {
                 "from": low, "to": high - 1, "tokens": count, "token_perplexity": math.exp(nats / count),

@@ -10,6 +10,7 @@ context and its continuation without the last token, which is only predicted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,16 @@ class Request:
     continuation: Sequence[int]
 
 
+class Targets(NamedTuple):
+    """Predictions of consecutive tokens: token i follows position `position + i` of its sequence and has number
+    `number + i` among all predictions.
+    """
+
+    position: int
+    tokens: Ids
+    number: int
+
+
 @dataclass(eq=False)
 class Node:
     """A part of a sequence, after its parent's: tokens `ids[start:end]` of the complete sequence `ids`."""
@@ -38,9 +49,9 @@ class Node:
     parent: "Node | None"
     children: list["Node"] = field(default_factory=list)
     depth: int = 0
-    # Predictions that follow this node's tokens: position in the sequence, token, number of the prediction.
-    targets: list[tuple[int, int, int]] = field(default_factory=list)
-    # The node that took over the predictions of a dissolved node.
+    # Predictions that follow this node's tokens.
+    targets: list[Targets] = field(default_factory=list)
+    # Where the sequences that ended here end now: in a child of a dissolved node, or in the rest of a split one.
     heir: "Node | None" = None
 
     def __len__(self) -> int:
@@ -72,8 +83,8 @@ class PrefixTree:
         else:
             ends = [Node(ids, 0, len(ids), root) for ids in inputs]
             root.children = list(ends)
-        self._assign_targets(requests, ends)
         _settle(root, max_piece)
+        self._assign_targets(requests, ends)
         self.top = root.children
         for node in self.top:
             node.parent = None
@@ -90,16 +101,19 @@ class PrefixTree:
         """Number all predictions and assign each to the node whose token it follows."""
         lengths = np.array([len(request.continuation) for request in requests], np.int64)
         self.first_target = np.concatenate([[0], lengths.cumsum()])
-        for number, (request, end) in enumerate(zip(requests, ends, strict=True)):
-            node, base = end, int(self.first_target[number])
+        for request, end, number in zip(requests, ends, self.first_target.tolist(), strict=False):
+            node, tokens = end, np.array(request.continuation, np.int32)
             while node.heir is not None:
                 node = node.heir
-            for index in range(len(request.continuation) - 1, -1, -1):
-                position = len(request.context) - 1 + index
-                while position < node.start:
+            first, stop = len(request.context) - 1, len(tokens)
+            while stop:
+                start = max(0, node.start - first)
+                if start < stop:
+                    node.targets.append(Targets(first + start, tokens[start:stop], number + start))
+                    stop = start
+                if stop:
                     assert node.parent is not None
                     node = node.parent
-                node.targets.append((position, request.continuation[index], base + index))
 
 
 def _inputs(requests: Sequence[Request]) -> list[Ids]:
@@ -189,11 +203,9 @@ def _settle(root: Node, max_piece: int | None) -> None:
         if max_piece is not None and len(node) > max_piece:
             cut = node.start + max_piece
             rest = Node(node.ids, cut, node.end, node, node.children)
-            rest.targets = [target for target in node.targets if target[0] >= cut]
-            node.targets = [target for target in node.targets if target[0] < cut]
             for child in rest.children:
                 child.parent = rest
-            node.end, node.children = cut, [rest]
+            node.end, node.children, node.heir = cut, [rest], rest
         for child in node.children:
             child.depth = node.depth + 1
         todo.extend(node.children)

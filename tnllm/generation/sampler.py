@@ -215,11 +215,14 @@ def _mix(bits: Tensor) -> Tensor:
     return _shift(bits, 31).bitwise_xor_(bits)
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of `tokens` [B] and of the `num_top` most likely ones, before any sampling option.
+def log_probabilities(
+    logits: Tensor, tokens: Tensor, num_top: int = 0, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (natural logarithm) of `tokens` and of the most likely ones, before any sampling option.
 
-    logits [B, V] fp32 → chosen [B], top [B, num_top] and their ids [B, num_top].
+    logits [B, V] fp32, tokens [N] int64, token i after row rows[i] (None: row i) → chosen [N], top [B, num_top] and
+    their ids [B, num_top].
     """
     logs = logits.log_softmax(dim=-1)
     top, ids = logs.topk(min(num_top, logits.shape[-1]), dim=-1)
-    return logs.gather(1, tokens[:, None])[:, 0], top, ids
+    return logs[torch.arange(len(tokens), device=logs.device) if rows is None else rows, tokens], top, ids

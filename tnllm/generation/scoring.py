@@ -1,17 +1,20 @@
-"""Log-probabilities of continuations; every shared prefix is prefilled once and its state is forked.
+"""Log-probabilities of given tokens, for evaluation, `data score`, perplexity and the server's echo.
 
     for result in Scorer(model).score(requests):               # in the order they finish
         result.index, sum(result.logprobs), result.greedy
     scorer.num_tokens, scorer.plain_tokens                     # computed, and without sharing
+    score_tokens(model, hidden, tokens).logprobs               # after hidden states that exist
 
-Nodes of the prefix tree are packed as ragged rows, each with the state after its parent; padding never enters a state.
-The deepest ready nodes go first, so few states are alive at a time. A document longer than a pass is a chain of nodes, so
-its length costs no memory and nothing is truncated.
+Every shared prefix of the requests is prefilled once and its state is forked. Nodes of the prefix tree are packed as ragged
+rows, each with the state after its parent; padding never enters a state. The deepest ready nodes go first, so few states
+are alive at a time. A document longer than a pass is a chain of nodes, so its length costs no memory; nothing is cut off.
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from tnllm.errors import RunError, UserError
 from tnllm.generation.prefix_tree import Node, PrefixTree, Request
+from tnllm.generation.sampler import log_probabilities
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
@@ -30,6 +34,47 @@ _STATE_BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}
 _LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 
 Report = Callable[[int, int], None]
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """The loss that does not depend on the tokenizer, from the total of all tokens and the bytes they stand for."""
+    return nats / math.log(2) / max(num_bytes, 1)
+
+
+class TokenScores(NamedTuple):
+    """Log-probabilities (natural logarithm) of N tokens under R rows of logits."""
+
+    logprobs: Tensor  # [N] fp32
+    is_argmax: Tensor  # [N] bool
+    top: Tensor  # [R, num_top] fp32, in descending order
+    top_ids: Tensor  # [R, num_top] int64
+
+
+@torch.no_grad()
+def score_tokens(
+    model: LanguageModel,
+    hidden: Tensor,
+    tokens: Tensor,
+    rows: Tensor | None = None,
+    num_top: int = 0,
+    vocab_size: int | None = None,
+) -> TokenScores:
+    """Score tokens after hidden states; only a part of the logits is in memory at a time.
+
+    hidden [R, M] of `model.hidden`; tokens [N] int64; rows [N] int64, ascending, the hidden state that each token
+    follows (None: N = R, each its own). Ids from `vocab_size` are padding of the vocabulary and get no probability.
+    """
+    rows = torch.arange(len(tokens)) if rows is None else rows.cpu()
+    step = max(1, _LOGITS_BYTES[hidden.device.type] // (4 * model.config.vocab_size))
+    parts = []
+    for low in range(0, len(hidden), step):
+        logits = model.logits(hidden[low : low + step])
+        logits[:, vocab_size or logits.shape[-1] :] = -torch.inf
+        begin, end = torch.searchsorted(rows, torch.tensor([low, low + step])).tolist()
+        row, token = (rows[begin:end] - low).to(hidden.device), tokens[begin:end].to(hidden.device)
+        chosen, top, top_ids = log_probabilities(logits, token, num_top, row)
+        parts.append((chosen, logits.argmax(-1)[row] == token, top, top_ids))
+    return TokenScores(*map(torch.cat, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -54,9 +99,8 @@ class _Source:
 class _Pending:
     """Results on the device, copied to the host after the next pass was launched."""
 
-    numbers: list[int]
-    logprobs: Tensor
-    is_argmax: Tensor
+    numbers: NDArray[np.int64]
+    scores: TokenScores
 
 
 class Scorer:
@@ -75,7 +119,6 @@ class Scorer:
         device = model.device.type
         self.batch_tokens = batch_tokens or BATCH_TOKENS[device]
         self.batch_rows = batch_rows
-        self._logits_rows = max(1, _LOGITS_BYTES[device] // (4 * model.config.vocab_size))
         self.num_tokens = self.plain_tokens = 0
 
     @torch.no_grad()
@@ -108,9 +151,9 @@ class Scorer:
         missing = np.diff(first)
 
         def finished(pending: _Pending) -> Iterator[Score]:
-            numbers = np.array(pending.numbers, np.int64)
-            logprobs[numbers] = pending.logprobs.double().cpu().numpy()
-            is_argmax[numbers] = pending.is_argmax.cpu().numpy()
+            numbers = pending.numbers
+            logprobs[numbers] = pending.scores.logprobs.double().cpu().numpy()
+            is_argmax[numbers] = pending.scores.is_argmax.cpu().numpy()
             if not np.isfinite(logprobs[numbers]).all():
                 raise RunError(
                     "the model gives non-finite log-probabilities; are the weights complete? try --dtype float32"
@@ -131,6 +174,13 @@ class Scorer:
             report(done, tree.num_tokens)
         if before is not None:
             yield from finished(before)
+
+    def in_order(
+        self, requests: Sequence[Request], report: Report = lambda done, total: None
+    ) -> list[NDArray[np.float64]]:
+        """The log-probabilities of each request, in the order given. Raises as `score` does."""
+        by_index = {score.index: score.logprobs for score in self.score(requests, report)}
+        return [by_index[index] for index in range(len(requests))]
 
     def _rows(self, requests: Sequence[Request]) -> int:
         """How many nodes one pass may hold, by the size of a state."""
@@ -192,27 +242,21 @@ class Scorer:
         state = self._states(nodes, sources)
         lengths = cu_seqlens.to(model.device) if len(nodes) > 1 else None
         hidden, after = model.hidden(tokens.to(model.device), state, lengths)
-        targets = sorted(
-            (start + position - node.start, token, number)
+        targets = [
+            (start + span.position - node.start, span)
             for start, node in zip(cu_seqlens[:-1].tolist(), nodes, strict=True)
-            for position, token, number in node.targets
-        )
-        return (self._predictions(hidden[0], targets) if targets else None), after
-
-    def _predictions(self, hidden: Tensor, targets: list[tuple[int, int, int]]) -> _Pending:
-        """hidden [T, M]; targets sorted by position. Logits only where they are needed, some rows at a time."""
-        positions, tokens, numbers = map(list, zip(*targets, strict=True))
-        indices, rows = np.unique(np.array(positions), return_inverse=True)
-        logprobs, is_argmax = [], []
-        for low in range(0, len(indices), self._logits_rows):
-            high = min(len(indices), low + self._logits_rows)
-            logits = self.model.logits(hidden[torch.from_numpy(indices[low:high]).to(hidden.device)])
-            begin, end = np.searchsorted(rows, [low, high])
-            row = torch.from_numpy(rows[begin:end] - low).to(hidden.device)
-            token = torch.tensor(tokens[begin:end], device=hidden.device)
-            logprobs.append(logits[row, token] - logits.logsumexp(-1)[row])
-            is_argmax.append(logits.argmax(-1)[row] == token)
-        return _Pending(numbers, torch.cat(logprobs), torch.cat(is_argmax))
+            for span in node.targets
+        ]
+        if not targets:
+            return None, after
+        positions = np.concatenate([np.arange(first, first + len(span.tokens)) for first, span in targets])
+        numbers = np.concatenate([np.arange(span.number, span.number + len(span.tokens)) for _, span in targets])
+        order = positions.argsort(kind="stable")
+        # Logits only where a token is predicted, once for all that are predicted there.
+        indices, rows = np.unique(positions[order], return_inverse=True)
+        chosen = torch.from_numpy(np.concatenate([span.tokens for _, span in targets])[order]).long()
+        predicting = hidden[0, torch.from_numpy(indices).to(hidden.device)]
+        return _Pending(numbers[order], score_tokens(model, predicting, chosen, torch.from_numpy(rows))), after
 
     def _states(self, nodes: list[Node], sources: dict[Node, tuple[_Source, int]]) -> State:
         """The initial state of each node; nodes of one source are adjacent."""

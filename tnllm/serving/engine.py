@@ -27,8 +27,9 @@ from torch import Tensor
 from tnllm.errors import RunError, UserError
 from tnllm.generation.context import Context, after_reading, weights_hash
 from tnllm.generation.loading import LoadedModel
-from tnllm.generation.sampler import SamplingParams, log_probabilities
+from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result, Row, TokenLogprob, start_rows, token_logprob
+from tnllm.generation.scoring import score_tokens
 from tnllm.generation.slots import Slots
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
@@ -390,13 +391,14 @@ class Engine:
             job.logprobs.append(None)
         following = job.ids[job.done + 1 : job.done + 1 + len(hidden)]
         if following:
-            logits = self.loaded.model.logits(hidden[: len(following)])
-            logits[:, self.loaded.tokenizer.vocab_size :] = -torch.inf
+            model, tokenizer = self.loaded.model, self.loaded.tokenizer
             num_top = job.params.logprobs or 0
-            ids = torch.tensor(following, device=logits.device)
-            chosen, top, top_ids = (part.tolist() for part in log_probabilities(logits, ids, num_top))
-            for id, *logprobs in zip(following, chosen, top, top_ids, strict=True):
-                job.logprobs.append(token_logprob(self.loaded.tokenizer, id, *logprobs))
+            scores = score_tokens(
+                model, hidden[: len(following)], torch.tensor(following), None, num_top, tokenizer.vocab_size
+            )
+            lists = (part.tolist() for part in (scores.logprobs, scores.top, scores.top_ids))
+            for id, *logprobs in zip(following, *lists, strict=True):
+                job.logprobs.append(token_logprob(tokenizer, id, *logprobs))
 
     def _context(self, job: _Job) -> Context:
         cached = job.cached.num_tokens if job.cached is not None else 0

@@ -1,6 +1,5 @@
 """Validation: loss and bits per byte over the same held-out rows every time."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from tnllm.data.instruct_loader import InstructLoader
 from tnllm.data.loader import Batch, Loader
+from tnllm.generation.scoring import bits_per_byte
 from tnllm.parallel.ranks import SingleProcess
 
 
@@ -36,4 +36,4 @@ def validate(
             labels += batch.num_labels
             num_bytes += batch.num_bytes
     loss, labels, num_bytes = ranks.sum_counts(loss, labels, num_bytes)
-    return loss / max(labels, 1), loss / math.log(2) / max(num_bytes, 1)
+    return loss / max(labels, 1), bits_per_byte(loss, num_bytes)
