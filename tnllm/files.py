@@ -185,8 +185,10 @@ def only_writer(folder: Path, force: bool | None = None, wait_s: float = 0) -> I
         try:
             yield handle
         finally:
-            # While it is held: a process that opened it meanwhile sees that its file is gone, and opens the new one.
-            path.unlink(missing_ok=True)
+            # While it is held: a process that opened it meanwhile sees that its file is gone, and opens the new one. The
+            # folder may have been replaced by another one, whose .lock is not ours.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                path.unlink()
             for item in made:
                 if item.is_dir() and not any(item.iterdir()):
                     item.rmdir()

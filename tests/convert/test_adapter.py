@@ -58,6 +58,26 @@ def test_merging_is_what_peft_does(tmp_path, base, run, rslora):
     run(tmp_path / "adapter", tmp_path / "hf", "hf", base=base, dtype=torch.bfloat16)
 
 
+def test_the_sum_is_rounded_once_to_what_is_written(tmp_path, run):
+    """A base in 16 bits, merged to float32: nothing is rounded. Merged to 16 bits: the float32 sum is."""
+    official_files.write(tmp_path / "release", "v1", dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    key, name = "base_model.model.layers.0.token_mixer.out_proj", "layers.0.token_mixer.out_proj.weight"
+    write_adapter(tmp_path / "adapter")
+    a, b = torch.randn(2, 32, generator=generator), torch.randn(32, 2, generator=generator)
+    pair = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    save_file(pair, tmp_path / "adapter/adapter_model.safetensors")
+    exact = official_files.random_tensors("v1", official_files.config("v1"))[f"model.{name}"].float() + 2 * (b @ a)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, None):
+        target = tmp_path / str(dtype)
+        report = run(tmp_path / "adapter", target, "tnllm", base=tmp_path / "release", dtype=dtype)
+        written = load_file(target / "model.safetensors")[name]
+        # Without --dtype the result has the base's.
+        assert written.dtype == (dtype or torch.bfloat16)
+        assert torch.equal(written, exact.to(written.dtype))
+        assert any("rounding to" in note for note in report.notes) == (dtype != torch.float32)
+
+
 def write_adapter(folder, key="layers.0.token_mixer.out_proj", shape=(32, 32), **changes) -> None:
     folder.mkdir(exist_ok=True)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": None, **changes}

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import zipfile
 from collections import OrderedDict
 
@@ -17,7 +18,7 @@ from tests.convert import official_files
 from tnllm import files
 from tnllm.convert import check, writer
 from tnllm.convert.tensors import open_tensors
-from tnllm.errors import CheckFailed, RunError, UserError
+from tnllm.errors import CheckFailed, RunError, Terminated, UserError
 
 
 def edit_config(folder, **changes) -> None:
@@ -258,6 +259,89 @@ def test_a_full_disk_leaves_nothing(release, run, monkeypatch):
     monkeypatch.setattr(writer, "_bytes", full)
     refused(run, release, RunError, "No space left on device.*; nothing was left there")
     assert len(written) == 4
+
+
+def test_a_second_conversion_into_one_folder_is_refused(release, run, monkeypatch):
+    target, caught = release.parent / "result", []
+    original = writer._bytes
+
+    def meanwhile(output):
+        if not caught:
+            with pytest.raises(
+                UserError, match=rf"result is being written by pid {os.getpid()} on .*; wait for it"
+            ) as refusal:
+                run(release, target, "hf", overwrite=True)
+            caught.append(refusal)
+        return original(output)
+
+    monkeypatch.setattr(writer, "_bytes", meanwhile)
+    run(release, target, "tnllm")
+    assert caught and not (target / "modeling_tnllm.py").exists()
+    assert sorted(path.name for path in release.parent.iterdir()) == ["release", "result"]
+    assert not (target / ".lock").exists()
+    # The first has ended, and so has its lock.
+    run(release, target, "hf", overwrite=True)
+
+
+@pytest.mark.parametrize("form", ["bins", "safetensors", "shards"])
+def test_a_source_that_cannot_be_read_is_named(tmp_path, run, monkeypatch, form):
+    """A network drive that goes away in the middle. The destination is not to blame."""
+    official_files.write(tmp_path / "release", "v1", form)
+    original, written = writer._bytes, []
+
+    def unplugged(output):
+        written.append(output.name)
+        if len(written) == 3:
+            for file in (tmp_path / "release").glob("*model*"):
+                file.unlink()
+        return original(output)
+
+    monkeypatch.setattr(writer, "_bytes", unplugged)
+    refused(run, tmp_path / "release", RunError, r"cannot read .*/release/\S*model\S* \(No such file")
+
+
+def test_an_adapter_that_cannot_be_read_is_named(tmp_path, run, monkeypatch):
+    official_files.write(tmp_path / "release", "v1", "safetensors")
+    (tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    key = "base_model.model.layers.0.token_mixer.out_proj.lora_{}.weight"
+    pair = {key.format("A"): torch.ones(2, 32), key.format("B"): torch.ones(32, 2)}
+    save_file(pair, tmp_path / "adapter/adapter_model.safetensors")
+    original = writer._bytes
+
+    def unplugged(output):
+        (tmp_path / "adapter/adapter_model.safetensors").unlink(missing_ok=True)
+        return original(output)
+
+    monkeypatch.setattr(writer, "_bytes", unplugged)
+    with pytest.raises(RunError, match=r"cannot read .*/adapter/adapter_model\.safetensors"):
+        run(tmp_path / "adapter", tmp_path / "result", "tnllm", base=tmp_path / "release", verify=False)
+    assert not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize("when", ["write", "check", "rename"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_sigterm_keeps_the_old_folder(release, run, monkeypatch, when, exists):
+    target = release.parent / "result"
+    if exists:
+        target.mkdir()
+        (target / "mine.txt").write_text("keep")
+    module, name = {"write": (writer, "_bytes"), "check": (check, "block_logits"), "rename": (os, "replace")}[when]
+    original = getattr(module, name)
+
+    def stop(*args):
+        if when != "rename" or "tmp-convert" in str(args[0]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(module, name, stop)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="stopped by SIGTERM"):
+        run(release, target, "tnllm", overwrite=True)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(path.name for path in release.parent.iterdir()) == ["release", *(["result"] if exists else [])]
+    assert not exists or (target / "mine.txt").read_text() == "keep"
 
 
 def test_a_wrong_result_is_thrown_away(release, run, monkeypatch):

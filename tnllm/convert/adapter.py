@@ -3,8 +3,8 @@
     adapter = open_adapter(Path("adapter"))          # adapter_config.json, adapter_model.safetensors
     merged = merge(adapter, source)                  # a Source whose `read` returns merged weights
 
-scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. The sum is computed in fp32 and rounded once, to the dtype
-of the base weight. Source: LoRA (arXiv 2106.09685).
+scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. The sum is computed in fp32 and rounded once, when it is
+written. Source: LoRA (arXiv 2106.09685).
 """
 
 import math
@@ -81,7 +81,10 @@ def open_adapter(folder: Path) -> Adapter:
 
 
 def merge(adapter: Adapter, source: Source) -> Source:
-    """Return the source with the adapter added as its weights are read. Raises UserError where shapes or names differ."""
+    """Return the source with the adapter added as its weights are read, those in fp32.
+
+    Raises UserError where shapes or names differ.
+    """
     for name, pair in adapter.pairs.items():
         if name not in source.expected:
             raise UserError(
@@ -99,7 +102,7 @@ def merge(adapter: Adapter, source: Source) -> Source:
         if name not in adapter.pairs:
             return value
         a, b = (read_safetensors(info, key).float() for key, info in (adapter.pairs[name][part] for part in "AB"))
-        return (value.float() + adapter.scale(name, a.shape[0]) * (b @ a)).to(value.dtype)
+        return value.float() + adapter.scale(name, a.shape[0]) * (b @ a)
 
     note = f"merged {len(adapter.pairs)} LoRA pairs of {adapter.folder}"
-    return replace(source, read=read, notes=(*source.notes, note))
+    return replace(source, read=read, merged=frozenset(adapter.pairs), notes=(*source.notes, note))

@@ -12,7 +12,8 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tnllm.errors import RunError
@@ -24,23 +25,36 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 2**22
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raise RunError, which names `file`, if the block cannot read it."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot read {file} ({error.strerror or error}); make it readable or copy it again") from None
+
+
 def recorded_sums(folder: Path, files: list[Path]) -> dict[Path, str]:
     """Return the recorded SHA-256 of each of `files` that has one."""
     sums: dict[Path, str] = {}
     for file in files:
-        digest = _downloaded_sum(file)
+        with reading(file):
+            digest = _downloaded_sum(file)
         if digest is not None:
             sums[file] = digest
     if (folder / MANIFEST).is_file():
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            with reading(folder / MANIFEST):
+                manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             listed = {name: entry[1] for name, entry in manifest.items()}
         except (ValueError, TypeError, AttributeError, LookupError):
             raise RunError(f"{folder / MANIFEST} is damaged; take another step") from None
         sums.update({file: listed[str(file.relative_to(folder))] for file in files if _inside(file, folder, listed)})
     if (folder / SUMS).is_file():
         listed = {}
-        for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+        with reading(folder / SUMS):
+            lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
             digest, _, name = line.partition(" ")
             # A second space precedes the name, or the star of `sha256sum --binary`.
             listed[name[1:]] = digest
@@ -67,11 +81,11 @@ def _downloaded_sum(file: Path) -> str | None:
 
 def verify_sums(expected: dict[Path, str], progress: Progress) -> None:
     """Read the files and compare their SHA-256. Raises RunError."""
-    total = sum(file.stat().st_size for file in expected)
+    total = _total_bytes(expected)
     done = 0
     for file, expected_digest in expected.items():
         digest = hashlib.sha256()
-        with open(file, "rb") as handle:
+        with reading(file), open(file, "rb") as handle:
             while block := handle.read(_BLOCK):
                 digest.update(block)
                 done += len(block)
@@ -83,18 +97,26 @@ def verify_sums(expected: dict[Path, str], progress: Progress) -> None:
 def verify_archives(files: list[Path], progress: Progress) -> None:
     """Check the CRC-32 of every record of the zip archives among `files`. Raises RunError."""
     archives = [file for file in files if zipfile.is_zipfile(file)]
-    total = sum(file.stat().st_size for file in archives)
+    total = _total_bytes(archives)
     done = 0
     for file in archives:
         try:
-            with zipfile.ZipFile(file) as archive:
+            with reading(file), zipfile.ZipFile(file) as archive:
                 for record in archive.infolist():
                     with archive.open(record) as handle:
                         while block := handle.read(_BLOCK):
                             done += len(block)
                             progress("checking CRC-32", done, total)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, EOFError) as error:
             raise RunError(f"{file} is damaged ({error}); copy it again") from None
+
+
+def _total_bytes(files: Iterable[Path]) -> int:
+    total = 0
+    for file in files:
+        with reading(file):
+            total += file.stat().st_size
+    return total
 
 
 def sums_text(sums: dict[str, str]) -> str:

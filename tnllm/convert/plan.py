@@ -82,9 +82,7 @@ def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str 
             by_name[name].append(Output(HEAD, shape, written, output.make))
     if quantizer is not None:
         metadata["tensor_names"] = json.dumps([key for key in metadata if key != "format"])
-    infos = source.tensors.infos
-    stored = {infos[key].dtype for name, key in source.keys.items() if key in infos and not name.endswith("lrpe.theta")}
-    rounds = any(torch.promote_types(each, target) != target for each in stored)
+    rounds = any(torch.promote_types(each, target) != target for each in source.dtypes())
     return Plan(to, target, rounds, by_name, quantizer, metadata)
 
 

@@ -21,15 +21,15 @@ from torch import Tensor
 
 from tnllm.convert import check
 from tnllm.convert.adapter import is_adapter, merge, open_adapter
-from tnllm.convert.checksums import SUMS, Progress, recorded_sums, sums_text, verify_archives, verify_sums
+from tnllm.convert.checksums import SUMS, Progress, reading, recorded_sums, sums_text, verify_archives, verify_sums
 from tnllm.convert.official import V3_NOTE
 from tnllm.convert.plan import Plan, make_plan
 from tnllm.convert.source import Source, open_source
 from tnllm.convert.targets import folder_files
 from tnllm.convert.tensors import open_tensors
 from tnllm.convert.writer import plan_shards, write_shards
-from tnllm.errors import CheckFailed, RunError, UserError
-from tnllm.files import format_bytes, sha256_file, written_folder
+from tnllm.errors import CheckFailed, RunError, Terminated, UserError
+from tnllm.files import LOCK, format_bytes, only_writer, written_folder
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,16 @@ def convert(path: Path, target: Path, options: Options, log: Callable[[str], Non
     the result differ from the source's.
     """
     source = open_input(path, options.base)
-    _check_target(source, path, target, options.overwrite)
+    _check_target(source, path, target)
+    with _ended_by_sigterm(), only_writer(target):
+        return _convert(source, path, target, options, log, progress)
+
+
+def _convert(
+    source: Source, path: Path, target: Path, options: Options, log: Callable[[str], None], progress: Progress
+) -> Report:
+    if not options.overwrite and any(file.name != LOCK for file in target.iterdir()):
+        raise UserError(f"{target} exists and is not empty; give another folder, or --overwrite to replace it")
     source.check()
     plan = make_plan(source, options.to, options.dtype, options.quantize)
     files, copies, notes = folder_files(source, path, plan, options.tokenizer)
@@ -110,14 +119,12 @@ def convert(path: Path, target: Path, options: Options, log: Callable[[str], Non
     return Report(source, names, plan.num_bytes, difference, share, limit, notes)
 
 
-def _check_target(source: Source, path: Path, target: Path, overwrite: bool) -> None:
+def _check_target(source: Source, path: Path, target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give a new folder")
     inputs = {path.resolve(), source.folder.resolve()}
     if target.resolve() in {folder for each in inputs for folder in (each, *each.parents)}:
         raise UserError(f"{target} holds the source; give another folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(f"{target} exists and is not empty; give another folder, or --overwrite to replace it")
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -132,25 +139,36 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """`written_folder`, ended by SIGTERM too and without the parents it made if the block fails."""
-    missing = [folder for folder in target.parents if not folder.exists()]
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, so that what it began is undone."""
 
     def stop(*_: object) -> None:
+        # A second one must not interrupt the clearing up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(143)
 
-    previous = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != 143:
+            raise
+        raise Terminated("stopped by SIGTERM") from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """`written_folder`, with a full disk and the like as RunError."""
     try:
         with written_folder(target, "convert") as temporary:
             yield temporary
     except OSError as error:
         raise RunError(f"cannot write {target.parent} ({error.strerror or error}); nothing was left there") from error
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def _verify_source(source: Source, log: Callable[[str], None], progress: Progress) -> None:
@@ -169,9 +187,11 @@ def _write(
         (folder / name).write_text(text, encoding="utf-8")
         sums[name] = hashlib.sha256(text.encode()).hexdigest()
     for name, file in copies.items():
-        shutil.copyfile(file, folder / name)
+        with reading(file):
+            data = file.read_bytes()
+        (folder / name).write_bytes(data)
         # Of the original, so that the check below sees a bad copy.
-        sums[name] = sha256_file(file)
+        sums[name] = hashlib.sha256(data).hexdigest()
     (folder / SUMS).write_text(sums_text(sums), encoding="utf-8")
 
 

@@ -43,6 +43,7 @@ class Source:
     generation: dict[str, Any]  # generation_config.json
     read: Callable[[str], Tensor]
     notes: tuple[str, ...] = ()
+    merged: frozenset[str] = frozenset()  # names whose `read` gives fp32, whatever the files hold
 
     @property
     def version(self) -> str:
@@ -58,6 +59,15 @@ class Source:
     def head_key(self) -> str | None:
         """Key of a tied head that the files store beside the embedding; None if they do not."""
         return HEAD if HEAD not in self.expected and HEAD in self.tensors.infos else None
+
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes that `read` gives, LRPE's theta aside."""
+        infos = self.tensors.infos
+        return {
+            torch.float32 if name in self.merged else infos[key].dtype
+            for name, key in self.keys.items()
+            if key in infos and not name.endswith("lrpe.theta")
+        }
 
     def missing(self) -> list[str]:
         """Keys that the config needs and the files lack."""

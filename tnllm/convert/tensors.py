@@ -13,7 +13,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from tnllm.convert.checksums import reading
 from tnllm.errors import RunError, UserError
 from tnllm.modeling.weights import CHECKPOINT, INDEX, SINGLE, tensor_files
 
@@ -71,7 +73,8 @@ def _check_index(folder: Path, index: str, infos: dict[str, Info]) -> None:
     """Raise UserError if the index, where there is one, and the files disagree."""
     if not (folder / index).is_file():
         return
-    listed: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+    with reading(folder / index):
+        listed: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
     for name, file in listed.items():
         if name not in infos or infos[name].file.name != file:
             raise UserError(f"{folder / index} says that {name} is in {file}, and it is not; copy the folder again")
@@ -98,11 +101,18 @@ def _open_safetensors(folder: Path, allow_int8: bool) -> Tensors:
 
 def read_safetensors(info: Info, name: str) -> Tensor:
     """Read one tensor into its own memory."""
+    with _opened(info.file) as tensors:
+        return tensors.get_tensor(name).clone()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises RunError, which names it, if it cannot be read or is damaged."""
     try:
-        with safe_open(info.file, framework="pt") as tensors:
-            return tensors.get_tensor(name).clone()
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            yield tensors
     except SafetensorError as error:
-        raise RunError(f"{info.file} is damaged ({error}); copy it again") from None
+        raise RunError(f"{file} is damaged ({error}); copy it again") from None
 
 
 def _count(files: list[Path]) -> str:
@@ -112,13 +122,10 @@ def _count(files: list[Path]) -> str:
 def safetensors_infos(file: Path, allow_int8: bool = False) -> dict[str, Info]:
     """Read names, shapes and dtypes from a file's header. Raises RunError for a damaged file."""
     infos = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                part = tensors.get_slice(name)
-                infos[name] = Info(tuple(part.get_shape()), _dtype(part.get_dtype(), name, file, allow_int8), file)
-    except SafetensorError as error:
-        raise RunError(f"{file} is damaged ({error}); copy it again") from None
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            part = tensors.get_slice(name)
+            infos[name] = Info(tuple(part.get_shape()), _dtype(part.get_dtype(), name, file, allow_int8), file)
     return infos
 
 
@@ -162,8 +169,9 @@ def _open_bins(folder: Path) -> Tensors:
 def _load_bin(file: Path) -> dict[str, Tensor]:
     """Load the tensors of one `.bin` file, mapped if its format allows it."""
     try:
-        is_zip = zipfile.is_zipfile(file)
-        values: Any = torch.load(file, map_location="cpu", mmap=True if is_zip else None, weights_only=True)
+        with reading(file):
+            is_zip = zipfile.is_zipfile(file)
+            values: Any = torch.load(file, map_location="cpu", mmap=True if is_zip else None, weights_only=True)
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for {match[1]}" if match else "cannot be read as tensors"
@@ -173,7 +181,6 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         ) from None
     except (
         RuntimeError,
-        OSError,
         EOFError,
         ValueError,
         KeyError,
@@ -217,7 +224,7 @@ def _open_checkpoint(folder: Path) -> Tensors:
     def read(name: str) -> Tensor:
         value = torch.empty(infos[name].shape, dtype=infos[name].dtype)
         for file, index in parts[name]:
-            with safe_open(file, framework="pt") as tensors:
+            with _opened(file) as tensors:
                 value[index] = tensors.get_tensor(name)
         return value
 
