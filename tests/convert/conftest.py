@@ -1,10 +1,12 @@
 """Shared by the tests of conversion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from tnllm.convert import hf_folder
 from tnllm.convert.run import Options, Report, convert
 
 
@@ -16,3 +18,13 @@ def run() -> Callable[..., Report]:
         return convert(source, target, Options(to=to, **options), (said or []).append, lambda *_: None)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def hf_code(tmp_path_factory) -> Iterator[ModuleType]:
+    """The Python files of a Hugging Face folder, imported."""
+    folder = tmp_path_factory.mktemp("code")
+    for name, text in hf_folder.code_files().items():
+        (folder / name).write_text(text)
+    with hf_folder.imported_code(folder) as code:
+        yield code

@@ -8,8 +8,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.convert import official_files
-from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
-from tnllm.convert.hf_code.modeling_tnllm import TnllmForCausalLM
 from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.hf_names import from_official, to_hf_config
@@ -23,10 +21,10 @@ def base(tmp_path, run):
     return tmp_path / "base"
 
 
-def hub_model(base) -> TnllmForCausalLM:
+def hub_model(hf_code, base):
     """The exported model class with the base's weights."""
     config, _ = read_config(base)
-    model = TnllmForCausalLM(TnllmConfig(**to_hf_config(config)))
+    model = hf_code.TnllmForCausalLM(hf_code.TnllmConfig(**to_hf_config(config)))
     state = model.state_dict()
     for name, value in load_model(base).state_dict().items():
         state[f"model.{name}"].copy_(value)
@@ -34,7 +32,7 @@ def hub_model(base) -> TnllmForCausalLM:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_merging_is_what_peft_does(tmp_path, base, run, rslora):
+def test_merging_is_what_peft_does(tmp_path, hf_code, base, run, rslora):
     settings = LoraConfig(
         r=4,
         lora_alpha=12,
@@ -44,7 +42,7 @@ def test_merging_is_what_peft_does(tmp_path, base, run, rslora):
         rank_pattern={"l3": 2},
         init_lora_weights=False,
     )
-    tuned = get_peft_model(hub_model(base), settings)
+    tuned = get_peft_model(hub_model(hf_code, base), settings)
     tuned.save_pretrained(tmp_path / "adapter")
     report = run(tmp_path / "adapter", tmp_path / "merged", "tnllm", base=base)
     assert any("merged 9 LoRA pairs" in note for note in report.notes)

@@ -9,18 +9,15 @@ The reference shares no code with the layers that it checks; its attention is qu
 tnllm's parameter names.
 """
 
-import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tnllm.convert import hf_folder
 from tnllm.convert.checksums import Progress
 from tnllm.convert.quantize import quiet_import
 from tnllm.modeling.config import ModelConfig
@@ -150,7 +147,6 @@ def _run_layers(
     config: ModelConfig,
     read: Read,
     block: Callable[[int], nn.Module],
-    run: Callable[[nn.Module, int, Tensor, Tensor], Tensor],
     progress: Progress,
 ) -> Tensor:
     """Logits by embedding, blocks, final norm and head; each block is built, filled and dropped in turn."""
@@ -163,7 +159,7 @@ def _run_layers(
         module = module.float().to_empty(device="cpu")
         for name, value in module.state_dict().items():
             value.copy_(read(f"layers.{layer}.{name}"))
-        x = run(module, layer, x, positions)
+        x = module(x, positions, None, None)[0]
         progress("logits of the result", layer + 1, config.num_layers)
     norm = make_norm(config, config.model_dim)
     for name, value in norm.state_dict().items():
@@ -175,31 +171,13 @@ def _run_layers(
 def block_logits(config: ModelConfig, read: Read, progress: Progress) -> Tensor:
     """Logits [P, T, V] of the fixed prompts by this package's layers."""
 
-    def run(block: nn.Module, _: int, x: Tensor, positions: Tensor) -> Tensor:
-        return block(x, positions, None, None)[0]
-
-    return _run_layers(config, read, lambda layer: Block(config, layer), run, progress)
+    return _run_layers(config, read, lambda layer: Block(config, layer), progress)
 
 
 @torch.no_grad()
 def exported_logits(config: ModelConfig, read: Read, folder: Path, progress: Progress) -> Tensor:
     """Logits [P, T, V] of the fixed prompts by the code in a Hugging Face folder. Needs transformers."""
     quiet_import()
-    name = "tnllm_exported"
-    spec = ModuleSpec(name, None, is_package=True)
-    spec.submodule_search_locations = [str(folder)]
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        code = importlib.import_module(f"{name}.modeling_tnllm")
+    with hf_folder.imported_code(folder) as code:
         hf_config = code.TnllmConfig(**to_hf_config(config))
-        decays = code.log_decays(hf_config)
-
-        def run(block: nn.Module, layer: int, x: Tensor, positions: Tensor) -> Tensor:
-            return block(x, positions, decays[layer], None, None)[0]
-
-        return _run_layers(config, read, lambda layer: code.TnllmBlock(hf_config, layer), run, progress)
-    finally:
-        sys.dont_write_bytecode = dont_write
-        for module in [module for module in sys.modules if module.split(".")[0] == name]:
-            del sys.modules[module]
+        return _run_layers(config, read, lambda layer: code.TnllmBlock(hf_config, layer), progress)

@@ -4,14 +4,23 @@
     values = config_values(config, dtype, generation)     # config.json
     text = model_card(source, dtype, facts, quantized=False)
 
-The model code is `hf_code/` and this package's Lightning Attention kernels, with `from tnllm...` rewritten to relative
-imports, so the folder needs only torch and transformers.
+The model code is `hf_code/`, this package's layers and its Lightning Attention kernels, with `from tnllm...` rewritten to
+relative imports, so the folder needs only torch and transformers.
 """
 
+import ast
 import inspect
 import json
 import re
-from importlib import resources
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module, resources
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,17 +29,23 @@ from tnllm import __version__
 from tnllm.convert.source import Source
 from tnllm.files import format_count
 from tnllm.modeling.config import ModelConfig
-from tnllm.modeling.hf_names import to_hf_config
+from tnllm.modeling.hf_names import ALIASES, DEFAULTS, to_hf_config
 
 # Module of tnllm → file in the folder. launch, kernels and step need Triton, the others only torch.
 CODE = {
     "tnllm.convert.hf_code.configuration_tnllm": "configuration_tnllm.py",
     "tnllm.convert.hf_code.modeling_tnllm": "modeling_tnllm.py",
+    "tnllm.convert.hf_code.operators": "operators.py",
+    "tnllm.modeling.attention": "attention.py",
+    "tnllm.modeling.layers": "layers.py",
+    "tnllm.modeling.decay": "decay.py",
     "tnllm.kernels.lightning_attention.chunk": "lightning_attention_chunk.py",
     "tnllm.kernels.lightning_attention.launch": "lightning_attention_launch.py",
     "tnllm.kernels.lightning_attention.kernels": "lightning_attention_kernels.py",
     "tnllm.kernels.lightning_attention.step": "lightning_attention_step.py",
 }
+# Modules of registered operators: the folder's `operators.py` has the same functions.
+OPERATORS = ("gated_attention", "glu", "lightning_attention", "lrpe", "srms_norm")
 # Versions of transformers the exported code was tested with.
 TRANSFORMERS_TESTED = "4.51 to 5.23"
 AUTO_MAP = {
@@ -44,12 +59,86 @@ def code_files() -> dict[str, str]:
     """Return the model code: file name → source text."""
     files = {}
     for module, name in CODE.items():
-        package, _, stem = module.rpartition(".")
-        text = resources.files(package).joinpath(f"{stem}.py").read_text(encoding="utf-8")
+        text = _with_definitions(_source(module))
         for other, target in CODE.items():
             text = re.sub(rf"from {re.escape(other)} import", f"from .{target.removesuffix('.py')} import", text)
+        text = re.sub(rf"from tnllm\.kernels\.({'|'.join(OPERATORS)}) import", "from .operators import", text)
+        text = text.replace(
+            "from tnllm.modeling.config import ModelConfig",
+            "from .configuration_tnllm import TnllmConfig as ModelConfig",
+        )
+        # transformers requires what a file imports, unless it tries to. Without Triton nothing imports these files.
+        text = re.sub(r"((?:^import triton.*\n)+)", lambda m: _tried(m[1]), text, flags=re.M)
+        if name == "modeling_tnllm.py":
+            others = [file.removesuffix(".py") for file in CODE.values() if file != name]
+            named = "".join(f"    from .{other} import __doc__ as _\n" for other in others)
+            text += f"\n\nif False:\n    # transformers 4 copies only the files that this one names.\n{named}"
         files[name] = f"# Written by tnllm {__version__} from {module} (Apache-2.0).\n{text}"
     return files
+
+
+def _source(module: str) -> str:
+    package, _, stem = module.rpartition(".")
+    return resources.files(package).joinpath(f"{stem}.py").read_text(encoding="utf-8")
+
+
+def _tried(imports: str) -> str:
+    return "try:\n" + "".join(f"    {line}\n" for line in imports.splitlines()) + "finally:\n    pass\n"
+
+
+def _with_definitions(text: str) -> str:
+    """Write out what `text` takes from files that cannot travel: references, rules of ModelConfig, defaults."""
+    references = re.findall(r"^from (tnllm\.kernels\.\w+) import (\w+_reference)\n", text, re.M)
+    text = re.sub(r"^from tnllm\.kernels\.\w+ import \w+_reference\n", "", text, flags=re.M)
+    if references:  # what they import
+        text = text.replace("\nfrom typing", "\nfrom collections.abc import Callable\nfrom typing", 1)
+        text = text.replace("\nimport torch\n", "\nimport torch\nimport torch.nn.functional as F\n", 1)
+    for module, name in references:
+        text += f"\n\n{_definition(module, name)}\n"
+    text = re.sub(
+        r"^    (\w+) = ModelConfig\.\1$", lambda m: _definition("tnllm.modeling.config", m[1]), text, flags=re.M
+    )
+    keys = "".join(
+        f"{textwrap.fill(_description(key), 120, initial_indent='    # ', subsequent_indent='    # ')}\n"
+        f'    "{key}": {json.dumps(value) if isinstance(value, str) else value},\n'
+        for key, value in DEFAULTS.items()
+    )
+    return text.replace(
+        "from tnllm.modeling.config import ModelConfig\nfrom tnllm.modeling.hf_names import ALIASES, DEFAULTS\n",
+        f"ALIASES = {json.dumps(ALIASES, indent=4)}\nDEFAULTS: dict[str, Any] = {{\n{keys}}}\n",
+    )
+
+
+def _definition(module: str, name: str) -> str:
+    """The source of a function or method, decorators included."""
+    text = _source(module)
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            return "\n".join(lines[start - 1 : node.end_lineno])
+    raise AssertionError(f"{module} has no function {name}")
+
+
+def _description(key: str) -> str:
+    field = ModelConfig.model_fields["tie_embeddings" if key == "tie_word_embeddings" else key]
+    return str(field.description)
+
+
+@contextmanager
+def imported_code(folder: Path) -> Iterator[ModuleType]:
+    """Import `modeling_tnllm.py` of a folder, which needs transformers; afterwards its modules are forgotten."""
+    name = "tnllm_exported"
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    sys.modules[name] = module_from_spec(spec)
+    dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield import_module(f"{name}.modeling_tnllm")
+    finally:
+        sys.dont_write_bytecode = dont_write
+        for module in [module for module in sys.modules if module.split(".")[0] == name]:
+            del sys.modules[module]
 
 
 def config_values(config: ModelConfig, dtype: torch.dtype, generation: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +152,8 @@ def config_values(config: ModelConfig, dtype: torch.dtype, generation: dict[str,
         # transformers 5 reads dtype, transformers 4 torch_dtype.
         "dtype": name,
         "torch_dtype": name,
-        **to_hf_config(config),
+        **(own := to_hf_config(config)),
+        **{alias: own[key] for alias, key in ALIASES.items()},
         "bos_token_id": generation.get("bos_token_id"),
         "eos_token_id": generation.get("eos_token_id"),
         "use_cache": True,

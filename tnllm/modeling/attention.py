@@ -44,13 +44,17 @@ class GatedLinearAttention(nn.Module):
     def keep_heads(self, heads: slice) -> None:
         """Keep the decays of these heads only (tensor parallelism); the caller shards the projections."""
         self._heads = heads
-        self.log_decay = log_decay(self.config, self.layer)[heads].to(self.log_decay.device)
+        self.reset_decay()
+
+    def reset_decay(self) -> None:
+        """Compute the decays, on the device where they are."""
+        self.log_decay = log_decay(self.config, self.layer)[self._heads].to(self.log_decay.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GatedLinearAttention":
         super()._apply(fn, recurse)
         # Casting a model must never round the decays, and leaving the meta device must fill them in.
         if not self.log_decay.is_meta:
-            self.log_decay = log_decay(self.config, self.layer)[self._heads].to(self.log_decay.device)
+            self.reset_decay()
         return self
 
     @property

@@ -10,6 +10,13 @@ from typing import Any
 from tnllm.modeling.config import ModelConfig
 
 HEAD = "lm_head.weight"
+# What other programs look for in a Hugging Face config.json → our key.
+ALIASES = {
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "glu_dim",
+}
 # Some released files hold these keys, which mean nothing: dropped on load.
 IGNORED = ("model.decoder.version", "decoder.version")
 
@@ -26,11 +33,15 @@ def from_official(name: str) -> str:
 
 def from_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     """ModelConfig values from the config.json of a Hugging Face folder that this package wrote."""
+    values = {**{key: values[alias] for alias, key in ALIASES.items() if alias in values}, **values}
     own = {key: values[key] for key in ModelConfig.model_fields if key in values}
     return {**own, "kind": "transnormer", "tie_embeddings": values.get("tie_word_embeddings", True)}
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The keys of such a config.json that describe the model."""
+    """The keys of such a config.json that describe the model, without aliases."""
     own = config.model_dump(exclude={"kind", "tie_embeddings", "rope_base", "qk_norm"})
     return {**own, "tie_word_embeddings": config.tie_embeddings}
+
+
+DEFAULTS = to_hf_config(ModelConfig())

@@ -1,4 +1,4 @@
-"""Norms, activations, GLU and LRPE."""
+"""Norms, activations, GLU, LRPE and the residual block."""
 
 from typing import Any
 
@@ -110,3 +110,27 @@ class LRPE(nn.Module):
         if activation not in ("silu", "none"):
             x, activation = activate(x, activation), "none"
         return lrpe(x, self.theta, positions, None if activation == "none" else activation)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-norm residual block: token mixer, then channel mixer."""
+
+    def __init__(self, config: ModelConfig, token_mixer: nn.Module) -> None:
+        super().__init__()
+        self.token_norm = make_norm(config, config.model_dim)
+        self.token_mixer = token_mixer
+        self.channel_norm = make_norm(config, config.model_dim)
+        self.channel_mixer = GLU(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        longest: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, M] → x [B, T, M], and the layer's new state."""
+        mixed, state = self.token_mixer(self.token_norm(x), positions, state, cu_seqlens, longest)
+        x = x + mixed
+        return x + self.channel_mixer(self.channel_norm(x)), state

@@ -22,23 +22,21 @@ from tnllm.kernels.linear_cross_entropy import linear_cross_entropy
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.checkpointing import MODES, checkpoint_selectively
 from tnllm.modeling.config import LoraConfig, ModelConfig
-from tnllm.modeling.layers import GLU, LRPE, make_norm
+from tnllm.modeling.layers import LRPE, ResidualBlock, make_norm
 from tnllm.modeling.packing import packed_index
 from tnllm.modeling.state import State
 from tnllm.modeling.transformer import SoftmaxAttention, grow
 
 
-class Block(nn.Module):
-    """Pre-norm residual block: token mixer, then channel mixer."""
+class Block(ResidualBlock):
+    """A residual block that may decode in place, and recompute activations in its backward pass."""
+
+    token_mixer: GatedLinearAttention | SoftmaxAttention
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.token_norm = make_norm(config, config.model_dim)
-        self.token_mixer = (
-            GatedLinearAttention(config, layer) if config.kind == "transnormer" else SoftmaxAttention(config)
+        super().__init__(
+            config, GatedLinearAttention(config, layer) if config.kind == "transnormer" else SoftmaxAttention(config)
         )
-        self.channel_norm = make_norm(config, config.model_dim)
-        self.channel_mixer = GLU(config)
         self.selective = False  # selective activation checkpointing: save the results of matrix products only
 
     def forward(
@@ -53,7 +51,7 @@ class Block(nn.Module):
         if self.selective and state is None and torch.is_grad_enabled():
             args = (x, positions, cu_seqlens, longest)
             return checkpoint_selectively(self._mix_without_state, self.num_products, *args), None
-        return self._mix(x, positions, state, cu_seqlens, longest)
+        return super().forward(x, positions, state, cu_seqlens, longest)
 
     @property
     def num_products(self) -> int:
@@ -63,19 +61,7 @@ class Block(nn.Module):
     def _mix_without_state(
         self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, longest: int | None
     ) -> Tensor:
-        return self._mix(x, positions, None, cu_seqlens, longest)[0]
-
-    def _mix(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        longest: int | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        mixed, state = self.token_mixer(self.token_norm(x), positions, state, cu_seqlens, longest)
-        x = x + mixed
-        return x + self.channel_mixer(self.channel_norm(x)), state
+        return super().forward(x, positions, None, cu_seqlens, longest)[0]
 
     def step(self, x: Tensor, positions: Tensor, state: Tensor) -> Tensor:
         """x [B, M] → x [B, M]; `state` is updated in place."""

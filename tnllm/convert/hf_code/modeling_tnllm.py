@@ -9,7 +9,6 @@ on either side never enters it, because a padded batch is packed into one row of
 Papers: TransNormerLLM (arXiv 2307.14995), Lightning Attention-2 (arXiv 2401.04658), TNL (arXiv 2405.17381).
 """
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -19,51 +18,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
-from tnllm.kernels.lightning_attention.chunk import chunk_backward, chunk_forward, chunk_step
-
-try:
-    # Used by the next file only, but transformers 4 copies only files that this file imports.
-    from tnllm.kernels.lightning_attention.kernels import attend_kernel  # noqa: F401
-    from tnllm.kernels.lightning_attention.launch import triton_backward, triton_forward
-    from tnllm.kernels.lightning_attention.step import triton_step
-
-    HAS_TRITON = True
-except ImportError:
-    HAS_TRITON = False
-
-# Head dims that the Triton kernels support; others use the torch implementation.
-TRITON_DIMS = (32, 64, 96, 128, 192, 256)
-
-
-def use_triton(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernels support these tensors."""
-    supported = q.shape[-1] in TRITON_DIMS and v.shape[-1] in TRITON_DIMS and q.dtype != torch.float64
-    return HAS_TRITON and q.is_cuda and supported
-
-
-class LightningAttention(torch.autograd.Function):
-    """S_t = exp(log_decay) S_{t-1} + k_t v_t^T and o_t = q_t^T S_t per head, from an initial state, with packing.
-
-    q, k [B, T, H, D], v [B, T, H, E], log_decay [H] fp32, state [B or N, H, D, E] fp32 or None, cu_seqlens [N + 1] or None.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, k, v, log_decay, state, cu_seqlens)
-        ctx.set_materialize_grads(False)
-        if use_triton(q, v):
-            return triton_forward(q, k, v, log_decay, state, cu_seqlens, True)
-        return chunk_forward(q, k, v, log_decay, state, cu_seqlens)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
-        do = torch.zeros_like(v) if do is None else do
-        run = triton_backward if use_triton(q, v) else chunk_backward
-        dq, dk, dv, dstate = run(do, dfinal, q, k, v, log_decay, state, cu_seqlens)
-        return dq, dk, dv, None, None if state is None else dstate, None
+from tnllm.modeling.attention import GatedLinearAttention
+from tnllm.modeling.layers import LRPE, ResidualBlock, make_norm
 
 
 class TnllmState:
@@ -96,177 +52,11 @@ class TnllmState:
         self.reorder_cache(indices)
 
 
-def geometric_slopes(num_heads: int) -> list[float]:
-    """Return the decay slopes of the released models (ALiBi's) for any number of heads."""
-    power = 2 ** int(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * (head + 1) / power) for head in range(power)]
-    if power < num_heads:
-        slopes += geometric_slopes(2 * power)[0::2][: num_heads - power]
-    return slopes
-
-
-def log_decays(config: TnllmConfig) -> Tensor:
-    """Return log-decays [L, H], always fp32: in bfloat16 those of the last layers would round to zero."""
-    if config.position in ("lrpe", "ape"):
-        return torch.zeros(config.num_layers, config.num_heads, dtype=torch.float32, device="cpu")
-    rows = []
-    for layer in range(config.num_layers):
-        if config.decay_slopes == "geometric":
-            slopes = geometric_slopes(config.num_heads)
-            depth = layer / (config.num_layers - 1) if config.num_layers > 1 else 0.0
-            factor = 1.0 - depth + 1e-5
-        else:
-            slopes = [8.0 * head / config.num_heads for head in range(config.num_heads)]
-            factor = 1.0 - layer / config.num_layers
-        rows.append([-slope * (factor if config.decay_temperature else 1.0) for slope in slopes])
-    return torch.tensor(rows, dtype=torch.float32, device="cpu")
-
-
-class SRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) without parameters; the mean is fp32."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
-
-
-def make_norm(config: TnllmConfig) -> nn.Module:
-    """Return the config's norm over model_dim channels."""
-    if config.norm == "srmsnorm":
-        return SRMSNorm(config.norm_eps)
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.model_dim, eps=config.norm_eps)
-    return nn.LayerNorm(config.model_dim, eps=config.norm_eps, bias=False)
-
-
-def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply the activation with this name."""
-    if kind == "silu":
-        return F.silu(x)
-    if kind == "1+elu":
-        return 1.0 + F.elu(x)
-    return F.relu(x) if kind == "relu" else x
-
-
-class LRPE(nn.Module):
-    """Maps x at position t to [a cos(theta t); a sin(theta t)], a = activation(x). theta [H, 1, d] stays fp32."""
-
-    def __init__(self, config: TnllmConfig) -> None:
-        super().__init__()
-        self.shape = (config.num_heads, 1, config.head_dim)
-        self.theta = nn.Parameter(torch.empty(self.shape, dtype=torch.float32))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "LRPE":
-        # A cast of the model to 16 bits leaves theta as it was.
-        theta = self.theta.detach()
-        super()._apply(fn, recurse)
-        if self.theta.element_size() < 4:
-            self.theta.data = theta.to(self.theta.device)
-        return self
-
-    def initial(self) -> Tensor:
-        """Initial value: 10000^(-2j/M) for the flat index j, head-major."""
-        count = self.shape[0] * self.shape[2]
-        flat = [10_000.0 ** (-2.0 * index / count) for index in range(count)]
-        return torch.tensor(flat, dtype=torch.float32, device="cpu").view(self.shape)
-
-    def forward(self, x: Tensor, positions: Tensor, activation: str) -> Tensor:
-        a = activate(x.to(torch.promote_types(x.dtype, torch.float32)), activation)
-        # Angles reach 10^6 at a million tokens, so they are computed and reduced in float64.
-        angle = positions[:, :, None, None].double() * self.theta[:, 0].double()
-        angle = (torch.remainder(angle + math.pi, 2 * math.pi) - math.pi).to(a.dtype)
-        return torch.cat([a * angle.cos(), a * angle.sin()], dim=-1).to(x.dtype)
-
-
-class GatedLinearAttention(nn.Module):
-    """Token mixer: projection, activation, LRPE if used, Lightning Attention, norm over all heads, gate, projection."""
-
-    def __init__(self, config: TnllmConfig, layer: int) -> None:
-        super().__init__()
-        self.config, width = config, config.model_dim
-        if config.gate == "full":
-            self.qkvu_proj = nn.Linear(width, 4 * width, bias=False)
-        else:
-            self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        if config.gate == "low-rank":
-            self.output_gate = nn.Sequential(
-                nn.Linear(width, config.gate_dim, bias=False), nn.Linear(config.gate_dim, width, bias=False)
-            )
-        self.out_proj = nn.Linear(width, width, bias=False)
-        self.norm = make_norm(config)
-        self.lrpe = LRPE(config) if config.uses_lrpe(layer) else None
-
-    def forward(
-        self, x: Tensor, positions: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x [B, T, M], positions [B, T], log_decay [H], state [B or N, H, D, E] → y [B, T, M], new state.
-
-        One token with a state and without gradients is a decoding step, which updates the state in place.
-        """
-        config = self.config
-        gate = None
-        if config.gate == "full":
-            q, k, v, gate = self.qkvu_proj(x).chunk(4, dim=-1)
-        else:
-            q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
-            if config.gate == "low-rank":
-                gate = torch.sigmoid(self.output_gate(x))
-        q, k, v = (part.unflatten(-1, (config.num_heads, config.head_dim)) for part in (q, k, v))
-        v = activate(v, config.value_activation)
-        if self.lrpe is not None:
-            q = self.lrpe(q, positions, config.activation)
-            k = self.lrpe(k, positions, config.activation)
-        else:
-            q, k = activate(q, config.activation), activate(k, config.activation)
-        if x.shape[1] == 1 and cu_seqlens is None and state is not None and not torch.is_grad_enabled():
-            step = triton_step if use_triton(q, v) else chunk_step
-            y = step(q[:, 0], k[:, 0], v[:, 0], log_decay, state)[:, None]
-        else:
-            y, state = LightningAttention.apply(q, k, v, log_decay, state, cu_seqlens)
-        y = y.flatten(-2)
-        if config.norm_position == "attention":
-            y = self.norm(y)
-        y = y if gate is None else y * gate
-        if config.norm_position == "gate":
-            y = self.norm(y)
-        y = self.out_proj(y)
-        return self.norm(y) if config.norm_position == "output" else y, state
-
-
-class GLU(nn.Module):
-    """Channel mixer ((x W1) * (x W2)) W3."""
-
-    def __init__(self, config: TnllmConfig) -> None:
-        super().__init__()
-        self.activation = config.glu_activation
-        self.l1 = nn.Linear(config.model_dim, config.glu_dim, bias=False)
-        self.l2 = nn.Linear(config.model_dim, config.glu_dim, bias=False)
-        self.l3 = nn.Linear(config.glu_dim, config.model_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.l3(activate(self.l1(x), self.activation) * self.l2(x))
-
-
-class TnllmBlock(nn.Module):
+class TnllmBlock(ResidualBlock):
     """Pre-norm residual block: token mixer, then channel mixer."""
 
     def __init__(self, config: TnllmConfig, layer: int) -> None:
-        super().__init__()
-        self.token_norm, self.channel_norm = make_norm(config), make_norm(config)
-        self.token_mixer = GatedLinearAttention(config, layer)
-        self.channel_mixer = GLU(config)
-
-    def forward(
-        self, x: Tensor, positions: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x [B, T, M] → x [B, T, M], and the layer's new state."""
-        mixed, state = self.token_mixer(self.token_norm(x), positions, log_decay, state, cu_seqlens)
-        x = x + mixed
-        return x + self.channel_mixer(self.channel_norm(x)), state
+        super().__init__(config, GatedLinearAttention(config, layer))
 
 
 class TnllmPreTrainedModel(PreTrainedModel):
@@ -288,8 +78,10 @@ class TnllmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, LRPE):
-            with torch.no_grad():
-                module.theta.copy_(module.initial())
+            module.reset()
+        elif isinstance(module, GatedLinearAttention):
+            # Not in the files; transformers 5 builds it without a value.
+            module.reset_decay()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -305,10 +97,8 @@ class TnllmModel(TnllmPreTrainedModel):
         if config.position == "ape":
             self.embed_positions = nn.Embedding(config.max_position, config.model_dim)
         self.layers = nn.ModuleList(TnllmBlock(config, layer) for layer in range(config.num_layers))
-        self.final_norm = make_norm(config)
+        self.final_norm = make_norm(config, config.model_dim)
         self.gradient_checkpointing = False
-        # Log-decays per device; not a buffer, so that neither a cast nor a checkpoint can change them.
-        self._decays: dict[torch.device, Tensor] = {}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -321,12 +111,8 @@ class TnllmModel(TnllmPreTrainedModel):
 
     def init_state(self, batch: int, device: torch.device) -> TnllmState:
         """Return the zero state."""
-        config = self.config
-        wide = torch.float64 if self.embed_tokens.weight.dtype == torch.float64 else torch.float32
-        layers = []
-        for layer in range(config.num_layers):
-            key_dim = config.head_dim * (2 if config.uses_lrpe(layer) else 1)
-            layers.append(torch.zeros(batch, config.num_heads, key_dim, config.head_dim, dtype=wide, device=device))
+        mixers: list[GatedLinearAttention] = [block.token_mixer for block in self.layers]  # type: ignore[misc]
+        layers = [mixer.new_state(batch, device) for mixer in mixers]
         return TnllmState(layers, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def forward(
@@ -364,7 +150,7 @@ class TnllmModel(TnllmPreTrainedModel):
             positions = (start[:, None] + mask.cumsum(-1) - 1)[mask][None]
             x = x[mask][None]
         if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.model_dim)
+            x = x * self.config.model_dim**0.5
         if self.config.position == "ape":
             x = x + self.embed_positions(positions)
         hidden_states: list[Tensor] = []
@@ -372,13 +158,10 @@ class TnllmModel(TnllmPreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(self._unpack(x, mask))
             before = None if state is None else state.layers[index]
-            log_decay = self._decays_on(x.device)[index]
             if self.gradient_checkpointing and self.training:
-                x, after = self._gradient_checkpointing_func(
-                    block.__call__, x, positions, log_decay, before, cu_seqlens
-                )
+                x, after = self._gradient_checkpointing_func(block.__call__, x, positions, before, cu_seqlens)
             else:
-                x, after = block(x, positions, log_decay, before, cu_seqlens)
+                x, after = block(x, positions, before, cu_seqlens)
             if state is not None:
                 state.layers[index] = after
         if state is not None:
@@ -403,11 +186,6 @@ class TnllmModel(TnllmPreTrainedModel):
         if mask.shape != (batch, columns):
             raise ValueError(f"attention_mask must end in {[batch, columns]}; got {list(attention_mask.shape)}")
         return None if bool(mask.all()) else mask
-
-    def _decays_on(self, device: torch.device) -> Tensor:
-        if device not in self._decays:
-            self._decays[device] = log_decays(self.config).to(device)
-        return self._decays[device]
 
     @staticmethod
     def _unpack(x: Tensor, mask: Tensor | None) -> Tensor:
