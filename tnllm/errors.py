@@ -42,7 +42,11 @@ class Terminated(UserError):
     exit_code = 143
 
 
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the allowed word nearest to `word`, or an empty string."""
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+def did_you_mean(word: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return `"; did you mean 'x'?"` for the allowed word nearest to `word`, or an empty string.
+
+    cutoff: similarity from which a word is near, 0 to 1.
+    """
+    # The comparison takes quadratic time, and names are short.
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=cutoff) if len(word) <= 64 else []
     return f"; did you mean {near[0]!r}?" if near else ""

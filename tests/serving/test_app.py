@@ -185,9 +185,9 @@ def test_a_shared_beginning_is_read_once(client):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"prompt": "a", "temperature": -1}, "temperature is -1.0; allowed: a number, 0 to 100"),
+        ({"prompt": "a", "temperature": -1}, "temperature is -1; allowed: a number, 0 to 100"),
         ({"prompt": "a", "max_token": 1}, "'max_token' is not supported; did you mean 'max_tokens'?"),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, "'logit_bias' is not supported"),
+        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias is {'5': 1}, which is not supported; leave it out"),
         ({"prompt": "a" * 20_000}, "the prompt has 20000 tokens; this server takes at most 3000"),
         ({"prompt": "a", "max_tokens": 50_001}, "max_tokens is 50001; this server gives at most 50000"),
         ({"prompt": []}, "prompt is an empty list"),
@@ -195,9 +195,9 @@ def test_a_shared_beginning_is_read_once(client):
         ({"prompt": [5, -1]}, "token id -1 is outside the vocabulary"),
         ({"prompt": ["a"] * 100, "n": 2}, "100 prompts times n = 2 are 200 choices; at most 128"),
         ({"prompt": "a", "stop": ["x"] * 17}, "stop holds 17 strings; at most 16"),
-        ({"prompt": "\ud800"}, "lone surrogate (U+D800)"),
-        ({}, "prompt: Field required"),
-        ({"messages": []}, "'messages' is not supported"),
+        ({"prompt": "\ud800"}, "; half of a surrogate pair is not text"),
+        ({}, "prompt is missing; give a text, several, or token ids"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "'messages' is not supported"),
     ],
 )
 def test_bad_completions_are_explained(http, body, message):

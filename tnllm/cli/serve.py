@@ -15,7 +15,6 @@ from tnllm.progress import log
 EPILOG = examples("tnllm serve --model runs/first --port 8000")
 
 KEY_VARIABLE = "TNLLM_API_KEY"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LIMITS = "Limits"
 
 
@@ -25,6 +24,9 @@ def command(
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every address of this machine."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
+    allowed_host: list[str] = typer.Option(
+        [], help="Another name this server may be called by in the Host header; may be repeated."
+    ),
     name: str | None = typer.Option(None, help="Name of the model in the API. Default: that of its folder."),
     api_key: str | None = typer.Option(
         None, help=f"Key that clients must send; better given as the variable {KEY_VARIABLE}."
@@ -60,6 +62,7 @@ def command(
     from tnllm.generation.loading import load
     from tnllm.serving.app import Settings, make_app
     from tnllm.serving.engine import Engine
+    from tnllm.serving.middleware import is_loopback
 
     log_default_model(model)
     ready = load(model, device, dtype)
@@ -72,12 +75,13 @@ def command(
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_tokens,
     )
-    local = host in _LOOPBACK
+    local = is_loopback(host)
     settings = Settings(
         name=name or _name(model, ready.folder),
         api_key=key,
         max_body_bytes=int(max_body_mib * 2**20),
-        **({} if local else {"hosts": None}),
+        # An open server is called by names that it does not know, unless it is told.
+        hosts=tuple(name.lower() for name in allowed_host) if local or allowed_host else None,
     )
     if not local and key is None:
         log(f"no API key: anybody who can reach {host} may use this model; set {KEY_VARIABLE} to require one")

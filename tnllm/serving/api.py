@@ -6,28 +6,47 @@
     answer.chunk(answer.piece(choice, event))                              # streaming
     answer.body([answer.full_choice(choice, result, None)])                # not streaming
 
-Unknown keys are refused, and so are OpenAI's keys that would change the answer and are not supported. A key that is null
-counts as not given.
+A key that is null counts as not given, and so does a value that asks for nothing (`bodies.py`). Everything else that is
+not supported is refused by name.
 """
 
 import codecs
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from tnllm.chat_template import stop_strings
-from tnllm.errors import UserError, did_you_mean
 from tnllm.generation.conversation import message_ids
 from tnllm.generation.loading import LoadedModel
-from tnllm.generation.sampler import MAX_SAMPLES, SamplingParams
+from tnllm.generation.sampler import MAX_LOGPROBS, MAX_SAMPLES, MAX_SEED, SamplingParams
 from tnllm.generation.samples import Piece, Result, TokenLogprob
+from tnllm.serving import bodies
+from tnllm.serving.bodies import MAX_MESSAGES, MAX_PROMPTS, MAX_STOP_CHARACTERS, MAX_STOPS, RequestError, shown
 
-MAX_STOPS, MAX_PROMPTS = 16, 128
-# OpenAI's keys that are accepted and have no effect here.
-_IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+_Stop = Annotated[
+    list[str],
+    PlainValidator(
+        bodies.check_stop,
+        json_schema_input_type=Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], Field(max_length=MAX_STOPS)
+        ],
+    ),
+]
+_Prompt = Annotated[
+    str | list[Any],
+    PlainValidator(
+        bodies.check_prompt,
+        json_schema_input_type=str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)],
+    ),
+]
+_Int = BeforeValidator(bodies.whole)
 
 
 class StreamOptions(BaseModel):
@@ -37,82 +56,125 @@ class StreamOptions(BaseModel):
     include_usage: bool = Field(False, description="End the stream with a chunk that holds the token counts.")
 
 
+def _check_stream_options(given: Any) -> StreamOptions:
+    if not isinstance(given, dict):
+        raise RequestError(f"stream_options is {shown(given)}; allowed: an object", "stream_options")
+    options = bodies.without_neutral(given, {}, StreamOptions.model_fields, "stream_options.")
+    usage = options.get("include_usage", False)
+    if not isinstance(usage, bool):
+        raise RequestError(f"stream_options.include_usage is {shown(usage)}; allowed: true or false", "stream_options")
+    return StreamOptions(include_usage=usage)
+
+
 class _Request(BaseModel):
-    """The keys of both kinds of request. SamplingParams checks their ranges."""
+    """The keys of both kinds of request. Values that mean "off" elsewhere, such as -1, mean it here too."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = Field(None, description="The served model's id, or nothing.")
-    max_tokens: int | None = Field(None, description="Most tokens to generate. Default: the model's, or 256.")
-    temperature: float | None = Field(None, description="0 takes the most likely token. Default: the model's.")
-    top_p: float | None = Field(None, description="Keep the most likely tokens that together reach this probability.")
-    top_k: int | None = Field(None, description="Keep the k most likely tokens; 0 keeps all.")
-    min_p: float | None = Field(None, description="Drop tokens below this share of the top token's probability.")
-    repetition_penalty: float | None = Field(None, description="Above 1: tokens of prompt and text become less likely.")
-    presence_penalty: float | None = Field(None, description="-2 to 2, subtracted from the logits of generated tokens.")
-    frequency_penalty: float | None = Field(None, description="-2 to 2, subtracted once for each occurrence.")
-    seed: int | None = Field(None, description="The same seed gives the same text; choice i has seed + i.")
-    stop: str | list[str] | None = Field(None, description="End before any of these texts.")
-    n: int = Field(1, description="Choices for each prompt.")
+    max_tokens: Annotated[int, Field(ge=-1), _Int] | None = Field(
+        None, description="Most tokens to generate. Default, and -1: the model's, or 256."
+    )
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="0 takes the most likely token. Default: the model's."
+    )
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Keep the most likely tokens that together reach this probability; 0 keeps one."
+    )
+    top_k: Annotated[int, Field(ge=-1), _Int] | None = Field(
+        None, description="Keep the k most likely tokens; 0 and -1: all."
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Drop tokens below this share of the top token's probability."
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=100, description="Above 1: tokens of prompt and text become less likely."
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Subtracted from the logits of generated tokens."
+    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Subtracted once for each occurrence.")
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED), _Int] | None = Field(
+        None, description="The same seed gives the same text; choice i has seed + i. -1: a new one."
+    )
+    stop: _Stop | None = Field(None, description="End before any of these texts.")
+    n: Annotated[int, _Int] = Field(1, ge=1, le=MAX_SAMPLES, description="Choices for each prompt.")
     ignore_eos: bool = Field(False, description="Continue after the end token.")
     stream: bool = Field(False, description="Send the text as it is generated, as server-sent events.")
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[
+        StreamOptions | None, PlainValidator(_check_stream_options, json_schema_input_type=StreamOptions)
+    ] = Field(None, description="How to stream; needs `stream`.")
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        for key in values:
-            if key not in cls.model_fields and key not in _IGNORED and values[key] is not None:
-                hint = did_you_mean(key, cls.model_fields)
-                raise UserError(f"{key!r} is not supported{hint}; allowed: {', '.join(cls.model_fields)}")
-        return {key: value for key, value in values.items() if value is not None and key not in _IGNORED}
+        return bodies.without_neutral(values, bodies.REQUEST, cls.model_fields) if isinstance(values, dict) else values
 
-    def _sampling(self, loaded: LoadedModel, more: dict[str, Any]) -> SamplingParams:
+    @model_validator(mode="after")
+    def _streams(self) -> "_Request":
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise RequestError("stream_options.include_usage is true; it needs stream to be true", "stream_options")
+        return self
+
+    def _sampling(self, loaded: LoadedModel, more: dict[str, Any], most_tokens: int | None) -> SamplingParams:
         names = (
             "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "seed",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > MAX_STOPS:
-            raise UserError(f"stop holds {len(stop)} strings; at most {MAX_STOPS}")
-        for text in stop:
-            # Raises UserError for a lone surrogate, which no text can contain.
-            loaded.tokenizer.encode(text)
-        return loaded.params(**{**given, "n": self.n, "ignore_eos": self.ignore_eos, "stop": tuple(stop), **more})
+        given |= {"n": self.n, "ignore_eos": self.ignore_eos, "stop": tuple(self.stop or ()), **more}
+        for name in ("max_tokens", "seed"):
+            if given.get(name) == -1:
+                del given[name]
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        if given.get("top_p") == 0:
+            # Nothing but the most likely token is kept.
+            given["temperature"] = 0
+            del given["top_p"]
+        if most_tokens is not None:
+            # The default is not what a request asked for, so it gives way to the server's limit.
+            given.setdefault("max_tokens", min(most_tokens, loaded.params().max_tokens))
+            if given["max_tokens"] > most_tokens:
+                message = f"max_tokens is {given['max_tokens']}; this server gives at most {most_tokens}"
+                raise RequestError(message, "max_tokens")
+        return loaded.params(**given)
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Texts, or token ids.")
-    echo: bool = Field(False, description="Put the prompt before the text.")
-    logprobs: int | None = Field(None, description="Log-probabilities, also of this many most likely tokens.")
+    # The key of what is read, for errors.
+    text_key: ClassVar[str] = "prompt"
 
-    def prompts(self, loaded: LoadedModel) -> list[list[int]]:
-        """Token ids of each prompt. Raises UserError."""
-        given = self.prompt
-        if isinstance(given, str):
-            return [loaded.encode(given)]
-        if not given:
-            raise UserError('prompt is an empty list; give a text, "" to start from nothing')
-        if isinstance(given[0], int):
-            return [given]
-        if len(given) > MAX_PROMPTS:
-            raise UserError(f"prompt holds {len(given)} prompts; at most {MAX_PROMPTS} in one request")
+    prompt: _Prompt = Field(description="a text, several, or token ids")
+    echo: bool = Field(False, description="Put the prompt before the text.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None = Field(
+        None, description="Log-probabilities, also of this many most likely tokens."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_logprobs(cls, values: Any) -> Any:
+        """False is what the chat's key of this name says for none."""
+        if isinstance(values, dict) and values.get("logprobs") is False:
+            return {key: value for key, value in values.items() if key != "logprobs"}
+        return values
+
+    def prompts(self, loaded: LoadedModel, most_tokens: int | None = None) -> list[list[int]]:
+        """Token ids of each prompt. Raises RequestError, for too long a text without reading it."""
+        given = self.prompt if isinstance(self.prompt, list) and type(self.prompt[0]) is not int else [self.prompt]
+        check_text_length(loaded, [one for one in given if isinstance(one, str)], most_tokens, "prompt", total=False)
         return [loaded.encode(one) if isinstance(one, str) else one for one in given]
 
-    def params(self, loaded: LoadedModel) -> SamplingParams:
-        """Raises UserError for a value out of range."""
-        return self._sampling(loaded, {"logprobs": self.logprobs})
+    def params(self, loaded: LoadedModel, most_tokens: int | None = None) -> SamplingParams:
+        """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
+        return self._sampling(loaded, {"logprobs": self.logprobs}, most_tokens)
 
 
 class TextPart(BaseModel):
     """A part of a message; only text is supported."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: str
 
@@ -120,39 +182,79 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """A turn."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
 
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+class AssistantMessage(BaseModel):
+    """A turn of the model's. As the last message it is the beginning of the answer, which continues it."""
+
+    role: Literal["assistant"]
+    content: str | list[TextPart] | None = None
 
 
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(description="An optional system message, then user and assistant in turns.")
-    max_completion_tokens: int | None = Field(None, description="Another name for max_tokens.")
+    text_key: ClassVar[str] = "messages"
+
+    messages: Annotated[
+        list[Any],
+        PlainValidator(
+            bodies.check_messages,
+            json_schema_input_type=Annotated[
+                list[Message | AssistantMessage], Field(min_length=1, max_length=MAX_MESSAGES)
+            ],
+        ),
+    ] = Field(description="a list of messages: system, developer, user and assistant, in any order")
+    max_completion_tokens: Annotated[int, Field(ge=-1), _Int] | None = Field(
+        None, description="Another name for max_tokens, which it precedes."
+    )
     logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens.")
-    top_logprobs: int | None = Field(None, description="Also those of this many most likely tokens.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None = Field(
+        None, description="Also those of this many most likely tokens; needs logprobs."
+    )
 
-    def prompts(self, loaded: LoadedModel) -> list[list[int]]:
-        """Token ids of the conversation, in the model's turn format. Raises UserError."""
-        return [message_ids(loaded, [(message.role, message.text) for message in self.messages])]
+    def prompts(self, loaded: LoadedModel, most_tokens: int | None = None) -> list[list[int]]:
+        """Token ids of the conversation, in the model's turn format. Raises RequestError."""
+        check_text_length(loaded, [text for _, text in self.messages], most_tokens, "messages", total=True)
+        return [message_ids(loaded, self.messages)]
 
-    def params(self, loaded: LoadedModel) -> SamplingParams:
-        """Raises UserError for a value out of range."""
-        if self.top_logprobs is not None and not self.logprobs:
-            raise UserError("top_logprobs needs logprobs to be true")
+    def params(self, loaded: LoadedModel, most_tokens: int | None = None) -> SamplingParams:
+        """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs to be true", "top_logprobs")
         more: dict[str, Any] = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
         if self.max_completion_tokens is not None:
             more["max_tokens"] = self.max_completion_tokens
-        params = self._sampling(loaded, more)
+        params = self._sampling(loaded, more, most_tokens)
         # As in `tnllm generate --chat`: an answer ends where the model starts to speak for the user.
         return SamplingParams(**{**params.__dict__, "stop": (*params.stop, *stop_strings(loaded.chat_template))})
+
+
+_R = TypeVar("_R", bound=_Request)
+
+
+def validated(kind: type[_R], content: bytes) -> _R:
+    """The request of this kind that a body holds. Raises RequestError."""
+    values = bodies.read(content)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise bodies.explained(error, kind) from None
+
+
+def check_text_length(loaded: LoadedModel, texts: list[str], most_tokens: int | None, param: str, total: bool) -> None:
+    """Raise RequestError for a text, or a `total`, that must have more than `most_tokens` tokens, before it is read."""
+    lengths = [sum(map(len, texts))] if total else list(map(len, texts))
+    if most_tokens is None or max(lengths, default=0) <= most_tokens:
+        return
+    longest = max(map(len, loaded.tokenizer.token_bytes))
+    sizes = [len(text.encode(errors="surrogatepass")) for text in texts]
+    least = max([sum(sizes)] if total else sizes) // longest
+    if least > most_tokens:
+        message = f"{param} has {least} or more tokens; this server takes at most {most_tokens}"
+        raise RequestError(message, param, "context_length_exceeded")
 
 
 def error_body(message: str, type: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -192,6 +294,12 @@ class Answer:
     @property
     def num_choices(self) -> int:
         return len(self._prompts) * self._params.n
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it has so many log-probabilities that writing it takes seconds."""
+        prompt_tokens = self.prompt_tokens * self._params.n if getattr(self._request, "echo", False) else 0
+        return self._params.logprobs is not None and prompt_tokens + self.completion_tokens > 20_000
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
@@ -235,8 +343,10 @@ class Answer:
         raise NotImplementedError
 
     def _spelled(self, id: int) -> str:
-        """A token as text; bytes that are not UTF-8 by themselves as `bytes:\\xe4`."""
+        """A token as text; bytes that are not UTF-8 by themselves as `bytes:\\xe4`; a control token by its name."""
         data = self._tokenizer.token_bytes[id]
+        if not data:
+            return self._tokenizer.piece(id)
         try:
             return data.decode()
         except UnicodeDecodeError:
@@ -292,14 +402,18 @@ class TextAnswer(Answer):
             logprobs = {
                 "tokens": [self._spelled(id) for id in ids],
                 "token_logprobs": [None if isinstance(entry, int) else entry.logprob for entry in entries],
-                "top_logprobs": [
-                    None if isinstance(entry, int) else {self._spelled(top.id): top.logprob for top in entry.top}
-                    for entry in entries
-                ],
+                "top_logprobs": [None if isinstance(entry, int) else self._tops(entry) for entry in entries],
                 "text_offset": [self._offsets[choice].take(self._tokenizer.token_bytes[id]) for id in ids],
             }
         finish = None if reason is None else _FINISH[reason]
         return {"index": choice, "text": text or "", "logprobs": logprobs, "finish_reason": finish}
+
+    def _tops(self, entry: TokenLogprob) -> dict[str, float]:
+        """By spelling: of two ids that are spelled alike, the more likely one stays."""
+        tops: dict[str, float] = {}
+        for top in entry.top:
+            tops.setdefault(self._spelled(top.id), top.logprob)
+        return tops
 
 
 class _Offset:
@@ -356,6 +470,7 @@ class ChatAnswer(Answer):
 
 
 def check_choices(num_prompts: int, n: int) -> None:
-    """Raise UserError for more choices than one request may have."""
+    """Raise RequestError for more choices than one request may have."""
     if num_prompts * n > MAX_SAMPLES:
-        raise UserError(f"{num_prompts} prompts times n = {n} are {num_prompts * n} choices; at most {MAX_SAMPLES}")
+        message = f"{num_prompts} prompts times n = {n} are {num_prompts * n} choices; at most {MAX_SAMPLES}"
+        raise RequestError(message, "n" if n > 1 else "prompt")

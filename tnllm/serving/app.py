@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -36,31 +36,49 @@ from tnllm.serving.api import (
     TextAnswer,
     check_choices,
     error_body,
+    validated,
 )
-from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket
-from tnllm.serving.middleware import JSON, RequestChecks, Settings
+from tnllm.serving.bodies import RequestError, shown
+from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket, TooLong
+from tnllm.serving.middleware import JSON, RequestChecks, Settings, encode_json
 
 LOG = logging.getLogger("tnllm.serve")
+# Bytes; a smaller body is parsed within milliseconds.
+_LARGE_BODY = 1 << 16
 
 
 class _Submission:
     """The tickets of one HTTP request, and their events numbered by choice on the event loop's thread."""
 
     def __init__(
-        self, engine: Engine, body: CompletionRequest | ChatRequest, client: str, name: str, loop: AbstractEventLoop
+        self,
+        engine: Engine,
+        kind: type[CompletionRequest] | type[ChatRequest],
+        content: bytes,
+        client: str,
+        name: str,
+        loop: AbstractEventLoop,
     ) -> None:
-        """Tokenize and check, then queue every prompt or none. Raises UserError.
+        """Parse, tokenize and check, then queue every prompt or none. Raises UserError.
 
         Long prompts take time, so this runs on a thread of its own; `loop` is the server's.
         """
-        self._loop, self._body = loop, body
+        body = validated(kind, content)
+        if body.model not in (None, name):
+            raise RequestError(f"model is {shown(body.model)}; this server has {name!r}", "model", "model_not_found")
+        self._loop, self.body = loop, body
         self._queue: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         loaded = engine.loaded
-        prompts, params = body.prompts(loaded), body.params(loaded)
+        params = body.params(loaded, engine.max_new_tokens)
+        prompts = body.prompts(loaded, engine.max_prompt_tokens)
         check_choices(len(prompts), params.n)
         for prompt in prompts:
-            engine.check(prompt, params)
+            try:
+                engine.check(prompt, params)
+            except UserError as error:
+                code = "context_length_exceeded" if isinstance(error, TooLong) else None
+                raise RequestError(str(error), body.text_key, code) from None
         fingerprint = f"fp_{engine.weights[:12]}"
         answer = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
         self.answer: Answer = answer(loaded, name, fingerprint, body, prompts, params)
@@ -112,25 +130,33 @@ class _Submission:
                     self._unfinished -= 1
                 yield first_choice + event.sample, event
 
-    async def full_body(self) -> dict[str, Any]:
+    async def full_body(self) -> bytes:
         """The answer as one JSON object."""
-        choices: dict[int, dict[str, Any]] = {}
+        results: dict[int, Result] = {}
         prompts: dict[int, PromptRead] = {}
         async for choice, event in self.events():
             if isinstance(event, PromptRead):
                 prompts[choice] = event
             elif isinstance(event, Result):
-                choices[choice] = self.answer.full_choice(choice, event, prompts[choice].logprobs)
-        return self.answer.body([choices[choice] for choice in sorted(choices)])
+                results[choice] = event
+
+        def encoded() -> bytes:
+            choices = [
+                self.answer.full_choice(choice, results[choice], prompts[choice].logprobs) for choice in sorted(results)
+            ]
+            return encode_json(self.answer.body(choices), self.answer.is_large)
+
+        # A long prompt or text that is sent with its log-probabilities takes seconds.
+        return await run_in_threadpool(encoded)
 
     async def server_sent_events(self) -> AsyncIterator[bytes]:
         """The answer as a stream."""
-        options = self._body.stream_options
+        options = self.body.stream_options
         usage = options is not None and options.include_usage
         try:
             async for choice, event in self.events():
                 if isinstance(event, PromptRead):
-                    parts = self.answer.first(choice, event.logprobs)
+                    parts = await run_in_threadpool(self.answer.first, choice, event.logprobs)
                 elif isinstance(event, Piece):
                     parts = self.answer.piece(choice, event)
                 else:
@@ -172,7 +198,9 @@ def _error(error: UserError) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 429, error_body(str(error), "rate_limit_error", "queue_full"), headers
     if isinstance(error, RunError):
         return 500, error_body(str(error), "server_error"), {}
-    return 400, error_body(str(error), "invalid_request_error"), {}
+    param, code = (error.param, error.code) if isinstance(error, RequestError) else (None, None)
+    status = 404 if code == "model_not_found" else 400
+    return status, error_body(str(error), "invalid_request_error", code, param), {}
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -182,13 +210,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def _user_error(request: Request, error: UserError) -> JSON:
         status, body, headers = _error(error)
         return JSON(body, status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> JSON:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        message = f"{where}: {first['msg']}" if where else first["msg"]
-        return JSON(error_body(message, "invalid_request_error", param=where or None), 400)
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> JSON:
@@ -208,36 +229,37 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
     """The application. The caller starts and stops the engine."""
     app = FastAPI(
         title="tnllm", version=__version__, docs_url=None, redoc_url=None, default_response_class=JSON,
-        description="TransNormerLLM behind OpenAI's API.",
+        redirect_slashes=False, description="TransNormerLLM behind OpenAI's API.",
     )  # fmt: skip
 
     _add_error_handlers(app)
 
-    async def respond(request: Request, body: CompletionRequest | ChatRequest) -> Response:
-        if body.model not in (None, settings.name):
-            message = f"model is {body.model!r}; this server has {settings.name!r}"
-            return JSON(error_body(message, "invalid_request_error", "model_not_found", "model"), 404)
+    # One large body at a time: parsing holds the interpreter, and memory of many times its size.
+    one_large_body = CapacityLimiter(1)
+
+    async def respond(request: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
+        content = await request.body()
         client = request.client.host if request.client else ""
-        loop = asyncio.get_running_loop()
-        submission = await run_in_threadpool(_Submission, engine, body, client, settings.name, loop)
-        if body.stream:
+        submit = partial(_Submission, engine, kind, content, client, settings.name, asyncio.get_running_loop())
+        submission = await to_thread.run_sync(submit, limiter=one_large_body if len(content) > _LARGE_BODY else None)
+        if submission.body.stream:
             return _EventStream(submission)
         watcher = asyncio.create_task(submission.cancel_on_disconnect(request.receive))
         try:
-            return JSON(await submission.full_body())
+            return Response(await submission.full_body(), media_type=JSON.media_type)
         finally:
             watcher.cancel()
             submission.cancel()
 
     @app.post("/v1/completions")
-    async def completions(request: Request, body: CompletionRequest) -> Response:
+    async def completions(request: Request) -> Response:
         """Continue one or several texts."""
-        return await respond(request, body)
+        return await respond(request, CompletionRequest)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    async def chat_completions(request: Request) -> Response:
         """Answer the last message of a conversation."""
-        return await respond(request, body)
+        return await respond(request, ChatRequest)
 
     created = engine.metrics.started
 
@@ -249,12 +271,12 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
         """The one model that is served."""
         return JSON({"object": "list", "data": [model()]})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model_named(name: str) -> JSON:
         """The model, if that is its name."""
         if name != settings.name:
-            message = f"there is no model {name!r}; this server has {settings.name!r}"
-            return JSON(error_body(message, "invalid_request_error", "model_not_found", "model"), 404)
+            message = f"there is no model {shown(name)}; this server has {settings.name!r}"
+            raise RequestError(message, "model", "model_not_found")
         return JSON(model())
 
     @app.get("/health")

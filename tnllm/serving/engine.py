@@ -51,6 +51,10 @@ class Busy(UserError):
         self.retry_after_s, self.stopping = retry_after_s, stopping
 
 
+class TooLong(UserError):
+    """More tokens than the engine or the model takes."""
+
+
 @dataclass(frozen=True)
 class PromptRead:
     """The first event of a request: its prompt was read."""
@@ -208,14 +212,14 @@ class Engine:
         if not ids:
             raise UserError("the prompt is empty; give text, or the begin token to start from nothing")
         if len(ids) > self.max_prompt_tokens:
-            raise UserError(f"the prompt has {len(ids)} tokens; this server takes at most {self.max_prompt_tokens}")
+            raise TooLong(f"the prompt has {len(ids)} tokens; this server takes at most {self.max_prompt_tokens}")
         if params.max_tokens > self.max_new_tokens:
             raise UserError(f"max_tokens is {params.max_tokens}; this server gives at most {self.max_new_tokens}")
         if not 0 <= min(ids) <= max(ids) < self.loaded.tokenizer.vocab_size:
             bad = next(id for id in ids if not 0 <= id < self.loaded.tokenizer.vocab_size)
             raise UserError(f"token id {bad} is outside the vocabulary of {self.loaded.tokenizer.vocab_size}")
         if config.position == "ape" and len(ids) + params.max_tokens > config.max_position:
-            raise UserError(
+            raise TooLong(
                 f"prompt and max_tokens are {len(ids) + params.max_tokens} tokens; this model has learned "
                 f"{config.max_position} positions"
             )

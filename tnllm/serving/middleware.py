@@ -7,6 +7,7 @@ A body is read completely, within its limit, before a route sees it.
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import re
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tnllm.serving.api import error_body
 
 _OPEN_PATHS = ("/", "/health")
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _BODY_SECONDS = 30.0
 
 
@@ -26,14 +26,15 @@ _BODY_SECONDS = 30.0
 class Settings:
     """Settings of the server.
 
-    api_key: what clients must send as a bearer token. hosts: Host headers that are served, None for all. A server on
-    the loopback serves its own names only, so that a web page elsewhere cannot reach it by DNS rebinding.
+    api_key: what clients must send as a bearer token. hosts: names that are served besides those of the loopback; None
+    serves every name. A server on the loopback serves no others, so that a web page elsewhere cannot reach it by DNS
+    rebinding.
     """
 
     name: str
     api_key: str | None = None
     max_body_bytes: int = 8 << 20
-    hosts: tuple[str, ...] | None = _LOOPBACK
+    hosts: tuple[str, ...] | None = ()
 
 
 class JSON(Response):
@@ -42,7 +43,15 @@ class JSON(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":")).encode("ascii")
+        return encode_json(content)
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
+def encode_json(content: Any, yielding: bool = False) -> bytes:
+    """JSON in ASCII; `yielding` takes longer and lets other threads run meanwhile."""
+    return ("".join(_ENCODER.iterencode(content)) if yielding else _ENCODER.encode(content)).encode("ascii")
 
 
 class RequestChecks:
@@ -68,8 +77,9 @@ class RequestChecks:
             response = JSON(error_body(message, kind, code), status, {key.replace("_", "-"): more[key] for key in more})
             await response(scope, receive, safe_send)
 
-        if not self._host_allowed(headers.get(b"host", b"")):
-            await refuse(403, "this Host is not served here; open the server by the address it printed")
+        if not self._host_allowed(headers.get(b"host"), scope["http_version"]):
+            message = "this Host is not served here; open the server by the address it printed, or start it with "
+            await refuse(403, message + "--allowed-host NAME")
             return
         if scope["path"] not in _OPEN_PATHS and not self._key_is_right(headers.get(b"authorization", b"")):
             await refuse(401, "a wrong or missing API key; send it as 'Authorization: Bearer KEY'", "invalid_api_key",
@@ -95,16 +105,41 @@ class RequestChecks:
                 return
             await self._app(scope, _replay(body, receive), safe_send)
             return
+        if scope["method"] == "HEAD":
+            # The same headers; the server leaves the body out.
+            scope = {**scope, "method": "GET"}
         await self._app(scope, receive, safe_send)
 
-    def _host_allowed(self, host: bytes) -> bool:
+    def _host_allowed(self, host: bytes | None, http_version: str) -> bool:
         hosts = self._settings.hosts
-        name = re.sub(r":\d+$", "", host.decode("latin-1")).lower()
-        return hosts is None or name in hosts
+        if hosts is None:
+            return True
+        if host is None:
+            # Older than the header, so sent by no browser.
+            return http_version == "1.0"
+        name = re.sub(r":\d*$", "", host.decode("latin-1")).lower()
+        return is_loopback(name) or name.removesuffix(".") in hosts
 
     def _key_is_right(self, authorization: bytes) -> bool:
-        key = self._settings.api_key
-        return key is None or hmac.compare_digest(authorization, b"Bearer " + key.encode())
+        if self._settings.api_key is None:
+            return True
+        scheme, _, key = authorization.partition(b" ")
+        is_bearer = scheme.lower() == b"bearer"
+        return is_bearer and hmac.compare_digest(key.strip(), self._settings.api_key.encode())
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name or an address, in brackets or not, is this machine's own."""
+    name = name.removesuffix(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        # Reserved by RFC 6761: no name server is asked.
+        return True
+    try:
+        address = ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 async def _read_body(receive: Receive, limit: int) -> bytes | None:

@@ -1,0 +1,300 @@
+"""The JSON body of a request: read within bounds, freed of what asks for nothing, explained where it does not fit.
+
+    values = read(content)                                   # bytes → dict; raises RequestError
+    values = without_neutral(values, REQUEST, allowed=CompletionRequest.model_fields)
+    try: CompletionRequest.model_validate(values)
+    except ValidationError as error: raise explained(error, CompletionRequest)
+
+Everything here may hold the interpreter for as long as a body of the largest size takes, so a server calls it on another
+thread than its event loop's, and the bounds come before the work.
+"""
+
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from tnllm.chat_template import ROLES
+from tnllm.errors import UserError, did_you_mean
+
+# Arrays, objects and strings (keys among them) of one body, and keys of its outermost object. A conversation of ten
+# thousand messages has fewer; each takes as much memory as a hundred characters of text.
+MAX_PARTS, MAX_KEYS = 100_000, 200
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_PROMPTS, MAX_MESSAGES = 16, 1024, 128, 10_000
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlist = _SHORT.maxdict = 4
+
+
+class RequestError(UserError):
+    """A request that is refused. `param` is the key, `code` OpenAI's name of the error."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+def shown(value: Any) -> str:
+    """A value as it is quoted in a message: at most a line of it, and JSON's words for true, false and null."""
+    words: dict[Any, str] = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else _SHORT.repr(value)
+
+
+def read(content: bytes) -> dict[str, Any]:
+    """The object that a body holds. Raises RequestError."""
+    if (parts := _count_parts(content)) > MAX_PARTS:
+        message = f"the body has {parts} or more strings, arrays and objects; at most {MAX_PARTS}"
+        raise RequestError(message, code="body_too_complex")
+    try:
+        value = from_json(content)
+    except ValueError as error:
+        hint = "; half of a surrogate pair is not text" if "hex escape" in str(error) else ""
+        raise RequestError(f"the body is not valid JSON: {error}{hint}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is {shown(value)}; it must be a JSON object")
+    if len(value) > MAX_KEYS:
+        raise RequestError(f"the body has {len(value)} keys; at most {MAX_KEYS}", code="body_too_complex")
+    return value
+
+
+def _count_parts(content: bytes) -> int:
+    """Strings, arrays and objects, exact where their number is at most MAX_PARTS; before any of them takes memory."""
+    strings = content.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2
+    brackets = content.count(b"[") + content.count(b"{")
+    if brackets > MAX_PARTS >= strings:
+        # Only those outside of strings.
+        outside = b"".join(content.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+        brackets = outside.count(b"[") + outside.count(b"{")
+    return strings + brackets
+
+
+# Whether the value of a key asks for nothing, given the whole object.
+Neutral = Callable[[Any, Mapping[str, Any]], bool]
+
+
+def _never(value: Any, values: Mapping[str, Any]) -> bool:
+    """For keys that no value of which changes an answer: bookkeeping, hints, and settings of what is off anyway."""
+    return True
+
+
+def _one_of(*allowed: Any) -> Neutral:
+    """For keys of which only these values ask for nothing."""
+    return lambda value, values: any(
+        isinstance(value, bool) == isinstance(one, bool) and value == one for one in allowed
+    )
+
+
+def _all_zero(value: Any, values: Mapping[str, Any]) -> bool:
+    return isinstance(value, dict) and all(_one_of(0)(one, values) for one in value.values())
+
+
+def _is_n(value: Any, values: Mapping[str, Any]) -> bool:
+    return _one_of(1, values.get("n", 1))(value, values)
+
+
+def _not_called(value: Any, values: Mapping[str, Any]) -> bool:
+    """Tools that the answer must not call."""
+    return value == [] or values.get("tool_choice", values.get("function_call")) == "none"
+
+
+def _begun(value: Any, values: Mapping[str, Any]) -> bool:
+    """Whether a last message of the assistant is continued. It always is."""
+    messages = values.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(value, bool) and value == (isinstance(last, dict) and last.get("role") == "assistant")
+
+
+def _names(keys: str, neutral: Neutral) -> dict[str, Neutral]:
+    return dict.fromkeys(keys.split(), neutral)
+
+
+# OpenAI's keys, and those of other servers' (vLLM, llama.cpp, TGI), that ask for nothing with some values. A key that is
+# neither here nor ours is refused unless its value is off.
+REQUEST: dict[str, Neutral] = {
+    **_names(
+        "user metadata store safety_identifier prompt_cache_key prompt_cache_retention service_tier prediction "
+        "parallel_tool_calls reasoning_effort verbosity include_reasoning cache_prompt request_id priority use_cache "
+        "mirostat_tau mirostat_eta xtc_threshold dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers "
+        "dynatemp_exponent spaces_between_special_tokens return_progress timings_per_token id_slot add_special_tokens "
+        "chat_template_content_format stream_interval",
+        _never,
+    ),
+    **_names("tools functions", _not_called),
+    **_names("tool_choice function_call", _one_of("none", "auto")),
+    **_names("top_a typical min_tokens min_length n_probs n_keep n_discard mirostat dry_multiplier xtc_probability "
+             "dynatemp_range top_n_sigma smoothing_factor no_repeat_ngram_size n_indent epsilon_cutoff eta_cutoff "
+             "best_of_sequences penalty_alpha", _one_of(0, -1)),
+    **_names("typical_p typ_p tfs_z tfs repeat_penalty length_penalty num_beams guidance_scale cfg_scale "
+             "encoder_repetition_penalty", _one_of(1)),
+    **_names("n_predict max_new_tokens thinking_budget_tokens", _one_of(-1)),
+    **_names("skip_special_tokens detokenize add_bos_token", _one_of(True)),
+    "modalities": _one_of([], ["text"]),
+    "response_format": _one_of({"type": "text"}),
+    "logit_bias": _all_zero,
+    "best_of": _is_n,
+    "suffix": _one_of(""),
+    "repeat_last_n": lambda value, values: _one_of(-1)(value, values)
+    or not (values.get("presence_penalty") or values.get("frequency_penalty")),
+    "do_sample": lambda value, values: isinstance(value, bool) and value == (values.get("temperature") != 0),
+    "continue_final_message": _begun,
+    "add_generation_prompt": lambda value, values: isinstance(value, bool) and _begun(not value, values),
+    # Off by being absent: an empty object asks for them.
+    **_names("web_search_options json_schema guided_json", _one_of()),
+}  # fmt: skip
+MESSAGE: dict[str, Neutral] = {
+    **_names(
+        "name id reasoning_content reasoning reasoning_details thinking thinking_blocks cache_control annotations parsed "
+        "provider_specific_fields additional_kwargs response_metadata usage_metadata metadata status weight",
+        _never,
+    ),
+    # A last message of the assistant is continued anyway.
+    **_names("prefix partial", lambda value, values: value is True and values.get("role") == "assistant"),
+}
+PART: dict[str, Neutral] = _names("cache_control annotations id metadata", _never)
+_OFF = _one_of(False, "", [], {})
+
+
+def without_neutral(
+    values: Mapping[str, Any], neutral: Mapping[str, Neutral], allowed: Collection[str], where: str = ""
+) -> dict[str, Any]:
+    """`values` without what asks for nothing: null, neutral values, and an unknown key that is switched off.
+
+    Raises RequestError for a key not `allowed` that asks for something; `where` precedes its name, such as "messages.0.".
+    """
+    values = {key: value for key, value in values.items() if value is not None}
+    kept = {}
+    for key, value in values.items():
+        if key in allowed:
+            kept[key] = value
+        elif key in neutral:
+            if not neutral[key](value, values):
+                raise _refusal(key, value, True, allowed, where)
+        elif not _OFF(value, values) or did_you_mean(key, allowed, cutoff=0.8):
+            raise _refusal(key, value, False, allowed, where)
+    return kept
+
+
+def _refusal(key: str, value: Any, is_known: bool, allowed: Collection[str], where: str) -> RequestError:
+    name = where + (key if len(key) <= 64 else key[:60] + "...")
+    if is_known:
+        message = f"{name} is {shown(value)}, which is not supported; leave it out"
+    else:
+        message = f"{name!r} is not supported{did_you_mean(key, allowed)}; allowed: {', '.join(allowed)}"
+    return RequestError(message, name)
+
+
+def explained(error: ValidationError, model: type[BaseModel]) -> RequestError:
+    """A scalar that does not fit its key, as what was given and what is allowed."""
+    [first, *_] = error.errors(include_url=False, include_context=False)
+    key = str(first["loc"][0])
+    rule = _rule(model.model_json_schema()["properties"][key])
+    if first["type"] == "missing":
+        return RequestError(f"{key} is missing; give {rule}", key)
+    return RequestError(f"{key} is {shown(first['input'])}; allowed: {rule}", key)
+
+
+def _rule(schema: dict[str, Any]) -> str:
+    """What a schema allows, in words."""
+    description = schema.get("description", "")
+    options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    schema = options[0]
+    if len(options) > 1 or schema.get("type") == "array":
+        return str(description)
+    if schema.get("type") not in ("integer", "number"):
+        return {"boolean": "true or false", "string": "a text"}[schema["type"]]
+    kind = "a whole number" if schema["type"] == "integer" else "a number"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is None:
+        return f"{kind} above {schema['exclusiveMinimum']:g}, up to {high:g}"
+    return f"{kind}, {low} or more" if high is None else f"{kind}, {low:g} to {high:g}"
+
+
+def whole(value: Any) -> Any:
+    """JSON does not tell 5.0 from 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_prompt(given: Any) -> Any:
+    """Types only, as fast as they can be told; the engine checks lengths and ids."""
+    rule = "a text, a list of texts, token ids, or a list of lists of token ids"
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list):
+        raise RequestError(f"prompt is {shown(given)}; allowed: {rule}", "prompt")
+    if not given:
+        raise RequestError('prompt is an empty list; give a text, "" to start from nothing', "prompt")
+    if type(given[0]) is int:
+        return _check_ids(given, "prompt")
+    if len(given) > MAX_PROMPTS:
+        raise RequestError(f"prompt holds {len(given)} prompts; at most {MAX_PROMPTS} in one request", "prompt")
+    kind = type(given[0])
+    for index, one in enumerate(given):
+        if type(one) is not kind or kind not in (str, list):
+            raise RequestError(f"prompt.{index} is {shown(one)}; allowed for prompt: {rule}", "prompt")
+        if kind is list:
+            _check_ids(one, f"prompt.{index}")
+    return given
+
+
+def _check_ids(ids: list[Any], where: str) -> list[Any]:
+    if set(map(type, ids)) - {int}:
+        index = next(index for index, id in enumerate(ids) if type(id) is not int)
+        raise RequestError(f"{where}.{index} is {shown(ids[index])}; token ids are whole numbers", "prompt")
+    return ids
+
+
+def check_stop(given: Any) -> Any:
+    stop = [given] if isinstance(given, str) else given
+    if not isinstance(stop, list):
+        raise RequestError(f"stop is {shown(given)}; allowed: a text, or a list of up to {MAX_STOPS} texts", "stop")
+    if len(stop) > MAX_STOPS:
+        raise RequestError(f"stop holds {len(stop)} strings; at most {MAX_STOPS}", "stop")
+    for one in stop:
+        if not isinstance(one, str) or not 1 <= len(one) <= MAX_STOP_CHARACTERS:
+            allowed = f"texts of 1 to {MAX_STOP_CHARACTERS} characters"
+            raise RequestError(f"stop holds {shown(one)}; allowed: {allowed}", "stop")
+    return stop
+
+
+def check_messages(given: Any) -> list[tuple[str, str]]:
+    """(role, text) of each message."""
+    if not isinstance(given, list):
+        raise RequestError(f"messages is {shown(given)}; allowed: a list of messages", "messages")
+    if not given:
+        raise RequestError("messages is empty; give at least one message, such as a user's", "messages")
+    if len(given) > MAX_MESSAGES:
+        raise RequestError(f"messages holds {len(given)} messages; at most {MAX_MESSAGES}", "messages")
+    return [_check_message(message, f"messages.{index}") for index, message in enumerate(given)]
+
+
+def _check_message(message: Any, where: str) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise RequestError(f"{where} is {shown(message)}; allowed: an object with role and content", where)
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{where}.role is {shown(role)}; allowed: {', '.join(ROLES)}", f"{where}.role")
+    content = without_neutral(message, MESSAGE, ("role", "content"), f"{where}.").get("content")
+    if content is None and role == "assistant":
+        # As in an answer that called a tool or refused; there was no text.
+        return role, ""
+    where += ".content"
+    if isinstance(content, str):
+        return role, content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} is {shown(content)}; allowed: a text, or a list of parts of type text", where)
+    return role, "".join([_check_part(part, f"{where}.{index}") for index, part in enumerate(content)])
+
+
+def _check_part(part: Any, where: str) -> str:
+    if not isinstance(part, dict):
+        raise RequestError(f"{where} is {shown(part)}; allowed: an object with type and text", where)
+    if part.get("type") != "text":
+        message = f"{where}.type is {shown(part.get('type'))}; allowed: text, all that this model reads"
+        raise RequestError(message, f"{where}.type")
+    text = without_neutral(part, PART, ("type", "text"), f"{where}.").get("text")
+    if not isinstance(text, str):
+        raise RequestError(f"{where}.text is {shown(text)}; allowed: a text", f"{where}.text")
+    return text
