@@ -33,6 +33,8 @@ def values(schema, definitions):
     if "const" in schema:
         return st.just(schema["const"])
     kind = schema.get("type")
+    if isinstance(kind, list):
+        return st.one_of([values({**schema, "type": one}, definitions) for one in kind])
     if kind == "object":
         fields = {name: values(inner, definitions) for name, inner in schema.get("properties", {}).items()}
         required = {name: fields.pop(name) for name in schema.get("required", []) if name in fields}

@@ -41,6 +41,8 @@ from tnllm.serving.api import (
 from tnllm.serving.bodies import RequestError, shown
 from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket, TooLong
 from tnllm.serving.middleware import JSON, RequestChecks, Settings, encode_json
+from tnllm.serving.openapi import add_openapi, described
+from tnllm.serving.schemas import ChatCompletion, Completion, Health, Model, ModelList
 
 LOG = logging.getLogger("tnllm.serve")
 # Bytes; a smaller body is parsed within milliseconds.
@@ -251,12 +253,12 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
             watcher.cancel()
             submission.cancel()
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", **described(Completion, CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue one or several texts."""
         return await respond(request, CompletionRequest)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **described(ChatCompletion, ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answer the last message of a conversation."""
         return await respond(request, ChatRequest)
@@ -266,12 +268,12 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
     def model() -> dict[str, Any]:
         return {"id": settings.name, "object": "model", "created": int(created), "owned_by": "tnllm"}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **described(ModelList))
     async def models() -> JSON:
         """The one model that is served."""
         return JSON({"object": "list", "data": [model()]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", **described(Model))
     async def model_named(name: str) -> JSON:
         """The model, if that is its name."""
         if name != settings.name:
@@ -279,14 +281,14 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
             raise RequestError(message, "model", "model_not_found")
         return JSON(model())
 
-    @app.get("/health")
+    @app.get("/health", **described(Health))
     async def health() -> JSON:
         """200 while requests are taken, 503 while the server shuts down."""
         if engine.stopping:
             return JSON({"status": "shutting down"}, 503)
         return JSON({"status": "ok", "version": __version__})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, **described(None))
     async def metrics() -> PlainTextResponse:
         """Prometheus text."""
         return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -298,6 +300,7 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
     async def web_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
+    add_openapi(app, engine, settings.name)
     return RequestChecks(app, settings)
 
 

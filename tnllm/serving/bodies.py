@@ -11,6 +11,7 @@ thread than its event loop's, and the bounds come before the work.
 
 import reprlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -71,28 +72,32 @@ def _count_parts(content: bytes) -> int:
     return strings + brackets
 
 
-# Whether the value of a key asks for nothing, given the whole object.
-Neutral = Callable[[Any, Mapping[str, Any]], bool]
+@dataclass(frozen=True)
+class Neutral:
+    """The values of a key that ask for nothing: whether a value does, given the whole object; and as a JSON schema.
+
+    Where other keys decide, the schema holds what is neutral beside any of them.
+    """
+
+    holds: Callable[[Any, Mapping[str, Any]], bool]
+    schema: dict[str, Any]
 
 
-def _never(value: Any, values: Mapping[str, Any]) -> bool:
-    """For keys that no value of which changes an answer: bookkeeping, hints, and settings of what is off anyway."""
-    return True
+# For keys of which no value changes an answer: bookkeeping, hints, and settings of what is off anyway.
+_NEVER = Neutral(lambda value, values: True, {})
+
+
+def _same(value: Any, one: Any) -> bool:
+    """As in JSON, where true is not 1."""
+    return isinstance(value, bool) == isinstance(one, bool) and bool(value == one)
 
 
 def _one_of(*allowed: Any) -> Neutral:
     """For keys of which only these values ask for nothing."""
-    return lambda value, values: any(
-        isinstance(value, bool) == isinstance(one, bool) and value == one for one in allowed
+    return Neutral(
+        lambda value, values: any(_same(value, one) for one in allowed),
+        {"enum": [*allowed, None]},
     )
-
-
-def _all_zero(value: Any, values: Mapping[str, Any]) -> bool:
-    return isinstance(value, dict) and all(_one_of(0)(one, values) for one in value.values())
-
-
-def _is_n(value: Any, values: Mapping[str, Any]) -> bool:
-    return _one_of(1, values.get("n", 1))(value, values)
 
 
 def _not_called(value: Any, values: Mapping[str, Any]) -> bool:
@@ -100,18 +105,22 @@ def _not_called(value: Any, values: Mapping[str, Any]) -> bool:
     return value == [] or values.get("tool_choice", values.get("function_call")) == "none"
 
 
-def _begun(value: Any, values: Mapping[str, Any]) -> bool:
-    """Whether a last message of the assistant is continued. It always is."""
+def _is_begun(value: Any, values: Mapping[str, Any]) -> bool:
+    """Whether the last message is the assistant's, which is always continued."""
     messages = values.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
     return isinstance(value, bool) and value == (isinstance(last, dict) and last.get("role") == "assistant")
+
+
+def _penalties_reach_far_back(value: Any, values: Mapping[str, Any]) -> bool:
+    return value == -1 or not (values.get("presence_penalty") or values.get("frequency_penalty"))
 
 
 def _names(keys: str, neutral: Neutral) -> dict[str, Neutral]:
     return dict.fromkeys(keys.split(), neutral)
 
 
-# OpenAI's keys, and those of other servers' (vLLM, llama.cpp, TGI), that ask for nothing with some values. A key that is
+# OpenAI's keys, and those of other servers (vLLM, llama.cpp, TGI), that ask for nothing with some values. A key that is
 # neither here nor ours is refused unless its value is off.
 REQUEST: dict[str, Neutral] = {
     **_names(
@@ -120,41 +129,60 @@ REQUEST: dict[str, Neutral] = {
         "mirostat_tau mirostat_eta xtc_threshold dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers "
         "dynatemp_exponent spaces_between_special_tokens return_progress timings_per_token id_slot add_special_tokens "
         "chat_template_content_format stream_interval",
-        _never,
+        _NEVER,
     ),
-    **_names("tools functions", _not_called),
+    **_names("tools functions", Neutral(_not_called, {"enum": [[], None]})),
     **_names("tool_choice function_call", _one_of("none", "auto")),
-    **_names("top_a typical min_tokens min_length n_probs n_keep n_discard mirostat dry_multiplier xtc_probability "
-             "dynatemp_range top_n_sigma smoothing_factor no_repeat_ngram_size n_indent epsilon_cutoff eta_cutoff "
-             "best_of_sequences penalty_alpha", _one_of(0, -1)),
-    **_names("typical_p typ_p tfs_z tfs repeat_penalty length_penalty num_beams guidance_scale cfg_scale "
-             "encoder_repetition_penalty", _one_of(1)),
+    **_names(
+        "top_a typical min_tokens min_length n_probs n_keep n_discard mirostat dry_multiplier xtc_probability "
+        "dynatemp_range top_n_sigma smoothing_factor no_repeat_ngram_size n_indent epsilon_cutoff eta_cutoff "
+        "penalty_alpha",
+        _one_of(0, -1),
+    ),
+    **_names(
+        "typical_p typ_p tfs_z tfs repeat_penalty length_penalty num_beams guidance_scale cfg_scale "
+        "encoder_repetition_penalty",
+        _one_of(1),
+    ),
     **_names("n_predict max_new_tokens thinking_budget_tokens", _one_of(-1)),
     **_names("skip_special_tokens detokenize add_bos_token", _one_of(True)),
     "modalities": _one_of([], ["text"]),
     "response_format": _one_of({"type": "text"}),
-    "logit_bias": _all_zero,
-    "best_of": _is_n,
+    "logit_bias": Neutral(
+        lambda value, values: isinstance(value, dict) and all(_same(one, 0) for one in value.values()),
+        {"type": ["object", "null"], "additionalProperties": {"const": 0}},
+    ),
+    "best_of": Neutral(lambda value, values: _same(value, 1) or _same(value, values.get("n", 1)), {"enum": [1, None]}),
     "suffix": _one_of(""),
-    "repeat_last_n": lambda value, values: _one_of(-1)(value, values)
-    or not (values.get("presence_penalty") or values.get("frequency_penalty")),
-    "do_sample": lambda value, values: isinstance(value, bool) and value == (values.get("temperature") != 0),
-    "continue_final_message": _begun,
-    "add_generation_prompt": lambda value, values: isinstance(value, bool) and _begun(not value, values),
+    "repeat_last_n": Neutral(_penalties_reach_far_back, {"enum": [-1, None]}),
+    "do_sample": Neutral(
+        lambda value, values: isinstance(value, bool) and value == (values.get("temperature") != 0), {"type": "null"}
+    ),
+    "continue_final_message": Neutral(_is_begun, {"type": "null"}),
+    "add_generation_prompt": Neutral(
+        lambda value, values: isinstance(value, bool) and _is_begun(not value, values), {"type": "null"}
+    ),
     # Off by being absent: an empty object asks for them.
     **_names("web_search_options json_schema guided_json", _one_of()),
-}  # fmt: skip
+}
 MESSAGE: dict[str, Neutral] = {
     **_names(
         "name id reasoning_content reasoning reasoning_details thinking thinking_blocks cache_control annotations parsed "
         "provider_specific_fields additional_kwargs response_metadata usage_metadata metadata status weight",
-        _never,
+        _NEVER,
     ),
     # A last message of the assistant is continued anyway.
-    **_names("prefix partial", lambda value, values: value is True and values.get("role") == "assistant"),
+    **_names(
+        "prefix partial",
+        Neutral(
+            lambda value, values: value is False or (value is True and values.get("role") == "assistant"),
+            {"enum": [False, None]},
+        ),
+    ),
 }
-PART: dict[str, Neutral] = _names("cache_control annotations id metadata", _never)
-_OFF = _one_of(False, "", [], {})
+PART: dict[str, Neutral] = _names("cache_control annotations id metadata", _NEVER)
+# What switches off a key that is not known.
+OFF = _one_of(False, "", [], {})
 
 
 def without_neutral(
@@ -170,9 +198,9 @@ def without_neutral(
         if key in allowed:
             kept[key] = value
         elif key in neutral:
-            if not neutral[key](value, values):
+            if not neutral[key].holds(value, values):
                 raise _refusal(key, value, True, allowed, where)
-        elif not _OFF(value, values) or did_you_mean(key, allowed, cutoff=0.8):
+        elif not OFF.holds(value, values) or did_you_mean(key, allowed, cutoff=0.8):
             raise _refusal(key, value, False, allowed, where)
     return kept
 

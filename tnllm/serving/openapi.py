@@ -1,0 +1,101 @@
+"""What /openapi.json says: the bodies of requests with this server's own limits, the answers, the errors.
+
+@app.post("/v1/completions", **described(Completion, CompletionRequest))
+async def completions(request: Request) -> Response: ...
+
+add_openapi(app, engine, name="demo")
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from tnllm.serving import bodies
+from tnllm.serving.api import ChatRequest, CompletionRequest
+from tnllm.serving.engine import Engine
+from tnllm.serving.schemas import Error
+
+_REFERENCE = "#/components/schemas/{model}"
+_REQUESTS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest)
+_ERRORS = {
+    400: "A key or value that is not allowed.",
+    401: "A wrong or missing API key.",
+    403: "A Host that is not served.",
+    404: "No such model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is not declared as JSON.",
+    429: "Too many requests wait.",
+    500: "A fault of the server.",
+    503: "The server is shutting down, or has too many connections.",
+}
+_RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+
+
+def described(answer: type[BaseModel] | None, request: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Arguments of a FastAPI route whose body is `request` and whose answer is `answer`; None: not JSON.
+
+    A route with a body may also answer with a stream.
+    """
+    errors = _ERRORS if request is not None else {code: _ERRORS[code] for code in (401, 403, 500, 503)}
+    responses: dict[int | str, dict[str, Any]] = {
+        code: {"model": Error, "description": text, **({"headers": _RETRY} if code in (429, 503) else {})}
+        for code, text in errors.items()
+    }
+    responses["default"] = {"model": Error, "description": "Any other error."}
+    more: dict[str, Any] = {"responses": responses}
+    if answer is not None:
+        responses[200] = {"model": answer, "description": "The answer."}
+    else:
+        responses[200] = {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    if request is not None:
+        responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        reference = {"$ref": _REFERENCE.format(model=request.__name__)}
+        body = {"required": True, "content": {"application/json": {"schema": reference}}}
+        more["openapi_extra"] = {"requestBody": body}
+    return more
+
+
+def add_openapi(app: FastAPI, engine: Engine, name: str) -> None:
+    """Make /openapi.json say what this engine takes; `name` is the model's."""
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    _, definitions = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REFERENCE)
+    schemas = definitions["$defs"]
+    for request in _REQUESTS:
+        _open(schemas[request.__name__], bodies.REQUEST)
+        _limit(schemas[request.__name__]["properties"], engine, name)
+    for message in ("Message", "AssistantMessage"):
+        _open(schemas[message], bodies.MESSAGE)
+    _open(schemas["TextPart"], bodies.PART)
+    _open(schemas["StreamOptions"], {})
+    document["components"]["schemas"] |= schemas
+    app.openapi = lambda: document  # type: ignore[method-assign]
+
+
+def _open(schema: dict[str, Any], neutral: dict[str, bodies.Neutral]) -> None:
+    """Allow what `without_neutral` drops: null for an optional key, neutral values, unknown keys that are off."""
+    for key, value in schema["properties"].items():
+        if key not in schema.get("required", ()):
+            options = value.pop("anyOf", None) or [{k: value.pop(k) for k in list(value) if k not in _NOTES}]
+            value["anyOf"] = [*(option for option in options if option != {"type": "null"}), {"type": "null"}]
+    schema["properties"] |= {key: dict(value.schema) for key, value in neutral.items()}
+    schema["additionalProperties"] = dict(bodies.OFF.schema)
+
+
+_NOTES = ("title", "description", "default")
+
+
+def _limit(properties: dict[str, Any], engine: Engine, name: str) -> None:
+    """The server's own limits."""
+    properties["model"]["anyOf"][0] = {"type": "string", "enum": [name]}
+    for key in ("max_tokens", "max_completion_tokens"):
+        if key in properties:
+            properties[key]["anyOf"][0]["maximum"] = engine.max_new_tokens
+    for option in properties.get("prompt", {}).get("anyOf", ()):
+        ids = option.get("items", {}) if option.get("items", {}).get("type") == "array" else option
+        if ids.get("items", {}).get("type") == "integer":
+            ids["items"] |= {"minimum": 0, "maximum": engine.loaded.tokenizer.vocab_size - 1}
+            ids["maxItems"] = engine.max_prompt_tokens
