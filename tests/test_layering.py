@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"modeling", "kernels"},
     "serving": {"generation", "modeling"},
     "training": {"parallel", "data", "generation", "modeling"},
-    "evaluation": {"generation", "modeling"},
+    "evaluation": {"data", "generation", "modeling"},
     # Self-cleaning trains the model it scores with.
     "cleaning": {"training", "data", "generation", "modeling"},
     # It times the trainer's own step, so it stands on the trainer.

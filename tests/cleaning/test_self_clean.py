@@ -102,7 +102,7 @@ def test_training_takes_the_device_that_is_named(corpus, tmp_path, monkeypatch):
     class Trained(Exception):
         pass
 
-    def train(config, out, resume):
+    def train(config, out, resume, outer_command):
         raise Trained(config.train.device)
 
     monkeypatch.setattr("tnllm.cleaning.self_clean.train", train)

@@ -3,7 +3,7 @@
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
 sample_instructions()   # .../sample/instructions.jsonl: questions and answers to fine-tune on
 demo_weights()      # .../demo: a small model's weights folder
-named("dirty-sample")   # .../dirty/pages: text with known noise, for the cleaning pipeline
+named("sample")     # sample_corpus(); named("dirty-sample"): .../dirty/pages: text with known noise
 tokenizer_model()   # .../tokenizer.model: 8,192 pieces; tokenizer_model("tnllm-64k"): 64,000
 """
 
@@ -41,16 +41,18 @@ def demo_weights() -> Path:
     return folder() / "demo"
 
 
-def named(name: str) -> Path:
-    """The path that a recipe's name means: `dirty-sample`, `dirty-held-out` and `dirty-evaluation` ship; others are paths.
+def named(name: str | Path) -> Path:
+    """The path that a name means: `sample`, `dirty-sample`, `dirty-held-out`, `dirty-evaluation` ship; others are paths.
 
-    The dirty sample is text with noise like that of the web (JSON Lines; text, id, source, noise). The others are clean
-    text of the same sources, to measure losses on, and an invented evaluation set.
+    They mean the same in every recipe and command that reads text. The dirty sample is text with noise like that of the web
+    (JSON Lines; text, id, source, noise). The last two are clean text of the same sources, to measure losses on, and an
+    invented evaluation set.
     """
     dirty = folder() / "dirty"
     packaged = {
+        "sample": sample_corpus(),
         "dirty-sample": dirty / "pages",
         "dirty-held-out": dirty / "held-out.jsonl.xz",
         "dirty-evaluation": dirty / "evaluation.jsonl",
     }
-    return packaged.get(name, Path(name))
+    return packaged.get(str(name), Path(name))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tnllm.data.compressed import Span
+from tnllm.data.compressed import Span, open_stored, stored_size
 from tnllm.data.corpus import JSON_LINES, kind_of
 
 _EDGE_BYTES = 1 << 16
@@ -27,7 +27,7 @@ def plan_shards(files: Sequence[Path], shard_bytes: int) -> list[list[Piece]]:
     """Shards of about `shard_bytes`: small files together, large plain ones in spans, compressed ones undivided."""
     pieces: list[Piece] = []
     for path in files:
-        size = path.stat().st_size
+        size = stored_size(path)
         plain = kind_of(path) == "jsonl" and path.suffix.lower() in JSON_LINES
         if plain and size > shard_bytes:
             pieces += _cut(path, size, shard_bytes)
@@ -47,7 +47,7 @@ def plan_shards(files: Sequence[Path], shard_bytes: int) -> list[list[Piece]]:
 def _cut(path: Path, size: int, shard_bytes: int) -> list[Piece]:
     """Spans at line ends with the number of their first line, found in one pass over the file."""
     pieces, start, line, first = [], 0, 1, 1
-    with open(path, "rb") as file:
+    with open_stored(path) as file:
         while start < size:
             left = min(shard_bytes, size - start)
             while left > 0:
@@ -65,8 +65,8 @@ def _cut(path: Path, size: int, shard_bytes: int) -> list[Piece]:
 
 def fingerprint(path: Path) -> str:
     """Size and a hash of both ends of a file: detects a changed input without reading all of a large corpus."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    size = stored_size(path)
+    with open_stored(path) as file:
         digest = hashlib.blake2b(file.read(_EDGE_BYTES), digest_size=12)
         file.seek(max(0, size - _EDGE_BYTES))
         digest.update(file.read())

@@ -56,7 +56,7 @@ def open_run(settings: CleanSettings, out: Path, files: list[Path] | None = None
 
     Raises UserError for input that does not exist and for a folder made from other input or settings.
     """
-    files = files if files is not None else find_files(settings.input.path)
+    files = files if files is not None else find_files(settings.input.path, leave_out=out)
     record = {
         "created_by": f"tnllm {__version__}",
         "settings": settings.model_dump(mode="json"),

@@ -14,11 +14,29 @@ from types import TracebackType
 from typing import Any
 
 from tnllm.data.compressed import read_lines
+from tnllm.data.documents import Document
 from tnllm.errors import RunError
 from tnllm.files import fsync_dir
 
 # The field of a rejected record that holds step, reason and figures.
 REJECTED = "rejected"
+
+
+def named_fields(document: Document, id_field: str, source_field: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """A document's name, its other fields with `source` and `where`, and the fields that cannot be kept, with why.
+
+    A record has names of its own for what cleaning says of a document: a field of such a name, unless it is what that name
+    stands for, is lost. An earlier run's `where` and `rejected` are replaced.
+    """
+    fields, lost = dict(document.record), dict(document.lost)
+    name = str(fields.pop(id_field, document.where))
+    source = str(fields.pop(source_field, document.file.name.split(".")[0]))
+    fields.pop(REJECTED, None)
+    for key in ("text", "id", "source"):
+        if key in fields:
+            del fields[key]
+            lost[key] = f"the result has another field {key!r}"
+    return name, fields | {"source": source, "where": document.where}, lost
 
 
 class RecordWriter:

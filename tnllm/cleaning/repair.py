@@ -18,7 +18,12 @@ _TAGS += " header hr html i iframe img input label li link main meta nav object 
 _TAGS += " small span strong style sub sup table tbody td th thead title tr u ul video"
 _TAG = re.compile(rf"</?(?:{'|'.join(_TAGS.split())})(?:\s[^<>]{{0,2000}})?/?>", re.IGNORECASE)
 _BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\s{0,9}/?>\n?", re.IGNORECASE)
-_CODE = re.compile(r"<(script|style)\b[^<>]{0,2000}>.*?</\1>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
+_CODE = re.compile(r"<(script|style)\b[^<>]{0,2000}>|<!--", re.IGNORECASE)
+_CODE_ENDS = {
+    "script": re.compile(r"</script\s{0,9}>", re.IGNORECASE),
+    "style": re.compile(r"</style\s{0,9}>", re.IGNORECASE),
+    None: re.compile("-->"),
+}
 _ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{1,6}|#x[0-9a-fA-F]{1,5});")
 _URL = re.compile(r" ?(?:https?://|www\.)[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+")
 # Dots, dashes, stars, hashes, bars, dollars and backslashes are Markdown and LaTeX syntax, so they are not collapsed.
@@ -27,7 +32,8 @@ _REPEATED = re.compile(r"([!?,;~！？，。、；～])\1+")
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ue000-\uf8ff\xad]")
 _SPACES = str.maketrans(dict.fromkeys("\xa0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a", " "))
 _DIGITS = str.maketrans("０１２３４５６７８９", "0123456789")
-_BLANKS = re.compile(r"[ \t]+$|(?<=\S)[ \t]{3,}(?=\S)", re.MULTILINE)
+# Only at the start of a run: a search that tries every blank of a long run takes quadratic time.
+_BLANKS = re.compile(r"(?<![ \t])(?:[ \t]++$|(?<=\S)[ \t]{3,}+(?=\S))", re.MULTILINE)
 
 _BOILERPLATE = re.compile(
     "|".join(
@@ -81,7 +87,7 @@ def repair(text: str, urls: bool = True, collapse: bool = True) -> str:
     """
     text = _unbreak(text)
     if "<" in text:
-        text = _TAG.sub("", _BREAK.sub("\n", _CODE.sub("", text)))
+        text = _TAG.sub("", _BREAK.sub("\n", _without_code(text)))
     if "&" in text:
         text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
     if urls:
@@ -91,6 +97,22 @@ def repair(text: str, urls: bool = True, collapse: bool = True) -> str:
     text = _INVISIBLE.sub("", text).translate(_SPACES).translate(_DIGITS)
     text = _BLANKS.sub(lambda match: "" if match.end() == len(text) or text[match.end()] == "\n" else " ", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n ")
+
+
+def _without_code(text: str) -> str:
+    """Drop scripts, style sheets and comments that have an end; in linear time, however many have none."""
+    kept, start, endless = [], 0, set()
+    for opening in _CODE.finditer(text):
+        if opening.start() < start:
+            continue
+        kind = opening[1] and opening[1].lower()
+        end = None if kind in endless else _CODE_ENDS[kind].search(text, opening.end())
+        if end is None:
+            endless.add(kind)
+        else:
+            kept.append(text[start : opening.start()])
+            start = end.end()
+    return "".join([*kept, text[start:]])
 
 
 def _unbreak(text: str) -> str:

@@ -8,7 +8,6 @@ for record in rejected_samples(out, "near duplicate", count=3): record["text"], 
 
 import json
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +53,8 @@ def build_report(run: "CleanRun", self_clean: dict[str, Any] | None = None) -> d
         "masked": _get(filters.get("personal", {}), "masked"),
         "duplicate_groups": _prefixed(group, "group_size/"),
         "tally": _tally(steps, self_clean, stats),
-        "unreadable": _unreadable(run) if steps[0]["reasons"].get("unreadable") else [],
+        "unreadable": list(_prefixed(filters["read"], "unreadable/"))[:_MAX_NAMED],
+        "lost_fields": _prefixed(filters["read"], "lost/"),
         "self_clean": self_clean,
     }
     return report
@@ -74,6 +74,7 @@ def self_clean_report(out: Path, rounds: dict[str, Any], tally: dict[str, int]) 
         "duplicate_groups": {},
         "tally": _tally_rounds(values, rounds),
         "unreadable": [],
+        "lost_fields": {},
         "self_clean": rounds,
     }
 
@@ -133,13 +134,6 @@ def _tally_rounds(values: dict[str, Any], rounds: dict[str, Any] | None) -> dict
             entry["rejected"][f"self-clean {round_['round']}"] = entry["out"] - after
             entry["out"] = after
     return values
-
-
-def _unreadable(run: "CleanRun") -> list[str]:
-    """Where the first unreadable records are, and why they could not be read."""
-    records = read_folder(run.out / "rejected", "filter-")
-    bad = ((r["where"], r["rejected"]["why"]) for r in records if r["rejected"]["reason"] == "unreadable")
-    return [why if why.startswith(where) else f"{where}: {why}" for where, why in islice(bad, _MAX_NAMED)]
 
 
 def write_report(out: Path, report: dict[str, Any]) -> None:
@@ -202,6 +196,9 @@ def render(report: dict[str, Any]) -> str:
         lines.append("held-out loss, bits per byte (nats a token), after equal steps of training on")
         for name, loss in _losses(report["self_clean"]):
             lines.append(f"  {name:30}{loss['bits_per_byte']:.4f}  ({loss['loss']:.4f})")
+    if report.get("lost_fields"):
+        lines.append("fields that could not be kept, and in how many documents:")
+        lines += [f"  {name} ({count:,})" for name, count in list(report["lost_fields"].items())[:_MAX_NAMED]]
     if report["unreadable"]:
         lines += ["not read:", *(f"  {where}" for where in report["unreadable"])]
     return "\n".join(lines)

@@ -11,14 +11,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnllm import assets
-from tnllm.cleaning.records import RecordWriter, read_folder
+from tnllm.cleaning.records import RecordWriter, named_fields, read_folder
 from tnllm.cleaning.report import build_report, self_clean_report, write_report
 from tnllm.cleaning.self_clean import self_clean
 from tnllm.cleaning.settings import CleanSettings
 from tnllm.data.corpus import find_files, read_documents
+from tnllm.data.documents import LeftOut
+from tnllm.data.folders import check_folder, refuse_replacing
 from tnllm.errors import MissingExtra, UserError
 from tnllm.files import lock, write_text_atomic
+from tnllm.progress import log
 
 if TYPE_CHECKING:
     # Self-cleaning alone also runs where datatrove is not installed, such as a GPU machine.
@@ -49,7 +51,7 @@ def clean(
         raise MissingExtra("data", error.name or "datatrove") from None
     if not settings.input.path:
         raise UserError("no input is given; name files or folders, or set input.path in the recipe")
-    files = find_files(map(assets.named, settings.input.path))
+    files = _input_files(settings, out)
     with _locked(out):
         started = time.time()
         run = open_run(settings, out, files, overwrite)
@@ -74,11 +76,12 @@ def self_clean_alone(settings: CleanSettings, out: Path, device: str = "auto") -
         raise UserError("no input is given; name files or folders")
     if not settings.self_clean.rounds:
         raise UserError("self_clean.rounds is 0; give a recipe with rounds, or --set self_clean.rounds=1")
+    files = _input_files(settings, out)
     with _locked(out):
         source = out / "work" / "unique"
         _check_same(settings, out)
         if not (source / "done").exists():
-            _import_corpus(settings, source)
+            _import_corpus(settings, files, source)
         rounds = self_clean(settings, source, out, device)
         values = (record.get(settings.output.tally_field or "") for record in read_folder(source))
         report = self_clean_report(out, rounds, Counter(str(value) for value in values if value is not None))
@@ -86,11 +89,23 @@ def self_clean_alone(settings: CleanSettings, out: Path, device: str = "auto") -
         return report
 
 
+def _input_files(settings: CleanSettings, out: Path) -> list[Path]:
+    """The input's files without those below `out`. Raises UserError if writing to `out` would replace something read."""
+    check_folder(out)
+    chosen = settings.self_clean
+    others = (*settings.decontaminate.path, *chosen.seed_path, *chosen.held_out)
+    refuse_replacing((*settings.input.path, *others, *settings.blocklist.words, *settings.blocklist.hosts), out)
+    return find_files(settings.input.path, leave_out=out)
+
+
 def _locked(out: Path) -> AbstractContextManager[None]:
     return lock(out, busy=f"another process is cleaning into {out}; wait for it or choose another folder")
 
 
 def _check_same(settings: CleanSettings, out: Path) -> None:
+    others = sorted(item.name for item in out.iterdir() if item.name != ".lock")
+    if others and not (out / "recipe.json").exists():
+        raise UserError(f"{out} is not empty (it holds {others[0]}); choose a new folder")
     record = json.dumps(settings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
     path = out / "recipe.json"
     if path.exists() and path.read_text("utf-8") != record:
@@ -98,22 +113,28 @@ def _check_same(settings: CleanSettings, out: Path) -> None:
     write_text_atomic(path, record)
 
 
-def _import_corpus(settings: CleanSettings, folder: Path) -> None:
+def _import_corpus(settings: CleanSettings, files: list[Path], folder: Path) -> None:
     """Write the corpus as shards of records."""
     chosen = settings.input
-    documents = read_documents(find_files(map(assets.named, chosen.path)), chosen.field, chosen.split_on)
+    left_out = LeftOut() if chosen.on_error == "skip" else None
+    advice = "fix it, or set input.on_error to skip"
+    documents = read_documents(files, chosen.field, chosen.split_on, left_out, advice=advice)
+    lost_fields: Counter[str] = Counter()
     number, document = 0, next(documents, None)
     while document is not None:
         with RecordWriter(folder / f"{number:05d}.jsonl.gz") as writer:
             size = 0
             while document is not None and size < _SHARD_CHARS:
-                record = document.record
-                name = str(record.pop(chosen.id_field, document.where))
-                record["source"] = str(record.pop(chosen.source_field, document.file.name.split(".")[0]))
-                writer.write({"text": document.text, "id": name, **record})
+                name, fields, lost = named_fields(document, chosen.id_field, chosen.source_field)
+                lost_fields.update(f"{field} of {document.file}: {why}" for field, why in lost.items())
+                writer.write({"text": document.text, "id": name} | fields)
                 size += len(document.text)
                 document = next(documents, None)
         number += 1
     if not number:
         raise UserError("the corpus is empty: nothing to self-clean")
+    for name, count in lost_fields.most_common(10):
+        log(f"a field could not be kept in {count:,} documents: {name}")
+    if left_out is not None and left_out.count:
+        log(f"{left_out.count:,} records could not be read")
     (folder / "done").touch()

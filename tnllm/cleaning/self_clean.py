@@ -26,6 +26,7 @@ from tnllm.cleaning.records import REJECTED, RecordWriter, read_folder, read_rec
 from tnllm.cleaning.score import Score, score_texts
 from tnllm.cleaning.settings import CleanSettings, SelfCleanSection
 from tnllm.data.corpus import find_files, read_documents
+from tnllm.data.documents import LeftOut
 from tnllm.data.encode import Options
 from tnllm.data.tokenize import tokenize_corpus
 from tnllm.errors import UserError
@@ -92,7 +93,7 @@ def _hold_out(settings: SelfCleanSection, source: Path, work: Path) -> Path:
     limit = int(settings.held_out_fraction * 2**64)
     with RecordWriter(path) as writer:
         if settings.held_out:
-            for document in read_documents(find_files(map(assets.named, settings.held_out))):
+            for document in read_documents(find_files(settings.held_out), on_bad=LeftOut(), more=()):
                 writer.write({"text": document.text})
         else:
             for text in _texts(source):
@@ -108,7 +109,8 @@ def _training_text(folder: Path, kept: Path, seed: tuple[str, ...], held_out: Pa
     path = folder / "train.jsonl.gz"
     if not path.exists():
         excluded = {_text_hash(record["text"]) for record in read_records(held_out)}
-        texts = (document.text for document in read_documents(find_files(seed))) if seed else _texts(kept)
+        seeds = (document.text for document in read_documents(find_files(seed), on_bad=LeftOut(), more=()))
+        texts = seeds if seed else _texts(kept)
         with RecordWriter(path) as writer:
             for text in texts:
                 if _text_hash(text) not in excluded:
@@ -147,9 +149,9 @@ def _train(settings: SelfCleanSection, text: Path, folder: Path, device: str) ->
     sets = [*settings.set, f"train.device={device}"]
     tokenizer = Tokenizer.load(assets.tokenizer_model(load_recipe(settings.recipe, sets).tokenizer.path))
     tokens = folder / "tokens"
-    tokenize_corpus([text], tokens, tokenizer, Options(val_fraction=0), workers=1)
-    sets += [f"data.path={tokens}", f"tokenizer.path={tokenizer.path}", "eval.every_steps=0"]
-    train(load_recipe(settings.recipe, sets), run, resume="auto")
+    tokenize_corpus([text], tokens, tokenizer, Options(val_fraction=0), workers=1, outer_command=True)
+    sets += [f"data.path={tokens}", f"tokenizer.path={tokenizer.path}", "eval.every_steps=0", "eval.tasks=[]"]
+    train(load_recipe(settings.recipe, sets), run, resume="auto", outer_command=True)
     return run
 
 

@@ -18,7 +18,7 @@ from tnllm.cleaning.blocklist import Blocklist
 from tnllm.cleaning.decontaminate import Index
 from tnllm.cleaning.input_shards import Piece
 from tnllm.cleaning.language import identify
-from tnllm.cleaning.records import REJECTED, RecordWriter
+from tnllm.cleaning.records import REJECTED, RecordWriter, named_fields
 from tnllm.cleaning.settings import (
     BlocklistSection,
     BoilerplateSection,
@@ -33,7 +33,11 @@ from tnllm.cleaning.settings import (
 from tnllm.cleaning.worker_counter import advance
 from tnllm.data.corpus import read_file
 from tnllm.data.documents import BadDocument
+from tnllm.data.documents import Document as CorpusDocument
 from tnllm.errors import RunError, UserError
+
+# Names a task counts one by one.
+_MAX_NAMED = 20
 
 
 def reject(doc: Document, step: str, reason: str, **figures: Any) -> None:
@@ -86,7 +90,11 @@ def count_document(step: PipelineStep, doc: Document) -> None:
 
 
 class Reader(Step):
-    """Documents of this rank's shard; unreadable records are passed on as rejected, or stop the run."""
+    """Documents of this rank's shard; unreadable records are passed on as rejected, or stop the run.
+
+    What could not be read and fields that could not be kept are counted by name: `unreadable/WHERE: WHY`,
+    `lost/FIELD of FILE: WHY`.
+    """
 
     name, section = "read", "input"
     settings: InputSection
@@ -94,12 +102,13 @@ class Reader(Step):
     def __init__(self, settings: CleanSettings, shards: list[list[Piece]]) -> None:
         super().__init__(settings)
         self.shards = shards
+        self._names: dict[str, set[str]] = {"unreadable": set(), "lost": set()}
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for piece in self.shards[rank]:
             done = start = piece.span.start if piece.span else 0
-            for doc in self._documents(piece):
-                position = doc.metadata.pop("position", done)
+            for doc, position in self._documents(piece):
+                position = max(position, done)
                 advance(position - done, 1)
                 done = position
                 count_document(self, doc)
@@ -110,33 +119,33 @@ class Reader(Step):
                 yield doc
             advance(start + piece.size - done, 0)
 
-    def _documents(self, piece: Piece) -> Iterator[Document]:
+    def _documents(self, piece: Piece) -> Iterator[tuple[Document, int]]:
+        """Each document with the reading position after it; 0 after what could not be read."""
         settings, path = self.settings, Path(piece.path)
-        source = path.name.split(".")[0]
         max_line_bytes = int(settings.max_line_mb * 2**20)
-        stop = settings.on_error == "stop"
-        try:
-            for item in read_file(path, settings.field, settings.split_on, piece.span, max_line_bytes):
-                if isinstance(item, BadDocument):
-                    if stop:
-                        raise UserError(f"{item}; fix it, or set input.on_error to skip")
-                    yield self._bad(item.where, item.reason)
-                    continue
-                record = item.record
-                name = str(record.pop(settings.id_field, item.where))
-                record["source"] = str(record.pop(settings.source_field, source))
-                record["where"], record["position"] = item.where, item.position
-                yield Document(item.text, name, metadata=record)
-        except RunError as error:
-            # The documents before the damage are kept; the rest of the file counts as one unreadable record.
-            if stop:
-                raise
-            yield self._bad(piece.path, str(error))
+        for item in read_file(path, settings.field, settings.split_on, piece.span, max_line_bytes):
+            if isinstance(item, CorpusDocument):
+                name, fields, lost = named_fields(item, settings.id_field, settings.source_field)
+                for field, why in lost.items():
+                    self._count_name("lost", f"{field} of {path}: {why}")
+                yield Document(item.text, name, metadata=fields), item.position
+            elif settings.on_error == "stop":
+                advice = "fix it, or set input.on_error to skip"
+                raise (RunError if item.is_damage else UserError)(f"{item}; {advice}")
+            else:
+                yield self._bad(item), 0
 
-    def _bad(self, where: str, why: str) -> Document:
-        doc = Document("", where, metadata={"where": where})
-        reject(doc, self.name, "unreadable", why=why)
+    def _bad(self, item: BadDocument) -> Document:
+        self._count_name("unreadable", str(item))
+        doc = Document("", item.where, metadata={"where": item.where})
+        reject(doc, self.name, "unreadable", why=item.reason)
         return doc
+
+    def _count_name(self, kind: str, name: str) -> None:
+        known = self._names[kind]
+        if len(known) < _MAX_NAMED:
+            known.add(name)
+        self.stat_update(f"{kind}/{name if name in known else 'others'}")
 
 
 class Repair(Step):
@@ -272,7 +281,7 @@ class Writer(PipelineStep):
         keep_rejected = RecordWriter(self.rejected / f"{self.stage}-{name}") if self.rejected else nullcontext()
         with RecordWriter(self.kept / name) as kept, keep_rejected as rejected:
             for doc in data:
-                record = {"text": doc.text, "id": doc.id, **doc.metadata}
+                record = {"text": doc.text, "id": doc.id} | doc.metadata
                 if REJECTED not in doc.metadata:
                     count_document(self, doc)
                     kept.write(record)

@@ -32,9 +32,18 @@ class SplitOn(StrEnum):
     line = "line"
 
 
+class Sample(StrEnum):
+    """Corpora that ship."""
+
+    sample = "sample"
+    dirty = "dirty-sample"
+
+
 @app.command(epilog=examples("tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer"))
 def tokenize(
-    inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
+    inputs: list[str] = typer.Argument(
+        ..., help="Text, JSON Lines, parquet or WARC files, folders of them, or sample."
+    ),
     out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to resume after a stop."),
     tokenizer: Path | None = typer.Option(
         None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
@@ -87,7 +96,9 @@ def tokenize(
 
 @app.command(epilog=examples("tnllm data inspect tokens --verify", "tnllm data inspect web.jsonl.zst --json"))
 def inspect(
-    path: Path = typer.Argument(..., help="A folder of token shards, of a cleaning run, or corpus files."),
+    source: str = typer.Argument(
+        ..., metavar="PATH", help="A folder of token shards or of a cleaning run, corpus files, sample or dirty-sample."
+    ),
     field: str = typer.Option("text", help="Field or column that holds the text of a corpus."),
     samples: int = typer.Option(2, min=0, help="Show the start of this many documents."),
     verify: bool = typer.Option(False, "--verify", help="Compare every shard with its hash."),
@@ -95,6 +106,7 @@ def inspect(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Count what token shards, a cleaning run or a corpus holds, and show some of it."""
+    path = Path(source)
     if (path / "recipe.json").is_file():
         data_clean.show_run(path, reason, samples, as_json)
         return
@@ -111,11 +123,25 @@ def inspect(
         raise UserError(f"{path} is not a folder of token shards, so there is no hash to verify")
     else:
         with corpus_progress("read") as report:
-            summary = inspect_corpus(find_files([path]), field, report, samples)
+            summary = inspect_corpus(find_files([source]), field, report, samples)
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
         _show(summary)
+
+
+@app.command(epilog=examples("tnllm data sample -o corpus", "tnllm data sample dirty-sample -o dirty"))
+def sample(
+    name: Sample = typer.Argument(Sample.sample, help="Which corpus that ships."),
+    out: Path = typer.Option(
+        ..., "--out", "-o", help="Folder for its files; files of the same names must not be there."
+    ),
+) -> None:
+    """Write a corpus that ships, as plain JSON Lines with its licences. Every data command also takes its name."""
+    from tnllm.data.sample import write_sample
+
+    for path in write_sample(name.value, out):
+        print(path)
 
 
 app.command("clean", epilog=data_clean.CLEAN_EPILOG)(data_clean.clean)

@@ -89,6 +89,7 @@ def dedup(
     from pydantic import ValidationError
 
     from tnllm.cleaning.settings import only_dedup
+    from tnllm.data.folders import check_file
 
     try:
         settings = only_dedup(
@@ -101,6 +102,8 @@ def dedup(
         raise UserError(f"--{flag} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
     if truth is not None and not truth.is_file():
         raise UserError(f"no labelled pairs at {truth}")
+    if pairs is not None:
+        check_file(pairs, [*settings.input.path, *([truth] if truth is not None else [])])
     _run(settings, out, workers, Executor.local, as_json, overwrite=overwrite)
     if pairs is not None or truth is not None:
         _list_pairs(out, pairs, truth, threshold)
@@ -126,7 +129,7 @@ def self_clean(
 
 
 def score(
-    inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines, parquet or WARC files, or folders of them."),
+    inputs: list[str] = typer.Argument(..., help="Text, JSON Lines, parquet or WARC files, or folders of them."),
     model: Path | None = typer.Option(None, help="Run folder or weights folder. [default: the shipped model]"),
     out: Path | None = typer.Option(None, "--out", "-o", help="File for the scores (JSON Lines). [default: stdout]"),
     field: str = typer.Option("text", help="Field or column that holds the text."),
@@ -140,18 +143,23 @@ def score(
     """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""
     from tnllm.cleaning.score import score_texts
     from tnllm.data.corpus import find_files, read_documents
+    from tnllm.data.documents import LeftOut
+    from tnllm.data.folders import check_file
     from tnllm.files import write_text_atomic
     from tnllm.generation.loading import load
     from tnllm.progress import corpus_progress, log
 
     files = find_files(inputs)
+    if out is not None:
+        check_file(out, files)
+    columns = [id_field] if label_field is None else [id_field, label_field]
     ready = load(model, device, dtype)
     lines: list[str] = []
     labelled: list[tuple[float, Any]] = []
     waiting: list[tuple[str, Any]] = []
 
     def texts(report: Any) -> Iterator[str]:
-        for document in read_documents(files, field, on_bad=lambda bad: log(f"left out: {bad}"), report=report):
+        for document in read_documents(files, field, on_bad=LeftOut(), report=report, more=columns):
             if document.text.strip():
                 name = str(document.record.get(id_field, document.where))
                 waiting.append((name, document.record.get(label_field or "")))

@@ -223,7 +223,7 @@ def file_perplexity(
     from tnllm.generation.loading import load
 
     log_default_model(model)
-    texts = [document.text for document in read_documents(find_files([file]), field)]
+    texts = [document.text for document in read_documents(find_files([file]), field, more=())]
     ready = load(model, device, dtype)
     with Progress() as progress:
         result = perplexity(ready, texts, window, batch_tokens, partial(progress.update, "perplexity"))

@@ -22,7 +22,9 @@ app = typer.Typer(
 
 @app.command(epilog=examples("tnllm tokenizer train corpus/ --vocab-size 32000 -o my-tokenizer"))
 def train(
-    inputs: list[Path] = typer.Argument(..., help="Text, JSON Lines or parquet files, or folders of them."),
+    inputs: list[str] = typer.Argument(
+        ..., help="Text, JSON Lines, parquet or WARC files, folders of them, or sample."
+    ),
     out: Path = typer.Option(..., "--out", "-o", help="Folder for tokenizer.model."),
     vocab_size: int = typer.Option(32000, help="Number of tokens, the 256 fallback bytes included."),
     field: str = typer.Option("text", help="Field or column that holds the text."),
@@ -35,6 +37,8 @@ def train(
 ) -> None:
     """Train a BPE tokenizer with byte fallback: decoding gives back every text unchanged."""
     from tnllm.data.corpus import find_files, read_documents
+    from tnllm.data.documents import LeftOut
+    from tnllm.data.folders import check_folder
     from tnllm.files import format_bytes, format_duration, write_bytes_atomic
     from tnllm.progress import corpus_progress, log
     from tnllm.tokenizer import FILE_NAME, train_tokenizer
@@ -43,12 +47,14 @@ def train(
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; choose another --out or add --overwrite")
     files = find_files(inputs)
-    on_bad = (lambda bad: log(f"left out: {bad}")) if on_error is OnError.skip else None
+    check_folder(out)
+    on_bad = LeftOut() if on_error is OnError.skip else None
+    advice = "fix it, choose another field with --field, or leave such documents out with --on-error skip"
     start = time.monotonic()
     with corpus_progress("read") as report:
 
         def texts() -> Iterator[str]:
-            for document in read_documents(files, field, on_bad=on_bad, report=report):
+            for document in read_documents(files, field, on_bad=on_bad, report=report, more=(), advice=advice):
                 yield document.text
             log(f"corpus read; training {vocab_size} tokens")
 

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from tnllm import assets
 from tnllm.data import compressed
-from tnllm.data.compressed import Line, Span, read_lines
-from tnllm.data.documents import BadDocument, Document
+from tnllm.data.compressed import Line, Span, read_lines, stored_size
+from tnllm.data.documents import BadDocument, Document, UnreadableFile
+from tnllm.data.folders import files_below
+from tnllm.data.parquet import read_rows
 from tnllm.data.warc import read_archive
-from tnllm.errors import MissingExtra, RunError, UserError
-from tnllm.progress import Report, Status
+from tnllm.errors import RunError, UserError
+from tnllm.progress import Report, Status, log
 
 TEXT = (".txt", ".text", ".md")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -30,6 +33,8 @@ ALLOWED = ".txt .text .md .jsonl .ndjson .json (one object a line) .parquet .war
 Kind = Literal["text", "jsonl", "parquet", "archive"]
 SplitOn = Literal["none", "blank-line", "line"]
 _MAX_TEXT_CHARS = 8 << 20
+# NaN and infinities, which only Python's JSON has, become null.
+_JSON = json.JSONDecoder(parse_constant=lambda name: None)
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -46,20 +51,24 @@ def kind_of(path: Path) -> Kind | None:
     return "parquet" if suffix in PARQUET and not is_compressed else None
 
 
-def find_files(inputs: Iterable[str | Path]) -> list[Path]:
+def find_files(inputs: Iterable[str | Path], leave_out: Path | None = None) -> list[Path]:
     """Corpus files of `inputs` in order; a folder stands for the corpus files below it, sorted by path.
 
-    Hidden files in folders are skipped, and so are bare .json files, which tend to be metadata. Raises UserError for an
-    input that does not exist, has an unknown format or is given twice, and for a folder without any corpus file.
+    The names of corpora that ship (`assets.named`) stand for their files. Linked folders are followed; hidden files in
+    folders are skipped, and so are bare .json files, which tend to be metadata, and the folder `leave_out`, into which the
+    caller writes. Raises UserError for an input that does not exist, has an unknown format or is given twice, and for a
+    folder without any corpus file.
     """
     files: dict[Path, None] = {}
-    for given in map(Path, inputs):
+    for given in map(_meant, inputs):
         if given.is_dir():
-            paths = sorted(path for path in given.rglob("*") if _is_corpus_file(path, given))
+            paths = files_below(given, _is_corpus_file, leave_out)
             if not paths:
                 raise UserError(f"{given} holds no corpus file; allowed: {ALLOWED}")
         elif not given.exists():
-            raise UserError(f"no such file or folder: {given}")
+            raise UserError(
+                f"no such file or folder: {given} (the corpora that ship are called sample and dirty-sample)"
+            )
         elif kind_of(given) is None:
             raise UserError(f"{given} is not in a known corpus format; allowed: {ALLOWED}")
         else:
@@ -71,9 +80,15 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     return list(files)
 
 
-def _is_corpus_file(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return not hidden and path.suffix.lower() != ".json" and kind_of(path) is not None and path.is_file()
+def _meant(given: str | Path) -> Path:
+    path = assets.named(given)
+    if path != Path(given) and Path(given).exists():
+        log(f"{given} means the corpus that ships; write ./{given} for the one in this folder")
+    return path
+
+
+def _is_corpus_file(path: Path) -> bool:
+    return path.suffix.lower() != ".json" and kind_of(path) is not None
 
 
 def read_documents(
@@ -82,26 +97,28 @@ def read_documents(
     split_on: SplitOn = "none",
     on_bad: Callable[[BadDocument], None] | None = None,
     report: Report = lambda status: None,
+    more: Sequence[str] | None = None,
+    advice: str = "fix it",
 ) -> Iterator[Document]:
     """Every document of `files` in order, empty ones included; `report` is called after each.
 
-    A record that cannot be read (invalid JSON, a missing or non-string field, text that is not UTF-8) goes to `on_bad` and
-    reading continues; without `on_bad` it raises UserError with file and line. A file that ends too early or cannot be
-    decompressed raises RunError.
+    What cannot be read (invalid JSON, a missing or non-string field, text that is not UTF-8, the rest of a damaged file)
+    goes to `on_bad` and reading continues; without `on_bad` it raises UserError, or RunError for damage, with file, line
+    and `advice`. `more`: see `read_file`.
     """
-    total = sum(file.stat().st_size for file in files)
+    total = sum(map(stored_size, files))
     before = count = 0
     for file in files:
-        for item in read_file(file, field, split_on):
+        for item in read_file(file, field, split_on, more=more):
             if isinstance(item, Document):
                 count += 1
                 report(Status(before + item.position, total, count))
                 yield item
             elif on_bad is None:
-                raise UserError(f"{item}; fix it, or leave such documents out with --on-error skip")
+                raise (RunError if item.is_damage else UserError)(f"{item}; {advice}")
             else:
                 on_bad(item)
-        before += file.stat().st_size
+        before += stored_size(file)
 
 
 def read_file(
@@ -110,19 +127,27 @@ def read_file(
     split_on: SplitOn = "none",
     span: Span | None = None,
     max_line_bytes: int | None = None,
+    more: Sequence[str] | None = None,
 ) -> Iterator[Document | BadDocument]:
-    """The documents and unreadable records of one file, or of a `span` of it. Raises RunError where the file is damaged.
+    """The documents and unreadable records of one file, or of a `span` of it.
 
-    A line of more than `max_line_bytes` becomes a BadDocument and is never held in memory.
+    Where the file is damaged, a BadDocument stands for the rest of it. A line of more than `max_line_bytes` becomes a
+    BadDocument and is never held in memory. Of a parquet file only the columns `field` and `more` are read (None: all); the
+    other formats give every field.
     """
     kind = kind_of(path)
     assert kind is not None, path
-    if kind == "parquet":
-        return _read_parquet(path, field)
-    if kind == "archive":
-        return read_archive(path)
-    lines = read_lines(path, span, max_line_bytes)
-    return _read_text(path, split_on, lines) if kind == "text" else _read_json_lines(path, field, lines)
+    try:
+        if kind == "parquet":
+            yield from _read_parquet(path, field, more)
+        elif kind == "archive":
+            yield from read_archive(path)
+        elif kind == "text":
+            yield from _read_text(path, split_on, read_lines(path, span, max_line_bytes))
+        else:
+            yield from _read_json_lines(path, field, read_lines(path, span, max_line_bytes))
+    except UnreadableFile as error:
+        yield BadDocument(str(path), str(error), is_damage=True)
 
 
 def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[Document | BadDocument]:
@@ -134,13 +159,14 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[D
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8").strip())
+            record = _JSON.decode(line.decode("utf-8").strip())
         except UnicodeDecodeError as error:
             yield BadDocument(where, f"not UTF-8 (byte {error.start + 1} of the line)")
             continue
         except json.JSONDecodeError as error:
             if number == 1 and line.lstrip().startswith(b"["):
-                raise UserError(f"{path} is one JSON array; write one object a line (jq -c '.[]')") from None
+                yield BadDocument(str(path), f"{path} is one JSON array; write one object a line (jq -c '.[]')")
+                return
             yield BadDocument(where, f"invalid JSON ({error.msg}, column {error.colno})")
             continue
         except (ValueError, RecursionError) as error:
@@ -149,20 +175,36 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[D
         if not isinstance(record, dict):
             yield BadDocument(where, f"a JSON {type(record).__name__} where an object is expected")
             continue
-        yield _from_record(record, name, path, number, position)
+        # Only an escape can spell a lone surrogate: the bytes are UTF-8.
+        lost = _not_unicode(record, name) if b"\\ud" in line or b"\\uD" in line else {}
+        yield _from_record(record, name, path, number, position, lost)
 
 
-def _from_record(record: dict[str, Any], name: str, path: Path, line: int, position: int) -> Document | BadDocument:
+def _from_record(
+    record: dict[str, Any], name: str, path: Path, line: int, position: int, lost: dict[str, str]
+) -> Document | BadDocument:
     where = f"{path}:{line}"
+    if name in lost:
+        return BadDocument(where, f"field {name!r} is {lost[name]}")
     if name not in record:
         fields = ", ".join(map(str, list(record)[:8])) or "none"
-        return BadDocument(where, f"no field {name!r} (fields: {fields}; choose one with --field)")
+        return BadDocument(where, f"no field {name!r} (fields: {fields})")
     text = record.pop(name)
     if not isinstance(text, str):
         return BadDocument(where, f"field {name!r} is a {type(text).__name__}, not text")
     if not _is_unicode(text):
         return BadDocument(where, f"field {name!r} holds a lone surrogate, which is not Unicode text")
-    return Document(text, path, line, position, record)
+    return Document(text, path, line, position, record, lost)
+
+
+def _not_unicode(record: dict[str, Any], text_field: str) -> dict[str, str]:
+    """Take the fields with lone surrogates out of the record; returns them with the reason."""
+    lost = {}
+    for key in [key for key in record if key != text_field]:
+        if not _is_unicode(key + json.dumps(record[key], ensure_ascii=False)):
+            del record[key]
+            lost[key.encode("utf-8", "replace").decode()] = "holding a lone surrogate, which is not Unicode text"
+    return lost
 
 
 def _is_unicode(text: str) -> bool:
@@ -202,24 +244,10 @@ def _text_document(parts: list[str], path: Path, line: int, position: int, split
     return Document(text if split_on == "none" else text.rstrip("\r\n"), path, line, position)
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Document | BadDocument]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra("data", "pyarrow") from None
-    size, number = path.stat().st_size, 0
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        rows = max(table.metadata.num_rows, 1)
-        if name not in table.schema_arrow.names:
-            fields = ", ".join(table.schema_arrow.names[:8])
-            raise UserError(f"{path} has no column {name!r} (columns: {fields}); choose one with --field")
-        for batch in table.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield _from_record(record, name, path, number, size * number // rows)
-    except UnicodeDecodeError:
-        raise RunError(f"{path} holds text that is not UTF-8 after row {number}") from None
-    except pyarrow.ArrowInvalid as error:
-        raise RunError(f"{path} is not a complete parquet file: {str(error).splitlines()[0]}") from None
+def _read_parquet(path: Path, name: str, more: Sequence[str] | None) -> Iterator[Document | BadDocument]:
+    size = stored_size(path)
+    for row in read_rows(path, name, more):
+        if isinstance(row, BadDocument):
+            yield row
+        else:
+            yield _from_record(row.values, name, path, row.number, int(size * row.share), row.lost)

@@ -1,15 +1,30 @@
-"""What reading a corpus gives: documents, and records that could not be read."""
+"""What reading a corpus gives: documents, and records that could not be read.
+
+left_out = LeftOut()
+texts = [document.text for document in read_documents(files, on_bad=left_out)]
+left_out.count                  # the first ten were named on stderr
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tnllm.errors import RunError
+from tnllm.progress import log
+
+_MAX_NAMED = 10
+
+
+class UnreadableFile(RunError):
+    """A file, or what is left of it, cannot be read; its message begins with the path. Other files still can."""
 
 
 @dataclass(frozen=True)
 class Document:
     """One document: its text, where it starts (`file`, `line` counted from 1) and its other fields.
 
-    `position` is how many bytes of the file, as stored, had been read when the document was complete.
+    `position` is how many bytes of the file, as stored, had been read when the document was complete. `lost` names the
+    fields whose values could not be kept, and why.
     """
 
     text: str
@@ -17,6 +32,7 @@ class Document:
     line: int
     position: int
     record: dict[str, Any] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -26,10 +42,29 @@ class Document:
 
 @dataclass(frozen=True)
 class BadDocument:
-    """A record that could not be read, and why; reading continues after it."""
+    """A record that could not be read, and why; reading continues after it.
+
+    `is_damage`: the file itself is broken here, and more than one record may be lost.
+    """
 
     where: str
     reason: str
+    is_damage: bool = False
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        return self.reason if self.reason.startswith(self.where) else f"{self.where}: {self.reason}"
+
+
+class LeftOut:
+    """Counts what could not be read and names the first ten on stderr; `count` says how many there were before."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+
+    def __call__(self, bad: BadDocument) -> None:
+        """Count one."""
+        self.count += 1
+        if self.count <= _MAX_NAMED:
+            log(f"left out: {bad}")
+        if self.count == _MAX_NAMED:
+            log("further ones are counted, not shown")

@@ -7,7 +7,6 @@ for group, encoded in encode_groups(groups, tokenizer, options, workers=4):
 
 import hashlib
 import signal
-import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,13 +18,12 @@ from typing import Literal
 import numpy as np
 
 from tnllm.data.corpus import SplitOn, read_documents
-from tnllm.data.documents import BadDocument
+from tnllm.data.documents import BadDocument, LeftOut
 from tnllm.data.shards import Manifest, token_dtype
 from tnllm.tokenizer import Tokenizer
 
 OnError = Literal["stop", "skip"]
 _GROUP_CHARS = 1 << 20
-_MAX_BAD_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -63,21 +61,20 @@ class Encoded:
     is_val: list[bool]
 
 
-def read_groups(files: Sequence[Path], manifest: Manifest, options: Options, on_error: OnError) -> Iterator[Group]:
+def read_groups(
+    files: Sequence[Path], manifest: Manifest, options: Options, on_error: OnError, advice: str = "fix it"
+) -> Iterator[Group]:
     """Documents in groups, starting at the manifest's position; empty and unreadable ones are left out and counted."""
     first_file, to_skip = manifest.position
     skipped = dict(manifest.skipped)
+    left_out = LeftOut(skipped["bad"])
     at_start = manifest.position == (0, 0)
     seen = 0
 
     def on_bad(bad: BadDocument) -> None:
-        if seen < to_skip:
-            return
-        skipped["bad"] += 1
-        if skipped["bad"] <= _MAX_BAD_SHOWN:
-            print(f"left out: {bad}", file=sys.stderr, flush=True)
-        if skipped["bad"] == _MAX_BAD_SHOWN:
-            print("further ones are counted, not shown", file=sys.stderr, flush=True)
+        if seen >= to_skip:
+            left_out(bad)
+            skipped["bad"] = left_out.count
 
     base = sum(file["bytes"] for file in manifest.inputs[:first_file])
     texts: list[str] = []
@@ -85,8 +82,9 @@ def read_groups(files: Sequence[Path], manifest: Manifest, options: Options, on_
     for number in range(first_file, len(files)):
         seen = 0
         position = 0
+        chosen = on_bad if on_error == "skip" else None
         for document in read_documents(
-            [files[number]], options.field, options.split_on, on_bad if on_error == "skip" else None
+            [files[number]], options.field, options.split_on, chosen, more=(), advice=advice
         ):
             seen, position = seen + 1, document.position
             if seen <= to_skip:

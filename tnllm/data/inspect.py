@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tnllm.data.compressed import stored_size
 from tnllm.data.corpus import read_documents
 from tnllm.data.documents import BadDocument
 from tnllm.data.shards import SPLITS, TokenStream, read_manifest, verify_hashes
@@ -50,7 +51,7 @@ def inspect_corpus(
     scripts = dict.fromkeys(_SCRIPTS, 0)
     samples: list[str] = []
     text_bytes = empty = 0
-    for document in read_documents(files, field, on_bad=on_bad, report=report):
+    for document in read_documents(files, field, on_bad=on_bad, report=report, more=()):
         text = document.text
         lengths.append(len(text))
         text_bytes += len(text.encode())
@@ -62,7 +63,7 @@ def inspect_corpus(
     return {
         "kind": "corpus",
         "files": len(files),
-        "stored_bytes": sum(file.stat().st_size for file in files),
+        "stored_bytes": sum(map(stored_size, files)),
         "documents": len(lengths),
         "empty_documents": empty,
         "bad_documents": num_bad,
@@ -114,7 +115,7 @@ def compression(tokenizer: Tokenizer, files: Sequence[Path], field: str = "text"
     """Bytes and characters per token over a corpus, and the speed of encoding it in one process."""
     num_bytes = num_chars = num_tokens = 0
     elapsed_s = 0.0
-    for document in read_documents(files, field):
+    for document in read_documents(files, field, more=()):
         start = time.perf_counter()
         num_tokens += len(tokenizer.encode(document.text))
         elapsed_s += time.perf_counter() - start

@@ -22,8 +22,10 @@ import numpy as np
 
 from tnllm import assets
 from tnllm.data import shards
+from tnllm.data.compressed import stored_size
 from tnllm.data.corpus import find_files
 from tnllm.data.encode import Encoded, Group, OnError, Options, encode_groups, read_groups
+from tnllm.data.folders import check_folder, refuse_replacing
 from tnllm.data.shards import Manifest, Shard
 from tnllm.errors import RunError, UserError
 from tnllm.files import lock, sha256_file, write_bytes_atomic
@@ -32,6 +34,7 @@ from tnllm.tokenizer import FILE_NAME, Tokenizer
 
 SAMPLE = "sample"
 SHARD_TOKENS = 100_000_000
+_ADVICE = "fix it, choose another field with --field, or leave such documents out with --on-error skip"
 _BYTES_PER_WORKER = 8 << 20
 
 
@@ -47,17 +50,21 @@ def tokenize_corpus(
     overwrite: bool = False,
     report: Report = lambda status: None,
     fresh: Manifest | None = None,
+    outer_command: bool = False,
 ) -> Manifest:
     """Write the shards of `files` to `out`, or resume what is there; returns the finished manifest.
 
     `workers` None chooses by cores and corpus size. With `on_error` "skip", records that cannot be read are left out,
-    named on stderr and counted. `fresh` is `new_manifest(files, tokenizer, options)`, if the caller has it already. Raises
+    named on stderr and counted. `fresh` is `new_manifest(files, tokenizer, options)`, if the caller has it already.
+    `outer_command`: this is a part of another command, so no message names an option of `tnllm data tokenize`. Raises
     UserError for bad input or a folder made with other options, RunError for a full disk or a lost worker; finished shards
     are kept in every case.
     """
     options = options or Options()
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"the validation fraction is {options.val_fraction}; give a share from 0 to below 1")
+    check_folder(out)
+    refuse_replacing(files, out)
     fresh = fresh or new_manifest(files, tokenizer, options)
 
     def tell_wait() -> None:
@@ -70,10 +77,14 @@ def tokenize_corpus(
                 return manifest
             total_bytes = sum(file["bytes"] for file in manifest.inputs)
             workers = workers or max(1, min(num_cores(), total_bytes // _BYTES_PER_WORKER))
-            groups = read_groups(files, manifest, options, on_error)
+            advice = "fix it" if outer_command else _ADVICE
+            groups = read_groups(files, manifest, options, on_error, advice)
             with closing(encode_groups(groups, tokenizer, options, workers)) as encoded:
                 manifest = _write(out, manifest, encoded, shard_tokens, total_bytes, report)
             return _finish(out, manifest, options)
+    except BrokenProcessPool:
+        fewer = "" if outer_command else ", or with fewer --workers"
+        raise RunError(f"a worker died (out of memory?); run the same again{fewer}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"the disk of {out} is full; free some space and run the same again to resume") from None
@@ -90,11 +101,11 @@ def prepare(
 ) -> Path:
     """The shard folder of a recipe's `data.path`: the path itself if it is one, else its text tokenized into `cache_dir`.
 
-    `path` "sample" is the corpus that ships in the package. The cache (~/.cache/tnllm/tokens) is keyed by content,
+    `path` may be the name of a corpus that ships (`assets.named`). The cache (~/.cache/tnllm/tokens) is keyed by content,
     tokenizer and options, and locked, so several processes may ask for the same folder at once. Raises UserError for a
     shard folder made with another tokenizer, and what `tokenize_corpus` raises.
     """
-    source = assets.sample_corpus() if str(path) == SAMPLE else Path(path)
+    source = assets.named(path)
     if shards.is_shard_folder(source):
         if shards.read_manifest(source).tokenizer_sha256 != tokenizer.sha256:
             raise UserError(
@@ -108,13 +119,13 @@ def prepare(
     identity = repr((fresh.tokenizer_sha256, fresh.options, [file["sha256"] for file in fresh.inputs]))
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "tokens") / f"{source.name.split('.')[0]}-{key}"
-    tokenize_corpus(files, folder, tokenizer, options, workers=workers, report=report, fresh=fresh)
+    tokenize_corpus(files, folder, tokenizer, options, workers=workers, report=report, fresh=fresh, outer_command=True)
     return folder
 
 
 def new_manifest(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Manifest:
     """The manifest of a run that has not started; reads every file once for its hash."""
-    inputs = [{"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files]
+    inputs = [{"file": str(path), "bytes": stored_size(path), "sha256": sha256_file(path)} for path in files]
     return Manifest(
         dtype=shards.token_dtype(tokenizer.vocab_size).str,
         vocab_size=tokenizer.vocab_size,
@@ -208,12 +219,9 @@ def _write(
             report(Status(group.done_bytes, total_bytes, documents, tokens))
             if state.tokens >= shard_tokens:
                 state = _flushed(out, state)
-    except (KeyboardInterrupt, UserError):
+    except (KeyboardInterrupt, UserError, BrokenProcessPool):
         _flushed(out, state)
         raise
-    except BrokenProcessPool:
-        _flushed(out, state)
-        raise RunError("a worker died (out of memory?); run the same again, or with fewer --workers") from None
     return _flushed(out, state).manifest
 
 

@@ -7,9 +7,9 @@ for document in read_archive(Path("CC-MAIN.warc.gz")):
 from collections.abc import Iterator
 from pathlib import Path
 
-from tnllm.data.compressed import damage_as_run_error
-from tnllm.data.documents import Document
-from tnllm.errors import MissingExtra, RunError
+from tnllm.data.compressed import damage_as_unreadable, open_stored
+from tnllm.data.documents import Document, UnreadableFile
+from tnllm.errors import MissingExtra
 
 _PAGES = ("text/html", "application/xhtml+xml", "text/plain")
 
@@ -17,7 +17,7 @@ _PAGES = ("text/html", "application/xhtml+xml", "text/plain")
 def read_archive(path: Path) -> Iterator[Document]:
     """Every page in order; `line` counts records from 1. Records that are not pages of text are skipped.
 
-    HTML is decoded by its declared or detected encoding and reduced to its main text. Raises RunError for a file that
+    HTML is decoded by its declared or detected encoding and reduced to its main text. Raises UnreadableFile for a file that
     holds no complete record, is damaged or ends too early.
     """
     try:
@@ -27,7 +27,10 @@ def read_archive(path: Path) -> Iterator[Document]:
     except ImportError:
         raise MissingExtra("data", "resiliparse") from None
     number = 0
-    with open(path, "rb") as raw, damage_as_run_error(lambda: f"{path} is cut short or damaged after record {number}"):
+    with (
+        open_stored(path) as raw,
+        damage_as_unreadable(lambda: f"{path} is cut short or damaged after record {number}"),
+    ):
         wanted = WarcRecordType.response | WarcRecordType.conversion
         for number, record in enumerate(ArchiveIterator(raw, record_types=WarcRecordType.any_type), 1):
             length = record.content_length
@@ -48,4 +51,4 @@ def read_archive(path: Path) -> Iterator[Document]:
             fields = {"url": record.headers.get("WARC-Target-URI"), "date": record.headers.get("WARC-Date")}
             yield Document(text, path, number, raw.tell(), fields)
     if number == 0:
-        raise RunError(f"{path} holds no WARC record; it is empty or not a web archive")
+        raise UnreadableFile(f"{path} holds no WARC record; it is empty or not a web archive")

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tnllm.errors import MissingExtra, UserError
+from tnllm.data import parquet
+from tnllm.data.documents import BadDocument, UnreadableFile
+from tnllm.errors import UserError
 
 Row = dict[str, Any]
 
@@ -103,16 +105,12 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise MissingExtra("data", "pyarrow") from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); fetch the file again") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}: row {number}", row
+        for row in parquet.read_rows(path):
+            if isinstance(row, BadDocument):
+                raise UserError(f"{row}; fetch the file again")
+            yield f"{path}: row {row.number}", row.values
+    except UnreadableFile as error:
+        raise UserError(f"{error}; fetch the file again") from None
 
 
 def _read_articles(path: Path) -> Iterator[tuple[str, Row]]:

@@ -84,14 +84,16 @@ def train(
     resume: str | None = None,
     mesh: Mesh | None = None,
     score: Callable[[LanguageModel, Tokenizer], dict[str, float]] | None = None,
+    outer_command: bool = False,
 ) -> None:
     """Train `config` into the run folder `out`.
 
     `resume`: None starts a new run and refuses a folder that holds one; "auto" resumes from the newest complete
     checkpoint of `out`, or starts; a folder names the checkpoint. `mesh`: this process is one of its ranks, all of which
-    make the same call. `score` scores eval.tasks (tnllm.evaluation.during_training). Raises UserError for input that
-    does not fit, RunError for failures while running, Terminated (exit 143) and KeyboardInterrupt after a signal, each
-    once everything is saved.
+    make the same call. `score` scores eval.tasks (tnllm.evaluation.during_training). `outer_command`: training is a part
+    of another command, so no message names an option of `tnllm train`. Raises UserError for input that does not fit,
+    RunError for failures while running, Terminated (exit 143) and KeyboardInterrupt after a signal, each once everything
+    is saved.
     """
     if config.eval.tasks and score is None and mesh is None:
         raise UserError("eval.tasks are set, and nothing to score them with was given; train with `tnllm train`")
@@ -150,21 +152,23 @@ def train(
         saver.wait()
         metrics.close()
         if signals.stop:
-            display.log(f"stopped after step {state.step}, saved at step {saved}; resume with --resume auto")
-            signals.leave()
+            how = "run the same command again to resume" if outer_command else "resume with --resume auto"
+            display.log(f"stopped after step {state.step}, saved at step {saved}; {how}")
+            signals.leave(how)
         if ranks.main:
-            display.log(_publish(trainer, out, tokenizer, state))
+            advice = _publish(trainer, out, tokenizer, state)
+            display.log(f"weights in {out / 'weights'}{'' if outer_command else advice}")
 
 
 def _publish(trainer: Trainer, out: Path, tokenizer: Tokenizer, state: TrainState) -> str:
-    """Write weights/ after the last step; returns the line that says how to use them."""
+    """Write weights/ after the last step; returns how to use them."""
     config, model = trainer.config, trainer.model
     if trainer.ranks.size > 1:
         # The last checkpoint holds full tensors; each rank has only its shards.
         model = load_model(out / "checkpoints" / step_name(state.step), "cpu", merge=False)
     publish(model, out, config, tokenizer, compute_dtype(config, trainer.device))
     how = "--chat" if config.data.format == "chat" else "--prompt '...'"
-    return f"weights in {out / 'weights'}; try: tnllm generate --model {out} {how}"
+    return f"; try: tnllm generate --model {out} {how}"
 
 
 def due(every: int, step: int, last: bool) -> bool:

@@ -63,7 +63,7 @@ def _check_tokenizer(config: RunConfig) -> Tokenizer:
 def _check_data(data: DataSection) -> list[str]:
     paths = [str(assets.sample_corpus())] if data.path is None else [source.path for source in data.path]
     for path in paths:
-        if not Path(path).exists():
+        if not assets.named(path).exists():
             raise UserError(f"data.path is {path}: no such file or folder")
         if Path(path).is_dir() and not any(Path(path).iterdir()):
             raise UserError(f"data.path is {path}: the folder is empty")

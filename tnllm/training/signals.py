@@ -42,8 +42,8 @@ class StopSignals:
         # Written to the descriptor: a handler may interrupt a print, and printing is not reentrant.
         os.write(2, _STOPPING)
 
-    def leave(self) -> None:
+    def leave(self, how_to_resume: str) -> None:
         """Raise KeyboardInterrupt or Terminated, which the command line turns into exit code 130 or 143."""
         if self.stop == signal.SIGTERM:
-            raise Terminated("stopped by SIGTERM; everything is saved, resume with --resume auto")
+            raise Terminated(f"stopped by SIGTERM; everything is saved, {how_to_resume}")
         raise KeyboardInterrupt

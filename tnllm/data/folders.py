@@ -1,0 +1,81 @@
+"""Input files below a folder, and the check that no output replaces an input.
+
+files = files_below(Path("corpus"), lambda path: path.suffix == ".jsonl")
+refuse_replacing(files, Path("out"))        # UserError if a file is `out` or lies below it
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tnllm.errors import UserError
+from tnllm.progress import log
+
+
+def files_below(folder: Path, is_wanted: Callable[[Path], bool], leave_out: Path | None = None) -> list[Path]:
+    """The wanted files below `folder`, sorted by path; hidden ones and the folder `leave_out` are skipped.
+
+    Linked folders are followed, after all others; one that is reached a second time, as in a loop of links, adds nothing.
+    A link to nothing, a second name of a file, and what may not be read are named on stderr.
+    """
+    seen_folders = {os.path.realpath(leave_out)} if leave_out is not None else set()
+    seen_files: dict[str, Path] = {}
+    pending = [folder]
+    while pending:
+        for base, names, files in os.walk(pending.pop(0), onerror=_name_unreadable):
+            real = os.path.realpath(base)
+            visible = sorted(name for name in names if not name.startswith("."))
+            names[:] = []
+            if real in seen_folders:
+                continue
+            seen_folders.add(real)
+            # os.walk does not descend into links by itself.
+            pending += [Path(base, name) for name in visible if os.path.islink(os.path.join(base, name))]
+            names[:] = visible
+            for path in (Path(base, name) for name in sorted(files) if not name.startswith(".")):
+                if is_wanted(path) and (why := _why_left_out(path, seen_files)):
+                    log(f"left out: {path} {why}")
+    return sorted(seen_files.values())
+
+
+def _why_left_out(path: Path, seen: dict[str, Path]) -> str:
+    """Add a file to `seen`, or say why it cannot be read."""
+    if not path.exists():
+        return "is a link to nothing"
+    if not path.is_file():
+        return "is not a regular file"
+    if not os.access(path, os.R_OK):
+        return "may not be read (permission denied)"
+    first = seen.setdefault(os.path.realpath(path), path)
+    return "" if first == path else f"is another name of {first}"
+
+
+def _name_unreadable(error: OSError) -> None:
+    log(f"left out: {error.filename} cannot be read ({error.strerror})")
+
+
+def refuse_replacing(inputs: Iterable[str | Path], out: Path) -> None:
+    """Raise UserError if an input is `out`, or lies in the folder `out`: writing there would replace it."""
+    target = os.path.realpath(out)
+    for path in inputs:
+        real = os.path.realpath(path)
+        if real == target or real.startswith(target.rstrip(os.sep) + os.sep):
+            raise UserError(f"the output {out} would replace its own input {path}; choose another output")
+
+
+def check_folder(out: Path) -> None:
+    """Raise UserError if `out` cannot be a folder because a file has its name or that of a folder above it."""
+    for path in (out, *out.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"the output {out} cannot be a folder: {path} is a file; choose another output")
+            return
+
+
+def check_file(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise UserError unless `out` can be written as a file and is none of `inputs`."""
+    if out.is_dir():
+        raise UserError(f"the output {out} is a folder; name a file")
+    if not out.parent.is_dir():
+        raise UserError(f"the output {out} cannot be written: there is no folder {out.parent}")
+    refuse_replacing(inputs, out)
