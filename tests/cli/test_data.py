@@ -51,7 +51,11 @@ def test_inspect_a_corpus(tnllm, corpus):
     [
         (["nowhere.txt", "-o", "OUT"], 2, "no such file or folder: nowhere.txt"),
         (["CORPUS", "-o", "OUT", "--tokenizer", "nowhere"], 2, "no tokenizer at nowhere; give a tokenizer.model"),
-        (["CORPUS", "-o", "OUT", "--field", "body"], 2, "web.jsonl:1: no field 'body' (fields: text; choose one with"),
+        (
+            ["CORPUS", "-o", "OUT", "--field", "body"],
+            2,
+            "web.jsonl:1: no field 'body' (fields: text; choose one of them); fix it",
+        ),
         (["CORPUS", "-o", "OUT", "--val-fraction", "2"], 2, "the validation fraction is 2.0; give a share"),
         (["CORPUS", "-o", "OUT", "--shard-tokens", "many"], 2, "--shard-tokens is 'many'; write a number such as"),
         (["CORPUS", "-o", "OUT", "--on-error", "ask"], 2, "'ask' is not one of 'stop', 'skip'"),

@@ -152,7 +152,7 @@ def test_files_that_are_not_what_they_say_cost_themselves(tmp_path):
     assert texts == [*TEXTS, "one", "two"]
     named = [str(item) for item in left_out]
     for name, why in (
-        ("b.parquet", "is not a complete parquet file"), ("c.parquet", "no column 'text' (columns: body)"),
+        ("b.parquet", "is not a complete parquet file"), ("c.parquet", "no column 'text' (columns: body; choose"),
         ("d.parquet", "more than one column 'text'"), ("e.jsonl.xz", "is cut short or damaged after line 1"),
         ("f.jsonl.bz2", "is cut short or damaged after line 1"), ("g.jsonl.zst", "is cut short or damaged after line 0"),
         ("h.warc", "record"), ("i.jsonl", "is one JSON array"),

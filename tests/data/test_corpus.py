@@ -59,7 +59,7 @@ def test_parquet(tmp_path):
     assert [document.text for document in found] == TEXTS
     assert found[1].record == {"id": 1}
     assert [str(item) for item in bad] == [f"{path}:5: field 'text' is a NoneType, not text"]
-    with pytest.raises(UserError, match=r"no column 'body' \(columns: text, id\)"):
+    with pytest.raises(UserError, match=r"no column 'body' \(columns: text, id; choose one of them\)"):
         texts_of(path, field="body")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(RunError, match="is not a complete parquet file"):
@@ -91,7 +91,7 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     ("line", "reason"),
     [
         (b'{"text": "cut', "invalid JSON (Unterminated string starting at, column 10)"),
-        (b'{"body": "x", "id": 1}', "no field 'text' (fields: body, id)"),
+        (b'{"body": "x", "id": 1}', "no field 'text' (fields: body, id; choose one of them)"),
         (b"[" * 100_000, "JSON that cannot be read (maximum recursion depth exceeded"),
         (b'{"text": 5}', "field 'text' is a int, not text"),
         (b'["x"]', "a JSON list where an object is expected"),

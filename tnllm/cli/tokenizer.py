@@ -49,7 +49,7 @@ def train(
     files = find_files(inputs)
     check_folder(out)
     on_bad = LeftOut() if on_error is OnError.skip else None
-    advice = "fix it, choose another field with --field, or leave such documents out with --on-error skip"
+    advice = "fix it, or leave such documents out with --on-error skip"
     start = time.monotonic()
     with corpus_progress("read") as report:
 

@@ -188,7 +188,7 @@ def _from_record(
         return BadDocument(where, f"field {name!r} is {lost[name]}")
     if name not in record:
         fields = ", ".join(map(str, list(record)[:8])) or "none"
-        return BadDocument(where, f"no field {name!r} (fields: {fields})")
+        return BadDocument(where, f"no field {name!r} (fields: {fields}; choose one of them)")
     text = record.pop(name)
     if not isinstance(text, str):
         return BadDocument(where, f"field {name!r} is a {type(text).__name__}, not text")

@@ -52,7 +52,9 @@ def read_rows(path: Path, needed: str | None = None, more: Sequence[str] | None 
             raise UnreadableFile(f"{path} is not a complete parquet file: {_cause(error)}") from None
         if needed is not None and names.count(needed) != 1:
             count = "no column" if needed not in names else "more than one column"
-            yield BadDocument(str(path), f"{count} {needed!r} (columns: {', '.join(names[:8]) or 'none'})")
+            yield BadDocument(
+                str(path), f"{count} {needed!r} (columns: {', '.join(names[:8]) or 'none'}; choose one of them)"
+            )
             return
         columns = None if more is None else [name for name in (needed, *more) if name is not None]
         first = 1

@@ -34,7 +34,7 @@ from tnllm.tokenizer import FILE_NAME, Tokenizer
 
 SAMPLE = "sample"
 SHARD_TOKENS = 100_000_000
-_ADVICE = "fix it, choose another field with --field, or leave such documents out with --on-error skip"
+_ADVICE = "fix it, or leave such documents out with --on-error skip"
 _BYTES_PER_WORKER = 8 << 20
 
 
