@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -52,25 +54,61 @@ def test_it_serves_and_sigterm_lets_running_requests_end(tnllm):
         assert first.startswith(b"data: {") and rest.endswith("data: [DONE]\n\n")
         assert '"finish_reason":"length"' in rest
         assert process.wait(60) == 143
-        assert process.stderr.read().strip() == "tnllm: stopped by SIGTERM; running requests were finished"
+        assert process.stderr.read().strip().endswith("tnllm: stopped by SIGTERM; running requests: 1 finished, 0 cut")
     finally:
         process.kill()
         process.wait()
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_130_and_ends_what_takes_too_long():
-    process, address, _ = start("--drain-seconds", "0")
+def test_what_takes_too_long_is_told_and_counted():
+    """A second signal ends the time to drain, which is otherwise tested in test_engine."""
+    process, address, _ = start("--drain-seconds", "600")
+    endless = {"prompt": "Once", "max_tokens": 60_000, "ignore_eos": True}
+    told = {}
+
+    def plain():
+        try:
+            post(address, **endless)
+        except urllib.error.HTTPError as error:
+            told["plain"] = error.code, error.headers["Retry-After"], json.load(error)["error"]
+
+    def refusal(path, body=None):
+        request = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=60)
+        return caught.value.code, json.load(caught.value)
+
     try:
-        stream = post(address, prompt="Once", max_tokens=60_000, stream=True, ignore_eos=True)
+        stream = post(address, **endless, stream=True)
         stream.readline()
-        reader = threading.Thread(target=lambda: [None for _ in stream])
-        reader.start()
+        waiting = threading.Thread(target=plain)
+        waiting.start()
+        half = socket.create_connection(address.removeprefix("http://").split(":"))
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        half.sendall(b"Content-Length: 100\r\n\r\n{")
+        while "tnllm_requests_active 2" not in urllib.request.urlopen(f"{address}/metrics").read().decode():
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
+        assert process.stderr.readline().startswith(
+            "stopping: running requests (2) have 600 s, or until a second signal"
+        )
+        assert refusal("/health") == (503, {"status": "shutting down"})
+        status, new = refusal("/v1/completions", b'{"prompt": "a"}')
+        assert status == 503 and new["error"]["code"] == "shutting_down"
+        process.send_signal(signal.SIGINT)
+        *_, last, blank = stream.read().decode().split("\n\n")
+        assert (
+            blank == ""
+            and "shut down before the text was finished" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        )
+        waiting.join()
+        assert told["plain"][:2] == (503, "10") and told["plain"][2]["code"] == "shutting_down"
+        assert half.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
         assert process.wait(60) == 130
-        reader.join(10)
-        assert not reader.is_alive()
-        assert process.stderr.read().strip().splitlines()[-1] == "tnllm: stopped by Ctrl-C"
+        errors = process.stderr.read()
+        assert errors.splitlines()[-1] == "tnllm: stopped by Ctrl-C; running requests: 0 finished, 2 cut"
+        assert "Traceback" not in errors
     finally:
         process.kill()
         process.wait()

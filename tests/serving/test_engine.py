@@ -220,19 +220,20 @@ def test_draining_finishes_what_was_taken_and_refuses_the_rest(ready):
     engine = Engine(ready, num_slots=1)
     engine.start()
     tickets = [engine.submit([5], SamplingParams(max_tokens=20, seed=i, ignore_eos=True)) for i in range(3)]
-    engine.drain()
+    assert engine.drain() == 3
     with pytest.raises(Busy, match="shutting down") as caught:
         engine.submit([5], SamplingParams())
     assert caught.value.stopping
-    engine.stop()
+    assert engine.stop() == 0
     assert [len(results(ticket)[0].tokens) for ticket in tickets] == [20] * 3
 
 
 def test_stopping_at_once_tells_everybody(ready):
     engine = Engine(ready, num_slots=1)
     engine.start()
+    list(engine.submit([5], SamplingParams(max_tokens=0)))
     tickets = [engine.submit([5], SamplingParams(max_tokens=60_000, ignore_eos=True)) for _ in range(3)]
-    engine.stop(finish=True, timeout_s=0.05)
+    assert engine.stop(finish=True, timeout_s=0.05) == 3
     for ticket in tickets:
         with pytest.raises(Busy, match="shut down before the text was finished"):
             list(ticket)
@@ -252,6 +253,7 @@ def test_damaged_weights_fail_one_request_and_not_the_engine(tokenizer):
         again = results(healthy)
         assert results(engine.submit(fine, params))[0].finish_reason == "length"
     assert again[0].tokens == alone(ready, fine, SamplingParams(max_tokens=30, seed=1))[0].tokens
+    assert engine.drain() == 0, "a request that failed has ended"
     assert isinstance(events[1], Failed) and "non-finite logits near token 1" in str(events[1].error)
 
 

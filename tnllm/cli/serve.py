@@ -1,15 +1,13 @@
 """`tnllm serve`: a model behind an OpenAI-compatible API, with a web page to try it."""
 
 import os
-import signal
 import socket
 from pathlib import Path
-from typing import NoReturn
 
 import typer
 
 from tnllm.cli.options import examples, log_default_model
-from tnllm.errors import MissingExtra, RunError, Terminated, UserError
+from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.progress import log
 
 EPILOG = examples("tnllm serve --model runs/first --port 8000")
@@ -63,6 +61,7 @@ def command(
     from tnllm.serving.app import Settings, make_app
     from tnllm.serving.engine import Engine
     from tnllm.serving.middleware import is_loopback
+    from tnllm.serving.server import FLUSH_SECONDS, run_until_signal
 
     log_default_model(model)
     ready = load(model, device, dtype)
@@ -90,7 +89,7 @@ def command(
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=drain_seconds,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
         # Connections; those beyond slots and queue are pages, probes and clients about to be refused.
         limit_concurrency=engine.num_slots + queue + 256,
     )
@@ -102,16 +101,7 @@ def command(
     log(f"try the page at {address}/ or: curl {address}/v1/completions -H 'Content-Type: application/json' "
          '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'')  # fmt: skip
 
-    def terminated(signum: int, frame: object) -> NoReturn:
-        raise Terminated("stopped by SIGTERM; running requests were finished")
-
-    # While the server runs it handles both signals: it finishes running requests, then raises the signal again for us.
-    signal.signal(signal.SIGTERM, terminated)
-    engine.start()
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        engine.stop(finish=False)
+    run_until_signal(engine, uvicorn.Server(config), listening, drain_seconds)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -90,7 +90,9 @@ class _Submission:
         try:
             for index, prompt in enumerate(prompts):
                 deliver = partial(self._deliver, index * params.n)
-                ticket = engine.submit(prompt, params, client=client, prompt_logprobs=echoes, deliver=deliver)
+                ticket = engine.submit(
+                    prompt, params, client=client, request=self, prompt_logprobs=echoes, deliver=deliver
+                )
                 self._tickets.append(ticket)
         except UserError:
             self.cancel()

@@ -17,8 +17,8 @@ with the seconds after which to try again.
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,6 +105,7 @@ class _Job:
     params: SamplingParams
     ticket: Ticket
     client: str
+    request: Hashable
     prompt_logprobs: bool
     submitted: float
     cached: Context | None = None  # of the longest cached prefix
@@ -156,6 +157,8 @@ class Engine:
         self._reading: list[_Job] = []
         self._to_join: deque[tuple[Row, Context]] = deque()
         self._jobs: dict[int, _Job] = {}  # by id(row)
+        # Prompts that have not ended, by request; those that were cut stay.
+        self._open: Counter[Hashable] = Counter()
         self._stopping = self._abandon = False
         self._thread = threading.Thread(target=self._run, name="tnllm-engine", daemon=True)
 
@@ -170,14 +173,18 @@ class Engine:
         """Start the engine's thread."""
         self._thread.start()
 
-    def drain(self) -> None:
-        """Accept no more requests; those already accepted are finished."""
+    def drain(self) -> int:
+        """Accept no more requests; those already accepted are finished. Returns how many these are."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
+            return len(self._open)
 
-    def stop(self, finish: bool = True, timeout_s: float | None = None) -> None:
-        """Drain and wait; with finish=False, or after `timeout_s`, cancel what is left."""
+    def stop(self, finish: bool = True, timeout_s: float | None = None) -> int:
+        """Drain and wait; with finish=False, or after `timeout_s`, cut what is left.
+
+        Returns how many requests were cut.
+        """
         self.drain()
         if finish:
             self._thread.join(timeout_s)
@@ -185,6 +192,7 @@ class Engine:
             self._abandon = True
             self._wake.notify()
         self._thread.join()
+        return len(self._open)
 
     @property
     def num_active(self) -> int:
@@ -230,17 +238,22 @@ class Engine:
         params: SamplingParams,
         *,
         client: str = "",
+        request: Hashable = None,
         prompt_logprobs: bool = False,
         deliver: Callable[[list[Event]], None] | None = None,
     ) -> Ticket:
         """Queue a prompt, from any thread; `deliver` is called on the engine's thread with its events, in order.
 
-        client: clients take turns. prompt_logprobs: return those of the prompt's tokens too, with the params.logprobs most
-        likely alternatives. Raises UserError for a bad request, Busy if the queue is full or the engine stops.
+        client: clients take turns. request: prompts of one request share it; None: a request of its own.
+        prompt_logprobs: return those of the prompt's tokens too, with the params.logprobs most likely alternatives.
+        Raises UserError for a bad request, Busy if the queue is full or the engine stops.
         """
         self.check(ids, params)
         ticket = Ticket(params.n, deliver)
-        job = _Job(list(ids), params, ticket, client, prompt_logprobs, time.monotonic(), rows_left=params.n)
+        job = _Job(
+            list(ids), params, ticket, client, ticket if request is None else request, prompt_logprobs,
+            time.monotonic(), rows_left=params.n,
+        )  # fmt: skip
         with self._wake:
             if self.stopping:
                 raise Busy("the server is shutting down; try another one", 10, stopping=True)
@@ -252,6 +265,7 @@ class Engine:
                 )
             self._waiting.setdefault(client, deque()).append(job)
             self.num_waiting += 1
+            self._open[job.request] += 1
             self._wake.notify()
         return ticket
 
@@ -309,6 +323,7 @@ class Engine:
                 dropped.append(job)
         for job in dropped:
             self.metrics.cancelled += 1
+            self._close(job)
             job.ticket.deliver([Failed(cancelled)])
 
     def _drop_row(self, row: Row) -> None:
@@ -430,13 +445,14 @@ class Engine:
     def _decode(self) -> None:
         now = time.monotonic()
         by_job: dict[_Job, list[Event]] = {}
+        failed: set[_Job] = set()
         for row, pieces in self.slots.decode(self._ends):
             job = self._jobs[id(row)]
             events = by_job.setdefault(job, [])
             if isinstance(pieces, RunError):
                 del self._jobs[id(row)]
                 self.metrics.failed += 1
-                job.ticket.cancel()  # stops its other samples
+                failed.add(job)
                 events.append(Failed(pieces))
                 continue
             self.metrics.generated_tokens += len(pieces)
@@ -449,6 +465,12 @@ class Engine:
                 events.append(row.result())
                 self._ended(job, row.reason)
         self.metrics.step_s.observe(time.monotonic() - now)
+        for job in failed:
+            # Its other samples end, too.
+            for row in [row for row, _ in self._to_join] + self.slots.rows:
+                if self._jobs[id(row)] is job:
+                    self._drop_row(row)
+            self._close(job)
         for job, events in by_job.items():
             job.ticket.deliver(events)
 
@@ -457,6 +479,14 @@ class Engine:
         job.rows_left -= 1
         if not job.rows_left:
             self.metrics.request_s.observe(time.monotonic() - job.submitted)
+            self._close(job)
+
+    def _close(self, job: _Job) -> None:
+        """A prompt has ended."""
+        with self._wake:
+            self._open[job.request] -= 1
+            if not self._open[job.request]:
+                del self._open[job.request]
 
     def _fail_all(self, error: UserError) -> None:
         with self._wake:

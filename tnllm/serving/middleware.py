@@ -65,6 +65,24 @@ class RequestChecks:
             # The lifespan protocol; websockets have no route.
             await self._app(scope, receive, send)
             return
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._checked(scope, receive, watched_send)
+        except asyncio.CancelledError:
+            # The server has ended, and this request's body or a client that reads slowly keeps it waiting.
+            if not started:
+                body = error_body(
+                    "the server is shutting down; try another one", "service_unavailable", "shutting_down"
+                )
+                await JSON(body, 503, {"Retry-After": "10"})(scope, receive, send)
+
+    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
 
         async def safe_send(message: Message) -> None:

@@ -1,0 +1,66 @@
+"""A server's life: it runs until a signal, then refuses what is new, lets running requests end, and cuts the rest.
+
+    run_until_signal(engine, uvicorn.Server(config), listening_socket, drain_s=30)      # raises Terminated
+
+Until the last running request has ended, new ones and /health are answered with 503, so that a load balancer notices. A
+request that is cut gets an error like any other: a stream an event, a plain request a 503.
+"""
+
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from tnllm.errors import RunError, Terminated
+from tnllm.progress import log
+from tnllm.serving.engine import Engine
+
+if TYPE_CHECKING:
+    import uvicorn
+
+# For the last bytes to clients that read slowly, and for requests that are still being sent.
+FLUSH_SECONDS = 3
+
+
+def run_until_signal(engine: Engine, server: "uvicorn.Server", listening: socket.socket, drain_s: float) -> NoReturn:
+    """Serve on `listening` until SIGTERM or Ctrl-C; a second one cuts what is still running.
+
+    Raises Terminated, whose message counts what was finished and cut; its exit code is 143, after Ctrl-C 130. Raises
+    RunError if the server ended by itself.
+    """
+    # The number of a signal, or None when a thread has ended. Handlers that raise would interrupt whatever runs.
+    happened: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, lambda number, frame: happened.put(number))
+
+    def start(work: Callable[[], object]) -> threading.Thread:
+        def run() -> None:
+            work()
+            happened.put(None)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    engine.start()
+    # uvicorn's own handling of signals would close the listening socket at once; beside the main thread it has none.
+    http = start(lambda: server.run(sockets=[listening]))
+    by = happened.get()
+    running = engine.drain()
+    if running:
+        log(
+            f"stopping: running requests ({running}) have {drain_s:g} s, or until a second signal, to end; new ones get 503"
+        )
+    start(lambda: engine.stop(timeout_s=drain_s))
+    happened.get()
+    cut = engine.stop(finish=False)
+    server.should_exit = True
+    http.join()
+    if by is None:
+        raise RunError("the HTTP server ended by itself; its log says why")
+    outcome = f"; running requests: {running - cut} finished, {cut} cut" if running else ""
+    ended = Terminated(f"stopped by {'Ctrl-C' if by == signal.SIGINT else 'SIGTERM'}{outcome}")
+    ended.exit_code = 128 + by
+    raise ended
