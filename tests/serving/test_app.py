@@ -275,23 +275,27 @@ def test_no_path_reaches_the_file_system(server):
         assert b"root:" not in answer
 
 
-def test_clients_that_vanish_free_their_slots(server, http):
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_vanish_free_their_slots(server, http, stream):
+    """On a socket of its own: a client library has time-outs, which a busy machine exceeds."""
     address, engine = server
-    body = {"prompt": "The", "max_tokens": 50_000, "ignore_eos": True}
-    for stream in (True, False):
-        with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}) as visitor:
-            if stream:
-                with visitor.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-                    next(answer.iter_lines())
-                    wait_for(lambda: engine.slots.free < 4)
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    visitor.post("/v1/completions", json=body, timeout=0.2)
-        wait_for(lambda: engine.slots.free == 4 and engine.num_active == 0)
-    assert http.post("/v1/completions", json={"prompt": "The", "max_tokens": 2}).status_code == 200
+    body = json.dumps({"prompt": "The", "max_tokens": 50_000, "ignore_eos": True, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    wait_for(lambda: engine.num_active == 0)
+    cancelled = engine.metrics.cancelled
+    with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
+        connection.sendall(head.encode() + body)
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        wait_for(lambda: engine.slots.free < 4)
+    wait_for(lambda: engine.slots.free == 4 and engine.num_active == 0)
+    assert engine.metrics.cancelled == cancelled + 1
+    done = http.post("/v1/completions", json={"prompt": "The", "max_tokens": 2}, timeout=60)
+    assert done.status_code == 200
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
