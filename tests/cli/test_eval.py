@@ -31,6 +31,13 @@ def test_answers_at_once_offline_and_is_labelled_a_sample(tnllm, folder, tmp_pat
     code, stdout, _ = tnllm("eval", "compare", out, "--paper", "385m", "--json")
     rows = json.loads(stdout)["rows"]
     assert {row["paper"] for row in rows if row["task"] == "mmlu"} == {25.90}
+    assert {tuple(row["notes"]) for row in rows if row["task"] == "mmlu"} == {
+        ("sample", "limit 1", "0 shots, not the paper's 5")
+    }
+    code, stdout, _ = tnllm("eval", "compare", out, "--paper", "385m")
+    line = next(line for line in stdout.splitlines() if line.strip().startswith("mmlu "))
+    assert "mmlu (sample; limit 1; 0 shots, not the paper's 5)" in line and line.split()[-1] == "25.90"
+    assert all("sample" in row["notes"] for row in rows if row["task"].startswith("mmlu_"))
 
 
 def test_groups_of_groups_and_filters_are_told_apart(capsys):
@@ -122,6 +129,7 @@ def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
         (["check", "--tasks", "piqa", "--dtype", "float16"], "--dtype is 'float16'; allowed: float32, bfloat16"),
         (["compare", "/nowhere", "/nowhere"], "/nowhere does not exist; give a results_*.json"),
         (["ls", "zzzzzz"], "no task matches 'zzzzzz'"),
+        (["--tasks", "mine", "--include-path", "/nowhere"], "--include-path /nowhere is not a folder"),
     ],
 )
 def test_bad_input_is_one_line(tnllm, arguments, message):

@@ -11,6 +11,7 @@ import huggingface_hub
 import lm_eval.api.registry
 import pytest
 import torch
+import yaml
 
 from tnllm.errors import RunError, UserError
 from tnllm.evaluation import tasks
@@ -212,6 +213,85 @@ def test_names_of_the_harness_are_found_without_its_scan():
         choose(["mmul"], None, print)
     with pytest.raises(UserError, match="'mmlu_law' is not known"):
         choose(["mmlu_law"], None, print)
+
+
+def test_a_pattern_leaves_out_what_has_no_local_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "hub_answers", lambda: pytest.fail("the network was used"))
+    notes = []
+    loaded = load_tasks(choose(["piq*", "ar*"], None, print), None, False, notes.append)
+    assert list(loaded.tasks) == ["piqa"]
+    assert notes[0].startswith("piq*: left out piqa_ar, ") and "--online downloads them" in notes[0]
+    # ARC has a card and no sample.
+    assert notes[1].startswith("ar*: left out ") and "arc_easy" not in loaded.tasks
+    with pytest.raises(UserError, match=r"no task that matches arc\* has its data here; give --data-dir DIR"):
+        load_tasks(choose(["arc*"], None, print), None, False, notes.append)
+    row = {"goal": "g", "sol1": "x", "sol2": "y", "label": 0}
+    (tmp_path / "piqa_plain_text_validation.jsonl").write_text(json.dumps(row) + "\n")
+    loaded = load_tasks(choose(["piq*", "winogr*"], None, print), tmp_path, False, notes.append)
+    assert list(loaded.tasks) == ["piqa"] and loaded.sampled == []
+    # A name typed in full is wanted, whatever patterns match it; a broken file is told, not left out.
+    with pytest.raises(UserError, match="no validation split of winogrande in"):
+        load_tasks(choose(["winogr*", "winogrande"], None, print), tmp_path, False, notes.append)
+    (tmp_path / "piqa_plain_text_validation.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match="jsonl:1: not JSON"):
+        load_tasks(choose(["piq*"], None, print), tmp_path, False, notes.append)
+
+
+def test_a_real_task_that_looks_like_a_typo_gets_a_hint(monkeypatch):
+    notes = []
+    [choice] = choose(["mmmlu"], None, notes.append)
+    assert choice.name == "mmmlu" and notes == [
+        "mmmlu is a task of its own in lm-evaluation-harness, without offline data; did you mean 'mmlu'?"
+    ]
+    monkeypatch.setattr(tasks, "hub_answers", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"data of mmmlu come from .*; did you mean 'mmlu'"):
+        load_tasks([choice], None, False, print)
+    choose(["piqa_ca", "mmlu_stem", "sst2"], None, notes.append)
+    assert len(notes) == 1
+    # Its name begins like a subject of MMLU, and it is none.
+    assert choose(["mmlu_pro"], None, print)[0].card is None
+    assert choose(["mmlu_virology"], None, print)[0].card.name == "mmlu"
+
+
+@pytest.fixture
+def own_tasks(tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"question": "1+1?", "choices": ["2", "3"], "answer": 0},
+        {"question": "2+1?", "choices": ["2", "3"], "answer": 1},
+    ]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quiz = {
+        "task": "my_quiz", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "quiz.jsonl")}}, "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (folder / "quiz.yaml").write_text(yaml.safe_dump(quiz))
+    (folder / "group.yaml").write_text("group: my_group\ntask: [my_quiz]\naggregate_metric_list: [{metric: acc}]\n")
+    return folder
+
+
+def test_own_tasks_are_found_offline_beside_those_of_the_harness(lm, own_tasks, monkeypatch):
+    monkeypatch.setattr(tasks, "hub_answers", lambda: pytest.fail("the network was used"))
+    choices = choose(["my_*", "piqa"], None, print, own_tasks)
+    assert {choice.name for choice in choices} == {"my_quiz", "my_group", "piqa"}
+    results = evaluate(lm, load_tasks(choices, None, False, print), Settings(limit=2))["results"]
+    assert results["my_group"]["acc,none"] == results["my_quiz"]["acc,none"] and "acc,none" in results["piqa"]
+    assert search("my_q", own_tasks) == ["my_quiz"]
+    with pytest.raises(UserError, match="'my_quiz' is not known"):
+        choose(["my_quiz"], None, print)
+    (own_tasks / "quiz.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"task my_quiz of .*/tasks could not be loaded \(FileNotFoundError: .*quiz.jsonl"
+    ):
+        load_tasks(choose(["my_quiz"], None, print, own_tasks), None, False, print)
+    (own_tasks / "quiz.yaml").unlink()
+    (own_tasks / "group.yaml").unlink()
+    tasks._defined_in.cache_clear()
+    with pytest.raises(UserError, match="holds no YAML that defines a task"):
+        choose(["piqa"], None, print, own_tasks)
 
 
 def test_without_a_network_the_hub_is_not_waited_for(monkeypatch):

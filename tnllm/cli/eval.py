@@ -44,6 +44,7 @@ def run(
         None, help="Folder of evaluation sets. Default: the samples that ship with tnllm."
     ),
     online: bool = typer.Option(False, "--online", help="Download each task's data from the Hugging Face hub instead."),
+    include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
     limit: float | None = typer.Option(None, help="Only the first N questions of each task, or a share below 1."),
     num_fewshot: int | None = typer.Option(
         None,
@@ -108,6 +109,7 @@ def run(
     if log_samples and out is None:
         raise UserError("--log-samples writes files; say where with --out DIR")
     _check_data_dir(data_dir, online)
+    _check_include_path(include_path)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise UserError(f"--batch-size is {batch_size!r}; allowed: auto, or a number from 1")
     log("loading")
@@ -122,8 +124,7 @@ def run(
     )
     if out is not None:
         check_folder(out)
-    choices = choose(names, num_fewshot, log)
-    loaded = load_tasks(choices, data_dir, online, log)
+    loaded = load_tasks(choose(names, num_fewshot, log, include_path), data_dir, online, log)
     log_default_model(model)
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "eval") if use_cache or cache_dir else None
     with Progress() as progress:
@@ -153,6 +154,7 @@ def run(
 def list_tasks(
     pattern: str | None = typer.Argument(None, help="Search all of lm-evaluation-harness; * and ? match anything."),
     data_dir: Path | None = typer.Option(None, help="Say which sets are in this folder."),
+    include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """List the tasks with offline data, or search all names."""
@@ -160,7 +162,8 @@ def list_tasks(
         quiet_libraries([], online=False)
         from tnllm.evaluation.tasks import search
 
-        names = search(pattern)
+        _check_include_path(include_path)
+        names = search(pattern, include_path)
         print(json.dumps(names) if as_json else "\n".join(names))
         return
     from tnllm.evaluation.cards import load_cards
@@ -238,6 +241,7 @@ def check_against_harness(
     tasks: str = typer.Option(..., "--tasks", "-t", help="Multiple-choice tasks, with commas."),
     model: str | None = typer.Option(None, help="As for tnllm eval."),
     data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
+    include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
     limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task (of each subject)."),
     num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
     batch_size: int = typer.Option(8, min=1, help="Batch size of the hf model."),
@@ -248,6 +252,7 @@ def check_against_harness(
 ) -> None:
     """Answer the same questions through lm-eval's own hf model too, on the exported weights, and compare."""
     _check_data_dir(data_dir, False)
+    _check_include_path(include_path)
     check_choice("--dtype", dtype, ("float32", "bfloat16"))
     if not (names := _names(tasks)):
         raise UserError("no tasks; give --tasks openbookqa,piqa or others of `tnllm eval ls`")
@@ -258,13 +263,14 @@ def check_against_harness(
         from tnllm.convert.run import Options, convert
         from tnllm.device import describe_device, pick_device
         from tnllm.evaluation.hf_check import check_against_hf, need_transformers
-        from tnllm.evaluation.tasks import choose, load_tasks
+        from tnllm.evaluation.tasks import choose, load_each, log_data
 
         need_transformers()
         quiet_import()
         where = pick_device(device, "--device")
-        choices = choose(names, num_fewshot, log)
-        sets = {choice.name: load_tasks([choice], data_dir, False, log) for choice in choices}
+        sets = load_each(choose(names, num_fewshot, log, include_path), data_dir, False, log)
+        for loaded in sets.values():
+            log_data(loaded, log)
         log_default_model(model)
 
         def export(source: Path, target: Path) -> None:
@@ -296,12 +302,14 @@ def save_requests(
     tasks: str = typer.Option(..., "--tasks", "-t", help="Multiple-choice tasks, with commas."),
     num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
     data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
+    include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or its folder. [default: the demo model's]"),
     limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task."),
     seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
 ) -> None:
     """Write the token requests of tasks to a file and count what sharing prefixes saves; needs no model."""
     _check_data_dir(data_dir, False)
+    _check_include_path(include_path)
     names = _names(tasks)
     quiet_libraries(names, online=False)
     from tnllm import assets
@@ -310,7 +318,7 @@ def save_requests(
     from tnllm.evaluation.tasks import choose, load_tasks
     from tnllm.tokenizer import Tokenizer
 
-    loaded = load_tasks(choose(names, num_fewshot, log), data_dir, False, log)
+    loaded = load_tasks(choose(names, num_fewshot, log, include_path), data_dir, False, log)
     bundle = build_bundle(loaded, Tokenizer.load(tokenizer or assets.tokenizer_model()), limit, seed)
     save_bundle(out, bundle)
     counts = count_tokens(bundle.requests)
@@ -331,6 +339,11 @@ def _check_data_dir(data_dir: Path | None, online: bool) -> None:
         )
     if data_dir is not None and online:
         raise UserError("--data-dir and --online were given; give one of them")
+
+
+def _check_include_path(folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--include-path {folder} is not a folder; give the folder of your task's YAML")
 
 
 def _gen_kwargs(text: str | None) -> dict[str, Any] | None:

@@ -21,12 +21,12 @@ def quiet_libraries(names: list[str], online: bool) -> None:
     import logging
     import warnings
 
-    from tnllm.evaluation.cards import PAPER_GROUP, find_card, subject_card
+    from tnllm.evaluation.cards import PAPER_GROUP, find_card
 
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not online and all(name == PAPER_GROUP or find_card(name) or subject_card(name) for name in names):
+    if not online and all(name == PAPER_GROUP or find_card(name) for name in names):
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -51,7 +51,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def show_results(results: dict[str, Any], subtasks: bool) -> None:
     """One line per task and metric; subjects of a group only with `subtasks`."""
-    sampled = set((results.get("tnllm") or {}).get("sampled", []))
+    from tnllm.evaluation.compare import is_sample, shots
+
     groups = results.get("group_subtasks") or {}
     leaves = {name for members in groups.values() for name in members if name not in groups}
     rows = []
@@ -64,12 +65,12 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
             if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = values.get(f"{metric}_stderr,{filter_name}")
-            label = f"{name} (sample)" if name in sampled else name
-            shots = _shots(name, results.get("n-shot", {}), groups)
+            label = f"{name} (sample)" if is_sample(results, name) else name
+            examples = shots(results, name)
             count = (results.get("n-samples", {}).get(name) or {}).get("effective") or values.get("sample_len", "")
             rows.append(
                 [
-                    label, str(results.get("versions", {}).get(name, "")), "" if shots is None else str(shots),
+                    label, str(results.get("versions", {}).get(name, "")), "" if examples is None else str(examples),
                     f"{count:,}" if count else "", metric if filter_name == "none" else f"{metric} ({filter_name})",
                     _figure(metric, value), _figure(metric, error),
                 ]
@@ -89,19 +90,11 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
             )
         note += f"; {', '.join(work)}, {format_duration(about['seconds'])}"
     log(note)
-    if sampled:
+    if any("(sample)" in row[0] for row in rows):
         log("(sample): few questions that ship with tnllm as a demonstration; their scores do not measure a model")
 
 
 _RIGHT = ("shots", "questions", "value", "± stderr", "A", "B", "B - A", "paper", "tokens")
-
-
-def _shots(name: str, known: dict[str, int], groups: dict[str, list[str]]) -> int | None:
-    """Of a task or group. The harness gives none for a group of groups; then its members' number if they agree."""
-    if name in known:
-        return known[name]
-    counts = {_shots(member, known, groups) for member in groups.get(name, [])}
-    return counts.pop() if len(counts) == 1 else None
 
 
 def _members(groups: dict[str, list[str]]) -> set[str]:
@@ -134,7 +127,8 @@ def show_comparison(rows: list[dict[str, Any]], paper: str | None) -> None:
     columns = ["task", "metric", "A", *(["B", "B - A"] if both else []), *(["paper"] if paper else [])]
     table = []
     for row in rows:
-        cells = [row["task"], row["metric"], _with_error(row, "a")]
+        label = f"{row['task']} ({'; '.join(row['notes'])})" if row["notes"] else row["task"]
+        cells = [label, row["metric"], _with_error(row, "a")]
         if both:
             cells += [_with_error(row, "b"), _delta(row)]
         if paper:

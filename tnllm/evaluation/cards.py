@@ -26,6 +26,10 @@ PAPER_TASKS = {
 }  # fmt: skip
 
 
+class MissingData(UserError):
+    """The documents of a task are not on this machine."""
+
+
 class Card(BaseModel):
     """One evaluation set. `files` maps splits to file patterns (`{subject}` and `*` allowed); the first match is read."""
 
@@ -57,7 +61,7 @@ class Card(BaseModel):
     def load(self, data_dir: Path | None, split: str, subject: str | None) -> tuple[list[dict[str, Any]], str, str]:
         """Return the documents of a split, the split used and its file; those of the packaged sample without `data_dir`.
 
-        Raises UserError for a broken file, or if there is none, with the names that were looked for.
+        Raises UserError for a broken file, MissingData if there is none, with the names that were looked for.
         """
         if data_dir is None:
             return self._sample(split, subject), split, str(self.sample_file)
@@ -76,7 +80,7 @@ class Card(BaseModel):
                             str(path),
                         )
         of = f" of {subject}" if subject else ""
-        raise UserError(
+        raise MissingData(
             f"no {split} split{of} of {self.name} in {data_dir}; looked for {', '.join(looked) or 'nothing'} there and in "
             f"{', '.join(self._folders())}; it comes from {self.source}"
         )
@@ -101,7 +105,7 @@ class Card(BaseModel):
 
     def _sample(self, split: str, subject: str | None) -> list[dict[str, Any]]:
         if self.sample is None:
-            raise UserError(
+            raise MissingData(
                 f"no data for {self.name} (licence: {self.licence}): none ship with tnllm; give --data-dir DIR holding it, "
                 f"which comes from {self.source}, or --online to download it"
             )

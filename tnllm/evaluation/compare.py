@@ -48,7 +48,10 @@ def published(task: str, metric: str, size: str) -> float | None:
 
 
 def compare(first: dict[str, Any], second: dict[str, Any] | None, paper: str | None = None) -> list[dict[str, Any]]:
-    """Return one row per common task and metric. A difference's standard error assumes that the two are independent."""
+    """Return one row per common task and metric. A difference's standard error assumes that the two are independent.
+
+    `notes` of a row say what makes its figures less than a score: a sample, a limit, other shots than the paper's.
+    """
     rows = []
     for task, values in first["results"].items():
         for key, value in values.items():
@@ -72,10 +75,42 @@ def compare(first: dict[str, Any], second: dict[str, Any] | None, paper: str | N
                 row["delta_stderr"] = None if None in errors else math.hypot(*errors)  # type: ignore[arg-type]
             if paper is not None:
                 row["paper"] = published(task, metric, paper)
+            row["notes"] = _notes(first, second, task, row.get("paper") is not None)
             rows.append(row)
     if not rows:
         raise UserError("the two results have no task and metric in common")
     return rows
+
+
+def is_sample(results: dict[str, Any], task: str) -> bool:
+    """Whether a task, or a group that it belongs to, was scored on the questions in the package."""
+    groups = results.get("group_subtasks") or {}
+    sampled = (results.get("tnllm") or {}).get("sampled", [])
+    return task in sampled or any(task in members and is_sample(results, group) for group, members in groups.items())
+
+
+def shots(results: dict[str, Any], task: str) -> int | None:
+    """Examples of a task or group. The harness gives none for a group of groups; then its members' number if they agree."""
+    known = results.get("n-shot") or {}
+    if task in known:
+        return known[task]
+    counts = {shots(results, member) for member in (results.get("group_subtasks") or {}).get(task, [])}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _notes(first: dict[str, Any], second: dict[str, Any] | None, task: str, with_paper: bool) -> list[str]:
+    def of(results: dict[str, Any]) -> list[str]:
+        limit = (results.get("config") or {}).get("limit")
+        notes = ["sample"] if is_sample(results, task) else []
+        notes += [f"limit {limit:g}"] if isinstance(limit, int | float) else []
+        count, wanted = shots(results, task), PAPER_TASKS.get(task)
+        other = with_paper and None not in (count, wanted) and count != wanted
+        return [*notes, f"{count} shots, not the paper's {wanted}"] if other else notes
+
+    if second is None or of(first) == of(second):
+        return of(first)
+    sides = (("A", of(first)), ("B", of(second)))
+    return [f"{side}: {', '.join(notes) or 'the complete set'}" for side, notes in sides]
 
 
 def _number(values: dict[str, Any], key: str) -> float | None:

@@ -1,12 +1,13 @@
 """Task names to the harness's tasks, with local data for those that have a card.
 
-    choices = choose(["mmlu", "ceval", "tnl-paper"], None, log=print)    # names as typed → the harness's names and shots
+    choices = choose(["mmlu", "ceval", "arc*"], None, log=print)         # names as typed → the harness's names and shots
     loaded = load_tasks(choices, Path("data"), online=False, log=print)  # `as_harness()` is for its `evaluate`
 
 The harness parses all of its 14,000 definition files at start. Here a text search finds the file that defines a name, and
 only its folder is parsed.
 """
 
+import difflib
 import fnmatch
 import os
 import re
@@ -15,7 +16,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ import datasets
 import huggingface_hub
 import lm_eval.tasks
 import lm_eval.utils
+import yaml
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from tnllm.errors import UserError, did_you_mean
-from tnllm.evaluation.cards import PAPER_GROUP, PAPER_TASKS, Card, find_card, load_cards, subject_card
+from tnllm.evaluation.cards import PAPER_GROUP, PAPER_TASKS, Card, MissingData, find_card, load_cards, subject_card
 
 # The harness compiles a task's template for every question, which takes longer than scoring the question.
 lm_eval.utils.env.from_string = lru_cache(maxsize=1024)(lm_eval.utils.env.from_string)
@@ -37,16 +39,22 @@ lm_eval.utils.env.from_string = lru_cache(maxsize=1024)(lm_eval.utils.env.from_s
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
 _NAMED = re.compile(r'^["\']?(?:task|group|tag)["\']?\s*:[ \t]*(.*(?:\n[ \t]*-[^\n]*)*)', re.MULTILINE)
 _HUB = huggingface_hub.constants.ENDPOINT
+# What the harness raises for a faulty definition, besides the errors of data that cannot be loaded.
+_DEFINITION_ERRORS = (KeyError, TypeError, AttributeError, ImportError, yaml.YAMLError)
+# A line names at most this many tasks.
+_SHOWN = 3
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A task to run: the harness's name, its card if there is one, and the number of examples (None: the task's own)."""
+    """A task to run."""
 
-    name: str
-    card: Card | None
-    num_fewshot: int | None
+    name: str  # the harness's
+    card: Card | None  # if it has offline data
+    num_fewshot: int | None  # None: the task's own
+    pattern: str | None = None  # that it matches; then it is left out where its data are not here
+    include_path: Path | None = None  # the user's folder that defines it
 
 
 @dataclass
@@ -68,10 +76,27 @@ class Loaded:
 
 
 @cache
-def definition_files() -> dict[str, list[Path]]:
-    """Map each name of a task, group or tag to the harness's files that contain it."""
+def definition_files(include_path: Path | None = None) -> dict[str, list[Path]]:
+    """Map each name of a task, group or tag to the harness's files that contain it, or to those of `include_path`."""
+    if include_path is None:
+        return _named_below(DEFINITIONS)
+    named = _named_below(include_path)
+    return definition_files() | {name: named.get(name, []) for name in _defined_in(include_path)}
+
+
+@cache
+def _defined_in(include_path: Path) -> set[str]:
+    """The names that a user's folder defines. Raises UserError if it defines none."""
+    names = set(TaskManager(include_path=include_path, include_defaults=False).all_tasks)
+    if not names:
+        raise UserError(f"--include-path {include_path} holds no YAML that defines a task, group or tag")
+    return names
+
+
+@cache
+def _named_below(root: Path) -> dict[str, list[Path]]:
     files_of: dict[str, list[Path]] = {}
-    for folder, _, files in os.walk(DEFINITIONS):
+    for folder, _, files in os.walk(root):
         for file in sorted(files):
             if not file.endswith(".yaml"):
                 continue
@@ -86,11 +111,16 @@ def definition_files() -> dict[str, list[Path]]:
     return files_of
 
 
-def choose(names: Iterable[str], num_fewshot: int | None, log: Log) -> list[Choice]:
-    """Resolve aliases, patterns and the paper's group. Raises UserError for an unknown name."""
+def choose(names: Iterable[str], num_fewshot: int | None, log: Log, include_path: Path | None = None) -> list[Choice]:
+    """Resolve aliases, patterns, the paper's group, and names defined in `include_path`. Raises UserError for others."""
+    known, own = definition_files(include_path), set() if include_path is None else _defined_in(include_path)
     choices: dict[str, Choice] = {}
     for typed in names:
-        if typed == PAPER_GROUP:
+        if typed in own:
+            if typed in definition_files():
+                log(f"{typed}: defined in {include_path}, instead of lm-evaluation-harness's")
+            chosen = [Choice(typed, None, num_fewshot, include_path=include_path)]
+        elif typed == PAPER_GROUP:
             if num_fewshot is not None:
                 raise UserError(f"{PAPER_GROUP} fixes its number of examples (0, and 5 for MMLU, CMMLU and C-Eval)")
             chosen = [Choice(name, find_card(name), shots) for name, shots in PAPER_TASKS.items()]
@@ -98,34 +128,55 @@ def choose(names: Iterable[str], num_fewshot: int | None, log: Log) -> list[Choi
             if card.name != typed:
                 log(f"{typed} is {card.name} in lm-evaluation-harness")
             chosen = [Choice(card.name, card, num_fewshot)]
-        elif (pair := subject_card(typed)) and typed in definition_files():
-            chosen = [Choice(typed, pair[0], num_fewshot)]
-        else:
-            known = definition_files()
-            matches = fnmatch.filter(known, typed) if set(typed) & set("*?[") else [typed] * (typed in known)
-            if not matches:
-                ours = [PAPER_GROUP, *load_cards(), *(name for card in load_cards().values() for name in card.aliases)]
-                raise UserError(
-                    f"task {typed!r} is not known{did_you_mean(typed, [*ours, *known])}; `tnllm eval ls` lists those with "
-                    f"offline data, `tnllm eval ls PATTERN` all {len(known):,} of lm-evaluation-harness"
+        elif typed in known:
+            if near := _almost(typed):
+                log(
+                    f"{typed} is a task of its own in lm-evaluation-harness, without offline data; did you mean {near!r}?"
                 )
-            chosen = [Choice(name, _card_of(name), num_fewshot) for name in matches]
-        choices.update({choice.name: choice for choice in chosen})
+            chosen = [Choice(typed, _card_of(typed), num_fewshot)]
+        else:
+            matches = fnmatch.filter(known, typed) if set(typed) & set("*?[") else []
+            if not matches:
+                raise UserError(
+                    f"task {typed!r} is not known{did_you_mean(typed, [*_offline_names(), *known])}; `tnllm eval ls` lists "
+                    f"those with offline data, `tnllm eval ls PATTERN` all {len(known):,} of lm-evaluation-harness"
+                )
+            chosen = [
+                Choice(name, None, num_fewshot, None, include_path) if name in own
+                else Choice(name, _card_of(name), num_fewshot, pattern=typed)
+                for name in matches
+            ]  # fmt: skip
+        # What was typed in full is not left out because a pattern matches it too.
+        choices.update({each.name: each for each in chosen if each.pattern is None or each.name not in choices})
     return list(choices.values())
 
 
-def search(pattern: str) -> list[str]:
+def search(pattern: str, include_path: Path | None = None) -> list[str]:
     """Return the harness's names that match or contain a pattern. Raises UserError if there are none."""
-    known = definition_files()
+    known = definition_files(include_path)
     names = sorted(fnmatch.filter(known, pattern if set(pattern) & set("*?[") else f"*{pattern}*"))
     if not names:
         raise UserError(f"no task matches {pattern!r}{did_you_mean(pattern, known)}; try a part of its name")
     return names
 
 
+def _offline_names() -> list[str]:
+    """Names and aliases of the tasks with offline data."""
+    return [PAPER_GROUP, *load_cards(), *(name for card in load_cards().values() for name in card.aliases)]
+
+
+def _almost(typed: str) -> str | None:
+    """The task with offline data that `typed` may be a misspelling of: about one letter more, less or other."""
+    near = difflib.get_close_matches(typed, _offline_names(), n=1, cutoff=0.8)
+    return near[0] if near and abs(len(near[0]) - len(typed)) <= 1 else None
+
+
 def _card_of(name: str) -> Card | None:
+    """The card of a subject's task, if the harness defines it where the card says: mmlu_pro is not a subject of mmlu."""
     pair = subject_card(name)
-    return pair[0] if pair else find_card(name)
+    if pair and any(path.is_relative_to(DEFINITIONS / pair[0].folder) for path in definition_files().get(name, [])):
+        return pair[0]
+    return find_card(name)
 
 
 class _LocalTask(ConfigurableTask):
@@ -149,7 +200,7 @@ class _LocalTask(ConfigurableTask):
             if split == scored or (split == examples and shots):
                 documents, used, file = card.load(self.source.data_dir, split, subject)
                 if not documents:
-                    raise UserError(f"{file} holds no document of {self.config.task}")
+                    raise MissingData(f"{file} holds no document of {self.config.task}")
                 if split == scored:
                     self.data_used = {"split": used, "file": file, "scored_split": split}
                 self.dataset[split] = datasets.Dataset.from_list(documents)
@@ -172,21 +223,69 @@ def load_tasks(choices: list[Choice], data_dir: Path | None, online: bool, log: 
     Raises UserError for missing data, with the names that were looked for, or if a download fails.
     """
     loaded = Loaded()
-    if online or any(choice.card is None for choice in choices):
+    for each in load_each(choices, data_dir, online, log).values():
+        for part in fields(Loaded):
+            mine, more = getattr(loaded, part.name), getattr(each, part.name)
+            setattr(loaded, part.name, mine + more if isinstance(mine, list) else mine | more)
+    log_data(loaded, log)
+    return loaded
+
+
+def load_each(choices: list[Choice], data_dir: Path | None, online: bool, log: Log) -> dict[str, Loaded]:
+    """`load_tasks` for each choice by itself, without its lines about the data."""
+    left_out: dict[str, list[str]] = {}
+    if not online:
+        for choice in choices:
+            if choice.pattern is not None and choice.card is None:
+                left_out.setdefault(choice.pattern, []).append(choice.name)
+        choices = [choice for choice in choices if choice.pattern is None or choice.card is not None]
+    if online or any(choice.card is None and _needs_hub(choice) for choice in choices):
         _prefer_cache_offline(log)
+    sets: dict[str, Loaded] = {}
     for choice in choices:
-        if choice.card is None or online:
-            _add(loaded, _load_online(choice), choice.num_fewshot)
-        elif data_dir is None and choice.card.subject_tasks and choice.name == choice.card.name:
-            _load_sample_group(loaded, choice, log)
-        else:
-            manager = TaskManager(include_path=[DEFINITIONS / choice.card.folder], include_defaults=False)
-            shots = _sample_shots(choice, log) if data_dir is None else choice.num_fewshot
-            if data_dir is None:
-                loaded.sampled.append(choice.name)
-            item = _build(manager, choice.name, _CardData(choice.card, data_dir, shots or 0))
-            _add(loaded, item, shots)
-    _log_data(loaded, log)
+        try:
+            sets[choice.name] = _load(choice, data_dir, online, log)
+        except MissingData:
+            if choice.pattern is None:
+                raise
+            left_out.setdefault(choice.pattern, []).append(choice.name)
+    for pattern, names in left_out.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        where = "here" if data_dir is None else f"in {data_dir}"
+        log(
+            f"{pattern}: left out {', '.join(names[:_SHOWN])}{more}, whose data are not {where} (--online downloads them)"
+        )
+    if not sets:
+        patterns = ", ".join(left_out)
+        raise UserError(
+            f"no task that matches {patterns} has its data here; give --data-dir DIR, or --online to download"
+        )
+    return sets
+
+
+def _needs_hub(choice: Choice) -> bool:
+    """Whether a task may read data of the hub: all but a user's, in files of a format that the datasets library reads."""
+    if choice.include_path is None:
+        return True
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in choice.include_path.rglob("*.y*ml")]
+    sources = {source for text in texts for source in re.findall(r"^dataset_path\s*:\s*[\"']?([^\s\"'#]+)", text, re.M)}
+    return not all(
+        source in datasets.packaged_modules._PACKAGED_DATASETS_MODULES or Path(source).exists() for source in sources
+    )
+
+
+def _load(choice: Choice, data_dir: Path | None, online: bool, log: Log) -> Loaded:
+    loaded = Loaded()
+    if choice.card is None or online:
+        _add(loaded, _load_online(choice), choice.num_fewshot)
+    elif data_dir is None and choice.card.subject_tasks and choice.name == choice.card.name:
+        _load_sample_group(loaded, choice, log)
+    else:
+        manager = TaskManager(include_path=[DEFINITIONS / choice.card.folder], include_defaults=False)
+        shots = _sample_shots(choice, log) if data_dir is None else choice.num_fewshot
+        if data_dir is None:
+            loaded.sampled.append(choice.name)
+        _add(loaded, _build(manager, choice.name, _CardData(choice.card, data_dir, shots or 0)), shots)
     return loaded
 
 
@@ -245,7 +344,8 @@ def _add(loaded: Loaded, item: Task | Group | list[Task], num_fewshot: int | Non
             loaded.data[task.task_name] = task.data_used
 
 
-def _log_data(loaded: Loaded, log: Log) -> None:
+def log_data(loaded: Loaded, log: Log) -> None:
+    """Say which tasks are samples, and which are scored on another split than the harness's."""
     for name in loaded.sampled:
         log(f"{name}: a sample that ships with tnllm, not a score; give --data-dir for the whole set (tnllm eval ls)")
     others: dict[tuple[str, str], list[str]] = {}
@@ -286,27 +386,35 @@ def hub_answers(url: str = _HUB, wait_s: float = 5.0) -> bool:
 
 
 def _load_online(choice: Choice) -> Any:
-    """Load the harness's task with its own data, from the Hugging Face hub or its local cache."""
-    folders = sorted({path.parent for path in _definitions_of(choice.name)})
+    """Load a task with its own data: from the Hugging Face hub or its local cache, or a user's task from what it names."""
+    own = choice.include_path
+    folders = sorted({path.parent for path in _definitions_of(choice.name, own)})
     manager = TaskManager(include_path=folders, include_defaults=False)
-    if choice.name not in manager.task_index:
-        manager = TaskManager()
     try:
+        if choice.name not in manager.task_index:
+            manager = TaskManager(include_path=own)
         return manager._load_spec(choice.name)
-    except (ConnectionError, FileNotFoundError, ValueError, OSError) as error:
+    except (ConnectionError, FileNotFoundError, ValueError, OSError, *_DEFINITION_ERRORS) as error:
+        reason = " ".join(str(error).split())[:200]
+        if own is not None:
+            raise UserError(
+                f"task {choice.name} of {own} could not be loaded ({type(error).__name__}: {reason})"
+            ) from None
+        if isinstance(error, _DEFINITION_ERRORS):
+            raise
         if datasets.config.HF_HUB_OFFLINE:
             reason = "offline, and they are not in its cache on this machine"
-        else:
-            reason = " ".join(str(error).split())[:200]
-        hint = "give --data-dir DIR instead" if choice.card else "only `tnllm eval ls` tasks work offline"
+        near = _almost(choice.name)
+        hint = f"did you mean {near!r}?" if near else "only `tnllm eval ls` tasks work offline"
+        hint = "give --data-dir DIR instead" if choice.card else hint
         raise UserError(
             f"the data of {choice.name} come from the Hugging Face hub, and could not be loaded ({reason}); {hint}"
         ) from None
 
 
-def _definitions_of(name: str) -> set[Path]:
+def _definitions_of(name: str, include_path: Path | None) -> set[Path]:
     """Files that define a name and, for a group, all its members."""
-    known = definition_files()
+    known = definition_files(include_path)
     files: set[Path] = set()
     todo = [name]
     seen: set[str] = set()
