@@ -4,14 +4,18 @@ BIN := .venv/bin
 
 .PHONY: install demo test quick check bench clean
 
-install: .venv/installed
+# Everything the tests need; `make demo` needs less.
+install: .venv/dev
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+.venv/run: scripts/install.py pyproject.toml constraints.txt
+	$(PYTHON) scripts/install.py
 	@touch $@
 
-demo: install
+.venv/dev: scripts/install.py pyproject.toml constraints.txt
+	$(PYTHON) scripts/install.py --extra dev
+	@touch .venv/run $@
+
+demo: .venv/run
 	$(BIN)/tnllm train recipes/tiny.yaml --out runs/tiny
 	$(BIN)/tnllm generate --model runs/tiny --prompt "My dear" --max-tokens 60 --seed 1
 

@@ -139,7 +139,7 @@ def test_files_that_prose_names_exist():
     assert not missing
 
 
-PROSE = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PROSE = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
