@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test quick check bench clean
+.PHONY: install demo test quick check bench site clean
 
 # Everything the tests need; `make demo` needs less.
 install: .venv/dev
@@ -35,6 +35,10 @@ quick: install
 
 bench: install
 	$(BIN)/tnllm bench-attn
+
+# The documentation as a site in build/site; broken links fail.
+site: install
+	$(BIN)/python scripts/site.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

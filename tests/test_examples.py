@@ -159,3 +159,15 @@ def test_links_between_pages_lead_somewhere():
             if "://" not in target and not (path.parent / target).exists():
                 broken.append(f"{path.name}: {target}")
     assert not broken
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    """Each quoted line, without its placeholders, is in the code: a message that changes is changed there too."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    # What Python and f-strings put between the words of a message, taken away on both sides.
+    code = re.sub(r"""\bf(?=["'])|["'\s]|\{[^{}]*\}""", "", "".join(path.read_text(encoding="utf-8") for path in FILES))
+    missing = []
+    for quoted in re.findall(r"^\| `([^`]+)`", page, re.M):
+        fragments = re.split(r"\b(?:X|N|M|KEY)\b|'X'|\.\.\.", quoted)
+        missing += [text for text in fragments if len(text) > 6 and re.sub(r"""["'\s]+""", "", text) not in code]
+    assert not missing
