@@ -3,6 +3,7 @@
 write_text_atomic(folder / "latest", "step-00001000")
 with written_folder(Path("weights")) as temporary:      # renamed to weights/ when the block ends without an error
     (temporary / "config.json").write_text("{}")
+check_output_file(Path("loss.png"), "--plot")           # before the work that ends with writing it
 values = read_json(folder / "config.json")              # a dict, or one clear line
 with only_writer(Path("runs/first")):                   # refuses a second writer by pid and host; ends with the process
     ...
@@ -22,7 +23,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,81 @@ def fsync_dir(folder: Path) -> None:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file, flush it to disk and rename it to `path`: readers see the old file or the new."""
+    """Write `data` to a temporary file, flush it to disk and rename it to `path`: readers see the old file or the new.
+
+    What is not a regular file, such as `/dev/stdout`, is written as it is. An OSError names `path`.
+    """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    if is_special(path):
+        path.write_bytes(data)
+        return
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """`error` about `path`: a person did not give the temporary file's name."""
+    return type(error)(error.errno, error.strerror, str(path))
+
+
+def is_special(path: Path) -> bool:
+    """Whether `path` exists and is neither a regular file nor a folder: a device, a pipe, a socket."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def check_output_file(path: Path, name: str, inputs: Sequence[Path] = ()) -> None:
+    """Raise UserError unless a file can be written at `path`, which replaces none of `inputs`. `name` is the option."""
+    if path.name in ("", "..") or os.path.isdir(path):
+        raise UserError(f"{name} is {path}, a folder; give the name of a file to write")
+    if not os.path.isdir(path.absolute().parent):
+        raise UserError(f"{name} is {path}: there is no folder {path.parent}; make it first, or give another file")
+    for other in inputs:
+        if _is_same(path, other):
+            raise UserError(f"{name} is {path}, which is also the input; give another file, so that no input is lost")
+    if is_special(path):
+        return
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise UserError(f"{name} is {path}, which may not be written (its permissions); give another file")
+    _try_writing(_temporary(path), f"{name} is {path}, which cannot be written")
+
+
+def check_output_folder(path: Path, name: str) -> None:
+    """Raise UserError unless files can be written into the folder `path`, which need not exist. `name` is the option."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+    if not os.path.isdir(existing):
+        raise UserError(f"{name} is {path}, and {existing} is a file, not a folder; give another folder")
+    probe = existing / f"{path.name[:100]}.tmp-{os.getpid()}"
+    _try_writing(probe, f"{name} is {path}, and nothing can be written into {existing}")
+
+
+def _try_writing(file: Path, message: str) -> None:
+    # Only an attempt tells: permissions, read-only disks, names that are too long.
+    try:
+        file.touch()
+        file.unlink()
+    except OSError as error:
+        raise UserError(f"{message} ({error.strerror}); give another one") from None
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except OSError:
+        return False
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """`tnllm data`: clean a corpus, turn it into token shards, and inspect either."""
 
-import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from tnllm.cli import data_clean
 from tnllm.cli.options import OnError, examples
+from tnllm.cli.tables import print_json
 from tnllm.errors import UserError
 
 app = typer.Typer(
@@ -125,7 +125,7 @@ def inspect(
         with corpus_progress("read") as report:
             summary = inspect_corpus(find_files([source]), field, report, samples)
     if as_json:
-        print(json.dumps(summary, ensure_ascii=False))
+        print_json(summary)
     else:
         _show(summary)
 

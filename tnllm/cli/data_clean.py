@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from tnllm.cli.options import examples
+from tnllm.cli.tables import print_json
 from tnllm.errors import UserError
 
 
@@ -118,14 +119,13 @@ def self_clean(
 ) -> None:
     """Train a small model on a corpus, drop what it finds unlikely, repeat; needs no extra, so it runs on a GPU node."""
     from tnllm.cleaning.recipe import load_clean_recipe
-    from tnllm.cleaning.report import render
     from tnllm.cleaning.run import self_clean_alone
 
     recipe, paths = _split(inputs)
     more = ["self_clean.rounds=1"] if recipe is None else []
     more += [f"input.path={json.dumps(paths)}"] if paths else []
     report = self_clean_alone(load_clean_recipe(recipe, [*more, *sets]), out, device)
-    print(json.dumps(report, ensure_ascii=False) if as_json else render(report))
+    _print(report, as_json)
 
 
 def score(
@@ -172,12 +172,11 @@ def score(
                 "id": name, "bits_per_byte": round(result.bits_per_byte, 5), "perplexity": round(result.perplexity, 3),
                 "tokens": result.tokens, "bytes": result.num_bytes,
             }  # fmt: skip
-            line = json.dumps(row, ensure_ascii=False)
             labelled.append((result.bits_per_byte, label))
             if out is None:
-                print(line)
+                print_json(row)
             else:
-                lines.append(line)
+                lines.append(json.dumps(row, ensure_ascii=False))
     if out is not None:
         write_text_atomic(out, "".join(line + "\n" for line in lines))
     if label_field is not None:
@@ -213,7 +212,7 @@ def _split(inputs: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _run(settings: Any, out: Path, workers: int | None, executor: Executor, as_json: bool, **options: Any) -> None:
-    from tnllm.cleaning.report import HTML, render
+    from tnllm.cleaning.report import HTML
     from tnllm.cleaning.run import clean as run_clean
     from tnllm.data.tokenize import num_cores
     from tnllm.files import format_duration
@@ -226,13 +225,21 @@ def _run(settings: Any, out: Path, workers: int | None, executor: Executor, as_j
             f"submitted to Slurm; when the jobs are done, run the same command again for the rest ({out}/work/*/logs)"
         )
         return
+    _print(report, as_json)
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
         return
-    print(render(report))
     print(
         f"{out}/clean: {report['documents_out']:,} documents in {format_duration(time.monotonic() - start)}; {out}/{HTML}"
     )
+
+
+def _print(report: dict[str, Any], as_json: bool) -> None:
+    from tnllm.cleaning.report import render
+
+    if as_json:
+        print_json(report)
+    else:
+        print(render(report))
 
 
 @contextmanager
@@ -287,15 +294,15 @@ def _read_pairs(path: Path, threshold: float) -> Iterator[frozenset[str]]:
 
 def show_run(folder: Path, reason: str | None, samples: int, as_json: bool) -> None:
     """What `tnllm data inspect` prints of a cleaning run's folder."""
-    from tnllm.cleaning.report import read_report, rejected_samples, render
+    from tnllm.cleaning.report import read_report, rejected_samples
 
     if reason is None:
         report = read_report(folder)
-        print(json.dumps(report, ensure_ascii=False) if as_json else render(report))
+        _print(report, as_json)
         return
     for record in rejected_samples(folder, reason, samples):
         if as_json:
-            print(json.dumps(record, ensure_ascii=False))
+            print_json(record)
             continue
         verdict = {key: value for key, value in record["rejected"].items() if key != "figures"}
         print(f"{record['id']}  {json.dumps(verdict, ensure_ascii=False)}")

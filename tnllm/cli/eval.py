@@ -16,6 +16,7 @@ from tnllm.cli.evaluation_view import (
     show_tasks,
 )
 from tnllm.cli.options import check_choice, examples, log_default_model
+from tnllm.cli.tables import print_json
 from tnllm.errors import CheckFailed, UserError
 from tnllm.progress import Progress, log
 
@@ -143,7 +144,7 @@ def run(
         from lm_eval.utils import handle_non_serializable
 
         kept = {key: value for key, value in results.items() if key != "samples"}
-        print(json.dumps(kept, default=handle_non_serializable, ensure_ascii=False))
+        print_json(kept, default=handle_non_serializable)
     else:
         show_results(results, subtasks)
     if out is not None:
@@ -178,7 +179,7 @@ def list_tasks(
         for card in load_cards().values()
     ]  # fmt: skip
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
+        print_json(rows)
     else:
         show_tasks(rows, data_dir is not None)
 
@@ -201,7 +202,7 @@ def compare_results(
     rows = compare(a, b, paper)
     notes = [] if b is None else differences(a, b)
     if as_json:
-        print(json.dumps({"rows": rows, "notes": notes}, ensure_ascii=False))
+        print_json({"rows": rows, "notes": notes})
     else:
         show_comparison(rows, paper)
         for note in notes:
@@ -282,7 +283,7 @@ def check_against_harness(
             result = check_against_hf(sets, export, model, device, dtype, batch_size, limit, seed, log, progress.update)
     result = {"environment": describe_device(where), "num_fewshot": num_fewshot, **result}
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print_json(result)
     else:
         show_check(result)
     for row in result["tasks"]:

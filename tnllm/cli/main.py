@@ -4,8 +4,11 @@ Exit codes: 0 ok, 1 run-time failure, 2 bad input or config, 3 missing extra, 4 
 130 Ctrl-C, 143 after a SIGTERM that saved.
 """
 
+import errno
 import importlib
+import io
 import os
+import select
 import sys
 from typing import Any, NoReturn
 
@@ -95,10 +98,59 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _prepare_streams() -> None:
+    """A closed stream (`>&-`) becomes the null device, and a character that stdout cannot encode is replaced."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Open until the process ends.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+class _Stdout:
+    """Our stdout as it is at the start of a block; rich replaces descriptor 1 when its reader is gone."""
+
+    def __enter__(self) -> "_Stdout":
+        try:
+            self._copy: int | None = os.dup(1)
+            self._has_stderr = os.path.sameopenfile(1, 2)
+        except OSError:
+            self._copy, self._has_stderr = None, False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._copy is not None:
+            os.close(self._copy)
+
+    def is_abandoned(self, error: BaseException | None) -> bool:
+        """Whether `error` says that a pipe has no reader, and that pipe is our stdout (`tnllm ... | head`)."""
+        if not isinstance(error, OSError) or error.errno != errno.EPIPE or self._copy is None:
+            return False
+        if not hasattr(select, "poll"):
+            return True
+        poll = select.poll()
+        poll.register(self._copy, 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+    def leave(self) -> NoReturn:
+        """End without an error. What is still buffered goes nowhere, so that the interpreter's exit is silent."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2) if self._has_stderr else (1,):
+            os.dup2(null, descriptor)
+        sys.exit(0)
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit. `--debug` anywhere shows the traceback of an error."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
+    _prepare_streams()
+    with _Stdout() as stdout:
+        _run(args, debug, stdout)
+
+
+def _run(args: list[str], debug: bool, stdout: _Stdout) -> NoReturn:
     try:
         result = app(_normalize([arg for arg in args if arg != "--debug"]), prog_name="tnllm", standalone_mode=False)
         if result == 130:
@@ -114,11 +166,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if debug:
             raise
         _fail("stopped by Ctrl-C", 130)
-    except BrokenPipeError:
-        # The reader of our output closed the pipe (`tnllm ... | head`), which is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except SystemExit as stop:
+        # Click and rich turn a closed pipe into an exit with 1.
+        if stop.code and stdout.is_abandoned(stop.__context__):
+            stdout.leave()
+        raise
     except OSError as error:
+        if stdout.is_abandoned(error):
+            stdout.leave()
         if debug:
             raise
         where = f": {error.filename}" if error.filename else ""

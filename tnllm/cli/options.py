@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tnllm.errors import UserError
+from tnllm.files import check_output_file
 from tnllm.progress import log
 
 CHARTS = (".png", ".svg", ".pdf")
@@ -66,10 +67,10 @@ def choices(text: str, flag: str, allowed: Sequence[str]) -> list[str]:
 
 
 def check_outputs(*files: Path | None, plot: Path | None = None) -> None:
-    """Raise UserError if a file's folder does not exist, or `plot` has the suffix of no chart format."""
+    """Raise UserError if a file cannot be written where it is to be, or `plot` has the suffix of no chart format."""
     for file in (*files, plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"there is no folder {file.parent} to write {file.name} into; make it first")
+        if file is not None:
+            check_output_file(file, "the output")
     if plot is not None and plot.suffix.lower() not in CHARTS:
         raise UserError(f"--plot is {plot}; its name must end in .png, .svg or .pdf")
 

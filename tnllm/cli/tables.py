@@ -1,9 +1,14 @@
-"""Tables on stdout: coloured and fitted to a terminal; wide and plain in a pipe.
+"""Tables on stdout, coloured and fitted to a terminal, wide and plain in a pipe; and JSON.
 
 print_table("Recipes", ["name", "parameters"], [["tiny", "1.92M"]])
+print_json({"name": "tiny"})
 """
 
+import codecs
+import json
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def print_table(
@@ -27,3 +32,12 @@ def print_table(
     console.print(table)
     if note:
         console.print(note, highlight=False)
+
+
+def print_json(value: Any, **options: Any) -> None:
+    """Print one line of JSON; `options` are those of json.dumps.
+
+    An encoding that does not hold every character gets escapes, so that no value changes.
+    """
+    encoding = codecs.lookup(sys.stdout.encoding or "utf-8").name
+    print(json.dumps(value, ensure_ascii=not encoding.startswith("utf"), **options), flush=True)

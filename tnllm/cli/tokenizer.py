@@ -1,6 +1,5 @@
 """`tnllm tokenizer`: train a SentencePiece tokenizer on a corpus, and show how one splits a text."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import typer
 
 from tnllm.cli.options import OnError, examples
+from tnllm.cli.tables import print_json
 from tnllm.errors import UserError
 
 app = typer.Typer(
@@ -94,7 +94,7 @@ def inspect(
     if file is not None:
         info |= compression(tokenizer, find_files([file]), field)
     if as_json:
-        print(json.dumps(info, ensure_ascii=False))
+        print_json(info)
         return
     for name, value in info.items():
         print(f"{name:16}{value!r}" if isinstance(value, str) and "\n" in value else f"{name:16}{value}")

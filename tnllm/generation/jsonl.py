@@ -5,17 +5,22 @@
           "seed": 1, "usage": {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25}}
 
 `id` is any JSON value and is copied to the results; every other key is a sampling option for this line only.
+
+    with part_file(output, batch_identity(loaded, weights, requests), requests) as (file, first):
+        ...                              # results of requests[first:], in order; a stopped batch resumes there
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from tnllm.errors import UserError
+from tnllm.files import is_special, read_json, write_text_atomic
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Result, TokenLogprob
@@ -73,6 +78,10 @@ def _request(values: Any, loaded: LoadedModel, options: dict[str, Any], start: b
     except UnicodeEncodeError:
         raise UserError('"id" holds a lone surrogate, which is not Unicode text') from None
     own = {key: value for key, value in values.items() if key not in ("prompt", "id")}
+    if "max_new_tokens" in own:
+        if "max_tokens" in own:
+            raise UserError("max_tokens and max_new_tokens are the same option; give one of them")
+        own["max_tokens"] = own.pop("max_new_tokens")
     params = loaded.params(**{**options, **own})
     return Request(values["prompt"], loaded.encode(values["prompt"], start), params, values.get("id"))
 
@@ -103,12 +112,78 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
     return row | {"top": [{"id": top.id, "text": top.text, "logprob": top.logprob} for top in entry.top]}
 
 
+def part_path(path: Path) -> Path:
+    """Where the results for `path` are until all are there."""
+    return path.with_name(f"{path.name}.part")
+
+
+def batch_identity(
+    loaded: LoadedModel, weights: str, requests: Sequence[Request], state: str = "", echo: bool = False
+) -> dict[str, str]:
+    """What decides the results of a batch. `weights` is `weights_hash(model)`, `state` a digest of the state file."""
+    parts = {
+        "model": [weights, loaded.tokenizer.sha256, loaded.eos_ids],
+        "state": state,
+        "requests": [[request.ids, asdict(request.params), request.id] for request in requests],
+        "--echo": echo,
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+
+
 @contextmanager
-def part_file(path: Path) -> Iterator[TextIO]:
-    """A file that is written as `path`.part and renamed when it is complete; an interrupted run leaves the part."""
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
-        yield file
+def part_file(path: Path, identity: dict[str, str], requests: Sequence[Request]) -> Iterator[tuple[TextIO, int]]:
+    """Yields a file for results, and the index of the first request that has none in it yet.
+
+    The file is `path`.part until it is complete and then renamed; `path`.part.json says of which batch it is. Raises
+    UserError if a part with results is of another batch. Devices and pipes are written as they are.
+    """
+    if is_special(path):
+        with open(path, "w", encoding="utf-8") as file:
+            yield file, 0
+        return
+    part, note = part_path(path), path.with_name(f"{path.name}.part.json")
+    first = size = 0
+    if part.exists() and part.stat().st_size:
+        _check_identity(part, note, identity)
+        first, size = _finished(part, requests)
+    write_text_atomic(note, json.dumps(identity) + "\n")
+    with open(part, "a", encoding="utf-8", newline="\n") as file:
+        # A killed process may leave half a line; of a request with several samples all are generated again.
+        file.truncate(size)
+        yield file, first
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+    note.unlink()
+
+
+def _check_identity(part: Path, note: Path, identity: dict[str, str]) -> None:
+    advice = "repeat the command that was stopped, or remove the file to start anew"
+    if not note.is_file():
+        raise UserError(f"{part} is not known to hold results of this batch; {advice}")
+    before = read_json(note, advice)
+    other = [name for name, digest in identity.items() if before.get(name) != digest]
+    if other:
+        raise UserError(f"{part} holds results of another batch ({', '.join(other)} differ); {advice}")
+
+
+def _finished(part: Path, requests: Sequence[Request]) -> tuple[int, int]:
+    """How many requests have all their results in `part`, and the bytes of these."""
+    expected = ((index, sample) for index, request in enumerate(requests) for sample in range(request.params.n))
+    first, size, read = 0, 0, 0
+    with open(part, "rb") as file:
+        for line, (index, sample) in zip(file, expected, strict=False):
+            if not _is_result(line, index, sample):
+                break
+            read += len(line)
+            if sample == requests[index].params.n - 1:
+                first, size = index + 1, read
+    return first, size
+
+
+def _is_result(line: bytes, index: int, sample: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n") and isinstance(row, dict) and (row.get("index"), row.get("sample")) == (index, sample)
