@@ -1,20 +1,19 @@
-"""Output of `tnllm generate`: text on stdout as it comes, complete texts, JSON lines, a chat, and the speed."""
+"""Output of `tnllm generate`: text on stdout as it comes, complete texts, JSON lines, and the speed."""
 
 import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tnllm.errors import UserError
+from tnllm.cli.tables import print_json
 from tnllm.files import format_duration
 from tnllm.progress import Progress, log
 
 if TYPE_CHECKING:
-    from tnllm.generation.conversation import Conversation
     from tnllm.generation.jsonl import Request
     from tnllm.generation.samples import Piece, Result
 
@@ -110,62 +109,63 @@ def print_texts(events: "Events", samples: int, echo: str) -> "list[Result]":
     return results
 
 
-def print_json(events: "Events", samples: int, echo: str) -> "list[Result]":
+def print_objects(events: "Events", samples: int, echo: str) -> "list[Result]":
     """Print one JSON object per sample."""
     from tnllm.generation.jsonl import result_object
 
     results = []
     for result in in_order(events, [samples]):
-        print(json.dumps(result_object(result, echo), ensure_ascii=False), flush=True)
+        print_json(result_object(result, echo))
         results.append(result)
     return results
 
 
-def write_batch(events: "Events", requests: "list[Request]", output: Path | None, echo: bool) -> None:
-    """Write one JSON line per result, in the order of the requests, to `output` or stdout."""
-    from tnllm.generation.jsonl import part_file, result_object
+def print_batch(events: "Events", requests: "Sequence[Request]", echo: bool) -> None:
+    """Print one JSON line per result, in the order of the requests."""
+    with Progress() as progress:
+        for row in _rows(events, requests, 0, echo, progress):
+            print_json(row)
 
-    total = sum(request.params.n for request in requests)
-    done = 0
-    target = part_file(output) if output else nullcontext(sys.stdout)
+
+def write_batch(
+    run: "Callable[[Sequence[Request]], Events]",
+    requests: "Sequence[Request]",
+    output: Path,
+    identity: dict[str, str],
+    echo: bool,
+) -> None:
+    """Write one JSON line per result, in the order of the requests, to `output`; resumes what was stopped.
+
+    `run` generates for the requests that have no results yet. `identity` is `batch_identity` of all.
+    """
+    from tnllm.generation.jsonl import part_file
+
+    written = total = sum(request.params.n for request in requests)
     try:
-        with target as file, Progress() as progress:
-            for result in in_order(events, [request.params.n for request in requests]):
-                request = requests[result.index]
-                row = result_object(result, request.prompt if echo else "", request.id)
+        with part_file(output, identity, requests) as (file, first), Progress() as progress:
+            written = sum(request.params.n for request in requests[:first])
+            if first:
+                log(f"resuming: {written} of {total} results are there")
+            for row in _rows(run(requests[first:]), requests, first, echo, progress):
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-                done += 1
-                progress.update("generate", done, total)
+                written += 1
     except BaseException:
-        if output:
-            log(f"stopped after {done} of {total} results; they are in {output}.part")
+        if written < total:
+            log(f"stopped after {written} of {total} results; run the same command again to resume")
         raise
 
 
-def chat_loop(conversation: "Conversation") -> None:
-    """Read turns from stdin until /exit or its end. Ctrl-C interrupts an answer; between answers it ends the chat."""
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if on_terminal:
-        log("/reset clears the conversation, /exit or Ctrl-D ends it, Ctrl-C interrupts an answer")
-    while True:
-        try:
-            message = input("> " if on_terminal else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise UserError(f"stdin is not UTF-8 (byte {error.start}); convert it first") from None
-        if message.strip() == "/exit":
-            return
-        if message.strip() == "/reset":
-            conversation.reset()
-            log("conversation cleared")
-        elif message.startswith("/") and message.strip().isascii() and " " not in message.strip():
-            log(f"{message.strip()} is not a command; the commands are /reset and /exit")
-        elif message.strip():
-            meter = Meter()
-            try:
-                stream_text(meter.watch(conversation.ask(message)), "")
-            except KeyboardInterrupt:
-                log("answer interrupted")
-            else:
-                log(meter.summary())
+def _rows(
+    events: "Events", requests: "Sequence[Request]", first: int, echo: bool, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Results of requests[first:] as JSON values, in order; `progress` counts those before them too."""
+    from tnllm.generation.jsonl import result_object
+
+    counts = [request.params.n for request in requests]
+    done, total = sum(counts[:first]), sum(counts)
+    for result in in_order(events, counts[first:]):
+        index = first + result.index
+        request = requests[index]
+        yield result_object(replace(result, index=index), request.prompt if echo else "", request.id)
+        done += 1
+        progress.update("generate", done, total)

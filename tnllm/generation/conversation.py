@@ -52,10 +52,21 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every turn."""
+        """Forget every turn. `messages` are the (role, text) pairs so far."""
         self._context = self._start
         self._unread: list[int] = []
         self._is_first = True
+        self.messages: list[tuple[str, str]] = []
+
+    def restore(self, context: Context, messages: Sequence[tuple[str, str]]) -> None:
+        """Continue another conversation: `context()` of it, and its `messages`."""
+        self._context, self._unread, self._is_first = context, [], False
+        self.messages = list(messages)
+
+    @property
+    def num_turns(self) -> int:
+        """Questions asked so far."""
+        return sum(role == "user" for role, _ in self.messages)
 
     def ask(self, message: str) -> Iterator[Piece | Result]:
         """The answer, as from `generate`. Of an interrupted answer, what was generated is remembered."""
@@ -68,6 +79,7 @@ class Conversation:
             turn = loaded.at_start(turn)
         [self._context] = read(loaded.model, [self._unread + turn], [self._context])
         self._unread, self._is_first = [], False
+        self.messages.append(("user", message))
         tokens: list[int] = []
         events = generate(loaded.model, tokenizer, [[]], self._params, contexts=[self._context], eos_ids=loaded.eos_ids)
         text = None
@@ -84,6 +96,7 @@ class Conversation:
             if tokens and tokens[-1] in loaded.eos_ids:
                 tokens.pop()
             answer = _canonical(tokens, tokenizer) if text is None else tokenizer.encode(text)
+            self.messages.append(("assistant", tokenizer.decode(answer)))
             # The model was trained on answers that end with the end token, whatever ended this one.
             self._unread = [*answer, tokenizer.eos_id]
 

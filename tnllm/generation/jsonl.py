@@ -142,12 +142,13 @@ def part_file(path: Path, identity: dict[str, str], requests: Sequence[Request])
             yield file, 0
         return
     part, note = part_path(path), path.with_name(f"{path.name}.part.json")
-    first = size = 0
-    if part.exists() and part.stat().st_size:
-        _check_identity(part, note, identity)
-        first, size = _finished(part, requests)
-    write_text_atomic(note, json.dumps(identity) + "\n")
     with open(part, "a", encoding="utf-8", newline="\n") as file:
+        _lock(file, path)
+        first = size = 0
+        if part.stat().st_size:
+            _check_identity(part, note, identity)
+            first, size = _finished(part, requests)
+        write_text_atomic(note, json.dumps(identity) + "\n")
         # A killed process may leave half a line; of a request with several samples all are generated again.
         file.truncate(size)
         yield file, first
@@ -155,6 +156,18 @@ def part_file(path: Path, identity: dict[str, str], requests: Sequence[Request])
         os.fsync(file.fileno())
     os.replace(part, path)
     note.unlink()
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Hold the part until it is closed. Raises UserError if another process does."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is writing {path}; wait for it, or give another file") from None
 
 
 def _check_identity(part: Path, note: Path, identity: dict[str, str]) -> None:
