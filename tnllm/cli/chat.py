@@ -32,7 +32,7 @@ def chat_loop(conversation: "Conversation", talks: "Talks") -> None:
     """
     on_terminal = sys.stdin.isatty()
     if on_terminal:
-        log(f'the commands are {COMMANDS}; {_QUOTES} begins and ends a message of several lines')
+        log(f"the commands are {COMMANDS}; {_QUOTES} begins and ends a message of several lines")
         log("Ctrl-C interrupts an answer or clears the line, Ctrl-D ends the chat")
     interrupted = False
     with _history() if on_terminal else _no_history():
@@ -118,7 +118,9 @@ def _read_line(prompt: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"stdin is not {_name(error.encoding)} (byte {error.start}); convert it first") from None
     except UnicodeEncodeError as error:
-        raise UserError(f"stdin holds bytes that are not {_name(sys.stdin.encoding)} (character {error.start})") from None
+        raise UserError(
+            f"stdin holds bytes that are not {_name(sys.stdin.encoding)} (character {error.start})"
+        ) from None
     return line
 
 

@@ -1,8 +1,9 @@
 """`tnllm generate`: continue a text, answer in a chat, or work through a file of prompts."""
 
+import codecs
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tnllm.cli.options import examples, log_default_model
-from tnllm.cli.streaming import Meter, chat_loop, print_json, print_texts, stream_text, write_batch
+from tnllm.cli.streaming import Meter, print_batch, print_objects, print_texts, stream_text, write_batch
 from tnllm.errors import UserError
+from tnllm.files import check_output_file, is_special, sha256_file
 from tnllm.progress import log
 
 if TYPE_CHECKING:
@@ -47,13 +49,17 @@ def command(
         rich_help_panel=_INPUT,
     ),
     chat: bool = typer.Option(
-        False, "--chat", help="Talk in turns; /reset starts anew, /exit or Ctrl-D ends.", rich_help_panel=_INPUT
+        False, "--chat", help="Talk in turns; /save and /load by name, /reset, /exit.", rich_help_panel=_INPUT
     ),
     chat_template: str | None = typer.Option(
         None, help=r"Turn format with {prompt}; \n is a newline. Default: the model's.", rich_help_panel=_INPUT
     ),
     max_tokens: int | None = typer.Option(
-        None, help="Most tokens to generate; 0 only reads. Default: the model's, or 256.", rich_help_panel=_SAMPLING
+        None,
+        "--max-tokens",
+        "--max-new-tokens",
+        help="Most tokens to generate; 0 only reads. Default: the model's, or 256.",
+        rich_help_panel=_SAMPLING,
     ),
     temperature: float | None = typer.Option(
         None, help="0 takes the most likely token. This and the rest default to the model's.", rich_help_panel=_SAMPLING
@@ -86,7 +92,9 @@ def command(
     ignore_eos: bool = typer.Option(
         False, "--ignore-eos", help="Continue after the end token.", rich_help_panel=_SAMPLING
     ),
-    output: Path | None = typer.Option(None, help="Write the results of --input here.", rich_help_panel=_OUTPUT),
+    output: Path | None = typer.Option(
+        None, help="Write the results of --input here; run again to resume after a stop.", rich_help_panel=_OUTPUT
+    ),
     json_: bool = typer.Option(
         False, "--json", help="One JSON object per result; always so for --input.", rich_help_panel=_OUTPUT
     ),
@@ -136,33 +144,36 @@ def command(
         if broken:
             raise UserError(message)
 
-    from tnllm.generation.context import load_context, save_context, weights_hash
+    _check_text("--prompt", prompt)
+    _check_text("--chat-template", chat_template)
+    for text in stop:
+        _check_text("--stop", text)
+
+    from tnllm.generation.context import load_context, read_metadata, weights_hash
     from tnllm.generation.loading import load
     from tnllm.generation.sampler import SamplingParams
 
-    # Bad options and unreadable prompts raise before a large model is loaded.
+    # Bad options, unreadable prompts and states, and unwritable outputs raise before a large model is loaded.
     SamplingParams.of(options)
     file = prompt_file or input or ("-" if prompt == "-" else None)
     data = None if file is None else _read(file)
     text = (prompt or "") if data is None or source == "--input" else _decode(data, file or "")
+    if state_in is not None:
+        read_metadata(state_in)
+    _check_outputs(output, state_out, file, model, adapter)
     log_default_model(model)
     ready = load(model, device, dtype, adapter)
-    weights = weights_hash(ready.model) if state_in or state_out else ""
+    weights = weights_hash(ready.model) if state_in or state_out or output else ""
     context = load_context(state_in, ready.model, weights) if state_in else None
-    run = _Run(ready, options, context, batch_size, echo)
+    run = _Run(ready, options, context, batch_size, echo, weights)
     if source == "--input":
-        _batch(run, input or "", data or b"", output)
-        return
-    if source == "--chat":
-        template = _unescape(chat_template) if chat_template else ready.chat_template
-        context = _chat(run, template, keep_context=state_out is not None)
+        _batch(run, input or "", data or b"", output, state_in)
+    elif source == "--chat":
+        _chat(run, _unescape(chat_template) if chat_template else ready.chat_template, state_out)
     else:
         context = _text(run, text, json_, stream, keep_context=state_out is not None)
-    if state_out:
-        if context is None:
-            raise UserError("the chat has no turn, so there is no state to save")
-        save_context(state_out, context, weights)
-        log(f"state after {context.num_tokens} tokens saved to {state_out}")
+        if state_out is not None:
+            _save_state(state_out, context, weights)
 
 
 @dataclass
@@ -174,6 +185,7 @@ class _Run:
     context: "Context | None"
     batch_size: int
     echo: bool
+    weights: str  # their hash, where something needs it
     meter: Meter = field(default_factory=Meter)
 
     def generate(
@@ -188,23 +200,48 @@ class _Run:
         return self.meter.watch(events)
 
 
-def _batch(run: _Run, name: str, data: bytes, output: Path | None) -> None:
+def _batch(run: _Run, name: str, data: bytes, output: Path | None, state_in: Path | None) -> None:
     """Every request of a JSON Lines file."""
-    from tnllm.generation.jsonl import read_requests
+    from tnllm.generation.jsonl import Request, batch_identity, read_requests
 
     requests = read_requests(name, data, run.ready, run.options, start=run.context is None)
-    events = run.generate([request.ids for request in requests], [request.params for request in requests])
-    write_batch(events, requests, output, run.echo)
+
+    def generate(requests: "Sequence[Request]") -> Iterator["Piece | Result"]:
+        return run.generate([request.ids for request in requests], [request.params for request in requests])
+
+    if output is None:
+        print_batch(generate(requests), requests, run.echo)
+    else:
+        state = sha256_file(state_in) if state_in else ""
+        identity = batch_identity(run.ready, run.weights, requests, state, run.echo)
+        write_batch(generate, requests, output, identity, run.echo)
     log(run.meter.summary(single=False))
 
 
-def _chat(run: _Run, template: str, keep_context: bool) -> "Context | None":
-    """Turns from stdin; returns the context after the last one, None if there was none or it is not to be kept."""
+def _chat(run: _Run, template: str, state_out: Path | None) -> None:
+    """Turns from stdin; the state after the last one is saved, however the chat ends."""
+    from tnllm.cli.chat import chat_loop
     from tnllm.generation.conversation import Conversation
+    from tnllm.generation.talks import Talks
 
     conversation = Conversation(run.ready, run.ready.params(**run.options), template, run.context)
-    chat_loop(conversation)
-    return conversation.context() if keep_context else None
+    try:
+        chat_loop(conversation, Talks(run.ready.model, run.weights))
+    except BaseException:
+        if state_out is not None and conversation.messages:
+            _save_state(state_out, conversation.context(), run.weights)
+        raise
+    if state_out is not None:
+        _save_state(state_out, conversation.context(), run.weights)
+
+
+def _save_state(path: Path, context: "Context | None", weights: str) -> None:
+    from tnllm.generation.context import save_context
+
+    if context is None:
+        raise UserError("the chat has no turn, so there is no state to save")
+    save_context(path, context, weights)
+    log(f"state after {context.num_tokens} tokens saved to {path}")
 
 
 def _text(run: _Run, text: str, as_json: bool, stream: bool, keep_context: bool) -> "Context | None":
@@ -215,7 +252,7 @@ def _text(run: _Run, text: str, as_json: bool, stream: bool, keep_context: bool)
     events = run.generate([run.ready.encode(text, start=run.context is None)], [params], keep_context)
     echo = text if run.echo else ""
     if as_json:
-        result = print_json(events, params.n, echo)[0]
+        result = print_objects(events, params.n, echo)[0]
     elif params.n == 1 and stream:
         result = stream_text(events, echo)
     else:
@@ -233,6 +270,32 @@ def _source(given: dict[str, object], state_in: Path | None) -> str:
     return next(iter(given), "--prompt")
 
 
+def _check_outputs(
+    output: Path | None, state_out: Path | None, file: str | None, model: str | None, adapter: Path | None
+) -> None:
+    """Raise UserError for a file that cannot be written, and for one that is read too."""
+    from tnllm.generation.jsonl import part_path
+
+    inputs = [] if file is None else [Path("/dev/stdin" if file == "-" else file)]
+    inputs += [path for folder in (model, adapter) if folder for path in Path(folder).glob("*")]
+    for flag, path in (("--output", output), ("--state-out", state_out)):
+        if path is not None:
+            check_output_file(path, flag, inputs)
+    if output is not None and not is_special(output):
+        check_output_file(part_path(output), "--output, until it is complete,", inputs)
+
+
+def _check_text(flag: str, text: str | None) -> None:
+    """Raise UserError for bytes of the command line that Python could not decode."""
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{flag} holds bytes that are not {sys.getfilesystemencoding().upper()} (character {error.start}), so it is "
+            "in another encoding; set the terminal to UTF-8, or convert the text and give it by --prompt-file"
+        ) from None
+
+
 def _read(file: str) -> bytes:
     if file == "-":
         return sys.stdin.buffer.read()
@@ -246,7 +309,9 @@ def _decode(data: bytes, file: str) -> str:
     try:
         text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it, for example with iconv") from None
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        what = "UTF-16, not UTF-8" if is_utf16 else f"not UTF-8 (byte {error.start})"
+        raise UserError(f"{name} is {what}; convert it, for example with iconv") from None
     if not text:
         raise UserError(f'{name} is empty; to start from nothing give --prompt ""')
     return text

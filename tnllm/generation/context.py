@@ -12,13 +12,14 @@ from a saved context equals generation that never stopped.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tnllm.errors import RunError, UserError
@@ -32,6 +33,8 @@ from tnllm.modeling.state import State
 # of one chunk fit. A prompt of any length needs no more memory.
 CHUNK_TOKENS = 2048
 _FORMAT = "tnllm-context-1"
+# No text is longer, and sums of positions stay far from the limit of int64.
+_MAX_POSITION = 1 << 48
 
 
 @dataclass(frozen=True)
@@ -136,19 +139,42 @@ def weights_hash(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
-def save_context(path: Path | str, context: Context, weights: str) -> None:
-    """Write a context to a safetensors file, atomically. `weights` is `weights_hash(model)`."""
+def save_context(path: Path | str, context: Context, weights: str, messages: str = "") -> None:
+    """Write a context to a safetensors file, atomically. `weights` is `weights_hash(model)`.
+
+    `messages` is kept beside it, for `read_metadata`.
+    """
     state = context.state
     tensors = {f"layers.{index}": layer for index, layer in enumerate(state.layers)}
     tensors |= {"position": state.position, "logits": context.logits, "seen": context.seen.view(torch.uint8)}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": _FORMAT,
         "weights": weights,
         "rows_dim": str(state.rows_dim),
         "num_tokens": str(context.num_tokens),
         "tail": json.dumps(context.tail),
+        "sha256": _digest(tensors),
     }
-    write_bytes_atomic(Path(path), save({name: x.cpu().contiguous() for name, x in tensors.items()}, metadata))
+    if messages:
+        metadata["messages"] = messages
+    write_bytes_atomic(Path(path), save(tensors, metadata))
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """What a state file says of itself, read without its tensors. Raises UserError for a file that is not one."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"state file {path} {what}; write one with --state-out")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise RunError(f"state file {path} is damaged or not a state file ({error}); write it again") from None
+    if metadata.get("format") != _FORMAT or "weights" not in metadata:
+        raise UserError(f"{path} is not a state file this version can read; write one with --state-out")
+    return metadata
 
 
 def load_context(path: Path | str, model: LanguageModel, weights: str) -> Context:
@@ -157,22 +183,67 @@ def load_context(path: Path | str, model: LanguageModel, weights: str) -> Contex
     Raises UserError for a missing file, another kind of file or the context of another model, RunError for a
     damaged file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"state file {path} does not exist; write one with --state-out")
+    metadata = read_metadata(path)
+    if metadata["weights"] != weights:
+        raise UserError(
+            f"{path} was written with other weights ({metadata['weights'][:12]}, here {weights[:12]}); "
+            "give the --model and --dtype it was written with"
+        )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise UserError(f"{path} is not a state file this version can read; write one with --state-out")
-            if metadata["weights"] != weights:
-                raise UserError(
-                    f"{path} was written with other weights ({metadata['weights'][:12]}, here {weights[:12]}); "
-                    "give the --model and --dtype it was written with"
-                )
-            tensors = {name: file.get_tensor(name).to(model.device) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise RunError(f"state file {path} is damaged or not a state file ({error}); write it again") from None
+        tensors = load_file(path)
+        rows_dim, tail = int(metadata["rows_dim"]), json.loads(metadata["tail"])
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise RunError(f"state file {path} is damaged ({type(error).__name__}: {error}); write it again") from None
+    for fault in _faults(tensors, rows_dim, tail, metadata, model):
+        raise RunError(f"state file {path} is damaged: {fault}; write it again")
+    tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     layers = [tensors[f"layers.{index}"] for index in range(model.config.num_layers)]
-    state = State(layers, tensors["position"], int(metadata["rows_dim"]))
-    return Context(state, tensors["logits"], tensors["seen"].view(torch.bool), tuple(json.loads(metadata["tail"])))
+    return Context(
+        State(layers, tensors["position"], rows_dim), tensors["logits"], tensors["seen"].view(torch.bool), tuple(tail)
+    )
+
+
+def _faults(
+    tensors: dict[str, Tensor], rows_dim: int, tail: Any, metadata: dict[str, str], model: LanguageModel
+) -> Iterator[str]:
+    """What contradicts a context of `model`, in words. Each check relies on those before it."""
+    vocab_size, fresh = model.config.vocab_size, model.init_state(1)
+    wanted = {f"layers.{index}": layer for index, layer in enumerate(fresh.layers)}
+    wanted |= {
+        "position": fresh.position,
+        "logits": torch.empty(1, vocab_size, device="meta"),
+        "seen": torch.empty(1, vocab_size, dtype=torch.uint8, device="meta"),
+    }
+    if tensors.keys() != wanted.keys():
+        names = sorted(tensors.keys() ^ wanted.keys())
+        yield f"it lacks tensors of this model or holds others ({', '.join(names[:4])}{' ...' if names[4:] else ''})"
+    # A key-value cache is as long as its text; a recurrent state has one shape.
+    lengths = {layer.shape[2] for name, layer in tensors.items() if name in wanted and rows_dim and layer.ndim > 2}
+    for name, tensor in wanted.items():
+        shape, given = list(tensor.shape), tensors[name]
+        if rows_dim and name.startswith("layers."):
+            shape[2] = max(lengths, default=0)
+        if list(given.shape) != shape or given.dtype != tensor.dtype:
+            yield f"{name} is {given.dtype} {list(given.shape)}, not {tensor.dtype} {shape}"
+    position = int(tensors["position"][0])
+    if rows_dim != fresh.rows_dim or str(position) != metadata.get("num_tokens"):
+        yield f"rows_dim {rows_dim} and position {position} are not those it was written with"
+    if not 0 <= position < _MAX_POSITION or (lengths and position > max(lengths)):
+        yield f"its position is {position}"
+    if not isinstance(tail, list) or len(tail) > TAIL_TOKENS:
+        yield "the ids of its last tokens are not a short list"
+    for id in tail:
+        if type(id) is not int or not 0 <= id < vocab_size:
+            yield f"its last tokens hold {id!r}, which is not in the vocabulary of {vocab_size}"
+    if int(tensors["seen"].max()) > 1 or not all(tensors[name].isfinite().all() for name in wanted):
+        yield "it holds numbers that no model writes"
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
+        yield "its bytes do not match their digest"
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        # A flat copy, since a tensor without elements cannot be viewed as bytes.
+        digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
