@@ -1,4 +1,4 @@
-"""Folders with one writer."""
+"""Folders with one writer, and outputs checked before the work."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tnllm.errors import UserError
-from tnllm.files import LOCK, only_writer
+from tnllm.files import LOCK, check_output_file, check_output_folder, only_writer, write_bytes_atomic
 
 HOLD = """
 import sys, time
@@ -80,3 +80,37 @@ def test_a_folder_made_for_nothing_is_removed(tmp_path):
         assert not os.get_inheritable(handle)
         (tmp_path / "a" / "b" / "file").touch()
     assert [path.name for path in Path(tmp_path / "a" / "b").iterdir()] == ["file"]
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(OSError, match=r"No such file or directory: '[^']*/no/such/out'$") as error:
+        write_bytes_atomic(tmp_path / "no/such/out", b"")
+    assert error.value.filename == str(tmp_path / "no/such/out")
+
+
+def test_a_device_is_written_as_it_is():
+    write_bytes_atomic(Path("/dev/null"), b"gone")
+    check_output_file(Path("/dev/null"), "--out")
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_read_only_file_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "kept").write_text("kept")
+    # Root may write everything, so that permissions alone cannot show it here.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="kept, which may not be written"):
+        check_output_file(tmp_path / "kept", "--out")
+
+
+@pytest.mark.parametrize("name", ["file", "file/a/b"])
+def test_a_folder_below_a_file_is_refused(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out is .*, and .*/file is a file, not a folder"):
+        check_output_folder(tmp_path / name, "--out")
+
+
+def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
+    check_output_folder(tmp_path / "a/b", "--out")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="nothing can be written into /proc"):
+        check_output_folder(Path("/proc/a/b"), "--out")

@@ -1,47 +1,24 @@
 """What a person sees of `tnllm generate`: text on stdout, one line per fault on stderr, and the exit code."""
 
-import io
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 from tnllm.cli.main import main
-from tnllm.modeling.config import get_preset
-from tnllm.modeling.model import LanguageModel, build_model
-from tnllm.modeling.weights import save_model
-from tnllm.tokenizer import train_tokenizer
-
-TEXTS = ["The quick brown fox jumps over the lazy dog.\n", "今天天气很好，我们去公园。\n"] * 20
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A small untrained model with spread logits, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("generate")
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(TEXTS, 340))
-    sizes = {"vocab_size": 352, "model_dim": 64, "num_heads": 2, "num_layers": 2, "glu_dim": 96}
-    model = build_model(get_preset("tiny", **sizes, tie_embeddings=False), seed=1)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(15)
-    save_model(model, folder / "weights", folder / "tokenizer.model")
-    return folder / "weights"
+from tnllm.modeling.model import LanguageModel
 
 
 @pytest.fixture
-def run(weights, capsys, monkeypatch):
-    """Run `tnllm generate` with the small model; returns exit code, stdout, stderr."""
+def weights(small_weights):
+    return small_weights
 
-    def outcome(*args, stdin=b"", model=True):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        given = ["--model", str(weights)] if model else []
-        with pytest.raises(SystemExit) as stopped:
-            main(["generate", *given, *map(str, args)])
-        out, err = capsys.readouterr()
-        return stopped.value.code, out, err
 
-    return outcome
+@pytest.fixture
+def run(run_generate):
+    return run_generate
 
 
 def fails(outcome, *parts, code=2):
@@ -205,9 +182,110 @@ def test_ctrl_c_keeps_the_finished_part_of_a_batch(run, monkeypatch, tmp_path):
     options = "--batch-size", 1, "--seed", 1
     code, _, err = run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *options)
     assert code == 130
-    assert f"stopped after 2 of 4 results; they are in {tmp_path / 'out.jsonl'}.part" in err
+    assert "stopped after 2 of 4 results; run the same command again to resume" in err
     assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 2
     assert (tmp_path / "out.jsonl").read_text() == "an older result\n"
+
+
+LINES = "".join(json.dumps({"prompt": "The", "max_tokens": 4, "n": n, "id": n}) + "\n" for n in (1, 2, 1, 1))
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"index": 1, "sa', b"\0" * 40])
+def test_a_stopped_batch_resumes_where_it_was(run, monkeypatch, tmp_path, tail):
+    (tmp_path / "in.jsonl").write_text(LINES)
+    command = "--input", tmp_path / "in.jsonl", "--batch-size", 1, "--seed", 1, "--output"
+    assert run(*command, tmp_path / "unbroken.jsonl")[0] == 0
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        assert run(*command, output)[0] == 130
+    with open(f"{output}.part", "ab") as part:
+        part.write(tail)
+    code, _, err = run(*command, output)
+    assert code == 0
+    assert "resuming: 3 of 5 results are there" in err
+    assert "8 tokens at " in err, "only the rest is generated"
+    assert output.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "unbroken.jsonl"]
+
+
+def test_the_part_of_another_batch_is_not_continued_and_not_lost(run, monkeypatch, tmp_path):
+    (tmp_path / "in.jsonl").write_text(LINES)
+    output = tmp_path / "out.jsonl"
+    command = "--input", tmp_path / "in.jsonl", "--output", output, "--batch-size", 1
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)
+        run(*command, "--seed", 1)
+    part = (tmp_path / "out.jsonl.part").read_bytes()
+    assert part.count(b"\n") == 3
+    refusal = "out.jsonl.part holds results of another batch (requests differ); repeat the command that was stopped"
+    assert refusal in run(*command, "--seed", 2)[2]
+    assert "another batch (model differ)" in run(*command, "--seed", 1, "--dtype", "bfloat16")[2]
+    assert "another batch (--echo differ)" in run(*command, "--seed", 1, "--echo")[2]
+    assert (tmp_path / "out.jsonl.part").read_bytes() == part
+    (tmp_path / "out.jsonl.part.json").unlink()
+    assert "is not known to hold results of this batch" in run(*command, "--seed", 1)[2]
+
+
+def test_outputs_are_checked_before_the_work(run, tmp_path, monkeypatch):
+    """Before the model is loaded, too: there is none here."""
+    lines, prompt, folder = tmp_path / "in.jsonl", tmp_path / "prompt.txt", tmp_path / "folder"
+    lines.write_text(LINES)
+    prompt.write_text("Once")
+    folder.mkdir()
+    (tmp_path / "linked").symlink_to(lines)
+    monkeypatch.chdir(tmp_path)
+    no_model = "--model", tmp_path / "none"
+    outputs = {"--output": ("--input", lines), "--state-out": ("--prompt-file", prompt)}
+    for flag, given in outputs.items():
+        for path, message in {
+            "no/such/x": f"{flag} is no/such/x: there is no folder no/such; make it first",
+            "folder": f"{flag} is folder, a folder; give the name of a file to write",
+            ".": f"{flag} is ., a folder",
+            "": f"{flag} is ., a folder",
+            "..": f"{flag} is .., a folder",
+            "prompt.txt/x": "there is no folder prompt.txt",
+            "/proc/x": f"{flag} is /proc/x, which cannot be written (",
+            "x" * 300: "which cannot be written (File name too long)",
+            str(given[1]): "which is also the input",
+        }.items():
+            fails(run(*given, *no_model, flag, path, model=False), message)
+    fails(run("--input", lines, *no_model, "--output", "linked", model=False), "linked, which is also the input")
+    lines.rename("out.part")
+    fails(run("--input", "out.part", *no_model, "--output", "out", model=False), "out.part, which is also the input")
+    assert sorted(os.listdir()) == ["folder", "linked", "out.part", "prompt.txt"]
+    assert (tmp_path / "out.part").read_text() == LINES
+
+
+def test_a_weight_file_is_not_replaced_by_a_state(run, weights):
+    before = (weights / "model.safetensors").read_bytes()
+    fails(run("-p", "a", "--state-out", weights / "model.safetensors"), "which is also the input")
+    assert (weights / "model.safetensors").read_bytes() == before
+
+
+def test_a_batch_can_go_to_a_pipe(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text(LINES)
+    os.mkfifo(tmp_path / "pipe")
+    rows = []
+
+    def read():
+        rows.extend((tmp_path / "pipe").read_text().splitlines())
+
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read)
+        assert run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "pipe")[0] == 0
+        reading.result(timeout=30)
+    assert len(rows) == 5
+
+
+def test_max_new_tokens_is_another_name(run):
+    wanted = run("-p", "The", "--max-tokens", 5, "--seed", 1)[1]
+    assert run("-p", "The", "--max-new-tokens", 5, "--seed", 1)[1] == wanted
+    assert run("-p", "The", "--max_new_tokens=5", "--seed", 1)[1] == wanted
+    row = json.loads(run("--input", "-", stdin=b'{"prompt": "The", "max_new_tokens": 5, "seed": 1}')[1])
+    assert row["text"] + "\n" == wanted
+    both = b'{"prompt": "The", "max_new_tokens": 5, "max_tokens": 5}'
+    fails(run("--input", "-", stdin=both), "-:1: max_tokens and max_new_tokens are the same option")
 
 
 def test_chat_takes_turns(run, weights):
@@ -217,7 +295,7 @@ def test_chat_takes_turns(run, weights):
     answers = out.removesuffix("\n").split("\n")
     assert answers[0] == answers[2] != answers[1], "a reset forgets"
     assert "conversation cleared" in err
-    assert "/help is not a command; the commands are /reset and /exit" in err
+    assert "/help is not a command; the commands are /save NAME, /load NAME, /reset and /exit" in err
     turn = "Human:\nHello\nAssistant:\n"
     single = run("--prompt", turn, *options, "--stop", r"\nHuman:")[1]
     assert single == answers[0] + "\n"
@@ -301,7 +379,15 @@ def test_text_that_is_not_utf8(run, tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     fails(run("--prompt-file", tmp_path / "latin.txt"), "latin.txt is not UTF-8 (byte 3); convert it")
     fails(run("--chat", stdin=b"\xff\n"), "stdin is not UTF-8 (byte 0)")
-    fails(run("--prompt", "a\udcff"), "text holds a lone surrogate")
+    (tmp_path / "wide.txt").write_text("café", "utf-16")
+    fails(run("--prompt-file", tmp_path / "wide.txt"), "wide.txt is UTF-16, not UTF-8")
+    for flag in "--prompt", "--stop":
+        # What Python makes of bytes on the command line that are not in the terminal's encoding.
+        fails(
+            run("--prompt", "a", flag, "a\udcff"),
+            f"{flag} holds bytes that are not UTF-8 (character 1)",
+            "--prompt-file",
+        )
 
 
 @pytest.mark.slow

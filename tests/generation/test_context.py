@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.small_models import small_model
@@ -137,3 +138,71 @@ def test_states_of_other_models_and_other_files_are_refused(tmp_path, model):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(RunError, match="damaged"):
         load_context(path, model, "0123456789abcdef")
+
+
+def edited(path, change):
+    """Rewrite a state file after `change(tensors, metadata)`."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda t, m: t.pop("layers.1"), r"lacks tensors of this model or holds others \(layers.1\)"),
+        (lambda t, m: t.update(extra=torch.zeros(1)), r"holds others \(extra\)"),
+        (lambda t, m: t.update(position=torch.tensor([-1])), "its position is -1, not the number of tokens"),
+        (lambda t, m: (t.update(position=torch.tensor([-1])), m.update(num_tokens="-1")), "its position is -1;"),
+        (lambda t, m: t.update(position=torch.tensor([5.0])), r"position is torch.float32 \[1\], not torch.int64"),
+        (lambda t, m: t.update(position=torch.tensor([5, 5])), r"position is torch.int64 \[2\]"),
+        (lambda t, m: t.update(logits=t["logits"][:, :9].clone()), r"logits is torch.float32 \[1, 9\], not"),
+        (lambda t, m: t.update({"layers.0": t["layers.0"].half()}), r"layers.0 is torch.float16"),
+        (lambda t, m: t.update({"layers.0": t["layers.0"][:, :1].clone()}), r"layers.0 is torch.float32 \[1, 1,"),
+        (lambda t, m: t["layers.0"].view(-1)[3:4].fill_(float("nan")), "numbers that no model writes"),
+        (lambda t, m: t["seen"].fill_(7), "numbers that no model writes"),
+        (lambda t, m: t["layers.0"].view(-1)[3:4].add_(1), "do not match their digest"),
+        (lambda t, m: m.pop("tail"), "KeyError"),
+        (lambda t, m: m.update(tail="[1, 352]"), "hold 352, which is not in the vocabulary of 352"),
+        (lambda t, m: m.update(tail="[-1]"), "hold -1"),
+        (lambda t, m: m.update(tail="[true]"), "hold True"),
+        (lambda t, m: m.update(tail="{}"), "not a short list"),
+        (lambda t, m: m.update(tail="[1"), "JSONDecodeError"),
+        (lambda t, m: m.update(tail="[" * 100_000), "RecursionError"),
+        (lambda t, m: m.update(rows_dim="1"), "rows_dim is 1"),
+        (lambda t, m: m.update(rows_dim="x"), "ValueError"),
+    ],
+)
+def test_a_damaged_state_is_refused_in_one_line(tmp_path, model, change, fault):
+    [context] = read(model, [ids(5)])
+    path = tmp_path / "a.state"
+    save_context(path, context, "0123456789abcdef")
+    edited(path, lambda tensors, metadata: None)
+    same(load_context(path, model, "0123456789abcdef"), context, atol=0)
+    edited(path, change)
+    with pytest.raises(RunError, match=rf"a.state is damaged.*{fault}.*write it again") as error:
+        load_context(path, model, "0123456789abcdef")
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_value_cache_of_another_length_is_refused(tmp_path):
+    model = small_model(kind="transformer")
+    [context] = read(model, [ids(9)])
+    path = tmp_path / "a.state"
+    save_context(path, context, "x")
+    same(load_context(path, model, "x"), context, atol=0)
+    edited(path, lambda tensors, _: tensors.update({"layers.0": tensors["layers.0"][:, :, :2].clone()}))
+    with pytest.raises(RunError, match=r"layers.0 is torch.float32 \[2, 1, 2, .*, not torch.float32 \[2, 1, "):
+        load_context(path, model, "x")
+
+
+def test_a_state_file_without_the_hash_of_its_model_is_not_one(tmp_path, model):
+    [context] = read(model, [ids(5)])
+    save_context(tmp_path / "a", context, "x")
+    edited(tmp_path / "a", lambda _, metadata: metadata.pop("weights"))
+    with pytest.raises(UserError, match="is not a state file this version can read"):
+        load_context(tmp_path / "a", model, "x")
+    with pytest.raises(UserError, match="is not a file"):
+        load_context(tmp_path, model, "x")

@@ -6,7 +6,7 @@ chat_loop(conversation, Talks(model))
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,9 @@ def _answer(message: str, conversation: "Conversation") -> None:
         return
     meter = Meter()
     try:
-        stream_text(meter.watch(conversation.ask(message)), "")
+        # Closed at once, so that the conversation remembers the answer before anything else happens.
+        with closing(conversation.ask(message)) as events:
+            stream_text(meter.watch(events), "")
     except KeyboardInterrupt:
         log("answer interrupted")
     else:

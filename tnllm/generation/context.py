@@ -217,6 +217,8 @@ def _faults(
     if tensors.keys() != wanted.keys():
         names = sorted(tensors.keys() ^ wanted.keys())
         yield f"it lacks tensors of this model or holds others ({', '.join(names[:4])}{' ...' if names[4:] else ''})"
+    if rows_dim != fresh.rows_dim:
+        yield f"rows_dim is {rows_dim}, not {fresh.rows_dim}"
     # A key-value cache is as long as its text; a recurrent state has one shape.
     lengths = {layer.shape[2] for name, layer in tensors.items() if name in wanted and rows_dim and layer.ndim > 2}
     for name, tensor in wanted.items():
@@ -226,8 +228,8 @@ def _faults(
         if list(given.shape) != shape or given.dtype != tensor.dtype:
             yield f"{name} is {given.dtype} {list(given.shape)}, not {tensor.dtype} {shape}"
     position = int(tensors["position"][0])
-    if rows_dim != fresh.rows_dim or str(position) != metadata.get("num_tokens"):
-        yield f"rows_dim {rows_dim} and position {position} are not those it was written with"
+    if str(position) != metadata.get("num_tokens"):
+        yield f"its position is {position}, not the number of tokens it was written with"
     if not 0 <= position < _MAX_POSITION or (lengths and position > max(lengths)):
         yield f"its position is {position}"
     if not isinstance(tail, list) or len(tail) > TAIL_TOKENS:
