@@ -158,7 +158,7 @@ def test_bench_scale_counts_gpus(capfd, monkeypatch):
 @pytest.mark.parametrize("command", ["bench-attn", "bench-decode", "bench-train", "bench-scale"])
 def test_files_are_checked_before_anything_is_timed(capfd, command):
     for args, message in (
-        (["--json", "no/such/t.json"], "there is no folder no/such to write t.json into"),
+        (["--json", "no/such/t.json"], "no/such/t.json: there is no folder no/such; make it first"),
         (["--plot", "chart.txt"], "--plot is chart.txt; its name must end in .png"),
     ):
         code, _, err = run(capfd, command, *args)
