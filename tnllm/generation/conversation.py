@@ -6,7 +6,7 @@ for event in conversation.ask("Who are you?"):
 conversation.reset()
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 from tnllm.chat_template import encode, render, split_template, stop_strings
@@ -68,7 +68,7 @@ class Conversation:
         """Questions asked so far."""
         return sum(role == "user" for role, _ in self.messages)
 
-    def ask(self, message: str) -> Iterator[Piece | Result]:
+    def ask(self, message: str) -> Generator[Piece | Result]:
         """The answer, as from `generate`. Of an interrupted answer, what was generated is remembered."""
         loaded, tokenizer = self._loaded, self._loaded.tokenizer
         system = self._system if self._is_first else ""
