@@ -24,8 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "cleaning": {"training", "data", "generation", "modeling"},
     # It times the trainer's own step, so it stands on the trainer.
     "bench": {"training", "parallel", "data", "generation", "modeling", "kernels"},
-    # It reads recipes as the trainer does; the trainer itself runs in other processes.
-    "sweep": {"training", "modeling"},
+    # It reads recipes and batches as the trainer does; the trainer itself runs in other processes.
+    "sweep": {"training", "data", "modeling"},
     "cli": {
         "bench",
         "cleaning",

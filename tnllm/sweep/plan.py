@@ -16,9 +16,11 @@ cells = plan.cells(plan.groups["rate"], rows)     # None while a group it choose
         variants: [{model.position: decay}, {model.gate: none}]
 
 A cell is one choice of the grid, one variant and one seed. Cells run in the order of the file. `alone: true` is for
-cells whose speed counts: nothing else runs beside them. `charts` names what tnllm.sweep.chart draws.
+cells whose speed counts: nothing else runs beside them. `trainer: llama` trains transformers' model of the same sizes
+(tnllm.sweep.llama). `charts` names what tnllm.sweep.chart draws.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -26,13 +28,18 @@ from pathlib import Path
 from typing import Any
 
 from tnllm.errors import UserError, did_you_mean
-from tnllm.recipe import dump_yaml, find_recipe, parse_yaml, read_text
+from tnllm.recipe import find_recipe, parse_yaml, read_text
 from tnllm.training.config import load_recipe
 
 Row = dict[str, Any]
-_GROUP_KEYS = ("recipe", "set", "grid", "variants", "seeds", "best_of", "alone")
+_GROUP_KEYS = ("recipe", "set", "grid", "variants", "seeds", "best_of", "alone", "trainer")
 _CHART_KEYS = ("title", "x", "groups")
 _SEED = "train.seed"
+# What runs a cell: arguments of `python -m` before the recipe, and what follows the output folder.
+TRAINERS = {
+    "tnllm": (["tnllm", "train"], ["--resume", "auto"]),
+    "llama": (["tnllm.sweep.llama"], []),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class Group:
     seeds: list[int]
     best_of: list[str]
     alone: bool
+    trainer: str
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Cell:
     overrides: dict[str, str]
     seed: int
     alone: bool = False
+    trainer: str = "tnllm"
 
     @property
     def name(self) -> str:
@@ -135,9 +144,8 @@ def _expand(group: Group, start: Cell) -> list[Cell]:
             overrides = {key: _text(value) for key, value in {**group.sets, **own}.items()}
             choice = ",".join(f"{key.rpartition('.')[2]}={_text(value)}" for key, value in own.items())
             for seed in group.seeds:
-                cells.append(
-                    Cell(group.name, choice, start.recipe, {**start.overrides, **overrides}, seed, group.alone)
-                )
+                more = {**start.overrides, **overrides}
+                cells.append(Cell(group.name, choice, start.recipe, more, seed, group.alone, group.trainer))
     return cells
 
 
@@ -147,7 +155,7 @@ def _text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str | int | float):
         return str(value)
-    return dump_yaml(value).strip() if value is not None else "null"
+    return json.dumps(value, separators=(",", ":"))
 
 
 def read_plan(path: Path, sets: Sequence[str] = ()) -> Plan:
@@ -219,7 +227,11 @@ def _read_group(name: str, entry: Any, where: str, before: dict[str, Group], fol
     alone = entry.get("alone", False)
     if not isinstance(alone, bool):
         raise UserError(f"{where}: alone is {alone!r}; expected true or false")
-    return Group(name, recipe, _mapping(entry.get("set", {}), f"{where}: set"), grid, variants, seeds, best_of, alone)
+    trainer = entry.get("trainer", "tnllm")
+    if trainer not in TRAINERS:
+        raise UserError(f"{where}: trainer is {trainer!r}; allowed: {', '.join(TRAINERS)}")
+    sets = _mapping(entry.get("set", {}), f"{where}: set")
+    return Group(name, recipe, sets, grid, variants, seeds, best_of, alone, trainer)
 
 
 def _read_chart(name: str, entry: Any, where: str, groups: dict[str, Group]) -> Chart:

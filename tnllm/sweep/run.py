@@ -1,4 +1,4 @@
-"""Running a sweep: each cell is `tnllm train` in a process of its own, several at once.
+"""Running a sweep: each cell is `tnllm train` (or its group's `trainer`) in a process of its own, several at once.
 
     finished = run_sweep(plan, Path("runs/evidence"), jobs=3, sets=[], limit_s=570, on_event=print)
 
@@ -24,7 +24,7 @@ from typing import Any
 from tnllm.errors import UserError
 from tnllm.files import only_writer, write_text_atomic
 from tnllm.modeling.flops import count_parameters
-from tnllm.sweep.plan import Cell, Plan, Row
+from tnllm.sweep.plan import TRAINERS, Cell, Plan, Row
 from tnllm.sweep.table import CURVES, RESULTS, write_csv
 from tnllm.training.config import load_recipe
 from tnllm.training.metrics import read_metrics
@@ -119,7 +119,8 @@ def _start(cell: Cell, out: Path, sets: Sequence[str], lock: int) -> "subprocess
     folder = out / "cells" / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     flags = [part for item in [*cell.sets(), *sets] for part in ("--set", item)]
-    command = [sys.executable, "-m", "tnllm", "train", cell.recipe, *flags, "--out", str(folder), "--resume", "auto"]
+    before, after = TRAINERS[cell.trainer]
+    command = [sys.executable, "-m", *before, cell.recipe, *flags, "--out", str(folder), *after]
     with open(folder / "console.log", "ab") as log:
         # The lock is held as long as a cell lives, so no second sweep meets one that outlived its own.
         return subprocess.Popen(
@@ -175,7 +176,7 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
         "recipe": Path(cell.recipe).stem,
         "overrides": _overrides(cell),
         "seed": cell.seed,
-        "kind": config.model.kind,
+        "kind": config.model.kind if cell.trainer == "tnllm" else cell.trainer,
         "parameters": parameters,
         "parameters_without_embedding": parameters - config.model.vocab_size * config.model.model_dim,
         "learning_rate": config.optimizer.learning_rate,

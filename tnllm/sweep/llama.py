@@ -1,0 +1,168 @@
+"""transformers' LlamaForCausalLM trained as `tnllm train` would train the project's own softmax baseline.
+
+    python -m tnllm.sweep.llama recipes/evidence/15m-transformer.yaml --set optimizer.learning_rate=1e-3 --out runs/llama
+
+Data, batches, packing, optimizer, schedule, clipping, validation and the run folder's files are those of the recipe; only
+the model is the library's. Sizes come from the recipe's `model` section, which must be of kind transformer and without
+qk_norm, as Llama is. It has no checkpoints: a run that is stopped starts again. `trainer: llama` in a sweep file runs it.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnllm.data.loader import IGNORE, Batch
+from tnllm.device import pick_device
+from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.modeling.config import ModelConfig
+from tnllm.training.config import RunConfig, load_recipe
+from tnllm.training.loaders import open_loaders, open_tokenizer
+from tnllm.training.loop import compute_dtype, due, write_environment
+from tnllm.training.memory import peak_memory_gib
+from tnllm.training.metrics import MetricsLog
+from tnllm.training.optim import clip_and_step, make_optimizer
+from tnllm.training.schedule import learning_rate
+from tnllm.training.validation import validate
+
+
+def train_llama(config: RunConfig, out: Path) -> None:
+    """Train LlamaForCausalLM with `config` and write metrics.jsonl, env.json and config.resolved.yaml into `out`.
+
+    Raises UserError for a model that Llama is not, MissingExtra without transformers, RunError if the loss is not finite.
+    """
+    device = pick_device(config.train.device, "train.device")
+    tokenizer = open_tokenizer(config)
+    loader, validation = open_loaders(config, tokenizer)
+    model = make_llama(config.model, config.train.seed).to(device)
+    compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
+    loss_sum = summed_loss(model, config, device, compiled)
+    optimizer = make_optimizer(model, config.optimizer)
+    out.mkdir(parents=True, exist_ok=True)
+    write_environment(out, config, device)
+    metrics = MetricsLog(out / "metrics.jsonl", 0)
+    rows, micro = config.global_batch_rows, config.train.micro_batch_size
+    batch_tokens = rows * config.data.seq_len
+    steps, started = 0, time.perf_counter()
+    for step in range(1, config.total_steps + 1):
+        first = (step - 1) * rows
+        batches = [loader.batch(sample, micro) for sample in range(first, first + rows, micro)]
+        labels = sum(batch.num_labels for batch in batches)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            part = loss_sum(batch) / max(labels, 1)
+            part.backward()
+            loss += part.detach()
+        rate = learning_rate(config.schedule, config.optimizer.learning_rate, step - 1)
+        norm = clip_and_step(model, optimizer, rate, config.optimizer.grad_clip, loss)
+        steps += 1
+        last = step == config.total_steps
+        row: dict[str, Any] = {"step": step, "tokens": step * batch_tokens, "time": time.time()}
+        if step == 1 or due(config.log.every_steps, step, last):
+            value = float(loss)
+            if not abs(value) < float("inf"):
+                raise RunError(f"step {step}: loss {value}; lower optimizer.learning_rate")
+            speed = steps * batch_tokens / (time.perf_counter() - started)
+            metrics.write(
+                {
+                    **row,
+                    "loss": value,
+                    "grad_norm": float(norm),
+                    "lr": rate,
+                    "tokens_per_s": speed,
+                    "mem_gib": peak_memory_gib(device),
+                    "skipped": 0,
+                }
+            )
+            steps, started = 0, time.perf_counter()
+        if validation is not None and due(config.eval.every_steps, step, last):
+            value, bits = validate(loss_sum, validation, micro, config.eval.tokens)
+            metrics.write({**row, "val_loss": value, "val_bpb": bits})
+            steps, started = 0, time.perf_counter()
+    metrics.close()
+
+
+def make_llama(config: ModelConfig, seed: int) -> Any:
+    """The library's model of the sizes of `config`, with new weights of standard deviation `init_std`."""
+    if config.kind != "transformer" or config.qk_norm or config.scale_embedding:
+        raise UserError(
+            "trainer llama needs model.kind transformer without qk_norm and scale_embedding, which Llama does not have"
+        )
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise MissingExtra("hf", "transformers") from None
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.model_dim,
+            intermediate_size=config.glu_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            tie_word_embeddings=config.tie_embeddings,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_base,
+            initializer_range=config.init_std,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def summed_loss(model: Any, config: RunConfig, device: torch.device, compiled: bool) -> Callable[[Batch], Tensor]:
+    """The sum of cross entropies over the counted labels of a batch, documents kept apart as `data.packing` says."""
+    low = compute_dtype(config, device) == torch.bfloat16
+    forward = torch.compile(model) if compiled else model
+    length = config.data.seq_len
+
+    def loss_sum(batch: Batch) -> Tensor:
+        batch = batch.to(device)
+        tokens = batch.tokens.view(-1, length)
+        mask, positions = document_mask(batch.cu_seqlens, tokens)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            logits = forward(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+
+    return loss_sum
+
+
+def document_mask(cu_seqlens: Tensor | None, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Rows [B, T] of a batch packed as `cu_seqlens` → the mask [B, 1, T, T] (True: attends) and positions [B, T].
+
+    None without packing: the library's own causal mask. No sequence crosses the end of a row.
+    """
+    if cu_seqlens is None:
+        return None, None
+    index = torch.arange(tokens.numel(), device=tokens.device)
+    # Empty sequences at the end of cu_seqlens start past the last token.
+    sequence = torch.searchsorted(cu_seqlens, index, right=True) - 1
+    positions = (index - cu_seqlens[sequence]).view_as(tokens)
+    sequence = sequence.view_as(tokens)
+    causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+    return ((sequence[:, :, None] == sequence[:, None, :]) & causal)[:, None], positions
+
+
+def main() -> None:
+    """Command line: a recipe, `--set` overrides and `--out`. Errors are one line, as in `tnllm`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    try:
+        train_llama(load_recipe(arguments.recipe, arguments.sets), arguments.out)
+    except (UserError, RunError, MissingExtra) as error:
+        parser.exit(getattr(error, "exit_code", 2), f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
