@@ -85,7 +85,7 @@ def test_documents_are_kept_apart() -> None:
 def test_what_llama_is_not_is_refused(change: dict[str, bool]) -> None:
     with pytest.raises(UserError, match="without qk_norm and scale_embedding"):
         make_llama(get_preset("tiny", kind="transformer", **change), 0)
-    with pytest.raises(UserError, match="model.kind transformer"):
+    with pytest.raises(UserError, match=r"model\.kind transformer"):
         make_llama(get_preset("tiny"), 0)
 
 

@@ -10,6 +10,7 @@ groups is the cell's validation loss, but for the rounding of the weights to bfl
 
 import argparse
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def distances(tokens: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def group_names() -> list[str]:
     """`new`, then the ranges of distances."""
-    upper = [f"{low}-{high - 1}" for low, high in zip(BOUNDS, BOUNDS[1:], strict=False)]
+    upper = [f"{low}-{high - 1}" for low, high in pairwise(BOUNDS)]
     return ["new", *upper, f"{BOUNDS[-1]}+"]
 
 
