@@ -357,7 +357,9 @@ def _decode_narrow_kernel(  # noqa: C901
         # q, k, v, u. Many units run in a loop, but for the last few: the code must fit into the instruction cache.
         ys, squares = _read_vector(x, seq - 1, C, R, M, SINGLE_PROGRAM, SPIN_WAIT)
         inverse_rms = tl.rsqrt(squares / M + eps)
-        LOOP_QKVU: tl.constexpr = (START[1] // RING - 1) * RING if START[1] >= 4 * RING else 0
+        # Triton 3.6 takes an element of a tuple for a loop's bound only once it has a name.
+        UNITS_QKVU: tl.constexpr = START[1]
+        LOOP_QKVU: tl.constexpr = (UNITS_QKVU // RING - 1) * RING if UNITS_QKVU >= 4 * RING else 0
         w = load_pointer(table, layer, QKVU, DTYPE)
         for base in range(0, LOOP_QKVU, RING):
             for j in tl.static_range(RING):
@@ -368,7 +370,7 @@ def _decode_narrow_kernel(  # noqa: C901
                 if AHEAD > 0:
                     _prefetch_unit(w, 4 * M, base + j + RING + AHEAD, P, C, R, M, 0)
                 ring = ring[1:] + (_load_unit(w, 4 * M, base + j + RING, P, C, R, M, 0),)
-        for j in tl.static_range(LOOP_QKVU, START[1]):
+        for j in tl.static_range(LOOP_QKVU, UNITS_QKVU):
             acc = _accumulate(ring[0], ys[j % NC], acc, j % NC)
             if j % NC == NC - 1:
                 r = program_rows(j // NC, P, R)
@@ -387,7 +389,8 @@ def _decode_narrow_kernel(  # noqa: C901
         us, _ = _read_vector(qkvu + 3 * M, seq, C, R, M, SINGLE_PROGRAM, SPIN_WAIT)
         ys, squares = _read_vector(o, seq + 1, C, R, M, SINGLE_PROGRAM, SPIN_WAIT)
         inverse_rms = tl.rsqrt(squares / M + eps)
-        for j in tl.static_range(START[2] - START[1]):
+        UNITS_OUT: tl.constexpr = START[2] - START[1]
+        for j in tl.static_range(UNITS_OUT):
             acc = _accumulate(ring[0], ys[j % NC] * us[j % NC], acc, j % NC)
             if j % NC == NC - 1:
                 r = program_rows(j // NC, P, R)
