@@ -115,10 +115,10 @@ def from_marked(marked: str) -> list[Segment]:
     return [*segments, Segment(text, is_answer=True, eos=False)] if text or not segments else segments
 
 
-def without_marks(marked: str, eos: str) -> str:
-    """A string made by `to_marked` for people: `eos` where the end token stands."""
-    segments = from_marked(marked)
-    return "".join(segment.text + (eos if segment.eos else "") for segment in segments)
+def ends_of_segments(marked: str) -> list[int]:
+    """Where the segments of a string made by `to_marked` end, after their marks; an open last one is not among them."""
+    parts = re.finditer(f"{_ESCAPE}{_ANY_MARK}|{_ANY_MARK}", marked)
+    return [part.end() for part in parts if part[0] in (_EOS, _END_OF_PROMPT)]
 
 
 def to_jinja(

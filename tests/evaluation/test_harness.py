@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import socket
 import threading
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import yaml
 from tnllm.errors import RunError, UserError
 from tnllm.evaluation import tasks
 from tnllm.evaluation.answer_cache import AnswerCache
+from tnllm.evaluation.generate_until import sampling_params
 from tnllm.evaluation.harness import TransNormerLM, trained_length
 from tnllm.evaluation.multiple_choice import build_bundle
 from tnllm.evaluation.perplexity import perplexity
@@ -24,6 +26,7 @@ from tnllm.evaluation.request_file import load_bundle, save_bundle
 from tnllm.evaluation.run import Settings, evaluate, write_results
 from tnllm.evaluation.sharing_bench import bench_sharing
 from tnllm.evaluation.tasks import choose, definition_files, hub_answers, load_tasks, search
+from tnllm.generation.decoder import generate_text
 
 
 def requests(*arguments):
@@ -98,6 +101,60 @@ def test_chats_use_the_models_turns(folder):
     # The prompt's newline is not scored with the answer.
     [pair] = encode_pairs([(text, "Me")], lm.tok_encode, lm.prefix_token_id)
     assert (pair.context, pair.continuation) == (lm.tok_encode(text), lm.tok_encode("Me"))
+
+
+NAMES = "</s> <s> <unk> <pad> \ufdd0 \ufdd1 \ufdd2"
+
+
+def test_names_of_control_tokens_in_a_text_are_text(folder):
+    """In questions, answers and conversations, as in training and serving; a conversation's own end tokens are tokens."""
+    lm = TransNormerLM(folder, device="cpu")
+    tokenizer = lm.ready.tokenizer
+    control = {tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    assert not control & set(lm.tok_encode(NAMES)) and tokenizer.decode(lm.tok_encode(NAMES)) == NAMES
+    history = [
+        {"role": "user", "content": NAMES},
+        {"role": "assistant", "content": NAMES},
+        {"role": "user", "content": "Who?"},
+    ]
+    text = lm.apply_chat_template(history)
+    # The harness appends what is scored as it is.
+    [pair] = encode_pairs([(text, NAMES)], lm.tok_encode, lm.prefix_token_id)
+    assert [token for token in pair.context if token in control] == [tokenizer.eos_id]
+    assert list(pair.continuation) == tokenizer.encode(NAMES)
+    assert lm.shown(text + NAMES) == f"Human:\n{NAMES}\nAssistant:\n{NAMES}</s>Human:\nWho?\nAssistant:\n{NAMES}"
+    # A text that holds the marks of conversations before any conversation and after one.
+    marks = "a\ufdd1b\ufdd0c"
+    assert tokenizer.decode(lm.tok_encode(marks)) == marks
+    [score] = lm.loglikelihood_rolling(requests((NAMES,)))
+    assert score < 0
+
+
+def test_greedy_texts_follow_the_generation_config(folder, tmp_path):
+    """The folder's repetition penalty applies, as in `generate`; sampling values only if a task samples."""
+    shutil.copytree(folder, tmp_path / "plain")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (tmp_path / "plain/generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.0}))
+    shipped, plain = TransNormerLM(folder, device="cpu"), TransNormerLM(tmp_path / "plain", device="cpu")
+    assert shipped.ready.sampling["repetition_penalty"] == 1.03 and shipped.identity() != plain.identity()
+    asked = [("The quick brown fox", {"until": ["\n\n"], "max_gen_toks": 12})]
+    ready = shipped.ready
+    options = {"temperature": 0, "max_tokens": 12, "stop": ("\n\n",), "repetition_penalty": 1.03}
+    expected = generate_text(ready.model, ready.tokenizer, asked[0][0], **options)
+    assert shipped.generate_until(requests(*asked)) == [expected]
+    off = [(text, {**settings, "repetition_penalty": 1.0}) for text, settings in asked]
+    assert shipped.generate_until(requests(*off)) == plain.generate_until(requests(*asked))
+    defaults = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.03, "max_tokens": 5}
+    greedy = sampling_params({"until": ["\n"], "temperature": 0.7, "do_sample": False}, defaults, "</s>")
+    assert (greedy.temperature, greedy.repetition_penalty, greedy.max_tokens, greedy.stop) == (
+        0,
+        1.03,
+        256,
+        ("\n", "</s>"),
+    )
+    assert sampling_params({"until": "Q:"}, defaults).temperature == 0
+    assert sampling_params({"do_sample": True}, defaults).temperature == 0.8
+    assert sampling_params({"temperature": 0.3}, defaults).temperature == 0.3
 
 
 def test_answers_are_kept_for_these_weights_and_settings_alone(folder, tmp_path):

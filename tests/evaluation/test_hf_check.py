@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 
+from tnllm import assets
 from tnllm.convert.run import Options, convert
+from tnllm.evaluation.harness import TransNormerLM
 from tnllm.evaluation.hf_check import _choice, check_against_hf
 from tnllm.evaluation.tasks import choose, load_tasks
 
@@ -56,3 +59,29 @@ def test_what_the_harness_would_take():
     logprobs = np.array([-4.0, -5.0, -9.0])
     assert _choice(logprobs, [2, 10, 10], normed=False) == (0, 1.0)
     assert _choice(logprobs, [2, 10, 10], normed=True) == (1, pytest.approx(0.4))
+
+
+@pytest.mark.slow
+def test_generated_texts_are_those_of_the_hf_model(tmp_path):
+    """`generate_until` through the exported folder: greedy, with its repetition penalty, stop strings and padding."""
+    from lm_eval.models.huggingface import HFLM
+
+    export(assets.demo_weights(), tmp_path / "hf")
+    lm = TransNormerLM(device="cpu")
+    hf = HFLM(str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=3, trust_remote_code=True)
+    settings = {"until": [".", "\n\n"], "max_gen_toks": 24}
+    texts = [
+        "Once upon a time",
+        "The",
+        "He said: ",
+        "The king of France was a man who had",
+        "\n\nA",
+        "It is known that",
+    ]
+    asked = [
+        Instance("generate_until", {}, (text, {**settings, **more}), index)
+        for index, (text, more) in enumerate(
+            (text, more) for text in texts for more in ({}, {"repetition_penalty": 1.0})
+        )
+    ]
+    assert lm.generate_until(asked) == hf.generate_until(asked, disable_tqdm=True)

@@ -21,6 +21,7 @@ from tnllm.evaluation.run import Settings, evaluate
 from tnllm.evaluation.tasks import choose, load_tasks
 from tnllm.generation.loading import LoadedModel
 from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.weights import GENERATION_DEFAULTS
 from tnllm.tokenizer import Tokenizer
 
 Scores = dict[str, float]
@@ -75,5 +76,7 @@ def task_scorer(
 
 
 def _loaded_model(model: LanguageModel, tokenizer: Tokenizer, chat_template: str) -> LoadedModel:
+    # As in the weights that the run publishes, so that `tnllm eval` gives the same texts.
+    sampling = {key: GENERATION_DEFAULTS[key] for key in ("temperature", "top_p", "repetition_penalty")}
     eos_ids = (tokenizer.eos_id,)
-    return LoadedModel(Path("training"), model, tokenizer, {}, eos_ids, tokenizer.bos_id, False, chat_template)
+    return LoadedModel(Path("training"), model, tokenizer, sampling, eos_ids, tokenizer.bos_id, False, chat_template)

@@ -1,6 +1,6 @@
 """Parts of the harness's `generate_until`: its sampling settings, and the common prefix of a batch's prompts.
 
-params = sampling_params({"until": ["\n"], "max_gen_toks": 64})
+params = sampling_params({"until": ["\n"], "max_gen_toks": 64}, loaded.sampling)
 length, context = SharedPrefix(model, share=True).of(sorted_prompts)    # generate from prompts[i][length:] after `context`
 """
 
@@ -47,9 +47,14 @@ class SharedPrefix:
         return length, self._context
 
 
-def sampling_params(settings: dict[str, Any]) -> SamplingParams:
-    """Return the harness's generation settings as SamplingParams. Raises UserError for an unknown one."""
-    values: dict[str, Any] = {}
+def sampling_params(settings: dict[str, Any], defaults: dict[str, Any], eos: str = "") -> SamplingParams:
+    """The harness's generation settings as SamplingParams, as its `hf` model reads them.
+
+    `defaults` are the model's own (its generation_config.json), which apply as in transformers: the repetition penalty
+    always, the others if sampling. The text of the end token, `eos`, stops a text too. Raises UserError for an unknown
+    setting.
+    """
+    values = {key: value for key, value in defaults.items() if key != "max_tokens"}
     for key, value in settings.items():
         if key not in _GENERATION:
             allowed = ", ".join(_GENERATION)
@@ -59,8 +64,11 @@ def sampling_params(settings: dict[str, Any]) -> SamplingParams:
         name = _GENERATION[key]
         if name is not None and value is not None:
             values[name] = value
-    if not settings.get("do_sample"):
+    samples = settings.get("do_sample")
+    if samples is None:
+        samples = (settings.get("temperature") or 0) > 0
+    if not samples:
         values["temperature"] = 0
-    if isinstance(values.get("stop"), list | tuple):
-        values["stop"] = tuple(text for text in values["stop"] if text)
+    stop = values.get("stop") or ()
+    values["stop"] = tuple(text for text in (*((stop,) if isinstance(stop, str) else stop), eos) if text)
     return SamplingParams.of(values)

@@ -25,6 +25,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from tnllm import __version__, chat_template
+from tnllm.chat_template import Segment
 from tnllm.evaluation.answer_cache import AnswerCache
 from tnllm.evaluation.generate_until import SharedPrefix, sampling_params
 from tnllm.evaluation.prompt_encoding import LineEncoder, encode_pairs
@@ -76,6 +77,8 @@ class TransNormerLM(TemplateLM):
         self._seed, self._progress, self._log = seed, progress, log
         self._encode = LineEncoder(self.ready.tokenizer)
         self.longest = self.num_cached = self.num_requests = 0
+        # What `apply_chat_template` gave, up to the last mark: in other texts the same characters are no marks.
+        self._conversations: set[str] = set()
         self.cache = AnswerCache(Path(cache_dir), self.identity()) if cache_dir is not None else None
 
     def identity(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ class TransNormerLM(TemplateLM):
         ready = self.ready
         return {
             "weights": self.weights_sha256, "tokenizer": ready.tokenizer.sha256, "bos": [ready.bos_id, ready.add_bos],
-            "eos": ready.eos_ids, "dtype": self._dtype, "device": ready.model.device.type,
+            "eos": ready.eos_ids, "sampling": ready.sampling, "dtype": self._dtype, "device": ready.model.device.type,
             "share_prefix": self.share_prefix, "tnllm": __version__,
         }  # fmt: skip
 
@@ -129,8 +132,11 @@ class TransNormerLM(TemplateLM):
         }  # fmt: skip
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text or of what `apply_chat_template` returned; the begin token first if the model wants one."""
-        ids = chat_template.encode(chat_template.from_marked(string), self._encode, self.ready.tokenizer.eos_id)
+        """Token ids of a text or of what `apply_chat_template` returned; the begin token first if the model wants one.
+
+        The name of a control token in a text is text; only a conversation's own marks become end tokens.
+        """
+        ids = chat_template.encode(self._segments(string), self._encode, self.ready.tokenizer.eos_id)
         begin = self.ready.add_bos if add_special_tokens is None else add_special_tokens
         return [self.ready.bos_id, *ids] if begin else ids
 
@@ -148,12 +154,22 @@ class TransNormerLM(TemplateLM):
         """
         messages = [(turn["role"], turn["content"]) for turn in chat_history]
         segments = chat_template.render(self.ready.chat_template, messages, open_answer=not add_generation_prompt)
-        return chat_template.to_marked(segments)
+        marked = chat_template.to_marked(segments)
+        self._conversations.update(marked[:end] for end in chat_template.ends_of_segments(marked)[-1:])
+        return marked
+
+    def _segments(self, string: str) -> list[Segment]:
+        """The conversation that `string` starts with, if it does, and the text after it, whatever characters it has."""
+        ends = chat_template.ends_of_segments(string) if self._conversations else []
+        end = next((end for end in reversed(ends) if string[:end] in self._conversations), 0)
+        conversation = chat_template.from_marked(string[:end]) if end else []
+        text = Segment(string[end:], is_answer=True, eos=False)
+        return [*conversation, text] if text.text or not conversation else conversation
 
     def shown(self, text: str) -> str:
         """What `apply_chat_template` returned, for people: the name of the end token in place of its mark."""
-        tokenizer = self.ready.tokenizer
-        return chat_template.without_marks(text, tokenizer.piece(tokenizer.eos_id))
+        eos = self.ready.tokenizer.piece(self.ready.tokenizer.eos_id)
+        return "".join(segment.text + (eos if segment.eos else "") for segment in self._segments(text))
 
     # Log-likelihoods.
 
@@ -192,13 +208,14 @@ class TransNormerLM(TemplateLM):
     # Generation.
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generated text after each context, up to the first stop string; greedy unless `do_sample` is set."""
+        """Generated text after each context, up to the first stop string; greedy unless the settings ask for sampling."""
         return self._answers("generate_until", [request.args for request in requests], self._generate)
 
     def _generate(self, arguments: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[int, str]]:
         ready = self.ready
         prompts = [self.tok_encode(text) or [self.prefix_token_id] for text, _ in arguments]
-        params = [sampling_params(settings) for _, settings in arguments]
+        eos = ready.tokenizer.piece(ready.tokenizer.eos_id)
+        params = [sampling_params(settings, ready.sampling, eos) for _, settings in arguments]
         repeats: Counter[tuple[str, SamplingParams]] = Counter()
         for index, (text, _) in enumerate(arguments):
             # A repeated prompt gets another seed, so that its samples differ.
@@ -233,7 +250,7 @@ class TransNormerLM(TemplateLM):
     ) -> list[Any]:
         keys = [AnswerCache.key(kind, each) for each in arguments]
         for index, each in enumerate(arguments):
-            if kind == "generate_until" and each[1].get("do_sample"):
+            if kind == "generate_until" and sampling_params(each[1], self.ready.sampling).temperature > 0:
                 # Samples are never cached, so that repeated requests differ.
                 keys[index] = f"sample {index}"
         cached = [key for key in keys if not key.startswith("sample")]
