@@ -78,6 +78,98 @@ def test_bad_records_are_named(record, message):
     assert message in str(error.value) and error.value.exit_code == 2
 
 
+def test_earlier_turns_and_the_system_text_are_learned_from(tokenizer):
+    record = {"instruction": "And then?", "input": "", "output": "He left.", "system": "You are a monk."}
+    talk = parse_record(record | {"history": [["Who came?", "A king."]]}, "f:1")
+    assert talk == Conversation("You are a monk.", (("Who came?", "A king."), ("And then?", "He left.")), "f:1")
+    ids, counted = encode(talk, tokenizer, TEMPLATE)
+    assert tokenizer.decode(ids.tolist()).startswith("You are a monk.\nHuman:\nWho came?\nAssistant:\nA king.")
+    assert "A king." in tokenizer.decode(ids[counted].tolist())
+    # The instruction belongs to its own turn, not before the earlier ones.
+    with_input = parse_record(record | {"input": "Here.", "history": [["a", "b"]]}, "f:1")
+    assert with_input.turns[1] == ("And then?\nHere.", "He left.") and with_input.system == "You are a monk."
+    assert parse_record({**record, "input": "Here."}, "f:1").turns == (("And then?\nHere.", "He left."),)
+    assert parse_record({**record, "input": "Here.", "system": None, "history": None}, "f:1").system == "And then?"
+    pair = {"prompt": "c", "response": "d", "system": "S", "history": [["a", "b"]]}
+    assert parse_record(pair, "f:1") == Conversation("S", (("a", "b"), ("c", "d")), "f:1")
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize(("role", "content"), [("role", "content"), ("from", "value")])
+def test_both_spellings_of_a_message_under_both_keys(key, role, content):
+    said = [{role: "user", content: "Hi"}, {role: "assistant", content: "Hello"}]
+    assert parse_record({key: said, "system": "Be brief."}, "f:1") == Conversation(
+        "Be brief.", (("Hi", "Hello"),), "f:1"
+    )
+    same = [{role: "system", content: "Be brief."}, *said]
+    assert parse_record({key: same, "system": "Be brief."}, "f:1").system == "Be brief."
+    with pytest.raises(UserError, match="both a system message and a 'system' text, which differ"):
+        parse_record({key: same, "system": "Be long."}, "f:1")
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "loss"])
+@pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, 1.0)])
+def test_answers_that_are_not_to_be_learned_are_not(tokenizer, flag, no, yes):
+    said = [("Hi", "wrong answer", no), ("Again", "right answer", yes), ("More", "plain answer", None)]
+    messages = []
+    for prompt, answer, value in said:
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer, flag: value}]
+    talk = parse_record({"messages": messages}, "f:1")
+    ids, counted = encode(talk, tokenizer, TEMPLATE)
+    end = [tokenizer.eos_id]
+    assert ids[counted].tolist() == tokenizer.encode("right answer") + end + tokenizer.encode("plain answer") + end
+    assert "wrong answer" in tokenizer.decode(ids[~counted].tolist())
+    alone = parse_record({"messages": messages[:2]}, "f:1")
+    whole = parse_record({"prompt": "a", "response": "b", flag: no}, "f:1")
+    assert pack([talk, alone, whole], tokenizer, TEMPLATE, 64).dropped == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"weight": 0.5}, "'weight' is 0.5; an answer is learned or not: 0 or 1"),
+        ({"loss": "yes"}, "'loss' is 'yes'"),
+        ({"tools": [{"name": "f"}]}, "the key 'tools' changes what is learned and is not supported"),
+        ({"mask": False}, "the key 'mask' changes what is learned"),
+        ({"images": ["a.png"]}, "the key 'images'"),
+        ({"tool_calls": [1]}, "the key 'tool_calls'"),
+    ],
+)
+def test_what_cannot_be_learned_as_asked_is_refused_by_name(more, message):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for record in ({"prompt": "a", "response": "b", **more}, {"messages": [said[0], {**said[1], **more}]}):
+        with pytest.raises(UserError) as error:
+            parse_record(record, "f:1")
+        assert message in str(error.value)
+
+
+def test_only_answers_are_learned():
+    said = [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(UserError, match="a message of 'user' asks to be learned; only answers are"):
+        parse_record({"messages": said}, "f:1")
+    with pytest.raises(UserError, match=r"'history' must be a list of \[prompt, answer\]"):
+        parse_record({"prompt": "a", "response": "b", "history": [["a"]]}, "f:1")
+
+
+def test_keys_that_are_not_read_are_named_once(tmp_path, capsys):
+    record = {"messages": messages("user", "assistant")["messages"], "id": 1, "reward": 2}
+    record["messages"][1]["thinking"] = "x"
+    (tmp_path / "a.jsonl").write_text((json.dumps(record) + "\n") * 3)
+    assert len(list(read_conversations(find_instruction_files(tmp_path)))) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ", 1)[1] for line in lines] == [
+        f"the key {key!r} is not read, here and in what follows" for key in ("thinking", "reward")
+    ]
+
+
+def test_instruction_files_in_linked_folders(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.json").write_text("[]")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert [path.name for path in find_instruction_files(tmp_path / "in")] == ["a.json"]
+
+
 def test_files(tmp_path):
     pair = {"instruction": "Hé?", "output": "b"}
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps([pair, pair], indent=1), encoding="utf-8")

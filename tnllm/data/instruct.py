@@ -3,19 +3,25 @@
     conversations = list(read_conversations([Path("alpaca.json"), Path("chats.jsonl")]))
     ids, counted = encode(conversations[0], tokenizer, "Human:\n{prompt}\nAssistant:\n")
 
-Files hold one JSON object a line, or one JSON array of objects; .gz, .xz and .bz2 are decompressed. An object is one of
+Files hold one JSON object a line, or one JSON array of objects; .gz, .xz, .bz2 and .zst are decompressed. An object is
+one of
 
     {"instruction": ..., "input": ..., "output": ...}                      alpaca; input may be empty or missing
     {"messages": [{"role": "user", "content": ...}, ...]}                  roles system (first), user, assistant
-    {"conversations": [{"from": "human", "value": ...}, ...]}              the same in ShareGPT's format
+    {"conversations": [{"from": "human", "value": ...}, ...]}              the same in ShareGPT's format, or as above
     {"prompt": ..., "response": ...}                                       or "completion" in place of "response"
 
+with, in any of them, a "system" text; in the first and last, earlier turns as "history": [[prompt, answer], ...], which are
+learned like the last; and in a message "weight", "train" or "loss", 0 or 1: whether that answer is learned. Other keys
+that change what a conversation is ("tools", an image) are refused; keys that are not read are named once.
+
 A conversation is written as in the released models' fine-tuning: the template around each prompt, the answer, the
-end token. A system message, or alpaca's instruction if there is an input, comes first, on lines of its own.
+end token. A system message comes first, on a line of its own; so does alpaca's instruction if there is an input, but with
+a system text or a history it is a line of the prompt, above the input.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,55 +29,94 @@ from typing import Any
 import numpy as np
 
 from tnllm import chat_template
+from tnllm.data import compressed
 from tnllm.data.compressed import read_bytes
+from tnllm.data.folders import files_below
 from tnllm.errors import UserError
+from tnllm.progress import log
 from tnllm.tokenizer import Tokenizer
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
-_COMPRESSED = (".gz", ".xz", ".bz2")
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant"}
+_ROLES |= {"gpt": "assistant", "developer": "system"}
+# Flags of single answers, by the names that OpenAI's files, axolotl, ms-swift and others give them.
+_LEARNED_KEYS = ("weight", "train", "loss", "trainable", "training", "learn")
+# Keys with which a conversation is not what its texts say, and flags whose sense differs between tools.
+_REFUSED_KEYS = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "chosen", "rejected"]
+_REFUSED_KEYS += ["image", "images", "video", "videos", "audio", "audios"]
+_REFUSED_FLAGS = ("mask", "masked", "loss_mask", "loss_weight", "sample_weight", "weights", "train_detail")
+# Keys that say where a record is from, and nothing about what is learned.
+_HARMLESS_KEYS = {
+    "id",
+    "idx",
+    "index",
+    "uuid",
+    "prompt_id",
+    "conversation_id",
+    "source",
+    "dataset",
+    "origin",
+    "category",
+}
+_HARMLESS_KEYS |= {"type", "topic", "task", "lang", "language", "license", "url", "title", "date", "time", "timestamp"}
+_HARMLESS_KEYS |= {"created", "model", "author", "tags", "name"}
 _SHAPES = 'expected {"instruction", "input", "output"}, {"messages"}, {"conversations"} or {"prompt", "response"}'
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system message (may be empty), and one or more turns of a prompt and its answer."""
+    """A system message (may be empty), and one or more turns of a prompt and its answer.
+
+    The answers of the turns in `not_learned` (indices from 0) are context only.
+    """
 
     system: str
     turns: tuple[tuple[str, str], ...]
     where: str = ""
+    not_learned: frozenset[int] = frozenset()
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an answer to learn."""
+        return any(answer.strip() for turn, (_, answer) in enumerate(self.turns) if turn not in self.not_learned)
 
 
 def find_instruction_files(path: str | Path) -> list[Path]:
-    """The file `path`, or the sorted instruction files of the folder `path`. Raises UserError if there is none."""
+    """The file `path`, or the sorted instruction files below the folder `path`. Raises UserError if there is none."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and _is_instructions(file))
+        files = files_below(path, _is_instructions)
         if not files:
-            raise UserError(f"{path} holds no instruction file; allowed: {', '.join(SUFFIXES)}, also .gz .xz .bz2")
+            raise UserError(f"{path} holds no instruction file; allowed: {', '.join(SUFFIXES)}, also .gz .xz .bz2 .zst")
         return files
     if not path.is_file():
         raise UserError(f"no such file or folder: {path}")
     if not _is_instructions(path):
-        raise UserError(f"{path} is not an instruction file; allowed: {', '.join(SUFFIXES)}, also .gz .xz .bz2")
+        raise UserError(f"{path} is not an instruction file; allowed: {', '.join(SUFFIXES)}, also .gz .xz .bz2 .zst")
     return [path]
 
 
 def _is_instructions(path: Path) -> bool:
     name = path.name.lower()
-    for suffix in _COMPRESSED:
+    for suffix in compressed.SUFFIXES:
         name = name.removesuffix(suffix)
     return name.endswith(SUFFIXES) and not name.startswith(".")
 
 
 def read_conversations(files: Iterable[Path]) -> Iterator[Conversation]:
-    """Every conversation of `files`, in order.
+    """Every conversation of `files`, in order. Keys that are not read, harmless ones apart, are named once on stderr.
 
     Raises UserError with file and line (in an array: the record's number) for a bad record, RunError for a damaged file.
     """
+    unread: dict[str, str] = {}
+
+    def name_unread(key: str, where: str) -> None:
+        if unread.setdefault(key, where) == where:
+            log(f"{where}: the key {key!r} is not read, here and in what follows")
+
     for path in files:
         for where, record in _records(path):
-            yield parse_record(record, where)
+            yield parse_record(record, where, name_unread)
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -95,23 +140,82 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{path}:{number}: invalid JSON ({error})") from None
 
 
-def parse_record(record: Any, where: str) -> Conversation:
-    """Parse one object of a file; `where` names it in errors. Raises UserError."""
+def parse_record(
+    record: Any, where: str, on_unread: Callable[[str, str], None] = lambda key, where: None
+) -> Conversation:
+    """Parse one object of a file; `where` names it in errors. Raises UserError.
+
+    `on_unread` gets each key that is not read, with `where`; harmless ones apart.
+    """
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}; {_SHAPES}")
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+    _refuse_keys(record, where)
+    for key in ("messages", "conversations"):
         if key in record:
-            return _parse_messages(record[key], role, content, where)
+            system, turns, not_learned = _parse_messages(record[key], where, on_unread)
+            read = {key, "system"}
+            break
+    else:
+        system, turns, read = _parse_pairs(record, where)
+        not_learned = frozenset()
+    if (given := _texts(record, ("system",), where, optional=("system",))[0]) and given != system:
+        if system:
+            raise UserError(f"{where}: both a system message and a 'system' text, which differ; keep one")
+        system = given
+    learned = _learned(record, where)
+    read.update(_LEARNED_KEYS)
+    for key in sorted(record.keys() - read - _HARMLESS_KEYS):
+        on_unread(key, where)
+    return Conversation(system, turns, where, not_learned if learned else frozenset(range(len(turns))))
+
+
+def _refuse_keys(record: dict[str, Any], where: str) -> None:
+    there = [key for key in _REFUSED_KEYS if record.get(key)]
+    there += [key for key in _REFUSED_FLAGS if record.get(key) is not None]
+    if there:
+        raise UserError(
+            f"{where}: the key {there[0]!r} changes what is learned and is not supported; leave such records out, "
+            "or the key if the text is right without it"
+        )
+
+
+def _learned(values: dict[str, Any], where: str) -> bool:
+    """What the flags of a record or a message say; without any, True."""
+    learned = True
+    for key in _LEARNED_KEYS:
+        flag = values.get(key)
+        if flag not in (None, 0, 1):
+            raise UserError(f"{where}: {key!r} is {flag!r}; an answer is learned or not: 0 or 1")
+        learned = learned and flag in (None, 1)
+    return learned
+
+
+def _parse_pairs(record: dict[str, Any], where: str) -> tuple[str, tuple[tuple[str, str], ...], set[str]]:
+    """System text, turns and the keys read of a record with one prompt and its answer, and perhaps earlier turns."""
+    history = _history(record, where)
     if "instruction" in record:
-        texts = _texts(record, ("instruction", "input", "output"), where, optional=("input",))
-        system, prompt = (texts[0], texts[1]) if texts[1] else ("", texts[0])
-        return Conversation(system, ((prompt, texts[2]),), where)
+        instruction, more, answer = _texts(record, ("instruction", "input", "output"), where, optional=("input",))
+        is_first = not history and not record.get("system")
+        system = instruction if more and is_first else ""
+        prompt = "\n".join(part for part in ("" if system else instruction, more) if part)
+        return system, (*history, (prompt, answer)), {"instruction", "input", "output", "system", "history"}
     if "prompt" in record:
-        answer = "completion" if "completion" in record else "response"
-        prompt, text = _texts(record, ("prompt", answer), where)
-        return Conversation("", ((prompt, text),), where)
+        key = "completion" if "completion" in record else "response"
+        prompt, answer = _texts(record, ("prompt", key), where)
+        return "", (*history, (prompt, answer)), {"prompt", key, "system", "history"}
     fields = ", ".join(map(str, list(record)[:8])) or "none"
     raise UserError(f"{where}: fields {fields}; {_SHAPES}")
+
+
+def _history(record: dict[str, Any], where: str) -> list[tuple[str, str]]:
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(_is_pair(turn) for turn in history):
+        raise UserError(f"{where}: 'history' must be a list of [prompt, answer], both texts")
+    return [(prompt, answer) for prompt, answer in history]
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def _texts(record: dict[str, Any], keys: Sequence[str], where: str, optional: Sequence[str] = ()) -> list[str]:
@@ -123,28 +227,39 @@ def _texts(record: dict[str, Any], keys: Sequence[str], where: str, optional: Se
     return [record.get(key) or "" for key in keys]
 
 
-def _parse_messages(messages: Any, role_key: str, content_key: str, where: str) -> Conversation:
+def _parse_messages(
+    messages: Any, where: str, on_unread: Callable[[str, str], None]
+) -> tuple[str, tuple[tuple[str, str], ...], frozenset[int]]:
+    """System text, turns, and the indices of the turns whose answer is not learned."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where}: expected a list of messages such as {{{role_key!r}: ..., {content_key!r}: ...}}")
+        raise UserError(f"{where}: expected a list of messages such as {{'role': ..., 'content': ...}}")
     parsed = []
     for message in messages:
+        role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
         role, text = _texts(message, (role_key, content_key), where)
         if role not in _ROLES:
             raise UserError(f"{where}: {role_key} is {role!r}; allowed: {', '.join(_ROLES)}")
-        parsed.append((_ROLES[role], text))
+        _refuse_keys(message, where)
+        learned = _learned(message, where)
+        if _ROLES[role] != "assistant" and learned and any(message.get(key) for key in _LEARNED_KEYS):
+            raise UserError(f"{where}: a message of {role!r} asks to be learned; only answers are")
+        for key in sorted(message.keys() - {role_key, content_key, *_LEARNED_KEYS} - _HARMLESS_KEYS):
+            on_unread(key, where)
+        parsed.append((_ROLES[role], text, learned))
     system = parsed.pop(0)[1] if parsed and parsed[0][0] == "system" else ""
     expected = ["user", "assistant"] * (len(parsed) // 2)
-    if not parsed or [role for role, _ in parsed] != expected:
+    if not parsed or [role for role, *_ in parsed] != expected:
         raise UserError(
-            f"{where}: roles are {', '.join(role for role, _ in parsed) or 'none'}; after a system message, if any, "
+            f"{where}: roles are {', '.join(role for role, *_ in parsed) or 'none'}; after a system message, if any, "
             "user and assistant alternate, and the assistant comes last"
         )
-    texts = [text for _, text in parsed]
-    return Conversation(system, tuple(zip(texts[::2], texts[1::2], strict=True)), where)
+    texts = [text for _, text, _ in parsed]
+    turns = tuple(zip(texts[::2], texts[1::2], strict=True))
+    return system, turns, frozenset(turn for turn, (_, _, learned) in enumerate(parsed[1::2]) if not learned)
 
 
 def encode(conversation: Conversation, tokenizer: Tokenizer, template: str) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [n] int64, and which of them are learned [n] bool: the answers and the end token after each.
+    """Token ids [n] int64, and which of them are learned [n] bool: the learned answers and the end token after each.
 
     Raises UserError for a template without {prompt}.
     """
@@ -153,8 +268,10 @@ def encode(conversation: Conversation, tokenizer: Tokenizer, template: str) -> t
         messages += [("user", prompt), ("assistant", answer)]
     ids: list[int] = []
     counted: list[bool] = []
+    turn = 0
     for segment in chat_template.render(template, messages):
         tokens = chat_template.encode([segment], tokenizer.encode, tokenizer.eos_id)
         ids += tokens
-        counted += [segment.is_answer] * len(tokens)
+        counted += [segment.is_answer and turn not in conversation.not_learned] * len(tokens)
+        turn += segment.is_answer
     return np.array(ids, np.int64), np.array(counted, bool)

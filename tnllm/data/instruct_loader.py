@@ -28,7 +28,7 @@ from tnllm.tokenizer import Tokenizer
 class Packed:
     """Encoded conversations: `ids[i]` [n] int64, `counted[i]` [n] bool (learned tokens).
 
-    Of the conversations given, `cut` were truncated to a row, and `dropped` had no answer, or none within a row.
+    Of the conversations given, `cut` were truncated to a row, and `dropped` had no answer to learn, or none within a row.
     """
 
     ids: list[np.ndarray]
@@ -59,7 +59,7 @@ def pack(conversations: Iterable[Conversation], tokenizer: Tokenizer, template: 
     ids, counted = [], []
     cut = dropped = 0
     for conversation in conversations:
-        if not any(answer.strip() for _, answer in conversation.turns):
+        if not conversation.has_answer:
             dropped += 1
             continue
         tokens, learned = encode(conversation, tokenizer, template)

@@ -4,6 +4,7 @@ for document in read_archive(Path("CC-MAIN.warc.gz")):
     document.record["url"]
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from tnllm.data.compressed import damage_as_unreadable, open_stored
 from tnllm.data.documents import Document, UnreadableFile
 from tnllm.errors import MissingExtra
 
+# Finding a page's main text takes time quadratic in the depth of these elements. Browsers stop nesting at 512, too.
+_NESTED = re.compile(r"<(/?)(?:div|article)\b[^<>]*>", re.IGNORECASE)
+_MAX_DEPTH = 512
 _PAGES = ("text/html", "application/xhtml+xml", "text/plain")
 
 
@@ -47,8 +51,21 @@ def read_archive(path: Path) -> Iterator[Document]:
                 text = body.decode("utf-8", "replace")
             else:
                 html = bytes_to_str(body, record.http_charset or detect_encoding(body) or "utf-8")
-                text = extract_plain_text(html, main_content=True, alt_texts=False)
+                text = extract_plain_text(_shallow(html), main_content=True, alt_texts=False)
             fields = {"url": record.headers.get("WARC-Target-URI"), "date": record.headers.get("WARC-Date")}
             yield Document(text, path, number, raw.tell(), fields)
     if number == 0:
         raise UnreadableFile(f"{path} holds no WARC record; it is empty or not a web archive")
+
+
+def _shallow(html: str) -> str:
+    """`html` without the tags of `_NESTED` elements that lie deeper than `_MAX_DEPTH` of them."""
+    depth = 0
+
+    def kept(tag: re.Match[str]) -> str:
+        nonlocal depth
+        is_deep = depth > _MAX_DEPTH if tag[1] else depth >= _MAX_DEPTH
+        depth = max(0, depth - 1) if tag[1] else depth + 1
+        return "" if is_deep else tag[0]
+
+    return _NESTED.sub(kept, html)
