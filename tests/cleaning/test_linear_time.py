@@ -22,7 +22,9 @@ pytestmark = pytest.mark.slow
 UNITS = {
     "comments": "<!-- note ", "scripts": "<script> ", "styles": "<style a=b>", "tags": "<a href= ", "entities": "&#x1",
     "addresses": "a.b@c-d.", "numbers": "1.1.", "phones": "+2 (3", "blanks": " ", "lines of blanks": "\n   \t",
-    "line ends": "\n",     "wide blanks": " \u3000", "one letter": "a", "one character": "的", "broken encoding": "Ã©", "control": "\x1b[1;",
+    "line ends": "\n",
+        "wide blanks": " \u3000", "one letter": "a", "one character": "的", "broken encoding": "Ã©",
+    "broken twice": "Ã©\x85\x93", "control": "\x1b[1;",
     "marks": "!?", "dots": "…", "urls": "http://", "quotes": '"',
 }  # fmt: skip
 SETTINGS = DedupSection()

@@ -1,11 +1,15 @@
+import itertools
 import random
 
+import ftfy
 import pytest
+from ftfy.badness import is_bad
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cleaning import noise
 from tests.cleaning.texts import CHINESE, CLASSICAL, ENGLISH
+from tnllm.cleaning import repair as repair_module
 from tnllm.cleaning.repair import mask_personal_data, remove_boilerplate, repair
 
 
@@ -43,6 +47,32 @@ def test_markdown_and_latex_keep_their_structure():
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE])
 def test_utf8_read_as_latin1_comes_back(text):
     assert repair(noise.break_encoding(text, random.Random(0))) == text.replace("'", "’").replace('"', "”")
+
+
+def test_what_is_never_broken_is_nothing_that_ftfy_repairs():
+    """The characters that may pass without ftfy, by their kinds, in every sequence of four."""
+    for characters in itertools.product("aZ1 .\n\t~中。！‘’“”–—…·", repeat=4):
+        text = "".join(characters)
+        assert repair_module._NEVER_BROKEN.fullmatch(text) and not is_bad(text), text
+    every = "".join(map(chr, range(0x11000)))
+    passed = "".join(repair_module._NEVER_BROKEN.findall(every))
+    assert (
+        ftfy.fix_text(
+            passed,
+            unescape_html=False,
+            fix_latin_ligatures=False,
+            fix_character_width=False,
+            uncurl_quotes=False,
+            normalization=None,
+        )
+        == passed
+    )
+
+
+@pytest.mark.parametrize("long", [CHINESE.replace("\n", "") * 20, ENGLISH.replace("\n", " ") * 20])
+def test_long_lines_are_repaired_part_by_part(long):
+    broken = noise.break_encoding(long, random.Random(0))
+    assert len(broken) > 5000 and repair(broken + "\r\n") == long.replace("'", "’").replace('"', "”")
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE])

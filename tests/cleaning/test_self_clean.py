@@ -1,5 +1,7 @@
 import json
+import os
 import random
+import signal
 
 import pytest
 
@@ -8,7 +10,8 @@ from tests.cleaning.texts import ENGLISH
 from tnllm.cleaning.recipe import load_clean_recipe
 from tnllm.cleaning.records import RecordWriter, read_records
 from tnllm.cleaning.run import self_clean_alone
-from tnllm.errors import UserError
+from tnllm.errors import Terminated, UserError
+from tnllm.training import loop
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +111,21 @@ def test_training_takes_the_device_that_is_named(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("tnllm.cleaning.self_clean.train", train)
     with pytest.raises(Trained, match=r"^cuda:1$"):
         self_clean_alone(settings(corpus), tmp_path / "out", "cuda:1")
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_stop_while_training_names_no_option_of_train(corpus, tmp_path, monkeypatch, capsys, number, error):
+    def stopped(*args):
+        os.kill(os.getpid(), number)
+        return train_step(*args)
+
+    train_step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", stopped)
+    with pytest.raises(error) as raised:
+        self_clean_alone(settings(corpus), tmp_path / "out", "cpu")
+    said = str(raised.value) + capsys.readouterr().err
+    assert "run the same command again to resume" in said and "--resume" not in said
+    monkeypatch.undo()
 
 
 def test_no_rounds_is_refused(corpus, tmp_path):

@@ -99,3 +99,44 @@ def test_verifying_a_corpus_makes_no_sense(tnllm, corpus):
 def test_help_ends_with_an_example(tnllm, command):
     code, stdout, _ = tnllm("data", command, "--help")
     assert code == 0 and "Examples:" in stdout and f"tnllm data {command} " in stdout
+
+
+def test_the_sample_is_written_and_every_command_takes_its_name(tnllm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, stdout, _ = tnllm("data", "sample", "-o", "corpus")
+    assert (code, stdout.split()) == (0, ["corpus/sample.jsonl", "corpus/NOTICE"])
+    with open(tmp_path / "corpus" / "sample.jsonl", encoding="utf-8") as file:
+        assert {"text", "lang", "source"} <= json.loads(next(file)).keys()
+    code, _, stderr = tnllm("data", "sample", "-o", "corpus")
+    assert code == 2 and "corpus/sample.jsonl exists; choose another folder" in stderr
+    code, stdout, _ = tnllm("data", "sample", "dirty-sample", "-o", "dirty")
+    assert code == 0 and (tmp_path / "dirty" / "page-3.jsonl").exists()
+    code, stdout, _ = tnllm("data", "inspect", "dirty-sample", "--json")
+    named = json.loads(stdout)
+    assert code == 0 and named["documents"] == 1166 and named["bad_documents"] == 3
+    code, stdout, _ = tnllm("data", "inspect", "dirty", "--json")
+    assert code == 0 and json.loads(stdout)["documents"] == 1166
+    code, stdout, _ = tnllm("data", "dedup", "dirty-sample", "-o", "unique", "--threshold", "1", "--json")
+    assert code == 0 and json.loads(stdout)["documents_in"] == 1169
+    code, stdout, _ = tnllm("data", "tokenize", "dirty-sample", "-o", "tokens", "--on-error", "skip")
+    assert code == 0 and "0 empty and 3 bad documents" in stdout
+
+
+def test_a_file_of_the_sample_s_name_needs_a_path(tnllm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dirty-sample").mkdir()
+    (tmp_path / "dirty-sample" / "mine.jsonl").write_text('{"text": "mine"}\n')
+    code, stdout, stderr = tnllm("data", "inspect", "./dirty-sample", "--json")
+    assert (code, stderr) == (0, "") and json.loads(stdout)["documents"] == 1
+    code, stdout, stderr = tnllm("data", "inspect", "dirty-sample", "--json")
+    assert code == 0 and json.loads(stdout)["documents"] == 1166
+    assert "dirty-sample means the corpus that ships; write ./dirty-sample for the one in this folder" in stderr
+
+
+def test_scores_never_replace_their_input(tnllm, corpus, tmp_path):
+    before = corpus.read_bytes()
+    code, _, stderr = tnllm("data", "score", corpus, "-o", corpus)
+    assert code == 2 and f"the output {corpus} would replace its own input" in stderr
+    code, _, stderr = tnllm("data", "dedup", corpus, "-o", tmp_path / "out", "--pairs", corpus)
+    assert code == 2 and "would replace its own input" in stderr
+    assert corpus.read_bytes() == before and not (tmp_path / "out").exists()

@@ -31,6 +31,10 @@ _REPEATED = re.compile(r"([!?,;~！？，。、；～])\1+")
 # Zero-width, bidirectional and other invisible characters, private use, byte order marks; not the joiners of emoji.
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ue000-\uf8ff\xad]")
 _SPACES = str.maketrans(dict.fromkeys("\xa0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a", " "))
+# Text that ftfy leaves as it is: printable ASCII, CJK and the quotes, dashes and dots of prose.
+_NEVER_BROKEN = re.compile(r"[\n\t -~\u3001-\u9fff\uff01-\uff60‘’“”–—…·]*+")
+# Lines, and parts of long ones: up to a space, else up to a character that begins a broken one, else anywhere.
+_PARTS = re.compile(r"[^\n]{0,999}(?:[ \n]|\Z)|[^\n]{1,999}(?=[Â-ô])|[^\n]{1,1000}")
 _DIGITS = str.maketrans("０１２３４５６７８９", "0123456789")
 # Only at the start of a run: a search that tries every blank of a long run takes quadratic time.
 _BLANKS = re.compile(r"(?<![ \t])(?:[ \t]++$|(?<=\S)[ \t]{3,}+(?=\S))", re.MULTILINE)
@@ -116,6 +120,12 @@ def _without_code(text: str) -> str:
 
 
 def _unbreak(text: str) -> str:
+    """ftfy's repair, line by line, of the parts of `text` that it could change.
+
+    ftfy repeats its work until nothing changes, which takes time quadratic in the length of what it is given.
+    """
+    if _NEVER_BROKEN.fullmatch(text):
+        return text
     import ftfy
 
     config = ftfy.TextFixerConfig(
@@ -125,8 +135,10 @@ def _unbreak(text: str) -> str:
         fix_character_width=False,
         uncurl_quotes=False,
         normalization=None,
+        explain=False,
     )
-    return ftfy.fix_text(text, config)
+    parts = _PARTS.findall(text.replace("\r\n", "\n"))
+    return "".join(part if _NEVER_BROKEN.fullmatch(part) else ftfy.fix_text(part, config) for part in parts)
 
 
 def remove_boilerplate(text: str) -> tuple[str, int]:
