@@ -35,6 +35,8 @@ from tnllm.modeling.hf_names import ALIASES, DEFAULTS, to_hf_config
 CODE = {
     "tnllm.convert.hf_code.configuration_tnllm": "configuration_tnllm.py",
     "tnllm.convert.hf_code.modeling_tnllm": "modeling_tnllm.py",
+    "tnllm.convert.hf_code.state": "state.py",
+    "tnllm.convert.hf_code.rows": "rows.py",
     "tnllm.convert.hf_code.operators": "operators.py",
     "tnllm.modeling.attention": "attention.py",
     "tnllm.modeling.layers": "layers.py",
@@ -52,6 +54,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_tnllm.TnllmConfig",
     "AutoModel": "modeling_tnllm.TnllmModel",
     "AutoModelForCausalLM": "modeling_tnllm.TnllmForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_tnllm.TnllmForSequenceClassification",
 }
 
 
@@ -92,7 +95,6 @@ def _with_definitions(text: str) -> str:
     text = re.sub(r"^from tnllm\.kernels\.\w+ import \w+_reference\n", "", text, flags=re.M)
     if references:  # what they import
         text = text.replace("\nfrom typing", "\nfrom collections.abc import Callable\nfrom typing", 1)
-        text = text.replace("\nimport torch\n", "\nimport torch\nimport torch.nn.functional as F\n", 1)
     for module, name in references:
         text += f"\n\n{_definition(module, name)}\n"
     text = re.sub(
@@ -126,9 +128,8 @@ def _description(key: str) -> str:
 
 
 @contextmanager
-def imported_code(folder: Path) -> Iterator[ModuleType]:
+def imported_code(folder: Path, name: str = "tnllm_exported") -> Iterator[ModuleType]:
     """Import `modeling_tnllm.py` of a folder, which needs transformers; afterwards its modules are forgotten."""
-    name = "tnllm_exported"
     spec = ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [str(folder)]
     sys.modules[name] = module_from_spec(spec)

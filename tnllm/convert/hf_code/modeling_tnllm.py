@@ -3,8 +3,9 @@
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     model.generate(**tokenizer(["Once upon", "In the end it"], padding=True, return_tensors="pt"))
 
-`past_key_values` is a `TnllmState`: one fp32 matrix per head and layer, whose size does not depend on the length. Padding
-on either side never enters it, because a padded batch is packed into one row of its real tokens.
+`past_key_values` (from transformers 5.24 on also called `cache`) is a `TnllmState`: one fp32 matrix per head and layer,
+whose size does not depend on the length. Padding on either side never enters it. Several texts may lie in one row: see
+`rows.py`. An argument that is neither used here nor empty is refused by name.
 
 Papers: TransNormerLLM (arXiv 2307.14995), Lightning Attention-2 (arXiv 2401.04658), TNL (arXiv 2405.17381).
 """
@@ -12,47 +13,43 @@ Papers: TransNormerLLM (arXiv 2307.14995), Lightning Attention-2 (arXiv 2401.046
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
+from tnllm.convert.hf_code.rows import continued_positions, find_rows, last_real, packed_starts, padding_mask
+from tnllm.convert.hf_code.state import TnllmState, own_state
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.layers import LRPE, ResidualBlock, make_norm
 
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:
 
-class TnllmState:
-    """Recurrent state of each layer, [B, H, D, E] fp32. A forward pass updates it in place.
+    class GradientCheckpointingLayer(nn.Module):  # type: ignore[no-redef]
+        """What later versions of transformers have: a layer that recomputes its activations when asked to."""
 
-    `length` is the number of columns read, padding included; `position` [B] the number of tokens of each row.
-    """
+        gradient_checkpointing = False
 
-    is_compileable = False
-
-    def __init__(self, layers: list[Tensor], position: Tensor, length: int = 0) -> None:
-        self.layers, self.position, self.length = layers, position, length
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of columns read so far, padding included."""
-        return self.length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows, for beam search."""
-        self.layers = [layer.index_select(0, beam_idx.to(layer.device)) for layer in self.layers]
-        self.position = self.position.index_select(0, beam_idx.to(self.position.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times."""
-        rows = torch.arange(self.position.shape[0], device=self.position.device).repeat_interleave(repeats)
-        self.reorder_cache(rows)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows."""
-        self.reorder_cache(indices)
+        def __call__(self, *args: Any) -> Any:
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(super().__call__, *args)  # type: ignore[operator]
+            return super().__call__(*args)
 
 
-class TnllmBlock(ResidualBlock):
+def refuse(name: str, arguments: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that asks for something. None, False and an empty value ask for nothing."""
+    for key, value in arguments.items():
+        if isinstance(value, Tensor) or value:
+            raise TypeError(f"{name} does not take {key}; leave it out")
+
+
+class TnllmBlock(GradientCheckpointingLayer, ResidualBlock):
     """Pre-norm residual block: token mixer, then channel mixer."""
 
     def __init__(self, config: TnllmConfig, layer: int) -> None:
@@ -65,9 +62,9 @@ class TnllmPreTrainedModel(PreTrainedModel):
     config_class = TnllmConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch
     _no_split_modules: ClassVar[list[str]] = ["TnllmBlock"]
     # In 16 bits, LRPE's angles would be wrong by hundreds of radians at position 100,000.
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["theta"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["theta"]
     # The state cannot be rolled back to an earlier token, so assisted generation is not possible.
     _is_stateful = True
@@ -119,81 +116,70 @@ class TnllmModel(TnllmPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: TnllmState | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **_: Any,
+        cache: TnllmState | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """input_ids [B, T]; attention_mask [B, T] or [B, columns read + T], 0 or False at padding.
 
-        Positions come from the mask and the state; `position_ids` is ignored.
+        Positions come from the mask and the state. position_ids [B, T], cu_seq_lens_q and cu_seq_lens_k [N + 1] and seq_idx
+        [B, T] tell where a text begins inside a row; max_length_q and max_length_k are not needed. Columns of padding hold
+        the output of the last token before them. Raises ValueError for values that contradict each other or the state.
         """
+        refuse(type(self).__name__, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, columns = x.shape[:2]
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        state = past_key_values
+        if batch == 0 or columns == 0:
+            raise ValueError(
+                f"the input is empty: {[batch, columns]} tokens; give at least one token per row, such as the begin "
+                f"token {self.config.bos_token_id}"
+            )
+        state = own_state(past_key_values, cache)
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
         if state is None and use_cache:
             state = self.init_state(batch, x.device)
+        if state is not None:
+            state.check(batch, columns, cache_position)
         start = torch.zeros(batch, dtype=torch.int64, device=x.device) if state is None else state.position
-        mask = self._padding(attention_mask, batch, columns)
-        cu_seqlens = None
-        if mask is None:
-            lengths = torch.full_like(start, columns)
-            positions = start[:, None] + torch.arange(columns, device=x.device)
-        else:
-            lengths = mask.sum(-1)
-            cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-            positions = (start[:, None] + mask.cumsum(-1) - 1)[mask][None]
-            x = x[mask][None]
+        keep = padding_mask(attention_mask, batch, columns)
+        starts = packed_starts(position_ids, (cu_seq_lens_q, cu_seq_lens_k), seq_idx, keep, start, (batch, columns))
+        rows, positions, end = find_rows(keep, starts, start, (batch, columns))
         if self.config.scale_embedding:
             x = x * self.config.model_dim**0.5
         if self.config.position == "ape":
             x = x + self.embed_positions(positions)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: list[Tensor] = []
         for index, block in enumerate(self.layers):
-            if output_hidden_states:
-                hidden_states.append(self._unpack(x, mask))
-            before = None if state is None else state.layers[index]
-            if self.gradient_checkpointing and self.training:
-                x, after = self._gradient_checkpointing_func(block.__call__, x, positions, before, cu_seqlens)
-            else:
-                x, after = block(x, positions, before, cu_seqlens)
+            if wanted:
+                hidden_states.append(x)
+            x, after = block(x, positions, None if state is None else state.layers[index], rows)
             if state is not None:
                 state.layers[index] = after
         if state is not None:
-            state.position = state.position + lengths
-            state.length += columns
-        x = self._unpack(self.final_norm(x), mask)
-        if output_hidden_states:
+            state.position, state.length = end, state.length + columns
+        x = self.final_norm(x)
+        if keep is not None:
+            # So that a caller who takes the last column goes on from the row's last token, whichever side is padded.
+            x = x.gather(1, last_real(keep)[..., None].expand(-1, -1, x.shape[-1]))
+        if wanted:
             hidden_states.append(x)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=state if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-        )
-        return output.to_tuple() if return_dict is False else output
-
-    @staticmethod
-    def _padding(attention_mask: Tensor | None, batch: int, columns: int) -> Tensor | None:
-        """[B, T] bool, False at padding; None if there is no padding in the new columns."""
-        if attention_mask is None:
-            return None
-        mask = attention_mask[:, -columns:].bool()
-        if mask.shape != (batch, columns):
-            raise ValueError(f"attention_mask must end in {[batch, columns]}; got {list(attention_mask.shape)}")
-        return None if bool(mask.all()) else mask
-
-    @staticmethod
-    def _unpack(x: Tensor, mask: Tensor | None) -> Tensor:
-        """[1, real tokens, M] → [B, T, M], zeros at padding."""
-        if mask is None:
-            return x
-        rows = x.new_zeros(*mask.shape, x.shape[-1])
-        return rows.masked_scatter(mask[..., None], x[0])
+        output = BaseModelOutputWithPast(x, state if use_cache else None, tuple(hidden_states) if wanted else None)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
@@ -223,10 +209,15 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = value
 
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: TnllmState | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -234,18 +225,34 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **_: Any,
+        num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """labels [B, T] are shifted here; -100 is ignored. logits_to_keep: number of last columns, 0 for all."""
-        output = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states)
+        """Arguments as in TnllmModel, and those of the loss.
+
+        labels [B, T] are shifted here, shift_labels [B, T] are not; -100 is ignored. The loss is the mean of their cross
+        entropies, or the sum over num_items_in_batch. logits_to_keep: the number of last columns whose logits are returned
+        (0: all), or these columns; it does not change the loss.
+        """
+        output = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
+        hidden = output.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
-        result = CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states)
-        return result.to_tuple() if return_dict is False else result
+        if labels is None and shift_labels is None:
+            logits = self._logits(hidden[:, keep])
+        else:
+            logits = self._logits(hidden)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )  # fmt: skip
+            logits = logits[:, keep]
+        result = CausalLMOutputWithPast(loss, logits, _state_of(output), output.hidden_states)
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def prepare_inputs_for_generation(
         self,
@@ -253,20 +260,109 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         past_key_values: TnllmState | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
+        cache: TnllmState | None = None,
+        position_ids: Tensor | None = None,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool | None = None,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the inputs for the columns that the state has not read yet."""
-        inputs: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": use_cache, "logits_to_keep": 1}
-        read = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if inputs_embeds is not None and read == 0:
-            return {**inputs, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        # Number of new columns: transformers 5 passes it (None: all), transformers 4 passes their positions.
-        if "next_sequence_length" in kwargs:
-            new = kwargs["next_sequence_length"]
+        """Return the inputs for the columns that the state has not read yet; other keywords are passed on.
+
+        `attention_mask` covers all columns, those that were read too; input_ids may be the new columns only.
+        """
+        state = own_state(past_key_values, cache)
+        read = 0 if state is None else state.get_seq_length()
+        given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+        total = given + input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        new = total - read
+        if new <= 0:
+            begin = f"give at least one token, such as the begin token {self.config.bos_token_id}"
+            if total == 0:
+                raise ValueError(f"the prompt is empty; {begin}")
+            raise ValueError(
+                f"the prompt of {total} columns ends where past_key_values does, which read {read}; {begin}"
+            )
+        inputs: dict[str, Any] = {key: value for key, value in kwargs.items() if key != "labels"}
+        if inputs_embeds is not None and read < given:
+            # Embeddings are what is still to be read, and without a state the ids generated since.
+            embeds = inputs_embeds[:, read:]
+            if total > given:
+                embeds = torch.cat([embeds, self.get_input_embeddings()(input_ids[:, given - total :])], dim=1)
+            inputs["inputs_embeds"] = embeds
         else:
-            new = None if kwargs.get("cache_position") is None else kwargs["cache_position"].shape[0]
-        unread = input_ids if new is None else input_ids[:, -new:]
+            inputs["input_ids"] = input_ids[:, -new:].contiguous()
         # A single new token is never padding, and reading its mask would synchronize the device.
-        mask = attention_mask if unread.shape[1] > 1 or read == 0 else None
-        return {**inputs, "input_ids": unread.contiguous(), "attention_mask": mask}
+        if new > 1 or read == 0:
+            inputs["attention_mask"] = attention_mask
+            mask = padding_mask(attention_mask, input_ids.shape[0], new)
+            if position_ids is not None and position_ids.shape[-1] >= new:
+                position_ids = position_ids[..., -new:]
+                inputs["position_ids"] = position_ids if mask is None else continued_positions(position_ids, mask)
+            if mask is not None and not bool(mask.any(-1).all()):
+                row = int(mask.any(-1).logical_not().nonzero()[0])
+                raise ValueError(f"row {row} of the batch is empty: give it one token, such as the begin token")
+        return {**inputs, "past_key_values": state}
+
+    def _get_initial_cache_position(self, *args: Any) -> dict[str, Any]:
+        # transformers 4 looks into caches here; `prepare_inputs_for_generation` does not need what it computes.
+        return {**args[-1], "cache_position": torch.zeros(1, dtype=torch.int64, device=self.device)}
+
+
+class TnllmForSequenceClassification(TnllmPreTrainedModel):
+    """The model with a linear classifier on each row's last token, whichever side is padded."""
+
+    def __init__(self, config: TnllmConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TnllmModel(config)
+        self.score = nn.Linear(config.model_dim, config.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.model.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: TnllmState | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple:
+        """Arguments as in TnllmModel; labels [B], or [B, num_labels] for several labels each → logits [B, num_labels].
+
+        Without attention_mask, tokens at the ends of a row that equal config.pad_token_id are padding.
+        """
+        pad = self.config.pad_token_id
+        if attention_mask is None and input_ids is not None and past_key_values is None and pad is not None:
+            real = input_ids != pad
+            # Between real tokens the pad token is a token like any other. A row of nothing else is left as it is.
+            before, after = real.cumsum(-1) > 0, real.flip(-1).cumsum(-1).flip(-1) > 0
+            attention_mask = (before & after) | ~real.any(-1, keepdim=True)
+        output = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
+        logits = self.score(output.last_hidden_state[:, -1])
+        loss = None
+        if labels is not None:
+            more = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **more)
+        result = SequenceClassifierOutputWithPast(loss, logits, _state_of(output), output.hidden_states)
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+
+def _state_of(output: BaseModelOutputWithPast) -> TnllmState | None:
+    return output.cache if hasattr(output, "cache") else output.past_key_values

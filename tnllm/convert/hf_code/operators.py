@@ -7,8 +7,10 @@ folders load in one process. Definitions that tnllm's kernels are tested against
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from tnllm.convert.hf_code.rows import Rows
 from tnllm.kernels.gated_attention import gated_attention_reference
 from tnllm.kernels.glu import glu_product_reference
 from tnllm.kernels.lightning_attention.chunk import chunk_backward, chunk_forward, chunk_step
@@ -59,30 +61,89 @@ class LightningAttention(torch.autograd.Function):
 
 
 def lightning_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention and the new state; shapes as above.
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None, rows: Rows | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention and the state [B, H, D, E] after each row's last token; shapes as above, `rows` says what follows what.
 
     One token with a state and without gradients is a decoding step, which updates the state in place.
     """
-    if q.shape[1] == 1 and cu_seqlens is None and state is not None and not torch.is_grad_enabled():
+    if q.shape[1] == 1 and rows is None and state is not None and not torch.is_grad_enabled():
         return lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state)[:, None], state
-    return LightningAttention.apply(q, k, v, log_decay, state, cu_seqlens)
+    if torch.compiler.is_compiling() or q.is_meta:
+        return traced_attention(q, k, v, log_decay, state, rows)
+    if rows is None:
+        return LightningAttention.apply(q, k, v, log_decay, state, None)
+    if not len(rows.index):
+        return torch.zeros_like(v), state
+    initial = None if state is None else rows.initial(state)
+    o, final = LightningAttention.apply(*map(rows.pack, (q, k, v)), log_decay, initial, rows.cu_seqlens)
+    return rows.unpack(o), final[rows.last]
+
+
+def traced_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, rows: Rows | None
+) -> tuple[Tensor, Tensor]:
+    """The same for torch.compile and torch.export: no shape and no branch depends on values, and there is no loop.
+
+    A token's time is the number of tokens up to it in its row, so padding takes no time. Chunks of C tokens are computed
+    as in `lightning_attention_chunk.py`, and the states before all chunks are one product with the decays between chunks.
+    """
+    B, T = q.shape[:2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if rows is None:
+        keep = torch.ones(B, T, dtype=torch.bool, device=q.device)
+        time, text = keep.cumsum(-1), torch.zeros(B, T, dtype=torch.int64, device=q.device)
+    else:
+        keep, time, text = rows.keep, rows.count, rows.text
+    C = 64
+    pad = -T % C
+    q, k, v = (F.pad(x.to(wide), (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, C)).transpose(2, 3) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, C, D]
+    keep = F.pad(keep, (0, pad)).unflatten(1, (-1, C))
+    # Columns added at the end belong to the last text and take no time.
+    time, text = (torch.cat([x, x[:, -1:].expand(-1, pad)], 1).unflatten(1, (-1, C)) for x in (time, text))
+
+    def decay(gap: Tensor, allowed: Tensor) -> Tensor:
+        """exp(log_decay * gap) of every head where allowed, else 0: [B, ...] → [B, H, ...]."""
+        g = log_decay.to(wide).view(-1, *(1,) * (gap.ndim - 1))
+        return torch.where(allowed[:, None], (g * gap.clamp(min=0)[:, None]).exp(), 0.0)
+
+    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    same = (text[..., :, None] == text[..., None, :]) & keep[..., :, None] & keep[..., None, :] & causal
+    o = ((q @ k.mT) * decay(time[..., :, None] - time[..., None, :], same)) @ v
+    # Time and text before each chunk and after each chunk, [B, N].
+    time_after, text_after = time[..., -1], text[..., -1]
+    time_before, text_before = (F.pad(x[:, :-1], (1, 0)) for x in (time_after, text_after))
+    into = decay(time_after[..., None] - time, keep & (text == text_after[..., None]))
+    update = (k * into[..., None]).mT @ v
+    # The states that are wanted: before each chunk, and at the end. [B, N + 1]
+    at, inside = (torch.cat([a, b[:, -1:]], 1) for a, b in ((time_before, time_after), (text_before, text_after)))
+    chunk = torch.arange(at.shape[1], device=q.device)
+    earlier = (chunk[:, None] > chunk[:-1]) & (inside[..., :, None] == text_after[..., None, :])
+    states = (decay(at[..., :, None] - time_after[..., None, :], earlier) @ update.flatten(-2)).unflatten(
+        -1, update.shape[-2:]
+    )
+    if state is not None:
+        states = states + decay(at[..., None], (inside == 0)[..., None])[..., None] * state[:, :, None].to(wide)
+    reach = decay(time - time_before[..., None], keep & (text == text_before[..., None]))
+    o = o + (q * reach[..., None]) @ states[:, :, :-1]
+    return o.transpose(1, 2).transpose(2, 3).flatten(1, 2)[:, :T].to(v.dtype), states[:, :, -1]
 
 
 def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token: q, k [B, H, D], v [B, H, E] → o [B, H, E]; the state [B, H, D, E] is updated in place."""
-    return (triton_step if use_triton(q, v) else chunk_step)(q, k, v, log_decay, state)
+    step = triton_step if use_triton(q, v) and not torch.compiler.is_compiling() else chunk_step
+    return step(q, k, v, log_decay, state)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rows: Rows | None = None) -> Tensor:
     """Attention alone, from a zero state."""
-    return lightning_attention(q, k, v, log_decay, None, cu_seqlens)[0]
+    return lightning_attention(q, k, v, log_decay, None, rows)[0]
 
 
-def gated_attention(qkvu: Tensor, log_decay: Tensor, eps: float, cu_seqlens: Tensor | None = None) -> Tensor:
+def gated_attention(qkvu: Tensor, log_decay: Tensor, eps: float, rows: Rows | None = None) -> Tensor:
     """SRMSNorm(attention(silu(q), silu(k), v)) * u, [B, T, 4M] → [B, T, M]."""
-    return gated_attention_reference(qkvu, log_decay, eps, cu_seqlens, attend)
+    return gated_attention_reference(qkvu, log_decay, eps, rows, attend)  # type: ignore[arg-type]
 
 
 def glu_product(ab: Tensor, silu: bool = False) -> Tensor:

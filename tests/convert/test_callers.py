@@ -1,0 +1,428 @@
+"""The exported model as its callers use it: it does what it is asked to do, or says by name what it does not do.
+
+`python -m tests.convert.versions` runs this file with the oldest and the newest transformers that are claimed.
+"""
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import DynamicCache, Trainer, TrainingArguments
+
+from tnllm.convert import hf_folder
+from tnllm.modeling.config import get_preset
+from tnllm.modeling.hf_names import from_hf_config, to_hf_config
+from tnllm.modeling.model import build_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+CONFIG = get_preset("tiny", vocab_size=97, model_dim=32, num_heads=2, num_layers=3, glu_dim=48)
+GREEDY = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1}
+
+
+def sharpen(model: nn.Module) -> nn.Module:
+    """Larger weights than initial ones, so that errors show; `pad` keeps its zero row."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def model(hf_code):
+    return sharpen(hf_code.TnllmForCausalLM(hf_code.TnllmConfig(**to_hf_config(CONFIG))))
+
+
+def text(*shape: int) -> torch.Tensor:
+    return torch.randint(1, 97, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def close(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+
+
+# --- the loss
+
+
+def test_gradient_accumulation_changes_nothing(hf_code, tmp_path):
+    rows = [{"input_ids": row, "labels": row.masked_fill(row < 9 * i, -100)} for i, row in enumerate(text(4, 12))]
+    results = []
+    for batch, steps in ((4, 1), (1, 4)):
+        model = sharpen(hf_code.TnllmForCausalLM(hf_code.TnllmConfig(**to_hf_config(CONFIG))))
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=1,
+            learning_rate=0.1, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", report_to=[], use_cpu=True,
+            save_strategy="no", logging_steps=1, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        loss = next(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+        results.append((loss, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+    (loss, weights), (other_loss, others) = results
+    assert loss == pytest.approx(other_loss, abs=1e-3)
+    for name, value in weights.items():
+        close(value, others[name])
+
+
+def test_every_argument_of_the_loss(model):
+    tokens = text(2, 9)
+    labels = tokens.masked_fill(tokens < 20, -100)
+    with torch.no_grad():
+        full = model(tokens, labels=labels)
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        count = int((shifted != -100).sum())
+        close(full.loss, nn.functional.cross_entropy(full.logits.flatten(0, 1), shifted.flatten()))
+        close(model(tokens, labels=labels, num_items_in_batch=2 * count).loss, full.loss / 2)
+        close(model(tokens, shift_labels=shifted).loss, full.loss)
+        kept = model(tokens, labels=labels, logits_to_keep=2)
+        close(kept.loss, full.loss)
+        close(kept.logits, full.logits[:, -2:])
+        close(model(tokens, logits_to_keep=torch.tensor([0, 3])).logits, full.logits[:, [0, 3]])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"output_attentions": True},
+        {"encoder_hidden_states": torch.ones(2, 3, 32)},
+        {"token_type_ids": torch.zeros(2, 4, dtype=torch.int64)},
+        {"head_mask": [1]},
+        {"num_logits_to_keep": 1},
+        {"lables": torch.ones(2, 4)},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_it_does_not_take_is_refused_by_name(model, arguments):
+    with pytest.raises(TypeError, match=f"TnllmModel does not take {next(iter(arguments))}"):
+        model(text(2, 4), **arguments)
+    # A value that asks for nothing is accepted.
+    model(text(2, 4), **dict.fromkeys(arguments))
+
+
+def test_switches_of_the_config(model):
+    tokens = text(1, 4)
+    model.config.output_hidden_states = True
+    assert len(model(tokens).hidden_states) == CONFIG.num_layers + 1
+    assert model(tokens, output_hidden_states=False).hidden_states is None
+    model.config.use_cache = False
+    assert len(model(tokens).to_tuple()) == 2
+    model.config.return_dict = False
+    assert isinstance(model(tokens), tuple) and isinstance(model.model(tokens), tuple)
+    assert not isinstance(model(tokens, return_dict=True), tuple)
+
+
+def test_config_json_has_the_common_names(hf_code, tmp_path):
+    config = hf_code.TnllmConfig(**to_hf_config(CONFIG))
+    config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    names = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    assert {name: values[name] for name in names} == names
+    assert from_hf_config(values) == {**CONFIG.model_dump(exclude={"rope_base", "qk_norm"})}
+    exported = hf_folder.config_values(CONFIG, torch.float32, {})
+    assert {name: exported[name] for name in names} == names
+    alone = {key: value for key, value in values.items() if key not in config.attribute_map.values()}
+    assert hf_code.TnllmConfig(**alone).model_dim == 32
+    with pytest.raises(ValueError, match="hidden_size is 64 but model_dim is 32"):
+        hf_code.TnllmConfig(**{**values, "hidden_size": 64})
+
+
+# --- rows
+
+
+def test_layers_see_the_batch(model):
+    """Padding does not change the shape: adapters of single rows and hooks rely on it."""
+    seen = []
+    for layer in (model.model.layers[1], model.model.layers[1].channel_mixer.l1):
+        layer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape))
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    model(text(2, 4), attention_mask=mask)
+    assert seen == [(2, 4, 32)] * 2
+
+
+ENDS = [5, 71, 90]
+OFFSETS = torch.tensor([0, *ENDS], dtype=torch.int32)
+RESTARTS = torch.cat([torch.arange(b - a) for a, b in zip([0, *ENDS], ENDS, strict=False)])[None]
+TEXTS = torch.searchsorted(torch.tensor(ENDS), torch.arange(90), right=True)[None]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"position_ids": RESTARTS},
+        {"position_ids": RESTARTS, "cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "max_length_q": 66},
+        {"cu_seq_lens_q": OFFSETS},
+        {"seq_idx": TEXTS},
+        {"position_ids": RESTARTS, "seq_idx": TEXTS.to(torch.int32), "attention_mask": torch.ones(1, 90)},
+    ],
+    ids=lambda said: "+".join(said),
+)  # fmt: skip
+def test_packed_texts_do_not_see_each_other(model, said):
+    tokens = text(1, 90)
+    with torch.no_grad():
+        packed = model(tokens, **said, use_cache=True)
+        for a, b in zip([0, *ENDS], ENDS, strict=False):
+            alone = model(tokens[:, a:b], use_cache=True)
+            close(packed.logits[:, a:b], alone.logits)
+        # The state goes on from the last text.
+        close(packed.past_key_values.layers[0], alone.past_key_values.layers[0])
+        assert packed.past_key_values.position.tolist() == [19]
+
+
+def test_packed_rows_of_a_padded_batch(model):
+    """Texts of 3 and 4 tokens behind padding, and of 5 and 2 before it; their gradients are those of the texts alone."""
+    tokens = text(2, 8)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]])
+    positions = torch.tensor([[0, 0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 1, 0]])
+    packed = model(tokens, attention_mask=mask, position_ids=positions).logits
+    texts = [(0, 1, 4), (0, 4, 8), (1, 0, 5), (1, 5, 7)]
+    sum(packed[row, a:b].square().sum() for row, a, b in texts).backward()
+    packed_grads = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    for row, a, b in texts:
+        alone = model(tokens[row : row + 1, a:b]).logits[0]
+        close(packed[row, a:b], alone)
+        alone.square().sum().backward()
+    for grad, parameter in zip(packed_grads, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "positions"),
+    [
+        ([0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 2]),
+        ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 1, 2]),
+        ([1, 1, 1, 0, 0, 0], [0, 1, 2, 0, 0, 0]),
+        ([1, 1, 1, 0, 0, 0], [0, 1, 2, 1, 1, 1]),
+        ([1, 0, 1, 0, 0, 1], [0, 7, 1, 0, 9, 2]),
+    ],
+)
+def test_positions_that_generate_passes(model, mask, positions):
+    tokens, mask, positions = text(1, 6), torch.tensor([mask]), torch.tensor([positions])
+    with torch.no_grad():
+        close(
+            model(tokens, attention_mask=mask, position_ids=positions).logits[mask.bool()],
+            model(tokens[mask.bool()][None]).logits[0],
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"position_ids": torch.tensor([[0, 1, 3, 4]])},
+            r"position_ids\[0, 2\] is 3; it must be 2, which continues, or 0",
+        ),
+        ({"position_ids": torch.tensor([[2, 3, 4, 5]])}, r"position_ids\[0, 0\] is 2; it must be 0"),
+        ({"position_ids": torch.tensor([[0, 1]])}, r"position_ids must be \[1, 4\]; got \[1, 2\]"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2])}, r"must rise from 0 to 4; got \[0, 2\]"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 2, 4])},
+            "disagree about where texts",
+        ),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1]]), "cu_seq_lens_q": torch.tensor([0, 4])}, "disagree"),
+        ({"attention_mask": torch.tensor([[1, 1, 2, 2]])}, "must be 0 at padding and 1 elsewhere"),
+        ({"attention_mask": torch.zeros(1, 1, 4, 4)}, r"attention_mask must end in \[1, 4\]"),
+        ({"cache_position": torch.tensor([3, 4, 5, 6])}, "cache_position must be 0 to 3"),
+        (
+            {"past_key_values": DynamicCache()},
+            "past_key_values is a DynamicCache, but this model has a recurrent state",
+        ),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "the input is empty"),
+    ],
+    ids=str,
+)
+def test_rows_that_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(**{"input_ids": text(1, 4), **arguments})
+
+
+def test_one_column_with_a_state(model):
+    tokens = text(1, 6)
+    with torch.no_grad():
+        whole = model(tokens).logits
+        for positions in (None, torch.tensor([[5]])):
+            state = model(tokens[:, :5], use_cache=True).past_key_values
+            close(model(tokens[:, 5:], past_key_values=state, position_ids=positions).logits, whole[:, 5:])
+        state = model(tokens[:, :5], use_cache=True).past_key_values
+        begun = model(tokens[:, 5:], past_key_values=state, position_ids=torch.tensor([[0]]))
+        close(begun.logits, model(tokens[:, 5:]).logits)
+        with pytest.raises(ValueError, match="it must be 1, which continues, or 0"):
+            model(tokens[:, 5:], past_key_values=begun.past_key_values, position_ids=torch.tensor([[7]]))
+        with pytest.raises(ValueError, match="past_key_values is of 1 rows, the input has 2"):
+            model(text(2, 3), past_key_values=begun.past_key_values)
+
+
+# --- generate
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generate_pads_either_side(model, side, use_cache):
+    rows = [text(1, length)[0] for length in (3, 7, 1, 5)]
+    filled = [(0, 7 - len(row)) if side == "right" else (7 - len(row), 0) for row in rows]
+    tokens = torch.stack([nn.functional.pad(row, pads) for row, pads in zip(rows, filled, strict=True)])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(row), pads) for row, pads in zip(rows, filled, strict=True)])
+    texts = model.generate(tokens, attention_mask=mask, use_cache=use_cache, **GREEDY)[:, 7:]
+    for row, written in zip(rows, texts, strict=True):
+        assert torch.equal(model.generate(row[None], **GREEDY)[0, len(row) :], written)
+
+
+def test_generate_with_an_empty_prompt(model):
+    with pytest.raises(ValueError, match="the prompt is empty; give at least one token, such as the begin token 1"):
+        model.generate(torch.zeros(1, 0, dtype=torch.int64), **GREEDY)
+    with pytest.raises(ValueError, match="row 1 of the batch is empty"):
+        model.generate(text(2, 3), attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]), **GREEDY)
+    # Without a prompt transformers begins with the begin token itself.
+    assert torch.equal(model.generate(**GREEDY), model.generate(torch.tensor([[1]]), **GREEDY))
+
+
+def test_generate_goes_on_from_a_state(model):
+    tokens = text(2, 4)
+    whole = model.generate(tokens, **{**GREEDY, "max_new_tokens": 6})
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    padded = model.generate(tokens, attention_mask=mask, **{**GREEDY, "max_new_tokens": 6})
+    for attention_mask, expected in ((None, whole), (mask, padded)):
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        begun = model.generate(tokens, **given, **{**GREEDY, "max_new_tokens": 3}, return_dict_in_generate=True)
+        if given:
+            given = {"attention_mask": nn.functional.pad(attention_mask, (0, 3), value=1)}
+        more = model.generate(
+            begun.sequences, past_key_values=begun.past_key_values, **given, **{**GREEDY, "max_new_tokens": 3}
+        )
+        assert torch.equal(more, expected)
+    with pytest.raises(ValueError, match=r"recurrent state|does not support an instance of `Cache`"):
+        model.generate(tokens, past_key_values=DynamicCache(), **GREEDY)
+
+
+def test_generate_goes_on_from_longer_embeddings(model):
+    tokens = text(1, 4)
+    embed = model.get_input_embeddings()
+    whole = model.generate(tokens, **GREEDY)[:, 4:]
+    settings = {**GREEDY, "return_dict_in_generate": True}
+    begun = model.generate(inputs_embeds=embed(tokens), **{**settings, "max_new_tokens": 2})
+    assert torch.equal(begun.sequences, whole[:, :2])
+    longer = embed(torch.cat([tokens, begun.sequences], 1))
+    more = model.generate(
+        inputs_embeds=longer, past_key_values=begun.past_key_values, **{**settings, "max_new_tokens": 3}
+    )
+    assert torch.equal(more.sequences, whole[:, 2:])
+    assert torch.equal(model.generate(inputs_embeds=embed(tokens), use_cache=False, **GREEDY), whole)
+
+
+def test_generate_returns_hidden_states(model):
+    output = model.generate(text(1, 4), output_hidden_states=True, return_dict_in_generate=True, **GREEDY)
+    assert [len(step) for step in output.hidden_states] == [CONFIG.num_layers + 1] * 5
+    assert [step[0].shape[1] for step in output.hidden_states] == [4, 1, 1, 1, 1]
+
+
+# --- torch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+def test_compile_and_export_make_one_graph(model, kind):
+    tokens = text(2, 70)
+    said = {
+        "plain": {},
+        "padded": {"attention_mask": torch.ones(2, 70).index_fill(1, torch.tensor([0, 1, 66, 69]), 0)},
+        "packed": {"position_ids": torch.cat([torch.arange(66), torch.arange(4)]).expand(2, -1)},
+    }[kind]
+    with torch.no_grad():
+        eager = model(tokens, **said, use_cache=True)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        traced = compiled(tokens, **said, use_cache=True)
+        close(traced.logits, eager.logits)
+        last = text(2, 1)
+        close(
+            compiled(last, past_key_values=traced.past_key_values).logits,
+            model(last, past_key_values=eager.past_key_values).logits,
+        )
+        program = torch.export.export(model, (tokens,), {**said, "use_cache": False})
+        close(program.module()(tokens, **said, use_cache=False).logits, eager.logits)
+
+
+def test_recomputed_activations_change_no_gradient(model):
+    tokens = text(2, 9)
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    model.train()
+    model(tokens, attention_mask=mask, labels=tokens).loss.backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    calls = []
+    model.model.layers[0].channel_mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(tokens, attention_mask=mask, labels=tokens).loss.backward()
+    assert len(calls) == 2
+    for grad, parameter in zip(wanted, model.parameters(), strict=True):
+        close(parameter.grad, grad)
+
+
+def test_two_folders_in_one_process(hf_code, model, tmp_path):
+    for name, source in hf_folder.code_files().items():
+        (tmp_path / name).write_text(source)
+    with hf_folder.imported_code(tmp_path, "another_folder") as other:
+        twin = other.TnllmForCausalLM(other.TnllmConfig(**to_hf_config(CONFIG)))
+        twin.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(twin(text(1, 5)).logits, model(text(1, 5)).logits)
+
+
+# --- classification
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classifier_pools_at_the_last_token(hf_code, side, with_mask):
+    config = hf_code.TnllmConfig(**to_hf_config(CONFIG), num_labels=3)
+    model = sharpen(hf_code.TnllmForSequenceClassification(config))
+    rows = [text(1, length)[0] for length in (3, 7, 1)]
+    tokens = torch.stack(
+        [nn.functional.pad(row, (0, 7 - len(row)) if side == "right" else (7 - len(row), 0)) for row in rows]
+    )
+    given = {"attention_mask": (tokens != 0).long()} if with_mask else {}
+    with torch.no_grad():
+        output = model(tokens, labels=torch.tensor([0, 2, 1]), **given)
+        alone = torch.cat([model(row[None]).logits for row in rows])
+    assert output.logits.shape == (3, 3)
+    close(output.logits, alone)
+    close(output.loss, nn.functional.cross_entropy(alone, torch.tensor([0, 2, 1])))
+
+
+def test_classifier_trains_under_peft(hf_code, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = hf_code.TnllmConfig(**to_hf_config(CONFIG), num_labels=2)
+    model = hf_code.TnllmForSequenceClassification(config)
+    settings = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["qkvu_proj", "out_proj"])
+    tuned = peft.get_peft_model(model, settings)
+    tokens = text(8, 6)
+    labels = tokens[:, -1] % 2
+    mask = torch.ones_like(tokens).index_put((torch.tensor([0, 1]), torch.tensor([0, 0])), torch.tensor(0))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(30):
+        loss = tuned(input_ids=tokens, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    tuned.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(hf_code.TnllmForSequenceClassification(config), tmp_path)
+    assert transformers.__version__ and any("score" in name for name in peft.get_peft_model_state_dict(again))
+
+
+# --- weights
+
+
+def test_our_weights_are_its_weights(hf_code):
+    ours = build_model(CONFIG, seed=0)
+    theirs = hf_code.TnllmForCausalLM(hf_code.TnllmConfig(**to_hf_config(CONFIG)))
+    names = {f"model.{name}" for name in ours.state_dict()}
+    assert names == set(theirs.state_dict()) - {"lm_head.weight"}
+    # The decays are not among the files, and no cast rounds them.
+    half = theirs.to(torch.bfloat16)
+    decays = [block.token_mixer.log_decay for block in ours.blocks]
+    assert all(torch.equal(block.token_mixer.log_decay, a) for block, a in zip(half.model.layers, decays, strict=True))
