@@ -49,7 +49,7 @@ CODE = {
 # Modules of registered operators: the folder's `operators.py` has the same functions.
 OPERATORS = ("gated_attention", "glu", "lightning_attention", "lrpe", "srms_norm")
 # Versions of transformers the exported code was tested with.
-TRANSFORMERS_TESTED = "4.51 to 5.23"
+TRANSFORMERS_TESTED = "4.51 to 5.24"
 AUTO_MAP = {
     "AutoConfig": "configuration_tnllm.TnllmConfig",
     "AutoModel": "modeling_tnllm.TnllmModel",
