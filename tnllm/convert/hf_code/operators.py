@@ -86,7 +86,7 @@ def traced_attention(
     """The same for torch.compile and torch.export: no shape and no branch depends on values, and there is no loop.
 
     A token's time is the number of tokens up to it in its row, so padding takes no time. Chunks of C tokens are computed
-    as in `lightning_attention_chunk.py`, and the states before all chunks are one product with the decays between chunks.
+    as in the kernels' chunked torch form, and the states before all chunks are one product with the decays between chunks.
     """
     B, T = q.shape[:2]
     wide = torch.promote_types(q.dtype, torch.float32)
