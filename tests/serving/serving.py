@@ -8,13 +8,15 @@ import uvicorn
 
 from tnllm.serving.app import make_app
 from tnllm.serving.engine import Engine
+from tnllm.serving.protocol import server_config
 
 
 @contextmanager
-def running(ready, settings, **engine_options):
+def running(ready, settings, max_requests=800, max_requests_per_address=600, **engine_options):
     """Yield (address, engine)."""
     with Engine(ready, **engine_options) as engine:
-        server = uvicorn.Server(uvicorn.Config(make_app(engine, settings), port=0, log_level="error", access_log=False))
+        app = make_app(engine, settings)
+        server = uvicorn.Server(server_config(app, max_requests, max_requests_per_address, port=0, log_level="error"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:

@@ -280,6 +280,15 @@ def test_texts_that_must_be_too_long_are_refused_unread(ready, monkeypatch):
         assert caught.value.code == "context_length_exceeded" and caught.value.param == param
 
 
+def test_texts_are_read_only_as_far_as_shows_that_they_are_too_long(ready, monkeypatch):
+    read, encode = [], type(ready.tokenizer)._encode
+    monkeypatch.setattr(type(ready.tokenizer), "_encode", lambda self, text: read.append(text) or encode(self, text))
+    text = "The quick brown fox jumps over the lazy dog. " * 40_000
+    with pytest.raises(RequestError, match="or more tokens; this server takes at most 250000"):
+        asked(CompletionRequest, {"prompt": text}).prompts(ready, 250_000)
+    assert sum(map(len, read)) < len(text) and max(map(len, read)) <= 1 << 16
+
+
 def test_ids_with_one_spelling_and_control_tokens_are_told_apart(ready):
     """The letter and its fallback byte are spelled alike; control tokens have no text."""
     tokenizer = ready.tokenizer

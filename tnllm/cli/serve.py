@@ -61,6 +61,7 @@ def command(
     from tnllm.serving.app import Settings, make_app
     from tnllm.serving.engine import Engine
     from tnllm.serving.middleware import is_loopback
+    from tnllm.serving.protocol import server_config
     from tnllm.serving.server import FLUSH_SECONDS, run_until_signal
 
     log_default_model(model)
@@ -84,14 +85,14 @@ def command(
     )
     if not local and key is None:
         log(f"no API key: anybody who can reach {host} may use this model; set {KEY_VARIABLE} to require one")
-    config = uvicorn.Config(
+    # Those beyond slots and queue are pages, and clients about to be refused.
+    most = engine.num_slots + queue
+    config = server_config(
         make_app(engine, settings),
+        max_requests=most + 256,
+        max_requests_per_address=most + 64,
         log_level="warning",
-        access_log=False,
-        server_header=False,
         timeout_graceful_shutdown=FLUSH_SECONDS,
-        # Connections; those beyond slots and queue are pages, probes and clients about to be refused.
-        limit_concurrency=engine.num_slots + queue + 256,
     )
     listening = _bind(host, port)
     address = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}"
