@@ -40,7 +40,7 @@ from tnllm.serving.api import (
 )
 from tnllm.serving.bodies import RequestError, shown
 from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket, TooLong
-from tnllm.serving.middleware import JSON, RequestChecks, Settings, encode_json
+from tnllm.serving.middleware import JSON, RequestChecks, Settings, encode_json, read_json_body
 from tnllm.serving.openapi import add_openapi, described
 from tnllm.serving.schemas import ChatCompletion, Completion, Health, Model, ModelList
 
@@ -67,7 +67,8 @@ class _Submission:
         """
         body = validated(kind, content)
         if body.model not in (None, name):
-            raise RequestError(f"model is {shown(body.model)}; this server has {name!r}", "model", "model_not_found")
+            message = f"model is {shown(body.model)}; this server has {name!r}"
+            raise RequestError(message, "model", "model_not_found", 404)
         self._loop, self.body = loop, body
         self._queue: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
@@ -202,9 +203,9 @@ def _error(error: UserError) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 429, error_body(str(error), "rate_limit_error", "queue_full"), headers
     if isinstance(error, RunError):
         return 500, error_body(str(error), "server_error"), {}
-    param, code = (error.param, error.code) if isinstance(error, RequestError) else (None, None)
-    status = 404 if code == "model_not_found" else 400
-    return status, error_body(str(error), "invalid_request_error", code, param), {}
+    if isinstance(error, RequestError):
+        return error.status, error_body(str(error), "invalid_request_error", error.code, error.param), error.headers
+    return 400, error_body(str(error), "invalid_request_error"), {}
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -242,7 +243,7 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
     one_large_body = CapacityLimiter(1)
 
     async def respond(request: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
-        content = await request.body()
+        content = await read_json_body(request, settings.max_body_bytes)
         client = request.client.host if request.client else ""
         submit = partial(_Submission, engine, kind, content, client, settings.name, asyncio.get_running_loop())
         submission = await to_thread.run_sync(submit, limiter=one_large_body if len(content) > _LARGE_BODY else None)
@@ -280,7 +281,7 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
         """The model, if that is its name."""
         if name != settings.name:
             message = f"there is no model {shown(name)}; this server has {settings.name!r}"
-            raise RequestError(message, "model", "model_not_found")
+            raise RequestError(message, "model", "model_not_found", 404)
         return JSON(model())
 
     @app.get("/health", **described(Health))

@@ -31,11 +31,18 @@ _SHORT.maxlist = _SHORT.maxdict = 4
 
 
 class RequestError(UserError):
-    """A request that is refused. `param` is the key, `code` OpenAI's name of the error."""
+    """A request that is refused. `param` is the key, `code` OpenAI's name of the error; the others are HTTP's."""
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.param, self.code = param, code
+        self.param, self.code, self.status, self.headers = param, code, status, dict(headers or {})
 
 
 def shown(value: Any) -> str:
@@ -76,7 +83,7 @@ def _count_parts(content: bytes) -> int:
 class Neutral:
     """The values of a key that ask for nothing: whether a value does, given the whole object; and as a JSON schema.
 
-    Where other keys decide, the schema holds what is neutral beside any of them.
+    Where other keys decide, the schema holds what is neutral beside some of them.
     """
 
     holds: Callable[[Any, Mapping[str, Any]], bool]
@@ -116,6 +123,9 @@ def _penalties_reach_far_back(value: Any, values: Mapping[str, Any]) -> bool:
     return value == -1 or not (values.get("presence_penalty") or values.get("frequency_penalty"))
 
 
+_BOOLEAN = {"type": ["boolean", "null"]}
+
+
 def _names(keys: str, neutral: Neutral) -> dict[str, Neutral]:
     return dict.fromkeys(keys.split(), neutral)
 
@@ -131,7 +141,7 @@ REQUEST: dict[str, Neutral] = {
         "chat_template_content_format stream_interval",
         _NEVER,
     ),
-    **_names("tools functions", Neutral(_not_called, {"enum": [[], None]})),
+    **_names("tools functions", Neutral(_not_called, {"type": ["array", "null"]})),
     **_names("tool_choice function_call", _one_of("none", "auto")),
     **_names(
         "top_a typical min_tokens min_length n_probs n_keep n_discard mirostat dry_multiplier xtc_probability "
@@ -152,15 +162,17 @@ REQUEST: dict[str, Neutral] = {
         lambda value, values: isinstance(value, dict) and all(_same(one, 0) for one in value.values()),
         {"type": ["object", "null"], "additionalProperties": {"const": 0}},
     ),
-    "best_of": Neutral(lambda value, values: _same(value, 1) or _same(value, values.get("n", 1)), {"enum": [1, None]}),
-    "suffix": _one_of(""),
-    "repeat_last_n": Neutral(_penalties_reach_far_back, {"enum": [-1, None]}),
-    "do_sample": Neutral(
-        lambda value, values: isinstance(value, bool) and value == (values.get("temperature") != 0), {"type": "null"}
+    "best_of": Neutral(
+        lambda value, values: _same(value, 1) or _same(value, values.get("n", 1)), {"type": ["integer", "null"]}
     ),
-    "continue_final_message": Neutral(_is_begun, {"type": "null"}),
+    "suffix": _one_of(""),
+    "repeat_last_n": Neutral(_penalties_reach_far_back, {}),
+    "do_sample": Neutral(
+        lambda value, values: isinstance(value, bool) and value == (values.get("temperature") != 0), _BOOLEAN
+    ),
+    "continue_final_message": Neutral(_is_begun, _BOOLEAN),
     "add_generation_prompt": Neutral(
-        lambda value, values: isinstance(value, bool) and _is_begun(not value, values), {"type": "null"}
+        lambda value, values: isinstance(value, bool) and _is_begun(not value, values), _BOOLEAN
     ),
     # Off by being absent: an empty object asks for them.
     **_names("web_search_options json_schema guided_json", _one_of()),
@@ -176,7 +188,7 @@ MESSAGE: dict[str, Neutral] = {
         "prefix partial",
         Neutral(
             lambda value, values: value is False or (value is True and values.get("role") == "assistant"),
-            {"enum": [False, None]},
+            _BOOLEAN,
         ),
     ),
 }

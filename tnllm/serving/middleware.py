@@ -1,8 +1,8 @@
-"""Checks in front of every route: Host, API key, type and size of the body; refusals have OpenAI's error shape.
+"""Checks in front of every route, Host and API key, and of every body: its type, size and time.
 
 app = RequestChecks(app, Settings(name="demo", api_key="secret"))
 
-A body is read completely, within its limit, before a route sees it.
+Refusals have OpenAI's error shape.
 """
 
 import asyncio
@@ -13,10 +13,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tnllm.serving.api import error_body
+from tnllm.serving.bodies import RequestError
 
 _OPEN_PATHS = ("/", "/health")
 _BODY_SECONDS = 30.0
@@ -103,26 +105,6 @@ class RequestChecks:
             await refuse(401, "a wrong or missing API key; send it as 'Authorization: Bearer KEY'", "invalid_api_key",
                          WWW_Authenticate="Bearer")  # fmt: skip
             return
-        if scope["method"] == "POST":
-            # A web page elsewhere may send any other type without a CORS preflight.
-            if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
-                await refuse(415, "the body must be JSON; send it with 'Content-Type: application/json'")
-                return
-            limit = self._settings.max_body_bytes
-            declared = headers.get(b"content-length", b"0")
-            body = None
-            if not declared.isdigit() or (len(declared) < 19 and int(declared) <= limit):
-                try:
-                    body = await asyncio.wait_for(_read_body(receive, limit), _BODY_SECONDS)
-                except TimeoutError:
-                    await refuse(408, f"the body did not arrive within {_BODY_SECONDS:g} seconds", connection="close")
-                    return
-            if body is None:
-                message = f"the body is larger than {limit} bytes, the most this server takes"
-                await refuse(413, message, "body_too_large", connection="close")
-                return
-            await self._app(scope, _replay(body, receive), safe_send)
-            return
         if scope["method"] == "HEAD":
             # The same headers; the server leaves the body out.
             scope = {**scope, "method": "GET"}
@@ -160,6 +142,25 @@ def is_loopback(name: str) -> bool:
     return (mapped or address).is_loopback
 
 
+async def read_json_body(request: Request, limit: int) -> bytes:
+    """The complete body of a request that declares it as JSON. Raises RequestError."""
+    # A web page elsewhere may send any other type without a CORS preflight.
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise RequestError("the body must be JSON; send it with 'Content-Type: application/json'", status=415)
+    declared = request.headers.get("content-length", "0")
+    body = None
+    if not declared.isdigit() or (len(declared) < 19 and int(declared) <= limit):
+        try:
+            body = await asyncio.wait_for(_read_body(request.receive, limit), _BODY_SECONDS)
+        except TimeoutError:
+            message = f"the body did not arrive within {_BODY_SECONDS:g} seconds"
+            raise RequestError(message, status=408, headers={"Connection": "close"}) from None
+    if body is None:
+        message = f"the body is larger than {limit} bytes, the most this server takes"
+        raise RequestError(message, code="body_too_large", status=413, headers={"Connection": "close"})
+    return body
+
+
 async def _read_body(receive: Receive, limit: int) -> bytes | None:
     """The complete body; None if it is larger than `limit`."""
     parts, size = [], 0
@@ -173,17 +174,3 @@ async def _read_body(receive: Receive, limit: int) -> bytes | None:
             return None
         if not message.get("more_body", False):
             return b"".join(parts)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the body once, then what the server receives."""
-    is_read = False
-
-    async def replayed() -> Message:
-        nonlocal is_read
-        if is_read:
-            return await receive()
-        is_read = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
