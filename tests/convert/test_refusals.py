@@ -235,7 +235,7 @@ def test_models_a_target_cannot_describe(tmp_path, run):
     save_model(build_model(get_preset("tiny", **v3, **small), seed=0), tmp_path / "v3")
     refused(run, tmp_path / "v3", UserError, "cannot describe model.value_activation 'silu'", to="official")
     save_model(build_model(get_preset("tiny", kind="transformer", **small), seed=0), tmp_path / "soft")
-    refused(run, tmp_path / "soft", UserError, "the softmax baseline has no code there", to="hf")
+    refused(run, tmp_path / "soft", UserError, "--quantize is for TransNormerLLM", to="hf", quantize="int8")
     refused(run, tmp_path / "soft", UserError, "cannot describe model.kind 'transformer'", to="official")
     run(tmp_path / "soft", tmp_path / "copy", "tnllm", dtype=torch.bfloat16)
     refused(run, tmp_path / "rms", UserError, "--quantize is for --to hf", quantize="int8")

@@ -1,6 +1,9 @@
 """Every released layout in and back, bit for bit, with the logits of the released forward pass on the way."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +160,11 @@ def test_tiktoken_vocabulary(tmp_path):
     path.write_text("AAAA 1 2\n")
     with pytest.raises(UserError, match="is not a tiktoken vocabulary"):
         Tokenizer.load(path)
+
+
+def test_the_script_for_the_released_weights_says_when_it_is_offline(tmp_path):
+    """With a network it compares with the authors' code; docs/convert.md says how."""
+    command = [sys.executable, "-m", "tests.convert.released", tmp_path / "released"]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 3 and done.stderr.startswith("offline: OpenNLPLab/TransNormerLLM-385M cannot")
+    assert not (tmp_path / "released").exists()

@@ -18,7 +18,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.evaluation import tasks
 from tnllm.evaluation.answer_cache import AnswerCache
 from tnllm.evaluation.generate_until import sampling_params
-from tnllm.evaluation.harness import TransNormerLM, trained_length
+from tnllm.evaluation.harness import TransNormerLM
 from tnllm.evaluation.multiple_choice import build_bundle
 from tnllm.evaluation.perplexity import perplexity
 from tnllm.evaluation.prompt_encoding import encode_pairs
@@ -27,6 +27,7 @@ from tnllm.evaluation.run import Settings, evaluate, write_results
 from tnllm.evaluation.sharing_bench import bench_sharing
 from tnllm.evaluation.tasks import choose, definition_files, hub_answers, load_tasks, search
 from tnllm.generation.decoder import generate_text
+from tnllm.modeling.weights import trained_length
 
 
 def requests(*arguments):

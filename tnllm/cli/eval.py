@@ -116,9 +116,10 @@ def run(
     log("loading")
     quiet_libraries(names, online)
 
-    from tnllm.evaluation.harness import TransNormerLM, trained_length
+    from tnllm.evaluation.harness import TransNormerLM
     from tnllm.evaluation.run import Settings, check_folder, evaluate, write_results
     from tnllm.evaluation.tasks import choose, load_tasks
+    from tnllm.modeling.weights import trained_length
 
     settings = Settings(
         limit, seed, apply_chat_template, fewshot_as_multiturn, system_instruction, _gen_kwargs(gen_kwargs), log_samples

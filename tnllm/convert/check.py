@@ -3,12 +3,14 @@
     before = reference_logits(config, read, progress)            # the architecture written again in plain torch
     after = block_logits(config, read, progress)                 # this package's layers
     after = exported_logits(config, read, folder, progress)      # the layers in a Hugging Face folder
+    after = llama_logits(config, read, folder, progress)         # transformers' layers, for the softmax baseline
     difference, share = compare(before, after)
 
 The reference shares no code with the layers that it checks; its attention is quadratic, by definition. `read` takes
 tnllm's parameter names.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +150,7 @@ def _run_layers(
     read: Read,
     block: Callable[[int], nn.Module],
     progress: Progress,
+    run: Callable[[nn.Module, Tensor, Tensor], Tensor] = lambda block, x, positions: block(x, positions, None, None)[0],
 ) -> Tensor:
     """Logits by embedding, blocks, final norm and head; each block is built, filled and dropped in turn."""
     tokens = prompts(config.vocab_size)
@@ -159,7 +162,7 @@ def _run_layers(
         module = module.float().to_empty(device="cpu")
         for name, value in module.state_dict().items():
             value.copy_(read(f"layers.{layer}.{name}"))
-        x = module(x, positions, None, None)[0]
+        x = run(module, x, positions)
         progress("logits of the result", layer + 1, config.num_layers)
     norm = make_norm(config, config.model_dim)
     for name, value in norm.state_dict().items():
@@ -172,6 +175,28 @@ def block_logits(config: ModelConfig, read: Read, progress: Progress) -> Tensor:
     """Logits [P, T, V] of the fixed prompts by this package's layers."""
 
     return _run_layers(config, read, lambda layer: Block(config, layer), progress)
+
+
+@torch.no_grad()
+def llama_logits(config: ModelConfig, read: Read, folder: Path, progress: Progress) -> Tensor:
+    """Logits [P, T, V] of the fixed prompts by transformers' own layers; `read` takes the names in its files."""
+    quiet_import()
+    from transformers import AutoConfig
+
+    hf_config = AutoConfig.from_pretrained(folder)
+    hf_config._attn_implementation = "sdpa"
+    family = hf_config.model_type
+    code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    rotary = getattr(code, f"{family.capitalize()}RotaryEmbedding")(config=hf_config)
+    own = {"final_norm.weight": "model.norm.weight", HEAD: HEAD}
+
+    def run(block: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
+        x = block(x, attention_mask=None, position_ids=positions, position_embeddings=rotary(x, positions))
+        return x[0] if isinstance(x, tuple) else x
+
+    layer = getattr(code, f"{family.capitalize()}DecoderLayer")
+    renamed = lambda name: read(own.get(name, f"model.{name}"))  # noqa: E731
+    return _run_layers(config, renamed, lambda index: layer(hf_config, index), progress, run)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tnllm.convert.llama import check_llama, llama_outputs
 from tnllm.convert.official import to_official_config
 from tnllm.convert.quantize import Int8Quantizer, is_quantized
 from tnllm.convert.source import Source
@@ -40,14 +41,13 @@ class Plan:
         """Size of all tensors."""
         return sum(output.num_bytes for output in self.outputs)
 
-    def reader_of_quantized(self, tensors: Tensors) -> Callable[[str], Tensor]:
-        """Return a function that reads the written result by tnllm's names, int8 matrices dequantized."""
+    def reader(self, tensors: Tensors) -> Callable[[str], Tensor]:
+        """Return a function that reads the written result by tnllm's names: int8 matrices dequantized, cut ones joined."""
 
         def read(name: str) -> Tensor:
-            outputs = self.by_name[name]
-            parts = {output.name: tensors.read(output.name) for output in outputs}
+            parts = {output.name: tensors.read(output.name) for output in self.by_name[name]}
             if self.quantizer is None or not is_quantized(name):
-                return parts[outputs[0].name]
+                return torch.cat(list(parts.values()))
             return self.quantizer.restore(to_official(name), parts, self.metadata)
 
         return read
@@ -59,12 +59,15 @@ def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str 
     target = dtype or source.dtype
     if to == "official":
         to_official_config(config, {}, target)
-    if to == "hf" and config.kind != "transnormer":
-        raise UserError(
-            "the Hugging Face folder holds TransNormerLLM; the softmax baseline has no code there: use --to tnllm"
-        )
     if quantize and to != "hf":
         raise UserError(f"--quantize is for --to hf (torchao loads it through transformers), not --to {to}")
+    rounds = any(torch.promote_types(each, target) != target for each in source.dtypes())
+    if to == "hf" and config.kind == "transformer":
+        check_llama(config)
+        if quantize:
+            raise UserError("--quantize is for TransNormerLLM; quantize the baseline's folder with transformers")
+        outputs = llama_outputs(source, target, lambda name: _maker(source, name, target))
+        return Plan(to, target, rounds, outputs, None, {"format": "pt"})
     quantizer = Int8Quantizer() if quantize else None
     by_name: dict[str, list[Output]] = {}
     metadata = {"format": "pt"}
@@ -82,7 +85,6 @@ def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str 
             by_name[name].append(Output(HEAD, shape, written, output.make))
     if quantizer is not None:
         metadata["tensor_names"] = json.dumps([key for key in metadata if key != "format"])
-    rounds = any(torch.promote_types(each, target) != target for each in source.dtypes())
     return Plan(to, target, rounds, by_name, quantizer, metadata)
 
 

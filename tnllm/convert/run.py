@@ -210,14 +210,19 @@ def _compare(
         moved, share = check.compare(exact, before)
         notes.append(f"rounding to {plan.dtype} moves the logits by up to {moved:.2e}, {share:.2e} of the largest")
     read: Callable[[str], Tensor]
-    if plan.quantizer is not None:
-        read = plan.reader_of_quantized(open_tensors(folder, allow_int8=True))
+    tensors = open_tensors(folder, allow_int8=plan.quantizer is not None)
+    baseline = config.kind == "transformer"
+    if plan.quantizer is not None or (baseline and plan.to == "hf"):
+        read = plan.reader(tensors)
     else:
         result = open_source(folder)
         result.check()
         read = result.read
     if plan.to == "hf" and find_spec("transformers") is not None:
-        after = check.exported_logits(config, read, folder, progress)
+        if baseline:
+            after = check.llama_logits(config, tensors.read, folder, progress)
+        else:
+            after = check.exported_logits(config, read, folder, progress)
     else:
         if plan.to == "hf":
             notes.append(

@@ -9,13 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tnllm.convert import hf_folder
+from tnllm.convert import hf_folder, llama
 from tnllm.convert.fast_tokenizer import tokenizer_files
 from tnllm.convert.official import to_official_config
 from tnllm.convert.plan import Plan
 from tnllm.convert.source import Source
 from tnllm.files import format_count, read_json
-from tnllm.modeling.weights import CONFIG, GENERATION, GENERATION_DEFAULTS, TOKENIZER, config_json
+from tnllm.modeling.weights import CONFIG, GENERATION, GENERATION_DEFAULTS, TOKENIZER, config_json, trained_length
 from tnllm.tokenizer import TIKTOKEN_SUFFIX, Tokenizer
 
 # Other kinds of tokenizers (the released ablations use GPT-2's) are copied into Hugging Face folders.
@@ -51,16 +51,21 @@ def folder_files(
         notes.append(
             "the released Python files are not part of this package: put them beside the weights to load those with them"
         )
+    elif source.config.kind == "transformer":
+        length = trained_length(source.folder) or source.config.max_position
+        files[CONFIG] = hf_folder.json_text(llama.config_values(source.config, plan.dtype, generation, length))
+        files["README.md"] = llama.model_card(source, plan.dtype, _run_facts(path, source))
     else:
         values = hf_folder.config_values(source.config, plan.dtype, generation)
         if plan.quantizer is not None:
             values["quantization_config"] = plan.quantizer.config_values()
         files[CONFIG] = hf_folder.json_text(values)
-        files[GENERATION] = hf_folder.json_text(hf_folder.generation_values(generation))
         files.update(hf_folder.code_files())
         files["README.md"] = hf_folder.model_card(
             source, plan.dtype, _run_facts(path, source), plan.quantizer is not None
         )
+    if plan.to == "hf":
+        files[GENERATION] = hf_folder.json_text(hf_folder.generation_values(generation))
         if loaded is not None:
             fast_files, tokenizer_notes = tokenizer_files(loaded, generation)
             files.update(fast_files)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -303,14 +302,3 @@ class TransNormerLM(TemplateLM):
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
-
-
-def trained_length(folder: Path) -> int | None:
-    """Return the sequence length of training, from the run's config beside the weights; None if there is no config."""
-    for parent in (folder, *folder.parents[:2]):
-        path = parent / "config.resolved.yaml"
-        if path.is_file():
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            length = (values.get("data") or {}).get("seq_len")
-            return length if isinstance(length, int) else None
-    return None

@@ -255,3 +255,17 @@ def resolve_model(model: Path | str | None) -> Path:
         if (step / CONFIG).is_file():
             return step
     raise UserError(f"{folder} holds neither {CONFIG} nor weights/{CONFIG}; give a run folder or a weights folder")
+
+
+def trained_length(folder: Path) -> int | None:
+    """Return the sequence length of training, from the run's config beside the weights; None if there is no config."""
+    # Imported here, so that loading a model does not pay for it.
+    import yaml
+
+    for parent in (folder, *folder.parents[:2]):
+        path = parent / "config.resolved.yaml"
+        if path.is_file():
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            length = (values.get("data") or {}).get("seq_len")
+            return length if isinstance(length, int) else None
+    return None
