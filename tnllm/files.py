@@ -7,8 +7,6 @@ check_output_file(Path("loss.png"), "--plot")           # before the work that e
 values = read_json(folder / "config.json")              # a dict, or one clear line
 with only_writer(Path("runs/first")):                   # refuses a second writer by pid and host; ends with the process
     ...
-with lock(folder, busy="another process writes here"):  # the same for short work that others may wait for
-    ...
 parse_count("0.5M")                                     # 500000
 format_bytes(3 << 30)                                   # "3.00 GiB"
 """
@@ -190,31 +188,9 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def lock(folder: Path, busy: str, wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold `folder`/.lock. The system releases it when the process ends, even if it is killed.
-
-    Where another process holds it: raises UserError(`busy`), or with `wait`, calls that once and waits.
-    """
-    # Imported here, so that `tnllm --help` does not pay for it.
-    import filelock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        if wait is None:
-            raise UserError(busy) from None
-        wait()
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
-
-
-@contextmanager
-def only_writer(folder: Path, force: bool | None = None, wait_s: float = 0) -> Iterator[int]:
+def only_writer(
+    folder: Path, force: bool | None = None, wait_s: float = 0, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[int]:
     """Be the only process that writes `folder`, created if missing. Readers need no lock.
 
     `folder`/.lock is held by flock, so it is free when its process ends, even if killed. Inside it a JSON object says
@@ -222,15 +198,19 @@ def only_writer(folder: Path, force: bool | None = None, wait_s: float = 0) -> I
     removed at the end, and with it a folder made here that is still empty. Yields the descriptor: a child process that
     inherits it (`pass_fds`) holds the lock too.
 
-    Raises UserError, which names the writer, if there still is one after `wait_s`. A .lock left by another machine is
+    Calls `on_wait` once before it waits for another writer, and raises UserError, which names that writer, if there still
+    is one after `wait_s`. A .lock left by another machine is
     refused too, since that machine may still be writing; `force` ignores it. None: this command has no --force-unlock.
     """
-    path, made = Path(folder) / LOCK, [item for item in (folder, *Path(folder).parents) if not Path(item).exists()]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + wait_s
+    folder = Path(folder)
+    path, made = folder / LOCK, [item for item in (folder, *folder.parents) if not item.exists()]
+    until, waiting = time.monotonic() + wait_s, False
     while (handle := _take(path)) is None:
         if time.monotonic() >= until:
             raise UserError(f"{folder} is being written by {_writer(path)}; wait for it, or choose another folder")
+        if not waiting:
+            on_wait()
+        waiting = True
         time.sleep(0.1)
     try:
         record = _record(path)
@@ -267,7 +247,11 @@ def _take(path: Path) -> int | None:
     except ImportError:
         raise UserError("writing needs the file locks of Linux or macOS") from None
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # the folder was made for nothing by another process, and removed just now
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):

@@ -18,7 +18,7 @@ from tnllm.cleaning.records import read_records
 from tnllm.cleaning.run import clean as run_all
 from tnllm.cleaning.settings import CleanSettings, SlurmSection
 from tnllm.errors import RunError, UserError
-from tnllm.files import lock, write_text_atomic
+from tnllm.files import only_writer, write_text_atomic
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +179,7 @@ def test_the_recipe_may_say_stop(tmp_path):
 
 def test_one_process_at_a_time(tmp_path):
     out = tmp_path / "out"
-    with lock(out, busy="taken"), pytest.raises(UserError, match=r"another process is cleaning into .*out; wait"):
+    with only_writer(out), pytest.raises(UserError, match=r"out is being written by pid [0-9]+ on .*; wait for it"):
         run_all(sample(), out, 1, lambda progress: None)
 
 

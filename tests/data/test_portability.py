@@ -17,7 +17,7 @@ MODULES = [
 @pytest.mark.slow
 def test_without_fcntl():
     pytest.importorskip("datatrove")
-    # filelock and datatrove know how to do without; torch is imported first, since its own code is not in question.
+    # datatrove knows how to do without; torch is imported first, since its own code is not in question.
     code = "import sys, torch, datatrove.executor, datatrove.data\nsys.modules['fcntl'] = None\n"
     code += "sys.modules['resource'] = None\nimport " + ", ".join(MODULES)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

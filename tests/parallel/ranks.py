@@ -23,7 +23,6 @@ from tnllm.training.checkpoint import Saver, TrainState, load_checkpoint
 from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, make_optimizer
 from tnllm.training.run_model import fill_shards
-from tnllm.training.sharded import ShardedSaver, load_sharded
 
 STEPS = 10
 SIZE = {"vocab_size": 64, "model_dim": 32, "num_heads": 4, "num_layers": 2, "glu_dim": 48, "pad_token_id": None}
@@ -174,11 +173,11 @@ def hand_over(folder: Path, ports: list[int]) -> dict:
         mesh = open_mesh(*axes, "cpu", timeout_s=60)
         run = Together(config, False, mesh)
         if state.step:
-            state = load_sharded(folder / f"checkpoints/step-{state.step:08d}", run.sharded, run.optimizer)
+            state = load_checkpoint(folder / f"checkpoints/step-{state.step:08d}", run.sharded, run.optimizer)
         for _ in range(count):
             losses.append(run.step(state.step)[0])
             state.step, state.samples = state.step + 1, state.samples + 4
-        saver = ShardedSaver(folder, keep=2, background=True, tokenizer=None, sharded=run.sharded)
+        saver = Saver(folder, keep=2, background=True, tokenizer=None, ranks=run.ranks)
         saver.save(state, run.sharded, run.optimizer)
         saver.wait()
         full = full_weights(folder)
@@ -197,7 +196,7 @@ def hand_over(folder: Path, ports: list[int]) -> dict:
     torch.distributed.barrier()
     fill_shards(run.sharded, folder / "back/checkpoints/step-00000010")
     started = {name: p.detach().clone() for name, p in run.sharded.named_parameters()}
-    state = load_sharded(folder / "back/checkpoints/step-00000010", run.sharded, run.optimizer)
+    state = load_checkpoint(folder / "back/checkpoints/step-00000010", run.sharded, run.optimizer)
     same += difference(started, run.sharded, full_weights(folder / "back"))
     losses.append(run.step(9)[0])
     close_mesh(mesh)

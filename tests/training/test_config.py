@@ -218,7 +218,7 @@ def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     assert find_recipe("385m").name == "385m.yaml"
     assert fails("386m").endswith("did you mean '385m'?")
-    assert fails("recipes/385m.yaml").endswith("did you mean the packaged recipe '385m'?")
+    assert find_recipe("recipes/385m.yaml").name == "385m.yaml"
     (tmp_path / "385m").mkdir()  # a run folder of that name does not hide the recipe
     assert find_recipe("385m").name == "385m.yaml"
 

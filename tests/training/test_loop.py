@@ -19,9 +19,10 @@ from tnllm.tokenizer import train_tokenizer
 from tnllm.training.checkpoint import TrainState, list_checkpoints
 from tnllm.training.config import load_recipe
 from tnllm.training.loaders import open_loaders, open_tokenizer
-from tnllm.training.loop import Meter, make_trainer, train, train_step
+from tnllm.training.loop import train
 from tnllm.training.metrics import read_metrics
 from tnllm.training.signals import StopSignals
+from tnllm.training.trainer import make_trainer, train_step
 
 TIMES = ("time", "tokens_per_s", "mem_gib", "data_wait_s")
 ROOT = Path(__file__).parents[2]
@@ -167,16 +168,16 @@ def poison(trainer, at: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_nan_never_reaches_the_weights(recipe, tmp_path, monkeypatch, policy):
-    import tnllm.training.loop as loop
+    import tnllm.training.run as run
 
-    make = loop.make_trainer
+    make = run.make_trainer
 
     def poisoned(*args):
         trainer = make(*args)
         poison(trainer, at=2 * 7)  # two micro-batches a step
         return trainer
 
-    monkeypatch.setattr(loop, "make_trainer", poisoned)
+    monkeypatch.setattr(run, "make_trainer", poisoned)
     config = load_recipe(str(recipe), [f"train.nonfinite={policy}", "eval.every_steps=0", "log.every_steps=3"])
     if policy == "stop":
         with pytest.raises(RunError, match=r"step 7: loss nan.*global samples 48 to 55.*was refused"):
@@ -194,11 +195,11 @@ def test_a_refused_update_changes_nothing(config):
     loader, _ = open_loaders(config, open_tokenizer(config))
     trainer = make_trainer(config, loader, torch.device("cpu"))
     poison(trainer, at=3)
-    state, meter = TrainState(), Meter(trainer, None)
-    train_step(trainer, state, meter, StopSignals())
+    state = TrainState()
+    assert train_step(trainer, state, StopSignals())
     before = [p.clone() for p in trainer.model.parameters()]
     moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
-    train_step(trainer, state, meter, StopSignals())
+    assert train_step(trainer, state, StopSignals())
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, trainer.optimizer.state.values(), strict=True))
 
@@ -209,11 +210,11 @@ def test_a_signal_saves_and_leaves(recipe, tmp_path, monkeypatch, number, error)
 
     true = loop.train_step
 
-    def step(trainer, state, meter, signals):
-        assert true(trainer, state, meter, signals)
+    def step(trainer, state, signals):
+        update = true(trainer, state, signals)
         if state.step == 3:
             os.kill(os.getpid(), number)
-        return True
+        return update
 
     monkeypatch.setattr(loop, "train_step", step)
     with pytest.raises(error):
@@ -234,7 +235,7 @@ def test_a_signal_within_a_step_gives_the_step_up(config):
         return true(batch)
 
     trainer.loss_sum = loss_sum
-    assert not train_step(trainer, state, Meter(trainer, None), signals)
+    assert train_step(trainer, state, signals) is None
     assert state == TrainState()
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, trainer.model.parameters(), strict=True))
 

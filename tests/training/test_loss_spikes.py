@@ -36,13 +36,13 @@ def test_a_few_losses_are_not_judged():
 
 
 def test_a_run_reports_its_spikes(recipe, tmp_path, monkeypatch, capfd):
-    import tnllm.training.loop as loop
+    import tnllm.training.run as run
 
     class Jumpy(SpikeDetector):
         def check(self, step, loss):
             return Spike(step, loss, 1.5) if step == 7 else None
 
-    monkeypatch.setattr(loop, "SpikeDetector", Jumpy)
+    monkeypatch.setattr(run, "SpikeDetector", Jumpy)
     train(load_recipe(str(recipe), ["train.max_steps=8", "log.every_steps=4"]), tmp_path / "run")
     rows = list(map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()))
     [spike] = [row for row in rows if "spike_loss" in row]

@@ -33,8 +33,8 @@ from tnllm.parallel.ranks import Distributed, SingleProcess
 from tnllm.parallel.traffic import TRAFFIC_AXES, Traffic, axis_names
 from tnllm.training.config import RunConfig
 from tnllm.training.launch import is_lost_rank
-from tnllm.training.loop import compute_dtype
 from tnllm.training.metrics import matmul_rate
+from tnllm.training.trainer import compute_dtype
 
 # Largest relative difference of a loss, and of a gradient's norm, from one GPU's in any of ten steps. fp32: sums in
 # another order, as in tests/parallel. bf16: a mesh rounds other partial sums to 8 bits, and ten updates propagate that;
@@ -114,7 +114,7 @@ def check(step: Step, expected: dict[str, list[float]] | None) -> dict[str, Any]
     if expected is None:
         return {"status": "ok", **measured}
     loss, norm = (_difference(measured[key], expected[key]) for key in ("loss", "norm"))
-    loss_limit, norm_limit = LIMITS[compute_dtype(step.trainer.config, step.trainer.device)]
+    loss_limit, norm_limit = LIMITS[compute_dtype(step.trainer.config.train, step.trainer.device)]
     return {
         "status": "ok",
         "loss_difference": loss,

@@ -29,9 +29,9 @@ from tnllm.modeling.model import build_model
 from tnllm.parallel.mesh import Mesh
 from tnllm.training.checkpoint import TrainState
 from tnllm.training.config import DataSection, ParallelSection, RunConfig, ScheduleSection, TrainSection
-from tnllm.training.loop import Meter, Trainer, compute_dtype, make_trainer, train_step
 from tnllm.training.metrics import matmul_rate
 from tnllm.training.signals import StopSignals
+from tnllm.training.trainer import Trainer, compute_dtype, make_trainer, train_step
 
 # Largest relative error of loss and gradients (RMS over all parameters) that is still timed, in the step's precision:
 # bf16 keeps 8 bits, and the roundings of two blocks' products add up.
@@ -138,36 +138,29 @@ class RandomLoader:
         return self._batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
 
-class _Losses(Meter):
-    """Keeps losses and gradient norms on the device, so that no step waits for the host."""
-
-    seen: list[Tensor]
-
-    def add(self, loss: Tensor, norm: Tensor, rate: float, waited: float, state: TrainState) -> None:
-        self.seen.append(torch.stack([loss, norm]))
-
-
 class Step:
     """The trainer's step for `config`, on one device or a mesh; call it once per step."""
 
     def __init__(self, config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> None:
         self.trainer = trainer(config, device, mesh)
         self._state, self._signals = TrainState(), StopSignals()
-        self._meter = _Losses(self.trainer, None)
-        self._meter.seen = []
+        # On the device, so that no step waits for the host.
+        self._seen: list[Tensor] = []
 
     def __call__(self) -> None:
-        train_step(self.trainer, self._state, self._meter, self._signals)
+        update = train_step(self.trainer, self._state, self._signals)
+        assert update is not None, "no signal is caught here"
+        self._seen.append(torch.stack([update.loss, update.norm]))
 
     @property
     def losses(self) -> list[float]:
         """Of every step so far; waits for the device."""
-        return torch.stack(self._meter.seen)[:, 0].tolist()
+        return torch.stack(self._seen)[:, 0].tolist()
 
     @property
     def norms(self) -> list[float]:
         """The gradients' norm in every step so far; waits for the device."""
-        return torch.stack(self._meter.seen)[:, 1].tolist()
+        return torch.stack(self._seen)[:, 1].tolist()
 
 
 def trainer(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Trainer:
@@ -239,7 +232,7 @@ def step_environment(
     """Device, versions and settings that a step's time depends on; `peak`: the measured matrix product rate, FLOP/s."""
     environment = {
         **describe_device(device),
-        "dtype": str(compute_dtype(config, device)).removeprefix("torch."),
+        "dtype": str(compute_dtype(config.train, device)).removeprefix("torch."),
         "compiled": config.train.compile == "on",
         "matmul_tflop_per_s": None if peak is None else peak / 1e12,
         "steps": steps,
@@ -281,7 +274,7 @@ def check(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[
         assert ours.grad is not None and theirs.grad is not None
         wrong += float((ours.grad.cpu().double() - theirs.grad.double()).square().sum())
         size += float(theirs.grad.double().square().sum())
-    loss_limit, gradient_limit = LIMITS[compute_dtype(config, device)]
+    loss_limit, gradient_limit = LIMITS[compute_dtype(config.train, device)]
     value, target = loss_sum.item(), expected.item()
     loss, gradient = abs(value - target) / target, math.sqrt(wrong / size)
     return {

@@ -26,7 +26,7 @@ from tnllm.cleaning.settings import CleanSettings
 from tnllm.cleaning.steps import Writer, filter_steps
 from tnllm.data.corpus import find_files
 from tnllm.errors import RunError, UserError
-from tnllm.files import write_text_atomic
+from tnllm.files import LOCK, write_text_atomic
 
 RECORD = "recipe.json"
 
@@ -105,7 +105,7 @@ def _index(settings: CleanSettings, work: Path) -> Path | None:
 def _check_folder(out: Path, record: dict[str, Any], overwrite: bool) -> None:
     path = out / RECORD
     if not path.is_file():
-        others = sorted(item.name for item in out.iterdir() if item.name != ".lock") if out.is_dir() else []
+        others = sorted(item.name for item in out.iterdir() if item.name != LOCK) if out.is_dir() else []
         if others:
             raise UserError(f"{out} is not empty (it holds {others[0]}); choose a new folder")
         return

@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections import Counter
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from tnllm.data.corpus import find_files, read_documents
 from tnllm.data.documents import LeftOut
 from tnllm.data.folders import check_folder, refuse_replacing
 from tnllm.errors import MissingExtra, UserError
-from tnllm.files import lock, write_text_atomic
+from tnllm.files import LOCK, only_writer, write_text_atomic
 from tnllm.progress import log
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def clean(
     if not settings.input.path:
         raise UserError("no input is given; name files or folders, or set input.path in the recipe")
     files = _input_files(settings, out)
-    with _locked(out):
+    with only_writer(out):
         started = time.time()
         run = open_run(settings, out, files, overwrite)
         if not run_stages(run.stages, executor, workers, settings.slurm, on_progress):
@@ -77,7 +76,7 @@ def self_clean_alone(settings: CleanSettings, out: Path, device: str = "auto") -
     if not settings.self_clean.rounds:
         raise UserError("self_clean.rounds is 0; give a recipe with rounds, or --set self_clean.rounds=1")
     files = _input_files(settings, out)
-    with _locked(out):
+    with only_writer(out):
         source = out / "work" / "unique"
         _check_same(settings, out)
         if not (source / "done").exists():
@@ -98,12 +97,8 @@ def _input_files(settings: CleanSettings, out: Path) -> list[Path]:
     return find_files(settings.input.path, leave_out=out)
 
 
-def _locked(out: Path) -> AbstractContextManager[None]:
-    return lock(out, busy=f"another process is cleaning into {out}; wait for it or choose another folder")
-
-
 def _check_same(settings: CleanSettings, out: Path) -> None:
-    others = sorted(item.name for item in out.iterdir() if item.name != ".lock")
+    others = sorted(item.name for item in out.iterdir() if item.name != LOCK)
     if others and not (out / "recipe.json").exists():
         raise UserError(f"{out} is not empty (it holds {others[0]}); choose a new folder")
     record = json.dumps(settings.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"

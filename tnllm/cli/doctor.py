@@ -19,7 +19,7 @@ EPILOG = examples("tnllm doctor --json")
 
 # Import names of required packages, and of each extra.
 REQUIRED = (
-    "torch", "typer", "rich", "safetensors", "sentencepiece", "lm_eval", "numpy", "pydantic", "yaml", "filelock", "jinja2",
+    "torch", "typer", "rich", "safetensors", "sentencepiece", "lm_eval", "numpy", "pydantic", "yaml", "jinja2",
 )  # fmt: skip
 EXTRAS = {
     "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard", "rensa", "resiliparse"),

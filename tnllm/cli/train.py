@@ -88,7 +88,8 @@ def _scorer(config: "RunConfig") -> Any:
     from tnllm.evaluation.during_training import task_scorer
     from tnllm.training.run_model import chat_template
 
-    return task_scorer(section.tasks, section.tasks_limit, section.tasks_data_dir, log, chat_template(config))
+    template = chat_template(config.data.chat_template, config.init_folder)
+    return task_scorer(section.tasks, section.tasks_limit, section.tasks_data_dir, log, template)
 
 
 def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) -> None:

@@ -10,6 +10,7 @@ needs the usual `if __name__ == "__main__"`.
 
 import errno
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from tnllm.data.encode import Encoded, Group, OnError, Options, encode_groups, r
 from tnllm.data.folders import check_folder, refuse_replacing
 from tnllm.data.shards import Manifest, Shard
 from tnllm.errors import RunError, UserError
-from tnllm.files import lock, sha256_file, write_bytes_atomic
+from tnllm.files import LOCK, only_writer, sha256_file, write_bytes_atomic
 from tnllm.progress import Report, Status
 from tnllm.tokenizer import FILE_NAME, Tokenizer
 
@@ -71,7 +72,7 @@ def tokenize_corpus(
         print(f"waiting for another process that is writing {out}", file=sys.stderr, flush=True)
 
     try:
-        with lock(out, busy=f"another process is writing {out}", wait=tell_wait):
+        with only_writer(out, wait_s=math.inf, on_wait=tell_wait):
             manifest = _begin(out, fresh, tokenizer, overwrite)
             if manifest.complete:
                 return manifest
@@ -174,7 +175,7 @@ def _difference(old: Manifest, new: Manifest) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    fixed = (shards.MANIFEST, shards.TOKEN_BYTES, FILE_NAME, ".lock")
+    fixed = (shards.MANIFEST, shards.TOKEN_BYTES, FILE_NAME, LOCK)
     is_shard = path.name.startswith(("train-", "val-")) and path.suffix in (".bin", ".idx")
     return path.name in fixed or is_shard or ".tmp-" in path.name
 
@@ -183,7 +184,7 @@ def _clear(out: Path) -> None:
     # The manifest goes first: without it the folder no longer counts as token shards.
     (out / shards.MANIFEST).unlink(missing_ok=True)
     for path in list(out.iterdir()):
-        if _is_ours(path) and path.name != ".lock":
+        if _is_ours(path) and path.name != LOCK:
             path.unlink()
 
 

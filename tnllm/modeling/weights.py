@@ -9,19 +9,14 @@ run folder, a step folder or None. Nothing here is ever unpickled.
 
 import json
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.api import CheckpointException
 
 from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
@@ -153,44 +148,22 @@ def load_model(
     model = model.to_empty(device=device)
     target = model.state_dict()
     if (folder / CHECKPOINT).is_dir():
-        _load_checkpoint(target, folder / CHECKPOINT)
+        try:
+            _load_files(target, sorted((folder / CHECKPOINT).glob("*.safetensors")), folder / CHECKPOINT)
+        except RunError as error:
+            raise RunError(
+                f"{error}; {folder} is damaged or not a checkpoint of this model: take another step"
+            ) from None
     else:
-        _load_files(target, folder)
+        _load_files(target, tensor_files(folder), folder)
     if lora is not None and merge:
         merge_lora(model)
     return model.eval().requires_grad_(False)
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Raise the underlying error of a torch.distributed.checkpoint.CheckpointException.
-
-    That class derives from BaseException, so `except Exception` does not catch it.
-    """
-    try:
-        yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
-
-
-def _load_checkpoint(target: dict[str, Tensor], folder: Path) -> None:
-    """Fill `target` from a training checkpoint, written by any number of ranks."""
-    try:
-        # Headers first: for a damaged one the reader below would log pages.
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, framework="pt"):
-                pass
-        with warnings.catch_warnings(), plain_errors():
-            warnings.simplefilter("ignore", UserWarning)  # a single process is intended
-            dcp.load(dict(target), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{folder} is damaged or not a checkpoint of this model ({reason}); take another step") from None
-
-
-def _load_files(target: dict[str, Tensor], folder: Path) -> None:
+def _load_files(target: dict[str, Tensor], files: Sequence[Path], folder: Path) -> None:
     missing = set(target)
-    for file in tensor_files(folder):
+    for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a mapping)

@@ -38,7 +38,7 @@ class SharedError(UserError):
 class SingleProcess:
     """A run of one process."""
 
-    size, main, data_rank, data_size = 1, True, 0, 1
+    size, rank, main, data_rank, data_size = 1, 0, True, 0, 1
 
     def start_step(self, labels: int, signals: Signals) -> int | None:
         """Labels of the step summed over ranks; None if the run must stop instead."""
@@ -60,6 +60,10 @@ class SingleProcess:
         """Every rank's value, by rank."""
         return [value]
 
+    def gather_in_background(self, value: T) -> list[T]:
+        """Every rank's value, by rank; for a thread beside the training loop, and slow ranks get an hour."""
+        return [value]
+
     def main_first(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0, then on the others; a UserError of rank 0 is raised on every rank."""
         return work()
@@ -78,7 +82,7 @@ class Distributed(SingleProcess):
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.size, self.main = mesh.world_size, mesh.rank == 0
+        self.size, self.rank, self.main = mesh.world_size, mesh.rank, mesh.rank == 0
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
         self._control = mesh.groups["control"]
         # Ranks that read the same rows count the same labels.
@@ -119,6 +123,11 @@ class Distributed(SingleProcess):
         values = torch.zeros(self.size, dtype=torch.float64)
         dist.all_gather(list(values.split(1)), torch.tensor([value], dtype=torch.float64), group=self._control)
         return values.tolist()
+
+    def gather_in_background(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.mesh.groups["files"])
+        return values
 
     def main_first(self, work: Callable[[], T]) -> T:
         result = self._run_on_main(work)

@@ -1,35 +1,47 @@
-"""Crash-safe checkpoints: a run killed at any time resumes exactly.
+"""Crash-safe checkpoints: a run killed at any time resumes exactly, on any number of ranks.
 
     saver = Saver(run, keep=3, background=True, tokenizer=path)
     saver.save(state, model, optimizer)               # snapshot now, write in the background
     folder = find_checkpoint(run, "auto", log=print)  # the newest complete one, or None
     state = load_checkpoint(folder, model, optimizer)
 
-A step folder holds `model/` and `optimizer/` (torch.distributed.checkpoint over safetensors, readable by any number of
-ranks), `config.json` and `tokenizer.model` (so the folder can be generated from), `state.json` (step, samples, tokens) and
-`manifest.json` (size and SHA-256 of every other file). It is written as a temporary folder, flushed and renamed; then
-`latest` is replaced.
-Nothing is pickled.
+A step folder holds what `contents` lists as full tensors (`model/` and `optimizer/`, safetensors that
+torch.distributed.checkpoint reads too), `config.json` and `tokenizer.model` (so the folder can be generated from),
+`state.json` (`TrainState`) and `manifest.json` (size and SHA-256 of every other file). It is written as a temporary
+folder, flushed and renamed; then `latest` is replaced. Nothing is pickled.
+
+On a mesh every rank makes the same calls in the same order. Each rank of the first copy of the model owns some tensors
+(`gather_full`) and writes them, so none holds or writes more than its share. When loading, every rank reads its own
+slices. All ranks must see the same run folder.
 """
 
 import json
+import os
+import re
 import shutil
 import threading
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from tnllm.errors import RunError, UserError
-from tnllm.files import read_json, sha256_file, write_text_atomic, written_folder
+from tnllm.files import read_json, replace_dir, sha256_file, write_text_atomic
 from tnllm.modeling.model import LanguageModel
-from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, plain_errors, read_lora
-from tnllm.training.optim import Parameters
+from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, read_lora
+from tnllm.parallel.ranks import SingleProcess
+from tnllm.training.gather import Local, gather_full
+
+if TYPE_CHECKING:
+    from tnllm.parallel.parallelize import ShardedModel
+
+    AnyModel = LanguageModel | ShardedModel
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 
@@ -44,6 +56,27 @@ class TrainState:
     skipped: int = 0
 
 
+def contents(model: "AnyModel", optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Local]]:
+    """Folder → name → the tensors of a checkpoint on this rank, each with its layout (None: complete on every rank).
+
+    Loading copies into the same tensors, and makes `rng.cpu` the state of torch's generator. AdamW's moments and step
+    counts are named by parameter; zeros are created before the first update.
+    """
+    layouts = {} if isinstance(model, LanguageModel) else {name: shard.layout for name, shard in model.shards.items()}
+    weights: dict[str, Local] = {}
+    moments: dict[str, Local] = {"rng.cpu": (torch.get_rng_state(), None)}
+    for name, parameter in model.named_parameters():
+        weights[name] = (parameter.detach(), layouts.get(name))
+        if not parameter.requires_grad:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        moments |= {f"{key}.{name}": (value, layouts.get(name) if value.ndim else None) for key, value in state.items()}
+    return {"model": weights, "optimizer": moments}
+
+
 def step_name(step: int) -> str:
     """`step-00001000`."""
     return f"step-{step:08d}"
@@ -52,69 +85,101 @@ def step_name(step: int) -> str:
 class Saver:
     """Writes one checkpoint at a time and keeps the newest `keep` (0: all). A failed write is raised by the next call."""
 
-    def __init__(self, run: Path, keep: int, background: bool, tokenizer: Path | None) -> None:
+    def __init__(
+        self, run: Path, keep: int, background: bool, tokenizer: Path | None, ranks: SingleProcess | None = None
+    ) -> None:
         self.run, self.folder, self.keep, self.background = run, run / "checkpoints", keep, background
-        self.tokenizer = tokenizer
-        remove_unfinished(self.folder)
+        self.tokenizer, self.ranks = tokenizer, ranks or SingleProcess()
+        if self.ranks.main:
+            remove_unfinished(self.folder)
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: str | None = None
 
-    def save(self, state: TrainState, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, state: TrainState, model: "AnyModel", optimizer: torch.optim.Optimizer) -> None:
         """Copy everything now and write it, in a background thread if so configured; first waits for the previous write."""
         self.wait()
-        tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-        moments = {name: value.cpu().clone() for name, value in optimizer_tensors(model, optimizer).items()}
-        moments["rng.cpu"] = torch.get_rng_state()
-        config = config_json(model.config, model.head_weight.dtype, model.lora)
-        snapshot = TrainState(**asdict(state))
-
-        def write() -> None:
-            self._write(snapshot, tensors, moments, config)
-
-        if self.background:
-            self._thread = threading.Thread(target=self._guard, args=(write,), name="checkpoint")
-            self._thread.start()
-        else:
-            self._guard(write)
+        owned = gather_full(contents(model, optimizer), None if isinstance(model, LanguageModel) else model.mesh)
+        full = model if isinstance(model, LanguageModel) else model.model
+        described = {
+            CONFIG: config_json(full.config, full.head_weight.dtype, full.lora),
+            STATE: json.dumps(asdict(state), indent=2) + "\n",
+        }
+        self._thread = threading.Thread(
+            target=self._write, args=(step_name(state.step), owned, described), name="checkpoint"
+        )
+        self._thread.start()
+        if not self.background:
             self.wait()
 
     def wait(self) -> None:
-        """Return once the last checkpoint is on disk. Raises RunError if it could not be written."""
+        """Return once the last checkpoint is on disk. Raises RunError, on every rank, if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise RunError(f"the checkpoint could not be written ({error}); the one before is intact") from error
+            failed = RunError(f"the checkpoint could not be written ({error}); the one before is intact")
+            raise self.ranks.as_shared_error(failed)
 
-    def _guard(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except BaseException as error:  # raised by `wait` in the main thread
-            self._error = error
+    def _write(self, name: str, owned: dict[str, dict[str, Tensor]], described: dict[str, str]) -> None:
+        """Each rank writes its files, then rank 0 the rest. An error on one rank is sent to all, so that none hangs."""
+        final = self.folder / name
+        temporary = final.with_name(f"{name}.tmp-save")
+        main = self.ranks.main
+        started = self._on_all_ranks(lambda: _make_folders(temporary, owned) if main else None)
+        sums = None if started is None else self._on_all_ranks(lambda: self._write_own(owned, temporary))
+        if sums is not None:
+            self._on_all_ranks(lambda: self._finish(described, temporary, final, sums) if main else None)
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write(self, state: TrainState, tensors: dict[str, Tensor], moments: dict[str, Tensor], config: str) -> None:
-        final = self.folder / step_name(state.step)
-        with written_folder(final) as temporary:
-            _save_tensors(tensors, temporary / "model")
-            _save_tensors(moments, temporary / "optimizer")
-            write_description(temporary, state, config, self.tokenizer)
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            write_manifest(temporary, file_sums(files, temporary))
+    def _write_own(self, owned: dict[str, dict[str, Tensor]], temporary: Path) -> dict[str, Any]:
+        files = []
+        for folder, tensors in owned.items():
+            if tensors:
+                files.append(temporary / folder / f"rank-{self.ranks.rank:05d}.safetensors")
+                save_file(tensors, files[-1], metadata={"format": "pt"})
+                with open(files[-1], "rb") as file:
+                    os.fsync(file.fileno())
+        return _file_sums(files, temporary)
+
+    def _finish(self, described: dict[str, str], temporary: Path, final: Path, sums: list[Any]) -> None:
+        for name, text in described.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        if self.tokenizer is not None:
+            shutil.copyfile(self.tokenizer, temporary / TOKENIZER)
+        manifest = _file_sums([path for path in temporary.iterdir() if path.is_file()], temporary)
+        for rank_sums in sums:
+            manifest |= rank_sums
+        text = json.dumps(dict(sorted(manifest.items())), indent=2) + "\n"
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
+        replace_dir(temporary, final)
         publish_checkpoint(final, self.run, self.keep)
 
+    def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any] | None:
+        """Call `work` on every rank and return all results. If it failed on one: keeps the error and returns None."""
+        mine: tuple[Any, str | None]
+        try:
+            mine = (work(), None)
+        except Exception as error:  # any failure must reach the other ranks, and the main thread
+            mine = (None, _reason(error) if self.ranks.size == 1 else f"rank {self.ranks.rank}: {_reason(error)}")
+        try:
+            everyone = self.ranks.gather_in_background(mine)
+        except RuntimeError as error:
+            everyone = [(None, f"another rank was lost: {str(error).splitlines()[0]}")]
+        self._error = self._error or next((error for _, error in everyone if error), None)
+        return None if self._error else [result for result, _ in everyone]
 
-def write_description(folder: Path, state: TrainState, config: str, tokenizer: Path | None) -> None:
-    """Write what a checkpoint holds beside its tensors: state.json, config.json and the tokenizer."""
-    (folder / CONFIG).write_text(config, encoding="utf-8")
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
-    (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+
+def _reason(error: Exception) -> str:
+    """The system's words for a failed write, which safetensors wraps in its own."""
+    system = re.search(r"I/O error: (.*) \(os error [0-9]+\)", str(error))
+    return system[1] if system else str(error)
 
 
-def write_manifest(folder: Path, sums: dict[str, list[int | str]]) -> None:
-    """Write `file_sums` of a checkpoint's files into it."""
-    (folder / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+def _make_folders(temporary: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (temporary / name).mkdir(parents=True)
 
 
 def publish_checkpoint(folder: Path, run: Path, keep: int) -> None:
@@ -131,36 +196,7 @@ def remove_unfinished(checkpoints: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def optimizer_tensors(model: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts by parameter name; zeros are created before the first update."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        tensors.update({f"{key}.{name}": value for key, value in state.items()})
-    return tensors
-
-
-def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that only one process saves is intended
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        with plain_errors():
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-
-
-def _load_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        with plain_errors():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-
-
-def file_sums(files: list[Path], folder: Path) -> dict[str, list[int | str]]:
+def _file_sums(files: list[Path], folder: Path) -> dict[str, list[int | str]]:
     """The manifest's entries for `files`: size and SHA-256, by path relative to `folder`."""
     return {str(path.relative_to(folder)): [path.stat().st_size, sha256_file(path)] for path in files}
 
@@ -223,17 +259,34 @@ def _latest(run: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Load model, optimizer and random state in place; returns where the run was."""
-    check_same_model(folder, model)
-    with torch.no_grad():
-        tensors = dict(model.state_dict())
-        moments = optimizer_tensors(model, optimizer)
-        moments["rng.cpu"] = torch.get_rng_state()
-        _load_tensors(tensors, folder / "model")
-        _load_tensors(moments, folder / "optimizer")
-    torch.set_rng_state(moments["rng.cpu"])
+def load_checkpoint(folder: Path, model: "AnyModel", optimizer: torch.optim.Optimizer) -> TrainState:
+    """Load model, optimizer and random state in place, of a checkpoint from any mesh; returns where the run was.
+
+    The checkpoint must be of the same model (`check_same_model`).
+    """
+    everything = contents(model, optimizer)
+    for name, tensors in everything.items():
+        _load_slices(tensors, folder / name)
+    torch.set_rng_state(everything["optimizer"]["rng.cpu"][0])
     return TrainState(**read_json(folder / STATE))
+
+
+def _load_slices(tensors: dict[str, Local], folder: Path) -> None:
+    """Copy this rank's slices of the full tensors in `folder`'s safetensors files."""
+    with ExitStack() as stack, torch.no_grad():
+        files = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            files.update(dict.fromkeys(file.keys(), file))
+        for key, (local, layout) in tensors.items():
+            if key not in files:
+                raise RunError(f"{folder} has no tensor {key}; it holds another model")
+            if layout is None:
+                local.copy_(files[key].get_tensor(key))
+                continue
+            stored = files[key].get_slice(key)
+            for mine, slices in layout.slices():
+                local[mine].copy_(stored[slices])
 
 
 def check_same_model(folder: Path, model: LanguageModel) -> None:

@@ -82,7 +82,7 @@ def _open_conversations(
     config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int
 ) -> tuple[InstructLoader, InstructLoader | None]:
     data = config.data
-    template = chat_template(config)
+    template = chat_template(data.chat_template, config.init_folder)
     split_template(template)
     sources = data.path or (DataSource(path=str(assets.sample_instructions()), weight=None),)
     files = list(chain.from_iterable(find_instruction_files(source.path) for source in sources))

@@ -12,8 +12,8 @@ from tnllm import assets
 from tnllm.errors import UserError
 from tnllm.modeling.flops import count_parameters
 from tnllm.modeling.model import build_model
-from tnllm.tokenizer import Tokenizer
-from tnllm.training.config import DataSection, RunConfig, load_recipe
+from tnllm.training.config import DataSection, load_recipe
+from tnllm.training.loaders import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,9 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
         tokens=config.total_steps * config.train.global_batch_tokens,
         steps=config.total_steps,
         ranks=config.world_size,
-        tokenizer=str(_check_tokenizer(config).path),
+        tokenizer=str(open_tokenizer(config).path),
         data=_check_data(config.data),
     )
-
-
-def _check_tokenizer(config: RunConfig) -> Tokenizer:
-    tokenizer = Tokenizer.load(assets.tokenizer_model(config.tokenizer.path))
-    advice = f"set model.vocab_size={tokenizer.vocab_size} or use a smaller tokenizer"
-    tokenizer.check_vocabulary(config.model.vocab_size, advice)
-    return tokenizer
 
 
 def _check_data(data: DataSection) -> list[str]:

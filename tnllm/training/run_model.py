@@ -2,7 +2,7 @@
 
 model = make_model(config, device, low)       # train.init, train.weights, lora and recomputation applied
 model = make_meta_model(config, low)          # the same shapes and dtypes on the meta device, for a mesh
-publish(model, out, config, tokenizer, dtype) # weights/, and adapter/ if there is one
+publish(model, out, tokenizer, dtype, base, template)   # weights/, and adapter/ if there is one
 """
 
 from pathlib import Path
@@ -15,7 +15,6 @@ from tnllm.files import read_json
 from tnllm.modeling.lora import add_lora, merge_lora, save_adapter
 from tnllm.modeling.model import LanguageModel, build_model
 from tnllm.modeling.weights import GENERATION, load_model, save_model
-from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -67,21 +66,24 @@ def fill_shards(sharded: "ShardedModel", folder: Path) -> None:
                 shard.local[local].copy_(weights[name][full])
 
 
-def chat_template(config: RunConfig) -> str:
-    """The form of a prompt: data.chat_template, else that of the weights in train.init, else the default."""
-    if config.data.chat_template is not None:
-        return config.data.chat_template
-    folder = config.init_folder
+def chat_template(given: str | None, folder: Path | None) -> str:
+    """The form of a prompt: as `given` in data.chat_template, else that of the weights in `folder`, else the default."""
+    if given is not None:
+        return given
     if folder is not None and (folder / GENERATION).is_file():
         return str(read_json(folder / GENERATION).get("chat_template", DEFAULT))
     return DEFAULT
 
 
-def publish(model: LanguageModel, out: Path, config: RunConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """Write `out`/weights; an adapter goes to `out`/adapter and is merged into `model` first, in place."""
+def publish(
+    model: LanguageModel, out: Path, tokenizer: Path, dtype: torch.dtype, base: Path | None, template: str | None
+) -> None:
+    """Write `out`/weights; an adapter goes to `out`/adapter and is merged into `model` first, in place.
+
+    `base`: the weights that the run started from. `template`: the form of a prompt, if the model was trained to chat.
+    """
     if model.lora is not None:
-        folder = config.init_folder
-        save_adapter(model, out / "adapter", base=None if folder is None else str(folder.absolute()))
+        save_adapter(model, out / "adapter", base=None if base is None else str(base.absolute()))
         merge_lora(model)
-    generation = {"chat_template": chat_template(config)} if config.data.format == "chat" else None
-    save_model(model, out / "weights", tokenizer=tokenizer.path, dtype=dtype, generation=generation)
+    generation = None if template is None else {"chat_template": template}
+    save_model(model, out / "weights", tokenizer=tokenizer, dtype=dtype, generation=generation)

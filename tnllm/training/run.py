@@ -1,0 +1,281 @@
+"""An open run: its folder, its ranks and its data, from the first check to the published weights.
+
+with open_run(config, Path("runs/tiny"), resume="auto") as run:
+    ...                                                          # training steps, see tnllm/training/loop.py
+    finish(run)
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tnllm import __version__
+from tnllm.device import pick_device
+from tnllm.errors import UserError
+from tnllm.files import format_count, format_duration, write_text_atomic
+from tnllm.modeling.flops import count_parameters, flops_per_token, lora_parameters
+from tnllm.modeling.weights import TOKENIZER, load_model
+from tnllm.parallel.mesh import Mesh
+from tnllm.parallel.ranks import Distributed, SingleProcess
+from tnllm.tokenizer import Tokenizer
+from tnllm.training.checkpoint import (
+    Saver,
+    TrainState,
+    check_same_model,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    step_name,
+)
+from tnllm.training.config import RunConfig
+from tnllm.training.display import RunDisplay
+from tnllm.training.loaders import AnyLoader, open_loaders, open_tokenizer
+from tnllm.training.loss_spikes import Spike, SpikeDetector
+from tnllm.training.memory import fit_memory, free_bytes
+from tnllm.training.meter import NonFinitePolicy, StepTimer
+from tnllm.training.metrics import MetricsLog, matmul_rate
+from tnllm.training.profile import Profile
+from tnllm.training.run_model import chat_template, publish
+from tnllm.training.signals import StopSignals
+from tnllm.training.trainer import Trainer, Update, compute_dtype, make_trainer
+
+
+@dataclass
+class Run:
+    """A run that can take steps. `peak_tokens_per_s`: at the measured matrix product rate of all ranks (None: unknown)."""
+
+    out: Path
+    trainer: Trainer
+    state: TrainState
+    tokenizer: Tokenizer
+    validation: AnyLoader | None
+    saver: Saver
+    metrics: MetricsLog
+    display: RunDisplay
+    signals: StopSignals
+    profile: Profile
+    nonfinite: NonFinitePolicy
+    peak_tokens_per_s: float | None
+    timer: StepTimer = field(default_factory=StepTimer)
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
+    saved_step: int = 0
+    learning_rate: float = 0.0
+    _unread: list[Update] = field(default_factory=list)
+
+    def add(self, update: Update) -> None:
+        """Count an update. Its loss stays on the device until `check_updates`."""
+        self._unread.append(update)
+        self.timer.add(update)
+        self.learning_rate = update.learning_rate
+        self.profile.step()
+        self.display.advance(update.step)
+
+    def report(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl and its line of the log."""
+        self.metrics.write(row)
+        self.display.row(row)
+
+    def check_updates(self) -> tuple[float, float]:
+        """Read the updates since the last call, which waits for the device; returns loss and norm of the newest.
+
+        Applies train.nonfinite to those that were refused, and reports spikes of the loss.
+        """
+        updates, rows = self._unread, self.trainer.config.global_batch_rows
+        self._unread = []
+        values = torch.stack([torch.stack([update.loss, update.norm]) for update in updates]).tolist()
+        for update, (loss, norm) in zip(updates, values, strict=True):
+            last = update.first_sample + rows - 1
+            if not abs(loss) < float("inf") or not abs(norm) < float("inf"):
+                self.nonfinite.refused(update, last, loss, norm, self.state)
+                continue
+            self.nonfinite.accepted()
+            spike = self.spikes.check(update.step, loss)
+            if spike is not None:
+                self._report_spike(spike, update.first_sample, last)
+        loss, norm = values[-1]
+        return loss, norm
+
+    def _report_spike(self, spike: Spike, first: int, last: int) -> None:
+        tokens = (last + 1) * self.trainer.config.data.seq_len
+        losses = {"spike_loss": spike.loss, "usual_loss": spike.usual}
+        samples = {"first_sample": first, "last_sample": last}
+        self.metrics.write({"step": spike.step, "tokens": tokens, **losses, **samples, "time": time.time()})
+        self.display.log(
+            f"loss spike at step {spike.step}: {spike.loss:.4f}, usually {spike.usual:.4f} "
+            f"(global samples {first} to {last})"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, in the background if so configured."""
+        if self._unread:
+            self.check_updates()
+        self.saver.save(self.state, self.trainer.parameters, self.trainer.optimizer)
+        self.saved_step = self.state.step
+
+
+@contextmanager
+def open_run(config: RunConfig, out: Path, resume: str | None, mesh: Mesh | None = None) -> Iterator[Run]:
+    """Check everything, then open the run folder `out`, build the model and load a checkpoint; see `train`."""
+    device = pick_device(config.train.device, "train.device") if mesh is None else mesh.device
+    ranks = SingleProcess() if mesh is None else Distributed(mesh)
+    tokenizer = ranks.main_first(lambda: open_tokenizer(config))
+    loader, validation = ranks.main_first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
+    ranks.broadcast_from_main(lambda: _open_folder(out, resume))
+    display = RunDisplay(out / "train.log", config.total_steps, quiet=not ranks.main)
+    with display, StopSignals(shared=ranks.size > 1) as signals:
+        config = fit_memory(config, device, display.log, ranks.all_reduce_min(free_bytes(device) / _sharing(device)))
+        trainer = make_trainer(config, loader, device, mesh)
+        checkpoint = ranks.broadcast_from_main(lambda: _usable_checkpoint(out, resume, tokenizer, trainer, display))
+        state = TrainState()
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, trainer.parameters, trainer.optimizer)
+        saver = Saver(out, config.checkpoint.keep, config.checkpoint.async_save, tokenizer.path, ranks)
+        if ranks.main:
+            write_environment(out, config.to_yaml(), device)
+        for line in _opening_lines(trainer, checkpoint, state):
+            display.log(line)
+        peak = matmul_rate(device)
+        run = Run(
+            out,
+            trainer,
+            state,
+            tokenizer,
+            validation,
+            saver,
+            MetricsLog(out / "metrics.jsonl" if ranks.main else None, state.step, config.log.tensorboard),
+            display,
+            signals,
+            Profile(out / "profile", config.log.profile_steps if ranks.main else 0, device, display.log),
+            NonFinitePolicy(config.train.nonfinite, out / "nonfinite.jsonl", ranks),
+            peak * ranks.size / flops_per_token(config.model, config.data.seq_len) if peak else None,
+            saved_step=state.step,
+        )
+        yield run
+
+
+def finish(run: Run, outer_command: bool = False) -> None:
+    """Save what is not saved and close the files; publish the weights, or after a signal raise what ends the process."""
+    if run.signals.stop and run.saved_step < run.state.step:
+        run.save()
+    run.profile.close()
+    run.saver.wait()
+    run.metrics.close()
+    if run.signals.stop:
+        step = run.state.step
+        how = "run the same command again to resume" if outer_command else "resume with --resume auto"
+        run.display.log(f"stopped after step {step}, saved at step {run.saved_step}; {how}")
+        run.signals.leave(how)
+    if run.trainer.ranks.main:
+        advice = _publish(run)
+        run.display.log(f"weights in {run.out / 'weights'}{'' if outer_command else advice}")
+
+
+def _publish(run: Run) -> str:
+    """Write weights/ after the last step; returns how to use them."""
+    config, model, out = run.trainer.config, run.trainer.model, run.out
+    if run.trainer.ranks.size > 1:
+        # The last checkpoint holds full tensors; each rank has only its shards.
+        model = load_model(out / "checkpoints" / step_name(run.state.step), "cpu", merge=False)
+    chat, base = config.data.format == "chat", config.init_folder
+    template = chat_template(config.data.chat_template, base) if chat else None
+    publish(model, out, run.tokenizer.path, compute_dtype(config.train, run.trainer.device), base, template)
+    how = "--chat" if chat else "--prompt '...'"
+    return f"; try: tnllm generate --model {out} {how}"
+
+
+def _open_folder(out: Path, resume: str | None) -> None:
+    if resume is None and ((out / "metrics.jsonl").exists() or list_checkpoints(out)):
+        raise UserError(f"{out} holds a run already; add --resume auto to resume it, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _usable_checkpoint(
+    out: Path, resume: str | None, tokenizer: Tokenizer, trainer: Trainer, display: RunDisplay
+) -> Path | None:
+    checkpoint = find_checkpoint(out, resume, display.log) if resume else None
+    if checkpoint is not None:
+        keep_tokenizer(checkpoint, tokenizer)
+        check_same_model(checkpoint, trainer.model)
+    return checkpoint
+
+
+def keep_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Raise UserError if `tokenizer` is not the one that the checkpoint was trained with."""
+    ours = checkpoint / TOKENIZER
+    if ours.is_file() and Tokenizer.load(ours).sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{tokenizer.path} is not the tokenizer this run was trained with ({ours}); a resumed run keeps its tokenizer"
+        )
+
+
+def _sharing(device: torch.device) -> int:
+    """Processes that share the memory of `device`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+
+
+def write_environment(out: Path, config_yaml: str, device: torch.device) -> None:
+    """Write config.resolved.yaml and env.json: what runs, and on what."""
+    write_text_atomic(out / "config.resolved.yaml", config_yaml)
+    cuda = device.type == "cuda"
+    environment = {
+        "tnllm": __version__,
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_text_atomic(out / "env.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _opening_lines(trainer: Trainer, checkpoint: Path | None, state: TrainState) -> Iterator[str]:
+    """What a run says before its first step."""
+    config, device, several = trainer.config, trainer.device, trainer.ranks.size > 1
+    if checkpoint is not None:
+        yield f"resumed from {checkpoint} after step {state.step}"
+    tokens = config.total_steps * config.global_batch_rows * config.data.seq_len
+    passes = config.total_steps * config.global_batch_rows / trainer.loader.num_rows
+    size = f"{format_count(count_parameters(config.model))} parameters"
+    if config.lora.rank:
+        size += f", frozen, with an adapter of {format_count(lora_parameters(config.model, config.lora))}"
+    yield (
+        f"{config.model.kind} {size} on {device}; "
+        f"{config.total_steps} steps of {format_count(config.train.global_batch_tokens)} tokens = "
+        f"{format_count(tokens)} tokens, {passes:.2f} passes over the data"
+    )
+    if config.data.path is None:
+        sample = "corpus that ships" if config.data.format == "text" else "conversations that ship"
+        yield f"data: the sample {sample}; name your own with --set data.path=FOLDER_OR_FILE"
+    if device.type == "cpu" and checkpoint is None and not several:
+        yield _forecast(trainer, tokens)
+    if trainer.compiled:
+        yield "compiling the model: the first step takes a little longer"
+    if several and config.eval.sample_prompts:
+        yield "eval.sample_prompts are left out: sampling runs on one rank only; use tnllm generate"
+    if several and config.eval.tasks:
+        yield "eval.tasks are left out: one device scores them; use tnllm eval on a step folder"
+
+
+def _forecast(trainer: Trainer, tokens: int) -> str:
+    """Estimate the duration of `tokens` on this CPU from a short timed pass, before training starts."""
+    text = trainer.loader.batch(0, 1).tokens[:, :256]
+    repeats = 3
+    for repeat in range(repeats + 1):
+        if repeat == 1:  # the first pass warms up
+            started = time.perf_counter()
+        trainer.model.loss(text, text).backward()
+    rate = repeats * text.numel() / (time.perf_counter() - started)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return (
+        f"this CPU does about {format_count(rate)} tokens/s: about {format_duration(tokens / rate)} for the whole run"
+    )
