@@ -149,6 +149,15 @@ def replace_dir(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def free_name(path: Path) -> Path:
+    """`path`, or the first that does not exist of those with -2, -3 ... before its suffix."""
+    stem, suffix, number = path.stem, path.suffix, 2
+    while path.exists():
+        path = path.with_name(f"{stem}-{number}{suffix}")
+        number += 1
+    return path
+
+
 @contextmanager
 def written_folder(final: Path, suffix: str = "save") -> Iterator[Path]:
     """Yield an empty temporary folder beside `final`; rename it to `final` (`replace_dir`) if the block succeeds.

@@ -30,6 +30,14 @@ def command(
     device: str | None = typer.Option(None, help="auto, cpu, cuda or cuda:N; overrides train.device."),
     nproc: int = typer.Option(1, min=1, help="Ranks on this machine, one per GPU; on several machines use torchrun."),
     max_restarts: int = typer.Option(0, min=0, help="With --nproc: start again after a lost rank, this many times."),
+    allow_data_change: bool = typer.Option(
+        False,
+        "--allow-data-change",
+        help="Resume although data, seed or row length changed; says where reading starts.",
+    ),
+    force_unlock: bool = typer.Option(
+        False, "--force-unlock", help="Ignore the lock that another machine left in the run folder."
+    ),
     profile: bool = typer.Option(
         False, "--profile", help="Profile three steps into the run's profile/; sets log.profile_steps."
     ),
@@ -63,11 +71,13 @@ def command(
             print(dry_run_text(config))
         elif nproc > 1 and not is_rank:
             options = [word for item in sets for word in ("--set", item)] + (["--resume", resume] if resume else [])
+            options += ["--allow-data-change"] * allow_data_change + ["--force-unlock"] * force_unlock
             code = launch(["train", recipe, *options, "--out", str(out)], nproc, max_restarts)
             if code:
                 raise typer.Exit(code)
         else:
-            _train(config, out, resume, is_rank)
+            how = {"resume": resume, "allow_data_change": allow_data_change, "force_unlock": force_unlock}
+            _train(config, out, is_rank, how)
     except (UserError, KeyboardInterrupt) as error:
         # An error that every rank raises is printed by the first only.
         shared = isinstance(error, SharedError | Terminated | KeyboardInterrupt) or type(error) is UserError
@@ -92,7 +102,7 @@ def _scorer(config: "RunConfig") -> Any:
     return task_scorer(section.tasks, section.tasks_limit, section.tasks_data_dir, log, template)
 
 
-def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) -> None:
+def _train(config: "RunConfig", out: Path, is_rank: bool, how: dict[str, Any]) -> None:
     import torch
 
     from tnllm.errors import RunError
@@ -101,9 +111,9 @@ def _train(config: "RunConfig", out: Path, resume: str | None, is_rank: bool) ->
 
     try:
         if is_rank and config.world_size > 1:
-            train_on_mesh(config, out, resume)
+            train_on_mesh(config, out, **how)
         else:
-            train(config, out, resume, score=_scorer(config))
+            train(config, out, score=_scorer(config), **how)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "

@@ -8,6 +8,7 @@ run folder, a step folder or None. Nothing here is ever unpickled.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,6 +209,15 @@ def tensor_files(folder: Path, index: str = INDEX, single: str = SINGLE) -> list
     return files
 
 
+def latest_step(run: Path) -> str | None:
+    """The name of a step folder in `run`/latest; None if the file is missing or damaged."""
+    try:
+        name = (run / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+    return name if re.fullmatch("step-[0-9]+", name) else None
+
+
 def resolve_model(model: Path | str | None) -> Path:
     """The folder to load for a weights folder, run folder or step folder; None: the model that ships in the package.
 
@@ -222,10 +232,9 @@ def resolve_model(model: Path | str | None) -> Path:
         return folder
     if (folder / "weights" / CONFIG).is_file():
         return folder / "weights"
-    latest = folder / "latest"
-    if latest.is_file():
-        step = folder / "checkpoints" / latest.read_text(encoding="utf-8").strip()
-        if (step / CONFIG).is_file():
+    steps = [name] if (name := latest_step(folder)) else sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
+    for step in (folder / "checkpoints" / name for name in reversed(steps)):
+        if (step / CONFIG).is_file() and ".tmp-" not in step.name:
             return step
     raise UserError(f"{folder} holds neither {CONFIG} nor weights/{CONFIG}; give a run folder or a weights folder")
 

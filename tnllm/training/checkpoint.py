@@ -22,7 +22,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from tnllm.errors import RunError, UserError
 from tnllm.files import read_json, replace_dir, sha256_file, write_text_atomic
 from tnllm.modeling.model import LanguageModel
-from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, read_lora
+from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, latest_step, read_lora
 from tnllm.parallel.ranks import SingleProcess
 from tnllm.training.gather import Local, gather_full
 
@@ -43,17 +43,25 @@ if TYPE_CHECKING:
 
     AnyModel = LanguageModel | ShardedModel
 
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+MANIFEST, STATE, RECIPE, LATEST = "manifest.json", "state.json", "recipe.json", "latest"
 
 
 @dataclass
 class TrainState:
-    """Where a run is: updates made, samples and tokens consumed by all ranks, updates refused."""
+    """Where a run is: updates made, samples and tokens consumed by all ranks, updates refused (all, and in a row).
+
+    `recent_losses`: what a spike is measured by. `owed`: names of hooks that were due when a signal stopped the run.
+    `data`: the fingerprint of the training data.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    owed: list[str] = field(default_factory=list)
+    data: str = ""
 
 
 def contents(model: "AnyModel", optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Local]]:
@@ -86,10 +94,16 @@ class Saver:
     """Writes one checkpoint at a time and keeps the newest `keep` (0: all). A failed write is raised by the next call."""
 
     def __init__(
-        self, run: Path, keep: int, background: bool, tokenizer: Path | None, ranks: SingleProcess | None = None
+        self,
+        run: Path,
+        keep: int,
+        background: bool,
+        tokenizer: Path | None,
+        ranks: SingleProcess | None = None,
+        recipe: dict[str, Any] | None = None,
     ) -> None:
         self.run, self.folder, self.keep, self.background = run, run / "checkpoints", keep, background
-        self.tokenizer, self.ranks = tokenizer, ranks or SingleProcess()
+        self.tokenizer, self.ranks, self.recipe = tokenizer, ranks or SingleProcess(), recipe
         if self.ranks.main:
             remove_unfinished(self.folder)
         self._thread: threading.Thread | None = None
@@ -103,6 +117,7 @@ class Saver:
         described = {
             CONFIG: config_json(full.config, full.head_weight.dtype, full.lora),
             STATE: json.dumps(asdict(state), indent=2) + "\n",
+            **({RECIPE: json.dumps(self.recipe, indent=2) + "\n"} if self.recipe else {}),
         }
         self._thread = threading.Thread(
             target=self._write, args=(step_name(state.step), owned, described), name="checkpoint"
@@ -186,14 +201,15 @@ def publish_checkpoint(folder: Path, run: Path, keep: int) -> None:
     """Make the complete `folder` the run's `latest`, and remove all but the newest `keep` (0: none)."""
     write_text_atomic(run / LATEST, f"{folder.name}\n")
     for old in list_checkpoints(run)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # a link, or a file that another user owns: what stays is still valid
 
 
 def remove_unfinished(checkpoints: Path) -> None:
     """Create the folder of checkpoints, or remove what a killed process left unfinished in it."""
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for leftover in checkpoints.glob("*.tmp-*"):
-        shutil.rmtree(leftover)
+    for leftover in checkpoints.glob("step-*.tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
 
 
 def _file_sums(files: list[Path], folder: Path) -> dict[str, list[int | str]]:
@@ -203,7 +219,14 @@ def _file_sums(files: list[Path], folder: Path) -> dict[str, list[int | str]]:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Step folders, oldest first. One that is still being written has a temporary name and is not listed."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if ".tmp-" not in path.name)
+    folder = run / "checkpoints"
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name) and path.is_dir())
+
+
+def stray_files(run: Path) -> list[Path]:
+    """What lies in the run's checkpoints/ and is none."""
+    listed = set(list_checkpoints(run))
+    return sorted(path for path in (run / "checkpoints").glob("*") if path not in listed)
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -212,10 +235,14 @@ def verify_checkpoint(folder: Path) -> None:
     if not manifest.is_file():
         raise RunError(f"{folder} has no {MANIFEST}; it is not a complete checkpoint")
     try:
-        sums = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError:
+        sums = json.loads(manifest.read_bytes())
+        entries = [(Path(name), int(size), str(digest)) for name, (size, digest) in sums.items()]
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise RunError(f"{manifest} is damaged") from None
-    for name, (size, digest) in sums.items():
+    outside = any(name.is_absolute() or ".." in name.parts for name, _, _ in entries)
+    if outside or not {STATE, CONFIG} <= {str(name) for name, _, _ in entries}:
+        raise RunError(f"{manifest} is damaged: it does not list the files of a checkpoint")
+    for name, size, digest in entries:
         file = folder / name
         if not file.is_file():
             raise RunError(f"{file} is missing")
@@ -232,12 +259,15 @@ def find_checkpoint(run: Path, resume: str, log: Callable[[str], None]) -> Path 
     has no checkpoint. Otherwise a step folder or a run folder, and an error if its checkpoint is damaged or missing.
     """
     if resume != "auto":
-        named = Path(resume)
-        folder = named if (named / MANIFEST).is_file() else _latest(named)
-        if folder is None:
+        named, name = Path(resume), latest_step(Path(resume))
+        folder = named if (named / MANIFEST).is_file() else named / "checkpoints" / name if name else None
+        if folder is not None:
+            verify_checkpoint(folder)
+            return folder
+        if not list_checkpoints(named):
             raise UserError(f"--resume {resume}: no checkpoint there; give a run folder, a step folder or auto")
-        verify_checkpoint(folder)
-        return folder
+        log(f"{named / LATEST} is missing or damaged, trying the newest step folder")
+        run = named
     checkpoints = list_checkpoints(run)
     for folder in reversed(checkpoints):
         try:
@@ -252,13 +282,6 @@ def find_checkpoint(run: Path, resume: str, log: Callable[[str], None]) -> Path 
     return None
 
 
-def _latest(run: Path) -> Path | None:
-    latest = run / LATEST
-    if latest.is_file():
-        return run / "checkpoints" / latest.read_text(encoding="utf-8").strip()
-    return None
-
-
 def load_checkpoint(folder: Path, model: "AnyModel", optimizer: torch.optim.Optimizer) -> TrainState:
     """Load model, optimizer and random state in place, of a checkpoint from any mesh; returns where the run was.
 
@@ -268,7 +291,13 @@ def load_checkpoint(folder: Path, model: "AnyModel", optimizer: torch.optim.Opti
     for name, tensors in everything.items():
         _load_slices(tensors, folder / name)
     torch.set_rng_state(everything["optimizer"]["rng.cpu"][0])
-    return TrainState(**read_json(folder / STATE))
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> TrainState:
+    """The state of the run in a checkpoint; fields that it does not have get their defaults."""
+    values = read_json(folder / STATE)
+    return TrainState(**{item.name: values[item.name] for item in fields(TrainState) if item.name in values})
 
 
 def _load_slices(tensors: dict[str, Local], folder: Path) -> None:

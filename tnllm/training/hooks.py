@@ -27,8 +27,12 @@ Scorer = Callable[[LanguageModel, Tokenizer], dict[str, float]]
 
 @dataclass(frozen=True)
 class Hook:
-    """`act`, due every so many steps (0: only at the end). `quick`: done before leaving after a signal too."""
+    """`act`, due every so many steps (0: only at the end). `quick`: done before leaving after a signal too.
 
+    Others are then `owed`, and made up for under their `name` when the run resumes.
+    """
+
+    name: str
     every: int
     act: Callable[[], None]
     quick: bool = False
@@ -42,14 +46,14 @@ class Hook:
 def make_hooks(run: Run, score: Scorer | None) -> list[Hook]:
     """The hooks of a run in their order; `score` scores eval.tasks. The checkpoint comes last, with all rows before it."""
     config = run.trainer.config
-    hooks = [Hook(config.log.every_steps, lambda: _log(run), quick=True, first=True)]
+    hooks = [Hook("log", config.log.every_steps, lambda: _log(run), quick=True, first=True)]
     if run.validation is not None:
-        hooks.append(Hook(config.eval.every_steps, lambda: _validate(run)))
+        hooks.append(Hook("validate", config.eval.every_steps, lambda: _validate(run)))
         if config.eval.sample_prompts and run.trainer.ranks.size == 1:
-            hooks.append(Hook(config.eval.every_steps, lambda: _sample(run)))
+            hooks.append(Hook("sample", config.eval.every_steps, lambda: _sample(run)))
     if score is not None:
-        hooks.append(Hook(config.eval.tasks_every_steps, lambda: _score(run, score)))
-    return [*hooks, Hook(config.checkpoint.every_steps, run.save, quick=True)]
+        hooks.append(Hook("score", config.eval.tasks_every_steps, lambda: _score(run, score)))
+    return [*hooks, Hook("save", config.checkpoint.every_steps, run.save, quick=True)]
 
 
 def _report(run: Run, **values: Any) -> None:

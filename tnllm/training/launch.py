@@ -82,8 +82,8 @@ def _knows_shutdown_timeout() -> bool:
     return "--shutdown-timeout" in get_args_parser().format_help()
 
 
-def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
-    """Train as one rank of a run. A rank that torchrun has restarted resumes from the newest checkpoint.
+def train_on_mesh(config: RunConfig, out: Path, resume: str | None, **how: bool) -> None:
+    """Train as one rank of a run; `how`: as in `train`. A rank that torchrun restarted resumes the newest checkpoint.
 
     Raises what `train` raises, and RunError if another rank is lost or does not respond for `parallel.timeout_s`.
     """
@@ -94,7 +94,7 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None) -> None:
         # Without an index: the mesh gives each rank the GPU of its LOCAL_RANK.
         device = pick_device(config.train.device.partition(":")[0], "train.device")
         mesh = config_mesh(config, device.type)
-        train(config, out, resume, mesh)
+        train(config, out, resume, mesh, None, **how)
         # A rank that fails exits without this: closing would wait for the others.
         close_mesh(mesh)
     except RuntimeError as error:

@@ -6,6 +6,7 @@
 Text is tokenized once into a cache, token shards are read as they are, conversations are tokenized and packed in memory.
 """
 
+import hashlib
 from itertools import chain
 from pathlib import Path
 
@@ -76,6 +77,20 @@ def open_loaders(
     return loader, Loader(
         held_out, data.seq_len, world_size, rank=rank, world_size=world_size, packing=data.packing, shuffle=False
     )
+
+
+def fingerprint(loader: AnyLoader) -> str:
+    """A digest of what a loader reads: the content of its files and how that became tokens."""
+    digest = hashlib.sha256()
+    if isinstance(loader, Loader):
+        for source in loader.sources:
+            manifest = source.stream.manifest
+            sums = [file.get("sha256") for file in manifest.inputs]
+            digest.update(repr((sums, sorted(manifest.options.items()), source.stream.num_tokens)).encode())
+    else:
+        for ids in loader.packed.ids:
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    return digest.hexdigest()
 
 
 def _open_conversations(

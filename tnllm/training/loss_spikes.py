@@ -1,13 +1,12 @@
 """Loss spikes: detected and reported with their samples; what to do about them is left to a person.
 
-    detector = SpikeDetector()
+    detector = SpikeDetector(state.recent_losses)
     spike = detector.check(step=812, loss=5.1)     # None, or a Spike
 
 A loss is a spike if it exceeds the median of the last steps by more than eight standard deviations, estimated by the median
 absolute deviation. Eight, so that normally distributed noise never is one.
 """
 
-from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
@@ -29,10 +28,10 @@ class Spike:
 
 
 class SpikeDetector:
-    """Keeps the last 128 losses; reports nothing before it has 32."""
+    """Keeps the last 128 losses in `recent`, a list of the caller's; reports nothing before it has 32."""
 
-    def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=_WINDOW)
+    def __init__(self, recent: list[float] | None = None) -> None:
+        self._last = [] if recent is None else recent
 
     def check(self, step: int, loss: float) -> Spike | None:
         """The spike that `loss` (finite) is, or None. A spike is not kept, so that a second one is reported too."""
@@ -42,4 +41,5 @@ class SpikeDetector:
             if loss > usual + max(_DEVIATIONS * sigma, _MIN_RISE * abs(usual)):
                 return Spike(step, loss, usual)
         self._last.append(loss)
+        del self._last[:-_WINDOW]
         return None

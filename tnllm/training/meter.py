@@ -55,11 +55,6 @@ class NonFinitePolicy:
 
     def __init__(self, policy: str, file: Path, ranks: SingleProcess) -> None:
         self.policy, self.file, self.ranks = policy, file, ranks
-        self._in_a_row = 0
-
-    def accepted(self) -> None:
-        """An update was finite."""
-        self._in_a_row = 0
 
     def refused(self, update: Update, last_sample: int, loss: float, norm: float, state: TrainState) -> None:
         """Count the refused update in `state`. Raises RunError if the run must stop."""
@@ -69,12 +64,12 @@ class NonFinitePolicy:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(report) + "\n")
         state.skipped += 1
-        self._in_a_row += 1
+        state.skipped_in_a_row += 1
         advice = None
         if self.policy == "stop":
             advice = "the update was refused. Lower optimizer.learning_rate or set train.nonfinite=skip"
-        elif self._in_a_row >= _MAX_SKIPS_IN_A_ROW:
-            advice = f"{self._in_a_row} updates in a row were refused, so the run stops"
+        elif state.skipped_in_a_row >= _MAX_SKIPS_IN_A_ROW:
+            advice = f"{state.skipped_in_a_row} updates in a row were refused, so the run stops"
         if advice is not None:
             what = f"step {update.step}: loss {loss}, gradient norm {norm}"
             error = RunError(f"{what} (global samples {update.first_sample} to {last_sample}); {advice}")

@@ -8,21 +8,25 @@ usual_loss, first_sample, last_sample, time.
 
 import json
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tnllm.errors import MissingExtra
-from tnllm.files import write_text_atomic
+from tnllm.files import free_name, write_text_atomic
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
     """Appends rows to a file (None: discards them), each flushed as written; optionally TensorBoard events beside it."""
 
     def __init__(self, path: Path | None, resume_step: int, tensorboard: bool = False) -> None:
-        """Keep earlier rows up to `resume_step` and drop later ones, so that no step appears twice.
+        """`resume_step`: the last step of the rows that are there.
 
         Raises MissingExtra if `tensorboard` is set and TensorBoard is not installed.
         """
@@ -36,9 +40,6 @@ class MetricsLog:
             except ImportError:
                 raise MissingExtra("track", "tensorboard") from None
             self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
-        if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -64,14 +65,32 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete rows; a last line truncated by a kill is left out."""
+    """All rows; none if there is no file. A damaged line costs itself, and so does one truncated by a kill."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace the rows of `path`."""
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def repair_metrics(path: Path, log: Callable[[str], None]) -> None:
+    """Remove lines that are no rows, so that new rows start on a line of their own; a copy of the file is kept."""
+    rows = read_metrics(path)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if len(rows) < len(lines):
+        copy = free_name(path.with_suffix(".damaged.jsonl"))
+        shutil.copyfile(path, copy)
+        write_metrics(path, rows)
+        log(f"{path} had {len(lines) - len(rows)} damaged or blank lines, which are left out; {copy.name} is as it was")
 
 
 def matmul_rate(device: torch.device) -> float | None:

@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from tnllm import __version__
 from tnllm.device import pick_device
 from tnllm.errors import UserError
-from tnllm.files import format_count, format_duration, write_text_atomic
+from tnllm.files import format_count, format_duration, free_name, only_writer, write_text_atomic
 from tnllm.modeling.flops import count_parameters, flops_per_token, lora_parameters
 from tnllm.modeling.weights import TOKENIZER, load_model
 from tnllm.parallel.mesh import Mesh
@@ -31,18 +31,19 @@ from tnllm.training.checkpoint import (
     Saver,
     TrainState,
     check_same_model,
-    find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
+    read_state,
     step_name,
+    stray_files,
 )
 from tnllm.training.config import RunConfig
 from tnllm.training.display import RunDisplay
-from tnllm.training.loaders import AnyLoader, open_loaders, open_tokenizer
+from tnllm.training.history import Log, check_changes, check_folder, choose_checkpoint, roll_back
+from tnllm.training.loaders import AnyLoader, fingerprint, open_loaders, open_tokenizer
 from tnllm.training.loss_spikes import Spike, SpikeDetector
 from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.meter import NonFinitePolicy, StepTimer
-from tnllm.training.metrics import MetricsLog, matmul_rate
+from tnllm.training.metrics import METRICS, MetricsLog, matmul_rate, repair_metrics
 from tnllm.training.profile import Profile
 from tnllm.training.run_model import chat_template, publish
 from tnllm.training.signals import StopSignals
@@ -64,10 +65,10 @@ class Run:
     signals: StopSignals
     profile: Profile
     nonfinite: NonFinitePolicy
+    spikes: SpikeDetector
+    saved_step: int  # -1: none in this folder
     peak_tokens_per_s: float | None
     timer: StepTimer = field(default_factory=StepTimer)
-    spikes: SpikeDetector = field(default_factory=SpikeDetector)
-    saved_step: int = 0
     learning_rate: float = 0.0
     _unread: list[Update] = field(default_factory=list)
 
@@ -97,7 +98,7 @@ class Run:
             if not abs(loss) < float("inf") or not abs(norm) < float("inf"):
                 self.nonfinite.refused(update, last, loss, norm, self.state)
                 continue
-            self.nonfinite.accepted()
+            self.state.skipped_in_a_row = 0
             spike = self.spikes.check(update.step, loss)
             if spike is not None:
                 self._report_spike(spike, update.first_sample, last)
@@ -123,42 +124,56 @@ class Run:
 
 
 @contextmanager
-def open_run(config: RunConfig, out: Path, resume: str | None, mesh: Mesh | None = None) -> Iterator[Run]:
-    """Check everything, then open the run folder `out`, build the model and load a checkpoint; see `train`."""
+def open_run(
+    config: RunConfig,
+    out: Path,
+    resume: str | None,
+    mesh: Mesh | None = None,
+    allow_data_change: bool = False,
+    force_unlock: bool | None = None,
+) -> Iterator[Run]:
+    """Lock the run folder `out`, check everything, build the model and load a checkpoint; see `train`."""
     device = pick_device(config.train.device, "train.device") if mesh is None else mesh.device
     ranks = SingleProcess() if mesh is None else Distributed(mesh)
-    tokenizer = ranks.main_first(lambda: open_tokenizer(config))
-    loader, validation = ranks.main_first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
-    ranks.broadcast_from_main(lambda: _open_folder(out, resume))
-    display = RunDisplay(out / "train.log", config.total_steps, quiet=not ranks.main)
-    with display, StopSignals(shared=ranks.size > 1) as signals:
+    with ExitStack() as stack:
+        ranks.broadcast_from_main(lambda: stack.enter_context(only_writer(out, force_unlock)))
+        ranks.broadcast_from_main(lambda: check_folder(out, resume))
+        tokenizer = ranks.main_first(lambda: open_tokenizer(config))
+        loader, validation = ranks.main_first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
+        display = stack.enter_context(RunDisplay(out / "train.log", config.total_steps, quiet=not ranks.main))
+        signals = stack.enter_context(StopSignals(shared=ranks.size > 1))
         config = fit_memory(config, device, display.log, ranks.all_reduce_min(free_bytes(device) / _sharing(device)))
         trainer = make_trainer(config, loader, device, mesh)
-        checkpoint = ranks.broadcast_from_main(lambda: _usable_checkpoint(out, resume, tokenizer, trainer, display))
+        checkpoint = ranks.broadcast_from_main(
+            lambda: _prepare_folder(out, resume, trainer, tokenizer, allow_data_change, display.log)
+        )
         state = TrainState()
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, trainer.parameters, trainer.optimizer)
-        saver = Saver(out, config.checkpoint.keep, config.checkpoint.async_save, tokenizer.path, ranks)
-        if ranks.main:
-            write_environment(out, config.to_yaml(), device)
+        state.data = fingerprint(loader)
         for line in _opening_lines(trainer, checkpoint, state):
             display.log(line)
         peak = matmul_rate(device)
+        recipe = config.model_dump(mode="json")
         run = Run(
             out,
             trainer,
             state,
             tokenizer,
             validation,
-            saver,
-            MetricsLog(out / "metrics.jsonl" if ranks.main else None, state.step, config.log.tensorboard),
+            Saver(out, config.checkpoint.keep, config.checkpoint.async_save, tokenizer.path, ranks, recipe),
+            MetricsLog(out / METRICS if ranks.main else None, state.step, config.log.tensorboard),
             display,
             signals,
             Profile(out / "profile", config.log.profile_steps if ranks.main else 0, device, display.log),
             NonFinitePolicy(config.train.nonfinite, out / "nonfinite.jsonl", ranks),
+            SpikeDetector(state.recent_losses),
+            state.step,
             peak * ranks.size / flops_per_token(config.model, config.data.seq_len) if peak else None,
-            saved_step=state.step,
         )
+        if checkpoint is not None and checkpoint.resolve().parent != (out / "checkpoints").resolve():
+            # The folder's own first checkpoint: without it, --resume auto would start over.
+            run.save()
         yield run
 
 
@@ -192,19 +207,32 @@ def _publish(run: Run) -> str:
     return f"; try: tnllm generate --model {out} {how}"
 
 
-def _open_folder(out: Path, resume: str | None) -> None:
-    if resume is None and ((out / "metrics.jsonl").exists() or list_checkpoints(out)):
-        raise UserError(f"{out} holds a run already; add --resume auto to resume it, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def _usable_checkpoint(
-    out: Path, resume: str | None, tokenizer: Tokenizer, trainer: Trainer, display: RunDisplay
+def _prepare_folder(
+    out: Path, resume: str | None, trainer: Trainer, tokenizer: Tokenizer, allow_data_change: bool, log: Log
 ) -> Path | None:
-    checkpoint = find_checkpoint(out, resume, display.log) if resume else None
+    """Choose the checkpoint and check that it fits; then make `out` the folder of a run that continues from there."""
+    config = trainer.config
+    checkpoint = choose_checkpoint(out, resume, log) if resume else None
+    state, changed = TrainState(), True
     if checkpoint is not None:
         keep_tokenizer(checkpoint, tokenizer)
         check_same_model(checkpoint, trainer.model)
+        state = read_state(checkpoint)
+        if state.step > config.total_steps:
+            raise UserError(
+                f"the run ends at step {config.total_steps}, and {checkpoint} is beyond; raise train.max_steps or "
+                "train.max_tokens, or give an earlier step with --resume"
+            )
+        passes = state.samples / trainer.loader.num_rows
+        position = f"reading starts at global sample {state.samples}, {passes:.2f} passes into the data"
+        recipe = config.model_dump(mode="json")
+        data = fingerprint(trainer.loader)
+        changed = check_changes(checkpoint, recipe, state.data, data, allow_data_change, position, log)
+    for path in stray_files(out):
+        log(f"{path} is not a checkpoint; it is left alone")
+    repair_metrics(out / METRICS, log)
+    roll_back(out, state.step, changed, bool(state.owed), log)
+    write_environment(out, config.to_yaml(), trainer.device, state.step)
     return checkpoint
 
 
@@ -222,9 +250,12 @@ def _sharing(device: torch.device) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
 
 
-def write_environment(out: Path, config_yaml: str, device: torch.device) -> None:
-    """Write config.resolved.yaml and env.json: what runs, and on what."""
-    write_text_atomic(out / "config.resolved.yaml", config_yaml)
+def write_environment(out: Path, config_yaml: str, device: torch.device, step: int) -> None:
+    """Write config.resolved.yaml and env.json: what runs, and on what. Another config, used until `step`, is kept."""
+    path = out / "config.resolved.yaml"
+    if path.exists() and path.read_bytes() != config_yaml.encode():
+        path.rename(free_name(out / f"config.until-{step_name(step)}.yaml"))
+    write_text_atomic(path, config_yaml)
     cuda = device.type == "cuda"
     environment = {
         "tnllm": __version__,
