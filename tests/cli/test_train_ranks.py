@@ -8,7 +8,9 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+import torch
 
+from tnllm.modeling.weights import load_model
 from tnllm.training.config import load_recipe
 from tnllm.training.loop import train
 from tnllm.training.metrics import read_metrics
@@ -72,6 +74,14 @@ def test_a_lost_rank_a_sigterm_and_another_mesh(tmp_path):
         for key in {"loss", "val_loss", "grad_norm"} & set(reference):
             assert row[key] == pytest.approx(reference[key], rel=1e-4)
     assert "rank_wait_s" in ours[0] and ours[0]["straggler"] in (0, 1)
+
+    # The finished run in another folder, on two ranks: nothing to do but to publish.
+    process = start(tmp_path / "new", "--nproc", "2", "--resume", str(out), "--set", "train.max_steps=20")
+    assert process.stderr is not None
+    text = process.stderr.read()
+    assert process.wait() == 0 and "after step 20" in text, text
+    ours, expected = (load_model(run).state_dict() for run in (tmp_path / "new", out))
+    assert all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
 @pytest.mark.slow
