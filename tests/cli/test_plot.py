@@ -55,9 +55,9 @@ def test_the_chart_names_what_it_shows(tmp_path: Path) -> None:
     assert draw(runs[:1], "step", ".svg") == draw(runs[:1], "step", ".svg")
 
 
-def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
     file = write_run(tmp_path / "run") / "metrics.jsonl"
-    file.write_text(file.read_text()[:-20])
+    file.write_text('{"step": 1, "tok\n\n' + file.read_text()[:-20])
     run = read_run(tmp_path / "run")
     assert (len(run.train), len(run.validation)) == (40, 3)
 
@@ -68,9 +68,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
         (None, 2, "no metrics at {file}; give a run folder (runs/NAME) or its metrics.jsonl"),
         ("", 2, "{file} holds no logged step yet; wait for the first log.every_steps of the run"),
         ('{"ste', 2, "{file} holds no logged step yet; wait for the first log.every_steps of the run"),
-        ('{"step": 1, "tok\n{"step": 2, "tokens": 3, "time": 1, "loss": 2.0}\n', 1,
-         "{file}:1: not a JSON object; the file is damaged there"),
-        ('{"a": 1}\n', 1, "{file}:1: not a row of metrics (it needs step, tokens and time)"),
+        ('{"a": 1}\n', 2, "{file} holds no logged step yet; wait for the first log.every_steps of the run"),
     ],
 )  # fmt: skip
 def test_nothing_to_draw(tnllm: Run, tmp_path: Path, text: str | None, code: int, message: str) -> None:

@@ -1,9 +1,10 @@
-"""Faults, counted: kills at random moments, damaged checkpoints, a full disk, a read-only one. Not a test: a tool.
+"""Faults, counted: kills at random moments, signals, second writers, steps back, damage, full disks. Not a test: a tool.
 
-    python -m tests.training.faults --kills 50 --json faults.json      # a few minutes on a CPU
+    python -m tests.training.faults --kills 100 --json faults.json      # half an hour on a CPU
 
-A very small model is trained on a made-up corpus, once undisturbed; every disturbed run must end with the same metrics and
-weights, bit for bit. The disks are tmpfs mounts, which need root or user namespaces; where there is neither, it says so.
+A very small model is trained on a made-up corpus, once undisturbed. After every kill the rows and the newest checkpoint
+must be those of the undisturbed run, and every disturbed run must end with its metrics and weights, bit for bit. The
+disks are tmpfs mounts, which need root or user namespaces; where there is neither, it says so.
 Exits 1 if any case went another way than it should.
 """
 
@@ -27,10 +28,10 @@ ROOT = Path(__file__).parents[2]
 RECIPE = """
 model: {preset: tiny, vocab_size: 320, model_dim: 32, num_heads: 2, num_layers: 2, glu_dim: 48}
 tokenizer: {path: FOLDER/tokenizer.model}
-data: {path: FOLDER/corpus.txt, seq_len: 32, val_fraction: 0}
+data: {path: FOLDER/corpus.txt, seq_len: 32, val_fraction: 0.05}
 schedule: {warmup_steps: 10}
 train: {max_steps: STEPS, global_batch_tokens: 512, micro_batch_size: 8, device: cpu, seed: 7}
-eval: {every_steps: 0}
+eval: {every_steps: 4, tokens: 1K}
 log: {every_steps: 1}
 checkpoint: {every_steps: 2, keep: 2}
 """
@@ -51,9 +52,9 @@ def make_recipe(folder: Path, steps: int) -> Path:
     return path
 
 
-def command(recipe: Path, out: Path) -> list[str]:
+def command(recipe: Path, out: Path, *more: str, resume: str = "auto") -> list[str]:
     """As a person types it."""
-    return [sys.executable, "-m", "tnllm", "train", str(recipe), "--out", str(out), "--resume", "auto"]
+    return [sys.executable, "-m", "tnllm", "train", str(recipe), "--out", str(out), "--resume", resume, *more]
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -61,17 +62,39 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home)}
 
 
-def finish(recipe: Path, out: Path, home: Path) -> tuple[int, str]:
+def finish(recipe: Path, out: Path, home: Path, *more: str, resume: str = "auto") -> tuple[int, str]:
     """Run to the end; exit code and stderr."""
-    done = subprocess.run(command(recipe, out), env=environment(home), capture_output=True, text=True, check=False)
+    words = command(recipe, out, *more, resume=resume)
+    done = subprocess.run(words, env=environment(home), capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
 
-def outcome(out: Path) -> tuple[list[tuple[int, float, float]], str]:
-    """What must be equal: step, loss and gradient norm of every step, and the weights' SHA-256."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    digest = hashlib.sha256((out / "weights/model.safetensors").read_bytes()).hexdigest()
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows], digest
+def measured(out: Path) -> list[tuple[Any, ...]]:
+    """Step, loss, gradient norm and validation loss of every row."""
+    text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
+    rows = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [tuple(row.get(key) for key in ("step", "loss", "grad_norm", "val_loss")) for row in rows]
+
+
+def outcome(out: Path) -> tuple[list[tuple[Any, ...]], str]:
+    """What must be equal: the rows, and the weights' SHA-256."""
+    return measured(out), hashlib.sha256((out / "weights/model.safetensors").read_bytes()).hexdigest()
+
+
+def as_undisturbed(out: Path, straight: Path) -> bool:
+    """Whether the rows so far are those of the run `straight`, and the newest checkpoint has the same files as its own."""
+    from tnllm.training.checkpoint import find_checkpoint
+
+    rows = measured(out)
+    newest = find_checkpoint(out, "auto", lambda text: None)
+    sums = [{}, {}]
+    if newest is not None:
+        sums = [
+            json.loads((run / "checkpoints" / newest.name / "manifest.json").read_text()) for run in (out, straight)
+        ]
+    # recipe.json holds checkpoint.keep.
+    same = all(sums[0][name] == sums[1][name] for name in sums[0] if name != "recipe.json")
+    return rows == measured(straight)[: len(rows)] and same
 
 
 def kill_once(recipe: Path, out: Path, home: Path, draw: random.Random) -> str:
@@ -103,24 +126,71 @@ def kill_once(recipe: Path, out: Path, home: Path, draw: random.Random) -> str:
 def kills(folder: Path, count: int, seed: int, say: Any) -> dict[str, Any]:
     """Ten runs share the kills; each is then finished and compared with the undisturbed one."""
     recipe = make_recipe(folder, steps=240)
-    code, shown = finish(recipe, folder / "straight", folder)
+    code, shown = finish(recipe, folder / "straight", folder, "--set", "checkpoint.keep=1000")
     assert code == 0, shown
     expected = outcome(folder / "straight")
     draw = random.Random(seed)
     moments: Counter[str] = Counter()
-    equal = runs = 0
+    equal = runs = alike = 0
     while sum(moments.values()) < count:
         out = folder / f"killed-{runs}"
         for _ in range(min(5, count - sum(moments.values()))):
             moments[kill_once(recipe, out, folder, draw)] += 1
+            alike += as_undisturbed(out, folder / "straight")
         code, shown = finish(recipe, out, folder)
         same = code == 0 and outcome(out) == expected and not list((out / "checkpoints").glob("*.tmp-*"))
         equal += same
         runs += 1
-        say(f"{sum(moments.values())} kills, {equal} of {runs} runs ended bit for bit like the undisturbed one")
+        say(
+            f"{sum(moments.values())} kills, {alike} of them left the rows and the checkpoint of the undisturbed run; "
+            f"{equal} of {runs} runs ended bit for bit like it"
+        )
         if not same:
             say(shown[-2000:])
-    return {"kills": sum(moments.values()), "moments": dict(moments), "runs": runs, "bit-equal ends": equal}
+    kills = {"kills": sum(moments.values()), "left as undisturbed": alike, "moments": dict(moments)}
+    return {**kills, "runs": runs, "bit-equal ends": equal}
+
+
+def stops(folder: Path, count: int, say: Any) -> list[dict[str, Any]]:
+    """SIGTERM in a run that validates after every step, a second writer while it stands still, and a step back."""
+    recipe, often = make_recipe(folder, steps=240), ("--set", "eval.every_steps=1")
+    code, shown = finish(recipe, folder / "often", folder, *often)
+    assert code == 0, shown
+    expected, draw = outcome(folder / "often"), random.Random(1)
+    results: list[dict[str, Any]] = []
+
+    def add(case: str, good: bool, said: str) -> None:
+        results.append({"case": case, "good": good, "said": said.replace(f"{folder}/", "")})
+        say(f"{'ok' if good else 'BAD'}: {case}: {results[-1]['said']}")
+
+    for number in range(count):
+        out, owed = folder / f"stopped-{number}", 0
+        for stop in range(4):
+            process = subprocess.Popen(
+                command(recipe, out, *often), env=environment(folder), stderr=subprocess.PIPE, text=True
+            )
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("step"):
+                    break
+            time.sleep(draw.uniform(0, 0.1))
+            process.send_signal(signal.SIGSTOP)
+            if stop == 0:
+                code, shown = finish(recipe, out, folder)
+                refused = code == 2 and f"is being written by pid {process.pid} on" in shown
+                add("second writer", refused, shown.strip().splitlines()[-1])
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGCONT)
+            process.communicate()
+            state = out / "checkpoints" / (out / "latest").read_text().strip() / "state.json"
+            owed += bool(json.loads(state.read_text())["owed"])
+        code, shown = finish(recipe, out, folder, *often)
+        add("SIGTERM", code == 0 and outcome(out) == expected, f"{owed} of 4 came when a validation was due")
+        oldest = min((out / "checkpoints").iterdir())
+        code, shown = finish(recipe, out, folder, *often, resume=str(oldest))
+        said = next((line for line in shown.splitlines() if " moved to " in line), shown[-300:])
+        add("step back", code == 0 and outcome(out) == expected and " moved to " in said, said)
+    return results
 
 
 def damages(folder: Path, say: Any) -> list[dict[str, Any]]:
@@ -209,7 +279,8 @@ def fill(disk: Path, leave: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--stops", type=int, default=5, help="runs that are stopped four times each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -220,9 +291,10 @@ def main() -> None:
     started = time.time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parts = {"disks": disks(folder, say), "damages": damages(folder, say)}
+        parts = {"stops": stops(folder, args.stops, say), "disks": disks(folder, say), "damages": damages(folder, say)}
         killed = kills(folder, args.kills, args.seed, say) if args.kills else {"runs": 0, "bit-equal ends": 0}
     good = all(case["good"] for part in parts.values() for case in part) and killed["runs"] == killed["bit-equal ends"]
+    good = good and killed.get("left as undisturbed", 0) == killed.get("kills", 0)
     say(
         f"{json.dumps(killed)}; {sum(c['good'] for c in parts['damages'])} of {len(parts['damages'])} damages passed over"
     )

@@ -5,13 +5,14 @@ write_bytes_atomic(path, draw(runs, x="tokens", suffix=".png"))
 """
 
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.errors import MissingExtra, UserError
+from tnllm.progress import log
+from tnllm.training.metrics import read_metrics
 
 Axis = Literal["step", "tokens", "time"]
 FORMATS = (".png", ".pdf", ".svg")
@@ -46,25 +47,17 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, or a metrics file. A last line truncated by a kill is left out.
+    """Read a run folder, or a metrics file. Damaged lines are left out, with a line on stderr.
 
-    Raises UserError if there is no such file or no row yet, RunError for a line that is not a metrics row.
+    Raises UserError if there is no such file or no row yet.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no metrics at {file}; give a run folder (runs/NAME) or its metrics.jsonl")
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise RunError(f"{file}:{number}: not a JSON object; the file is damaged there") from None
-        if not isinstance(row, dict) or not {"step", "tokens", "time"} <= row.keys():
-            raise RunError(f"{file}:{number}: not a row of metrics (it needs step, tokens and time)")
-        rows.append(row)
+    rows = [row for row in read_metrics(file) if {"tokens", "time"} <= row.keys()]
+    damaged = len(file.read_bytes().splitlines()) - len(rows)
+    if rows and damaged:
+        log(f"{file}: {damaged} damaged lines are left out")
     run = Run(
         name=path.name if path.is_dir() else path.parent.name or path.name,
         train=[row for row in rows if row.get("loss") is not None],
