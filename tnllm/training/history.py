@@ -1,8 +1,8 @@
 """One history in a run folder: which checkpoint a run continues from, what changed since, and what it goes back behind.
 
-checkpoint = choose_checkpoint(out, "auto", log)       # None: a new run
-check_changes(checkpoint, recipe, state.data, fingerprint, allow=False, log=log)
-roll_back(out, state.step, changed, owed, log)                   # later checkpoints and rows move to OUT/abandoned/
+checkpoint = choose_checkpoint(out, "auto", log)                  # None: a new run
+changed = check_changes(checkpoint, recipe, before, data, allow, position, log)
+roll_back(out, step, changed, owed, log)                          # later checkpoints and rows move to OUT/abandoned/
 """
 
 import json

@@ -3,7 +3,7 @@
 timer = StepTimer()
 timer.add(update)                                # after each update
 timer.steps_per_s()
-policy = NonFinitePolicy("skip", file)
+policy = NonFinitePolicy("skip", file, ranks)
 policy.refused(update, last_sample, loss, norm, state)     # raises if the run must stop
 """
 
