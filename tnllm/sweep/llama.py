@@ -22,12 +22,14 @@ from tnllm.device import pick_device
 from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.modeling.config import ModelConfig
 from tnllm.training.config import RunConfig, load_recipe
+from tnllm.training.hooks import due
 from tnllm.training.loaders import open_loaders, open_tokenizer
-from tnllm.training.loop import compute_dtype, due, write_environment
 from tnllm.training.memory import peak_memory_gib
-from tnllm.training.metrics import MetricsLog
+from tnllm.training.metrics import METRICS, MetricsLog, write_metrics
 from tnllm.training.optim import clip_and_step, make_optimizer
+from tnllm.training.run import write_environment
 from tnllm.training.schedule import learning_rate
+from tnllm.training.trainer import compute_dtype
 from tnllm.training.validation import validate
 
 
@@ -44,8 +46,9 @@ def train_llama(config: RunConfig, out: Path) -> None:
     loss_sum = summed_loss(model, config, device, compiled)
     optimizer = make_optimizer(model, config.optimizer)
     out.mkdir(parents=True, exist_ok=True)
-    write_environment(out, config, device)
-    metrics = MetricsLog(out / "metrics.jsonl", 0)
+    write_environment(out, config.to_yaml(), device, 0)
+    write_metrics(out / METRICS, [])
+    metrics = MetricsLog(out / METRICS, 0)
     rows, micro = config.global_batch_rows, config.train.micro_batch_size
     batch_tokens = rows * config.data.seq_len
     steps, started = 0, time.perf_counter()
@@ -118,7 +121,7 @@ def make_llama(config: ModelConfig, seed: int) -> Any:
 
 def summed_loss(model: Any, config: RunConfig, device: torch.device, compiled: bool) -> Callable[[Batch], Tensor]:
     """The sum of cross entropies over the counted labels of a batch, documents kept apart as `data.packing` says."""
-    low = compute_dtype(config, device) == torch.bfloat16
+    low = compute_dtype(config.train, device) == torch.bfloat16
     forward = torch.compile(model) if compiled else model
     length = config.data.seq_len
 

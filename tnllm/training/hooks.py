@@ -40,7 +40,12 @@ class Hook:
 
     def due(self, step: int, last: bool) -> bool:
         """Whether it is due after `step`, the `last` one or not."""
-        return last or (self.first and step == 1) or (self.every > 0 and step % self.every == 0)
+        return (self.first and step == 1) or due(self.every, step, last)
+
+
+def due(every: int, step: int, last: bool) -> bool:
+    """Whether something done every so many steps (0: only at the end) is due after `step`."""
+    return last or (every > 0 and step % every == 0)
 
 
 def make_hooks(run: Run, score: Scorer | None) -> list[Hook]:
