@@ -319,7 +319,9 @@ def sub_split_states_kernel(
     NEGLIGIBLE: tl.constexpr = (
         NEGLIGIBLE_LOG2_32_BIT if b_ptr.dtype.element_ty == tl.float32 else NEGLIGIBLE_LOG2_16_BIT
     )
-    window = tl.minimum(NEGLIGIBLE / tl.maximum(-g, 1e-9), sub_split * 1.0).to(tl.int32)
+    # As a tensor: Triton 3.7's interpreter cannot divide a constexpr by one.
+    negligible = tl.full((), NEGLIGIBLE, tl.float32)
+    window = tl.minimum(negligible / tl.maximum(-g, 1e-9), sub_split * 1.0).to(tl.int32)
     window = tl.cdiv(window + 1, CHUNK) * CHUNK
     first = tl.maximum(tl.maximum(begin, start), end - window)
 
