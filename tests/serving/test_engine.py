@@ -15,6 +15,7 @@ from tnllm.generation import slots
 from tnllm.generation.decoder import generate
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result
+from tnllm.serving import scheduler
 from tnllm.serving.engine import Busy, Engine, Failed, PromptRead
 
 
@@ -96,6 +97,41 @@ def test_every_request_gets_what_generate_gives(ready):
     assert engine.slots.free == 5 and engine.num_active == 0
 
 
+@pytest.mark.slow
+def test_parked_rows_continue_as_if_nothing_had_been(ready, monkeypatch):
+    """With turns of three tokens, rows are parked at every point of their texts, between the bytes of characters too."""
+    monkeypatch.setattr(scheduler, "TURN_TOKENS", 3)
+    wanted = list(requests(ready, 20, seed=2))
+    with Engine(ready, num_slots=3) as engine:
+        tickets = [engine.submit(ids, params, client=str(number % 7)) for number, (ids, params) in enumerate(wanted)]
+        actual = [results(ticket) for ticket in tickets]
+        assert "tnllm_samples_parked 0" in engine.metrics.text().splitlines()
+    assert engine.metrics.parks > 50
+    for (ids, params), ours in zip(wanted, actual, strict=True):
+        assert_same(ours, alone(ready, ids, params))
+
+
+@pytest.mark.parametrize("client", ["greedy", "modest"])
+def test_a_request_for_every_slot_does_not_keep_them(ready, client):
+    """Another one, of the same client or not, is begun between two steps, and the large one continues after it."""
+    order = []
+    large = SamplingParams(max_tokens=60_000, seed=1, n=8, ignore_eos=True)
+    with Engine(ready, num_slots=4) as engine:
+        ticket = engine.submit([5, 6], large, client="greedy", deliver=lambda events: order.append("large"))
+        while engine.slots.free:
+            time.sleep(0.001)
+        small = engine.submit([7], SamplingParams(max_tokens=9, seed=2), client=client)
+        order.append("submitted")
+        [result] = results(small)
+        between = order[order.index("submitted") :]
+        assert len(between) < 1 + 9 + 15, "it waited for the large one"
+        assert engine.metrics.parks >= 1
+        while engine.slots.free:
+            time.sleep(0.001)
+        ticket.cancel()
+    assert result.tokens == alone(ready, [7], SamplingParams(max_tokens=9, seed=2))[0].tokens
+
+
 class PlainStep:
     """A captured step without a graph: what the slots do on a GPU, on a CPU."""
 
@@ -109,13 +145,15 @@ class PlainStep:
 
 
 def test_looking_ahead_and_unused_rows_change_nothing(ready, monkeypatch):
-    """On a GPU steps run ahead of the host, in batches of a few fixed sizes."""
+    """On a GPU steps run ahead of the host, in batches of a few fixed sizes; rows are parked all the same."""
+    monkeypatch.setattr(scheduler, "TURN_TOKENS", 4)
     monkeypatch.setattr(slots, "can_capture", lambda model, steps: True)
     monkeypatch.setattr(slots, "CapturedStep", PlainStep)
-    wanted = list(requests(ready, 12, seed=1))
+    wanted = list(requests(ready, 20, seed=1))
     with Engine(ready, num_slots=5) as engine:
-        tickets = [engine.submit(ids, params) for ids, params in wanted]
+        tickets = [engine.submit(ids, params, client=str(number)) for number, (ids, params) in enumerate(wanted)]
         actual = [results(ticket) for ticket in tickets]
+    assert engine.metrics.parks
     for (ids, params), ours in zip(wanted, actual, strict=True):
         assert_same(ours, alone(ready, ids, params))
 

@@ -19,7 +19,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.generation.context import CHUNK_TOKENS, Context, read
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result, Row, start_rows
-from tnllm.generation.slots import Slots
+from tnllm.generation.slots import Parked, Slots
 from tnllm.modeling.model import LanguageModel
 from tnllm.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def generate(
                     row.reason, row.context = "length", context if keep_contexts else None
                     yield row.result()
                 else:
-                    slots.join(row, context)
+                    slots.join(row, Parked(context))
             while slots.rows:
                 decoded = slots.decode(stop_ids)
                 for _, pieces in decoded:

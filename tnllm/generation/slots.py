@@ -1,7 +1,7 @@
 """Rows decoded together: a fixed number of slots in one state; rows join and leave between any two steps.
 
 slots = Slots(model, tokenizer, 64)
-slots.join(row, context)            # a copy of the context becomes the row's state
+slots.join(row, Parked(context))    # a copy of the context becomes the row's state
 while slots.rows:
     for row, pieces in slots.decode(eos_ids):
         ...                         # a few more tokens of each row; finished rows have left
@@ -12,6 +12,8 @@ Active rows come first: the last row replaces one that leaves. So a step runs on
 gaps and without allocating states. On a GPU steps are captured as CUDA graphs for a few batch sizes; the rows above the
 active ones are padding, and their results are discarded.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +31,14 @@ from tnllm.tokenizer import Tokenizer
 # Tokens between two synchronisations with a GPU. Each stalls the device for about a kernel launch; after a stop, up to
 # SYNC_EVERY - 1 steps are wasted.
 SYNC_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Parked:
+    """What a row continues from. With the Row itself, which holds its text, this is all there is to it."""
+
+    context: Context  # the next token's noise follows from its position
+    counts: Tensor | None = None  # [1, V] int32, of the tokens generated, where a penalty asks for them
 
 
 class Slots:
@@ -83,22 +93,33 @@ class Slots:
             self._captured(min(1 << power, self.num_slots), MIN_STEPS)
 
     @torch.no_grad()
-    def join(self, row: Row, context: Context) -> None:
-        """Put a row into a free slot, with a copy of `context` as its state.
+    def join(self, row: Row, parked: Parked) -> None:
+        """Put a row into a free slot, where it continues from a copy of `parked`.
 
         The softmax baseline's rows must all join before the first step: its cache is cut to the active rows.
         """
-        slot = len(self.rows)
+        slot, context = len(self.rows), parked.context
         assert slot < self._state.batch
         self._state.write(slot, context.state)
         self._logits[slot].copy_(context.logits[0])
         self._seen[slot].copy_(context.seen[0])
-        if row.params.presence_penalty or row.params.frequency_penalty:
+        if _has_counts(row):
             if self._counts is None:
                 self._counts = torch.zeros_like(self._seen, dtype=torch.int32)
-            self._counts[slot].zero_()
+            self._counts[slot].copy_(torch.zeros(()) if parked.counts is None else parked.counts[0])
         self.rows.append(row)
         self._options = self._latest = None
+
+    @torch.no_grad()
+    def park(self, row: Row) -> Parked:
+        """Free the slot of a row that is to continue later, whose state is copied to the host."""
+        slot, context = self.rows.index(row), self._context(row)
+        counts = None
+        if self._counts is not None and _has_counts(row):
+            counts = self._counts[slot : slot + 1].to("cpu", copy=True)
+        self.leave(row)
+        return Parked(replace(context, state=context.state.to("cpu"), logits=context.logits.cpu(),
+                              seen=context.seen.cpu()), counts)  # fmt: skip
 
     @torch.no_grad()
     def leave(self, row: Row) -> None:
@@ -211,3 +232,8 @@ class Slots:
             self._seen[slot : slot + 1].clone(),
             (*row.tail, *row.tokens)[-TAIL_TOKENS:],
         )
+
+
+def _has_counts(row: Row) -> bool:
+    """Whether a penalty asks how often each token was generated."""
+    return bool(row.params.presence_penalty or row.params.frequency_penalty)

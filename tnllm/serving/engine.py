@@ -10,14 +10,13 @@ One thread owns the model and all tensors. Each turn it admits waiting requests,
 prompts (shared evenly) and decodes a few tokens of every row: no request waits for another's prompt or text to end. A
 sample depends on its prompt, options and seed alone, so it equals what `generate` gives.
 
-Clients take turns; the requests of one client are served in order. When `queue_size` requests wait, `submit` raises Busy
-with the seconds after which to try again.
+The scheduler divides the slots among clients and requests; a row that loses its slot is parked and continues later. When
+`queue_size` requests wait, `submit` raises Busy with the seconds after which to try again.
 """
 
 import queue
 import threading
 import time
-from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -30,17 +29,18 @@ from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result, Row, TokenLogprob, start_rows, token_logprob
 from tnllm.generation.scoring import score_tokens
-from tnllm.generation.slots import Slots
+from tnllm.generation.slots import Parked, Slots
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
 from tnllm.serving.metrics import Metrics, Snapshot
 from tnllm.serving.prefix_cache import PrefixCache
+from tnllm.serving.scheduler import Scheduler
 
 # Prompt tokens prefilled between two decoding steps. On a CPU they cost about as much as a few steps, so that running texts
 # slow down but do not stop; on a GPU they are enough to keep it busy.
 PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
-# A smaller part of a prompt is not worth its overhead in a pass.
-_MIN_SHARE = 16
+# Host memory for the states of rows that lost their slots: 1,500 rows of the demo model, 150 of the 385M.
+_PARKED_BYTES = 2 << 30
 
 
 class Busy(UserError):
@@ -99,7 +99,7 @@ class Ticket:
 
 @dataclass(eq=False)
 class _Job:
-    """A request from submission until the last of its rows has ended."""
+    """A prompt from submission until the last of its rows has ended."""
 
     ids: list[int]
     params: SamplingParams
@@ -114,8 +114,20 @@ class _Job:
     cache_at: int = 0  # length of the prefix shared with an earlier prompt: its context is cached
     logits: Tensor | None = None  # [1, V] after the last token read
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    rows_left: int = 0
     first_token: float | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return self.params.n
+
+
+@dataclass(eq=False)
+class _Sample:
+    """A row, and what it continues from while it has no slot."""
+
+    job: _Job
+    row: Row
+    parked: Parked | None
 
 
 class Engine:
@@ -152,13 +164,13 @@ class Engine:
         self.metrics = Metrics(self._snapshot)
         self._ends = frozenset(loaded.eos_ids)
         self._wake = threading.Condition()
-        self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()  # by client; the first one is next
-        self.num_waiting = 0
-        self._reading: list[_Job] = []
-        self._to_join: deque[tuple[Row, Context]] = deque()
-        self._jobs: dict[int, _Job] = {}  # by id(row)
-        # Prompts that have not ended, by request; those that were cut stay.
-        self._open: Counter[Hashable] = Counter()
+        row_bytes = self.slots.nbytes // num_slots
+        # Used by whoever holds `_wake`.
+        self.scheduler: Scheduler[_Job, _Sample] = Scheduler(
+            num_slots, queue_size, max(num_slots, _PARKED_BYTES // row_bytes)
+        )
+        self._samples: dict[Row, _Sample] = {}  # in slots
+        self._num_cut = 0
         self._stopping = self._abandon = False
         self._thread = threading.Thread(target=self._run, name="tnllm-engine", daemon=True)
 
@@ -178,7 +190,7 @@ class Engine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-            return len(self._open)
+            return self.scheduler.num_requests
 
     def stop(self, finish: bool = True, timeout_s: float | None = None) -> int:
         """Drain and wait; with finish=False, or after `timeout_s`, cut what is left.
@@ -192,22 +204,31 @@ class Engine:
             self._abandon = True
             self._wake.notify()
         self._thread.join()
-        return len(self._open)
+        return self._num_cut
 
     @property
     def num_active(self) -> int:
-        """Requests and samples that are being read or decoded."""
-        return len(self._reading) + len(self._to_join) + len(self.slots.rows)
+        """Prompts that are being read, and samples of those that were."""
+        with self._wake:
+            return self.scheduler.num_active
+
+    @property
+    def num_waiting(self) -> int:
+        """Prompts in the queue."""
+        with self._wake:
+            return self.scheduler.num_waiting
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(
-            requests_waiting=self.num_waiting,
-            requests_active=self.num_active,
-            slots=self.num_slots,
-            slots_free=self.slots.free,
-            prefix_cache_bytes=self.cache.num_bytes,
-            prefix_cache_entries=len(self.cache),
-        )
+        with self._wake:
+            return Snapshot(
+                requests_waiting=self.scheduler.num_waiting,
+                requests_active=self.scheduler.num_active,
+                slots=self.num_slots,
+                slots_free=self.slots.free,
+                samples_parked=self.scheduler.num_parked,
+                prefix_cache_bytes=self.cache.num_bytes,
+                prefix_cache_entries=len(self.cache),
+            )
 
     @property
     def stopping(self) -> bool:
@@ -252,20 +273,17 @@ class Engine:
         ticket = Ticket(params.n, deliver)
         job = _Job(
             list(ids), params, ticket, client, ticket if request is None else request, prompt_logprobs,
-            time.monotonic(), rows_left=params.n,
+            time.monotonic(),
         )  # fmt: skip
         with self._wake:
             if self.stopping:
                 raise Busy("the server is shutting down; try another one", 10, stopping=True)
-            if self.num_waiting >= self.queue_size:
+            if not self.scheduler.submit(job):
                 self.metrics.refused += 1
                 raise Busy(
                     f"{self.num_waiting} requests are waiting, the most that this server allows; try again later",
                     self.metrics.retry_after_s(),
                 )
-            self._waiting.setdefault(client, deque()).append(job)
-            self.num_waiting += 1
-            self._open[job.request] += 1
             self._wake.notify()
         return ticket
 
@@ -286,100 +304,69 @@ class Engine:
     def _turn(self) -> bool:
         """Admit, prefill, decode. Returns False when the engine has stopped."""
         with self._wake:
-            while not (self._abandon or self.num_waiting or self.num_active):
+            while not (self._abandon or self.scheduler.num_requests):
                 if self._stopping:
                     return False
                 self._wake.wait()
         if self._abandon:
             self._fail_all(Busy("the server shut down before the text was finished", 10, stopping=True))
             return False
-        self._drop_cancelled()
-        self._admit()
-        if self._reading:
+        with self._wake:
+            self._drop_cancelled()
+            admitted = self.scheduler.admit()
+        for job in admitted:
+            self._start_reading(job)
+        if self.scheduler.reading:
             self._prefill()
-        while self._to_join and self.slots.free:
-            self.slots.join(*self._to_join.popleft())
+        self._change_rows()
         if self.slots.rows:
             self._decode()
         return True
 
     def _drop_cancelled(self) -> None:
-        cancelled = RunError("the request was cancelled")
-        dropped: list[_Job] = []
-        with self._wake:
-            for client, jobs in list(self._waiting.items()):
-                dropped += [job for job in jobs if job.ticket.cancelled.is_set()]
-                self._waiting[client] = deque(job for job in jobs if not job.ticket.cancelled.is_set())
-                if not self._waiting[client]:
-                    del self._waiting[client]
-            self.num_waiting -= len(dropped)
-        dropped += [job for job in self._reading if job.ticket.cancelled.is_set()]
-        self._reading = [job for job in self._reading if not job.ticket.cancelled.is_set()]
-        rows = [row for row, _ in self._to_join] + self.slots.rows
-        for row in [row for row in rows if self._jobs[id(row)].ticket.cancelled.is_set()]:
-            job = self._jobs[id(row)]
-            self._drop_row(row)
-            if job not in dropped:
-                dropped.append(job)
-        for job in dropped:
+        for job in [job for job in self.scheduler.jobs if job.ticket.cancelled.is_set()]:
+            self._drop(job)
             self.metrics.cancelled += 1
-            self._close(job)
-            job.ticket.deliver([Failed(cancelled)])
+            job.ticket.deliver([Failed(RunError("the request was cancelled"))])
 
-    def _drop_row(self, row: Row) -> None:
-        del self._jobs[id(row)]
-        if any(row is other for other in self.slots.rows):
-            self.slots.leave(row)
-        else:
-            self._to_join = deque(pair for pair in self._to_join if pair[0] is not row)
+    def _drop(self, job: _Job) -> None:
+        """Forget a job and free its slots."""
+        with self._wake:
+            held = self.scheduler.remove(job)
+        for sample in held:
+            # A row that just failed has left already.
+            if self._samples.pop(sample.row, None):
+                self.slots.leave(sample.row)
 
-    def _admit(self) -> None:
-        """Start to prefill waiting requests, as long as slots will be free for them."""
-        while not self._to_join and len(self._reading) < self.slots.free:
-            with self._wake:
-                if not self._waiting:
-                    return
-                client, jobs = next(iter(self._waiting.items()))
-                job = jobs.popleft()
-                # This client goes to the end of the order.
-                del self._waiting[client]
-                if jobs:
-                    self._waiting[client] = jobs
-                self.num_waiting -= 1
-            self.metrics.queue_s.observe(time.monotonic() - job.submitted)
-            if not job.prompt_logprobs:
-                job.cached = self.cache.longest(job.ids)
-                job.cache_at = self.cache.branch(job.ids)
-            if job.cached is not None:
-                job.done, job.logits = job.cached.num_tokens, job.cached.logits
-            job.state = job.cached.state if job.cached is not None else self.loaded.model.init_state(1)
-            self._reading.append(job)
+    def _start_reading(self, job: _Job) -> None:
+        self.metrics.queue_s.observe(time.monotonic() - job.submitted)
+        if not job.prompt_logprobs:
+            job.cached = self.cache.longest(job.ids)
+            job.cache_at = self.cache.branch(job.ids)
+        if job.cached is not None:
+            job.done, job.logits = job.cached.num_tokens, job.cached.logits
+        job.state = job.cached.state if job.cached is not None else self.loaded.model.init_state(1)
 
-    def _shares(self) -> Iterator[tuple[_Job, int]]:
-        """How many tokens of which prompts to prefill now.
-
-        Half of the room is the oldest prompt's, so that it ends; the others share the rest, shortest first, so that a
-        short prompt does not wait for long ones.
-        """
-        # With many running texts a step is slow; more room for each step lets a long queue of prompts end sooner.
-        room = max(self._prefill_tokens, 2 * len(self.slots.rows))
-        oldest, *others = self._reading
-        others.sort(key=lambda job: len(job.ids) - job.done)
-        for index, job in enumerate([oldest, *others]):
-            if room <= 0:
-                return
-            most = max(_MIN_SHARE, room // 2 if index == 0 else room // (len(others) - index + 1))
-            share = min(len(job.ids) - job.done, most if others else room)
-            if job.done < job.cache_at < job.done + share:
-                share = job.cache_at - job.done
-            room -= share
-            yield job, share
+    def _change_rows(self) -> None:
+        """Park the rows whose turn has ended, and continue others."""
+        with self._wake:
+            parked, joined = self.scheduler.turns()
+        for sample in parked:
+            del self._samples[sample.row]
+            sample.parked = self.slots.park(sample.row)
+        self.metrics.parks += len(parked)
+        for sample in joined:
+            assert sample.parked is not None
+            self.slots.join(sample.row, sample.parked)
+            self._samples[sample.row], sample.parked = sample, None
 
     @torch.no_grad()
     def _prefill(self) -> None:
         """One pass over parts of prompts, packed, so that padding never enters a state."""
         model = self.loaded.model
-        pieces = [(job, share) for job, share in self._shares() if share]
+        # With many running texts a step is slow; more room for each step lets a long queue of prompts end sooner.
+        room = max(self._prefill_tokens, 2 * len(self.slots.rows))
+        pieces = [(job, share) for job, share in self.scheduler.shares(room) if share]
         if pieces:
             tokens, cu_seqlens = pack([job.ids[job.done : job.done + share] for job, share in pieces])
             ends = cu_seqlens[1:].tolist()
@@ -400,8 +387,7 @@ class Engine:
                     context = self._context(job)
                     if not job.prompt_logprobs:
                         self.cache.put(job.ids[: job.done], context)
-        for job in [job for job in self._reading if job.done == len(job.ids)]:
-            self._reading.remove(job)
+        for job in [job for job in self.scheduler.reading if job.done == len(job.ids)]:
             self._start_rows(job)
 
     def _add_logprobs(self, job: _Job, hidden: Tensor) -> None:
@@ -431,71 +417,63 @@ class Engine:
         events: list[Event] = [
             PromptRead(len(job.ids), cached, job.logprobs if job.prompt_logprobs else None),
         ]
+        samples: list[_Sample] = []
         for row in start_rows(self.loaded.tokenizer, 0, job.params, len(job.ids), context.tail):
             if job.params.max_tokens == 0:
                 row.reason = "length"
                 events.append(row.result())
-                self._ended(job, "length")
+                self.metrics.finished["length"] += 1
             else:
-                self._jobs[id(row)] = job
-                self._to_join.append((row, context))
+                samples.append(_Sample(job, row, Parked(context)))
         job.state = job.logits = job.cached = None
+        with self._wake:
+            self.scheduler.has_read(job, samples)
+        if not samples:
+            self.metrics.request_s.observe(time.monotonic() - job.submitted)
         job.ticket.deliver(events)
 
     def _decode(self) -> None:
         now = time.monotonic()
         by_job: dict[_Job, list[Event]] = {}
         failed: set[_Job] = set()
-        for row, pieces in self.slots.decode(self._ends):
-            job = self._jobs[id(row)]
-            events = by_job.setdefault(job, [])
-            if isinstance(pieces, RunError):
-                del self._jobs[id(row)]
-                self.metrics.failed += 1
-                failed.add(job)
-                events.append(Failed(pieces))
-                continue
-            self.metrics.generated_tokens += len(pieces)
-            if job.first_token is None:
-                job.first_token = time.monotonic()
-                self.metrics.first_token_s.observe(job.first_token - job.submitted)
-            events += pieces
-            if row.reason:
-                del self._jobs[id(row)]
-                events.append(row.result())
-                self._ended(job, row.reason)
+        decoded = self.slots.decode(self._ends)
+        with self._wake:
+            for row, pieces in decoded:
+                sample = self._samples[row]
+                job = sample.job
+                events = by_job.setdefault(job, [])
+                if isinstance(pieces, RunError):
+                    del self._samples[row]
+                    self.metrics.failed += 1
+                    failed.add(job)
+                    events.append(Failed(pieces))
+                    continue
+                self.scheduler.decoded(sample, len(pieces))
+                self.metrics.generated_tokens += len(pieces)
+                if job.first_token is None:
+                    job.first_token = time.monotonic()
+                    self.metrics.first_token_s.observe(job.first_token - job.submitted)
+                events += pieces
+                if row.reason:
+                    del self._samples[row]
+                    events.append(row.result())
+                    self.metrics.finished[row.reason] += 1
+                    if self.scheduler.ended(sample):
+                        self.metrics.request_s.observe(time.monotonic() - job.submitted)
+            for job in failed:
+                # Its other samples end, too.
+                self._drop(job)
         self.metrics.step_s.observe(time.monotonic() - now)
-        for job in failed:
-            # Its other samples end, too.
-            for row in [row for row, _ in self._to_join] + self.slots.rows:
-                if self._jobs[id(row)] is job:
-                    self._drop_row(row)
-            self._close(job)
         for job, events in by_job.items():
             job.ticket.deliver(events)
 
-    def _ended(self, job: _Job, reason: str) -> None:
-        self.metrics.finished[reason] += 1
-        job.rows_left -= 1
-        if not job.rows_left:
-            self.metrics.request_s.observe(time.monotonic() - job.submitted)
-            self._close(job)
-
-    def _close(self, job: _Job) -> None:
-        """A prompt has ended."""
-        with self._wake:
-            self._open[job.request] -= 1
-            if not self._open[job.request]:
-                del self._open[job.request]
-
     def _fail_all(self, error: UserError) -> None:
         with self._wake:
-            jobs = {id(job): job for jobs in self._waiting.values() for job in jobs}
-            self._waiting.clear()
-            self.num_waiting = 0
-        jobs |= {id(job): job for job in [*self._reading, *self._jobs.values()]}
-        self._reading, self._jobs = [], {}
-        self._to_join.clear()
+            jobs = self.scheduler.jobs
+            self._num_cut = self.scheduler.num_requests
+            for job in jobs:
+                self.scheduler.remove(job)
+        self._samples.clear()
         self.slots.rows.clear()
-        for job in jobs.values():
+        for job in jobs:
             job.ticket.deliver([Failed(error)])

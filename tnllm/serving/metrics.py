@@ -33,6 +33,7 @@ class Snapshot:
     requests_active: int
     slots: int
     slots_free: int
+    samples_parked: int
     prefix_cache_bytes: int
     prefix_cache_entries: int
 
@@ -66,7 +67,7 @@ class Metrics:
         self._snapshot = snapshot
         self.started = time.time()  # seconds since 1970
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.refused = self.cancelled = self.failed = 0
+        self.refused = self.cancelled = self.failed = self.parks = 0
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "eos": 0})
         self.queue_s, self.first_token_s, self.step_s, self.request_s = (Histogram() for _ in range(4))
 
@@ -93,6 +94,7 @@ class Metrics:
             ("requests_active", "Prompts being read and samples being decoded.", now.requests_active),
             ("slots", "Samples that can be decoded together.", now.slots),
             ("slots_free", "Free slots.", now.slots_free),
+            ("samples_parked", "Samples that lost their slot to others and will continue.", now.samples_parked),
             ("prefix_cache_bytes", "Bytes of cached contexts.", now.prefix_cache_bytes),
             ("prefix_cache_entries", "Cached contexts.", now.prefix_cache_entries),
         ):
@@ -103,6 +105,7 @@ class Metrics:
             ("generated_tokens", "Tokens generated.", self.generated_tokens),
             ("requests_refused", "Requests refused because the queue was full.", self.refused),
             ("requests_cancelled", "Requests whose client disconnected.", self.cancelled),
+            ("parks", "Times a sample lost its slot to others.", self.parks),
             ("samples_failed", "Samples that ended with an error.", self.failed),
         ):
             yield CounterMetricFamily(f"tnllm_{name}", help, value)
