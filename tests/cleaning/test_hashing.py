@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,11 +6,13 @@ from hypothesis import strategies as st
 from tnllm.cleaning.hashing import (
     content_hash,
     counts_characters,
+    extended_sums,
     ngram_hashes,
     token_hashes,
     word_hashes,
     words_of,
 )
+from tnllm.data.permutation import splitmix64
 
 
 def jaccard(a, b, n=2):
@@ -56,3 +59,12 @@ def test_hashes_never_change():
     assert [int(token_hashes(text)[0]) for text in ("word", "字")] == [9480805241173167587, 2516393113289205985]
     assert content_hash("A  b") == 2952434739088078779
     assert content_hash("A  b\n") == content_hash("a b")
+
+
+def test_lengthened_n_grams_are_the_longer_n_grams():
+    tokens = token_hashes("one two three four five six seven eight nine")
+    starts = np.array([0, 2, 3])
+    sums = np.zeros(3, np.uint64)
+    for length, n in ((0, 2), (2, 3), (3, 5)):
+        sums = extended_sums(tokens, starts, sums, length, n)
+        assert (splitmix64(sums) == ngram_hashes(tokens, n)[starts]).all()

@@ -53,9 +53,9 @@ def test_what_is_never_broken_is_nothing_that_ftfy_repairs():
     """The characters that may pass without ftfy, by their kinds, in every sequence of four."""
     for characters in itertools.product("aZ1 .\n\t~中。！‘’“”–—…·", repeat=4):
         text = "".join(characters)
-        assert repair_module._NEVER_BROKEN.fullmatch(text) and not is_bad(text), text
+        assert repair_module.NEVER_BROKEN.fullmatch(text) and not is_bad(text), text
     every = "".join(map(chr, range(0x11000)))
-    passed = "".join(repair_module._NEVER_BROKEN.findall(every))
+    passed = "".join(repair_module.NEVER_BROKEN.findall(every))
     assert (
         ftfy.fix_text(
             passed,

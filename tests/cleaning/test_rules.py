@@ -105,6 +105,26 @@ def test_n_grams_count_a_repeated_letter_once():
     assert found["dup_5gram"] == pytest.approx(11 / 22, abs=0.01)
 
 
+@given(st.text("ab", max_size=60), st.sampled_from(["en", "zh"]))
+def test_repetition_is_what_counting_every_n_gram_gives(letters, language):
+    """One-letter words, so that all n-grams are of one length and ties do not matter."""
+    unit = 1 if language == "en" else 2
+    text = " ".join(letters) if language == "en" else letters.replace("a", "甲").replace("b", "乙")
+    found = figures(text, language)
+    size, chars = (2 if language == "en" else 1), len(text)
+    for words in (2, 3, 4, 5, 7, 10) if text else ():
+        n = words * unit
+        grams = [letters[start : start + n] for start in range(len(letters) - n + 1)]
+        if words <= 4:
+            most = max(map(grams.count, grams), default=0)
+            expected = most * n * size / chars if most > 1 else 0
+            name = f"top_{words}gram"
+        else:
+            again = {start + i for start, gram in enumerate(grams) if gram in grams[:start] for i in range(n)}
+            expected, name = len(again) * size / chars, f"dup_{words}gram"
+        assert found[name] == pytest.approx(expected), name
+
+
 @given(st.text(max_size=400), st.sampled_from(["en", "zh", "fr"]))
 def test_shares_are_shares(text, language):
     for name, value in figures(text, language).items():

@@ -88,6 +88,17 @@ def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
     return splitmix64(total)
 
 
+def extended_sums(tokens: np.ndarray, starts: np.ndarray, sums: np.ndarray, length: int, n: int) -> np.ndarray:
+    """Lengthen the n-grams that begin at `starts` from `length` tokens to `n`: the sums that `ngram_hashes` hashes.
+
+    `sums` uint64 are those of `length` tokens (zeros for 0); splitmix64 of the result is the n-grams' hashes.
+    """
+    total = sums.copy()
+    for index in range(length, n):
+        total += tokens[starts + index] * _POWERS[index % _MAX_POWERS]
+    return total
+
+
 def content_hash(text: str) -> int:
     """64-bit hash of the text with case and white space normalised: equal hashes are exact duplicates."""
     return int.from_bytes(blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest(), "little")

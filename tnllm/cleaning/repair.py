@@ -30,12 +30,11 @@ _URL = re.compile(r" ?(?:https?://|www\.)[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+")
 _REPEATED = re.compile(r"([!?,;~！？，。、；～])\1+")
 # Zero-width, bidirectional and other invisible characters, private use, byte order marks; not the joiners of emoji.
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ue000-\uf8ff\xad]")
-_SPACES = str.maketrans(dict.fromkeys("\xa0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a", " "))
+_WIDE = re.compile("[\xa0\u2000-\u200a０-９]")
 # Text that ftfy leaves as it is: printable ASCII, CJK and the quotes, dashes and dots of prose.
-_NEVER_BROKEN = re.compile(r"[\n\t -~\u3001-\u9fff\uff01-\uff60‘’“”–—…·]*+")
+NEVER_BROKEN = re.compile(r"[\n\t -~\u3001-\u9fff\uff01-\uff60‘’“”–—…·]*+")
 # Lines, and parts of long ones: up to a space, else up to a character that begins a broken one, else anywhere.
 _PARTS = re.compile(r"[^\n]{0,999}(?:[ \n]|\Z)|[^\n]{1,999}(?=[Â-ô])|[^\n]{1,1000}")
-_DIGITS = str.maketrans("０１２３４５６７８９", "0123456789")
 # Only at the start of a run: a search that tries every blank of a long run takes quadratic time.
 _BLANKS = re.compile(r"(?<![ \t])(?:[ \t]++$|(?<=\S)[ \t]{3,}+(?=\S))", re.MULTILINE)
 
@@ -80,6 +79,8 @@ _PHONE = re.compile(
         )
     )
 )
+# What a phone number and the characters that decide about it are made of: searching only there is several times faster.
+_NUMERIC = re.compile(r"[\d ().+-]{7,}")
 PERSONAL = ("email", "ip", "phone")
 
 
@@ -98,7 +99,7 @@ def repair(text: str, urls: bool = True, collapse: bool = True) -> str:
         text = _URL.sub("", text)
     if collapse:
         text = _REPEATED.sub(r"\1", text)
-    text = _INVISIBLE.sub("", text).translate(_SPACES).translate(_DIGITS)
+    text = _WIDE.sub(lambda match: str(int(match[0])) if match[0].isdigit() else " ", _INVISIBLE.sub("", text))
     text = _BLANKS.sub(lambda match: "" if match.end() == len(text) or text[match.end()] == "\n" else " ", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n ")
 
@@ -124,7 +125,7 @@ def _unbreak(text: str) -> str:
 
     ftfy repeats its work until nothing changes, which takes time quadratic in the length of what it is given.
     """
-    if _NEVER_BROKEN.fullmatch(text):
+    if NEVER_BROKEN.fullmatch(text):
         return text
     import ftfy
 
@@ -138,7 +139,7 @@ def _unbreak(text: str) -> str:
         explain=False,
     )
     parts = _PARTS.findall(text.replace("\r\n", "\n"))
-    return "".join(part if _NEVER_BROKEN.fullmatch(part) else ftfy.fix_text(part, config) for part in parts)
+    return "".join(part if NEVER_BROKEN.fullmatch(part) else ftfy.fix_text(part, config) for part in parts)
 
 
 def remove_boilerplate(text: str) -> tuple[str, int]:
@@ -163,7 +164,7 @@ def mask_personal_data(text: str, kinds: Iterable[str] = PERSONAL) -> tuple[str,
     if "ip" in kinds:
         text = _IP.sub(lambda match: masked("<ip>") if _is_public_ip(match[0]) else match[0], text)
     if "phone" in kinds:
-        text = _PHONE.sub(lambda match: masked("<phone>"), text)
+        text = _NUMERIC.sub(lambda run: _PHONE.sub(lambda match: masked("<phone>"), run[0]), text)
     return text, count
 
 

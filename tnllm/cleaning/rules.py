@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tnllm.cleaning.hashing import codepoints, is_cjk, ngram_hashes, word_hashes
+from tnllm.cleaning.hashing import codepoints, extended_sums, is_cjk, word_hashes
+from tnllm.cleaning.repair import NEVER_BROKEN
 from tnllm.data.permutation import splitmix64
 
 Range = tuple[float | None, float | None]
@@ -92,11 +93,11 @@ DEFAULTS: dict[str, dict[str, Range]] = {
     "other": {name: limits for name, limits in _COMMON.items() if name not in ("end_marks", "curly_brackets")},
 }
 _STOP_EN = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
+_MAX_STOP_CHARS = max(map(len, _STOP_EN))
 _STOP_ZH = frozenset("的一是了不在有我他她这那个们来到就和也说之其以而于於為为者無无乃曰何此所則则矣兮人自上下中")
 _BULLETS = ("•", "-", "*", "●", "■", "◆", "·", "▪", "※")
 _END_MARKS = tuple(".!?\"'”’)]。！？」』）】…；;:：")
 _LETTERS = re.compile(r"[^\W_]+")
-_WORDS = re.compile(r"\S+")
 _GARBLED = re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯|锘|ï»¿|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -135,16 +136,32 @@ def check(values: Mapping[str, float], limits: Mapping[str, Range]) -> tuple[str
 
 
 def _words(text: str) -> dict[str, float]:
-    words = _WORDS.findall(text)
-    spoken = [word for word in words if _LETTERS.search(word)]
-    lengths = [len(word) for word in spoken]
-    plain = [word.strip(".,;:!?\"'()[]").lower() for word in words]
+    words = text.split()
+    number = length = longest = letters = 0
+    plain = set()
+    # Each distinct word is looked at once, and most are letters only.
+    for word, count in Counter(words).items():
+        size = len(word)
+        if word.isalpha():
+            letters += count
+        else:
+            if any(map(str.isalpha, word)):
+                letters += count
+            elif not _LETTERS.search(word):
+                continue
+            word = word.strip(".,;:!?\"'()[]")
+        number += count
+        length += count * size
+        if size > longest:
+            longest = size
+        if len(word) <= _MAX_STOP_CHARS:
+            plain.add(word.lower())
     values = {
-        "length": float(len(spoken)),
-        "mean_word_length": sum(lengths) / max(len(lengths), 1),
-        "longest_word": float(max(lengths, default=0)),
-        "letters": sum(any(map(str.isalpha, word)) for word in words) / len(words),
-        "stop_words": float(len(_STOP_EN.intersection(plain))),
+        "length": float(number),
+        "mean_word_length": length / max(number, 1),
+        "longest_word": float(longest),
+        "letters": letters / len(words),
+        "stop_words": float(len(_STOP_EN & plain)),
     }
     sizes = np.fromiter(map(len, words), np.int64, len(words)) + 1
     return values | _repetition(word_hashes(words), sizes, len(text), unit=1)
@@ -166,32 +183,39 @@ def _chinese(text: str) -> dict[str, float]:
 
 
 def _repetition(tokens: np.ndarray, sizes: np.ndarray, chars: int, unit: int) -> dict[str, float]:
-    """Gopher's n-gram figures; `unit` tokens count as one word."""
-    values = {}
+    """Gopher's n-gram figures; `unit` tokens count as one word.
+
+    A repeated n-gram begins with a repeated shorter one, so each length is looked for only where the one before repeats.
+    """
+    values = {f"top_{words}gram": 0.0 for words in (2, 3, 4)} | {f"dup_{words}gram": 0.0 for words in (5, 7, 10)}
     ends = np.concatenate([[0], np.cumsum(sizes)])
-    for words in (2, 3, 4):
+    starts, sums, length = np.arange(len(tokens)), np.zeros(len(tokens), np.uint64), 0
+    for words, name in zip((2, 3, 4, 5, 7, 10), values, strict=True):
         n = words * unit
-        share = 0.0
-        if len(tokens) > n:
-            _, first, counts = np.unique(ngram_hashes(tokens, n), return_index=True, return_counts=True)
+        # As before, a text of exactly n tokens has no figure: its one n-gram cannot repeat.
+        chosen = starts <= len(tokens) - n
+        starts, sums = starts[chosen], extended_sums(tokens, starts[chosen], sums[chosen], length, n)
+        length = n
+        if len(starts) < 2:
+            break
+        _, first, group, counts = np.unique(
+            splitmix64(sums), return_index=True, return_inverse=True, return_counts=True
+        )
+        repeated = counts[group] > 1
+        if not repeated.any():
+            break
+        if words <= 4:
             best = int(counts.argmax())
-            if counts[best] > 1:
-                share = float(counts[best] * (ends[first[best] + n] - ends[first[best]]) / chars)
-        values[f"top_{words}gram"] = share
-    for words in (5, 7, 10):
-        n = words * unit
-        share = 0.0
-        if len(tokens) > n:
-            grams = ngram_hashes(tokens, n)
-            _, first = np.unique(grams, return_index=True)
-            repeated = np.ones(len(grams), bool)
-            repeated[first] = False
+            begin = starts[first[best]]
+            values[name] = float(counts[best] * (ends[begin + n] - ends[begin]) / chars)
+        else:
+            again = repeated.copy()
+            again[first] = False
             # A token counts once, even if it is in several repeated n-grams.
-            edges = np.zeros(len(tokens) + 1, np.int64)
-            np.add.at(edges, np.flatnonzero(repeated), 1)
-            np.add.at(edges, np.flatnonzero(repeated) + n, -1)
-            share = float(sizes[np.cumsum(edges[:-1]) > 0].sum() / chars)
-        values[f"dup_{words}gram"] = share
+            edges = np.bincount(starts[again], minlength=len(tokens) + 1)
+            edges -= np.bincount(starts[again] + n, minlength=len(tokens) + 1)
+            values[name] = float(sizes[np.cumsum(edges[:-1]) > 0].sum() / chars)
+        starts, sums = starts[repeated], sums[repeated]
     return values
 
 
@@ -202,4 +226,5 @@ def _share(lines: list[str], test: Callable[[str], bool]) -> float:
 def _badness(text: str) -> int:
     from ftfy.badness import badness
 
-    return badness(text)
+    # ftfy counts a character at a time; most lines hold nothing that it counts.
+    return sum(badness(line) for line in text.split("\n") if not NEVER_BROKEN.fullmatch(line))
