@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from tnllm.cli.options import examples
+from tnllm.cli.options import check_outputs, examples
 from tnllm.errors import RunError, UserError
 from tnllm.progress import Progress, log
 
@@ -29,6 +29,7 @@ def command(
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
 ) -> None:
     """Score the same questions with and without shared prefixes: answers compared, tokens and time counted."""
+    check_outputs(json_file)
     if model is not None and preset is not None:
         raise UserError("--model and --preset were given; give one of them")
     import torch

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import counts, examples, write_outputs
+from tnllm.cli.options import check_outputs, counts, examples, write_outputs
 from tnllm.progress import log
 
 EPILOG = examples("tnllm bench-norm --widths 1024,4096 --step 385m --json norm.json")
@@ -18,6 +18,7 @@ def command(
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
 ) -> None:
     """Check the norms against float64, then time them alone and in a training step."""
+    check_outputs(json_file)
     channels = counts(widths, "--widths", "1024,4096")
     import torch
 

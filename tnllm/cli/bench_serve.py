@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import examples, write_outputs
+from tnllm.cli.options import check_outputs, examples, write_outputs
 from tnllm.errors import RunError
 from tnllm.progress import log
 
@@ -22,6 +22,7 @@ def command(
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
 ) -> None:
     """Open many streams at once: is each answered completely and with its own text, and how fast? Exit 1 if not."""
+    check_outputs(json_file)
     from tnllm.bench.report import write_json
     from tnllm.bench.serve import bench_serve
 

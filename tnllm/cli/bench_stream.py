@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import examples, length, write_outputs
+from tnllm.cli.options import check_outputs, examples, length, write_outputs
 from tnllm.errors import RunError
 from tnllm.progress import log
 
@@ -20,6 +20,7 @@ def command(
 
     A million tokens take about ten minutes.
     """
+    check_outputs(json_file)
     count = length(tokens, "--tokens")
     from tnllm.bench.report import environment_line, print_table, write_json
     from tnllm.bench.stream import bench_stream

@@ -18,6 +18,7 @@ from tnllm.cli.evaluation_view import (
 from tnllm.cli.options import check_choice, examples, log_default_model
 from tnllm.cli.tables import print_json
 from tnllm.errors import CheckFailed, UserError
+from tnllm.files import check_output_file
 from tnllm.progress import Progress, log
 
 EXAMPLES = examples(
@@ -310,6 +311,7 @@ def save_requests(
     seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
 ) -> None:
     """Write the token requests of tasks to a file and count what sharing prefixes saves; needs no model."""
+    check_output_file(out, "the output")
     _check_data_dir(data_dir, False)
     _check_include_path(include_path)
     names = _names(tasks)

@@ -28,15 +28,14 @@ def command(
 ) -> None:
     """Draw loss (raw, smoothed, validation), learning rate and tokens/s of runs. Needs the extra `plot`."""
     from tnllm.errors import UserError, did_you_mean
-    from tnllm.files import write_bytes_atomic
+    from tnllm.files import check_output_file, write_bytes_atomic
     from tnllm.training.plot import FORMATS, draw, read_run
 
     suffix = output.suffix.lower()
     if suffix not in FORMATS:
         hint = did_you_mean(suffix, FORMATS)
         raise UserError(f"--output is {output}; its name must end in {', '.join(FORMATS)}{hint}")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output is {output}: there is no folder {output.parent}")
+    check_output_file(output, "--output", runs)
     picture = draw([read_run(path) for path in runs], x.value, suffix, smooth)
     write_bytes_atomic(output, picture)
     print(output)
