@@ -205,7 +205,7 @@ def test_what_changed_is_refused_and_redone_when_asked(corpus, tmp_path):
     refused(r"was made with --val-fraction 0.01 \(now 0.5\)", options=Options(val_fraction=0.5))
     refused(r"was made with 2 input files \(now 1\)", files=corpus[:1])
     write_jsonl(corpus[1], ["changed"])
-    refused(r"was made with another content of .*b.jsonl \([\d,]+ bytes, now 20\)")
+    refused(r"was made with another content of .*b.jsonl \([\d,]+ bytes, now 20 bytes\)")
     tokenize_corpus(corpus, out, TOKENIZER, overwrite=True)
     assert "changed" in documents(out) + documents(out, "val")
 

@@ -59,8 +59,8 @@ def tokenize(
 ) -> None:
     """Turn a corpus into memory-mapped token shards with a manifest; a stopped run resumes."""
     from tnllm import assets
-    from tnllm.data.corpus import find_files
     from tnllm.data.encode import Options
+    from tnllm.data.remote import find_sources
     from tnllm.data.tokenize import tokenize_corpus
     from tnllm.files import format_duration, parse_count
     from tnllm.progress import corpus_progress
@@ -70,7 +70,7 @@ def tokenize(
     options = Options(field, split_on.value, val_fraction, bos)
     with corpus_progress("tokenize") as report:
         manifest = tokenize_corpus(
-            find_files(inputs),
+            find_sources(inputs),
             out,
             Tokenizer.load(assets.tokenizer_model(tokenizer)),
             options,

@@ -19,6 +19,7 @@ import numpy as np
 
 from tnllm.data.corpus import SplitOn, read_documents
 from tnllm.data.documents import BadDocument, LeftOut
+from tnllm.data.remote import RemoteFile, local_copy, named_by_url
 from tnllm.data.shards import Manifest, token_dtype
 from tnllm.tokenizer import Tokenizer
 
@@ -62,9 +63,17 @@ class Encoded:
 
 
 def read_groups(
-    files: Sequence[Path], manifest: Manifest, options: Options, on_error: OnError, advice: str = "fix it"
+    files: Sequence[Path | RemoteFile],
+    manifest: Manifest,
+    options: Options,
+    on_error: OnError,
+    advice: str = "fix it",
+    folder: Path | None = None,
 ) -> Iterator[Group]:
-    """Documents in groups, starting at the manifest's position; empty and unreadable ones are left out and counted."""
+    """Documents in groups, starting at the manifest's position; empty and unreadable ones are left out and counted.
+
+    Remote files are fetched into `folder`, one at a time.
+    """
     first_file, to_skip = manifest.position
     skipped = dict(manifest.skipped)
     left_out = LeftOut(skipped["bad"])
@@ -73,7 +82,7 @@ def read_groups(
 
     def on_bad(bad: BadDocument) -> None:
         if seen >= to_skip:
-            left_out(bad)
+            left_out(named_by_url(bad, files[number], path))
             skipped["bad"] = left_out.count
 
     base = sum(file["bytes"] for file in manifest.inputs[:first_file])
@@ -83,21 +92,24 @@ def read_groups(
         seen = 0
         position = 0
         chosen = on_bad if on_error == "skip" else None
-        for document in read_documents(
-            [files[number]], options.field, options.split_on, chosen, more=(), advice=advice
-        ):
-            seen, position = seen + 1, document.position
-            if seen <= to_skip:
-                continue
-            if not document.text.strip():
-                skipped["empty"] += 1
-                continue
-            texts.append(document.text)
-            size += len(document.text)
-            if size >= _GROUP_CHARS:
-                yield Group(texts, (number, seen), dict(skipped), base + position, at_start)
-                texts, size, at_start = [], 0, False
+        with local_copy(files[number], folder) as path:
+            for document in read_documents([path], options.field, options.split_on, chosen, more=(), advice=advice):
+                seen, position = seen + 1, document.position
+                if seen <= to_skip:
+                    continue
+                if not document.text.strip():
+                    skipped["empty"] += 1
+                    continue
+                texts.append(document.text)
+                size += len(document.text)
+                if size >= _GROUP_CHARS:
+                    yield Group(texts, (number, seen), dict(skipped), base + position, at_start)
+                    texts, size, at_start = [], 0, False
         base += manifest.inputs[number]["bytes"]
+        if texts and isinstance(files[number], RemoteFile):
+            # The next transfer may fail or be stopped; what was read here is then kept.
+            yield Group(texts, (number + 1, 0), dict(skipped), base, at_start)
+            texts, size, at_start = [], 0, False
         to_skip = 0
     yield Group(texts, (len(files), 0), dict(skipped), base, at_start)
 

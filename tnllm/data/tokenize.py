@@ -12,12 +12,14 @@ import errno
 import hashlib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +29,11 @@ from tnllm.data.compressed import stored_size
 from tnllm.data.corpus import find_files
 from tnllm.data.encode import Encoded, Group, OnError, Options, encode_groups, read_groups
 from tnllm.data.folders import check_folder, refuse_replacing
+from tnllm.data.remote import RemoteFile, find_sources, is_remote, local_files, local_path
 from tnllm.data.shards import Manifest, Shard
 from tnllm.errors import RunError, UserError
 from tnllm.files import LOCK, only_writer, sha256_file, write_bytes_atomic
-from tnllm.progress import Report, Status
+from tnllm.progress import Report, Status, log
 from tnllm.tokenizer import FILE_NAME, Tokenizer
 
 SAMPLE = "sample"
@@ -40,7 +43,7 @@ _BYTES_PER_WORKER = 8 << 20
 
 
 def tokenize_corpus(
-    files: Sequence[Path],
+    files: Sequence[Path | RemoteFile],
     out: Path,
     tokenizer: Tokenizer,
     options: Options | None = None,
@@ -53,7 +56,7 @@ def tokenize_corpus(
     fresh: Manifest | None = None,
     outer_command: bool = False,
 ) -> Manifest:
-    """Write the shards of `files` to `out`, or resume what is there; returns the finished manifest.
+    """Write the shards of `files` (of `find_sources`) to `out`, or resume what is there; returns the finished manifest.
 
     `workers` None chooses by cores and corpus size. With `on_error` "skip", records that cannot be read are left out,
     named on stderr and counted. `fresh` is `new_manifest(files, tokenizer, options)`, if the caller has it already.
@@ -65,7 +68,7 @@ def tokenize_corpus(
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"the validation fraction is {options.val_fraction}; give a share from 0 to below 1")
     check_folder(out)
-    refuse_replacing(files, out)
+    refuse_replacing(local_files(files), out)
     fresh = fresh or new_manifest(files, tokenizer, options)
 
     def tell_wait() -> None:
@@ -73,13 +76,13 @@ def tokenize_corpus(
 
     try:
         with only_writer(out, wait_s=math.inf, on_wait=tell_wait):
-            manifest = _begin(out, fresh, tokenizer, overwrite)
+            manifest = _begin(out, fresh, tokenizer, overwrite, outer_command)
             if manifest.complete:
                 return manifest
             total_bytes = sum(file["bytes"] for file in manifest.inputs)
             workers = workers or max(1, min(num_cores(), total_bytes // _BYTES_PER_WORKER))
             advice = "fix it" if outer_command else _ADVICE
-            groups = read_groups(files, manifest, options, on_error, advice)
+            groups = read_groups(files, manifest, options, on_error, advice, folder=out)
             with closing(encode_groups(groups, tokenizer, options, workers)) as encoded:
                 manifest = _write(out, manifest, encoded, shard_tokens, total_bytes, report)
             return _finish(out, manifest, options)
@@ -102,11 +105,16 @@ def prepare(
 ) -> Path:
     """The shard folder of a recipe's `data.path`: the path itself if it is one, else its text tokenized into `cache_dir`.
 
-    `path` may be the name of a corpus that ships (`assets.named`). The cache (~/.cache/tnllm/tokens) is keyed by content,
-    tokenizer and options, and locked, so several processes may ask for the same folder at once. Raises UserError for a
-    shard folder made with another tokenizer, and what `tokenize_corpus` raises.
+    `path` may be the name of a corpus that ships (`assets.named`), or a URL. The cache (~/.cache/tnllm/tokens) is keyed by
+    content, tokenizer and options, and locked, so several processes may ask for the same folder at once. A URL is its own
+    key: what is behind it must stay as it was, and once all of it is here the network is not needed. Raises UserError for
+    a shard folder made with another tokenizer, for a URL whose content changed, and what `tokenize_corpus` raises.
     """
-    source = assets.named(path)
+    cache = cache_dir or Path.home() / ".cache" / "tnllm" / "tokens"
+    options = options or Options()
+    if is_remote(path):
+        return _prepare_remote(str(path), tokenizer, cache, options, workers, report)
+    source = assets.named(local_path(path))
     if shards.is_shard_folder(source):
         if shards.read_manifest(source).tokenizer_sha256 != tokenizer.sha256:
             raise UserError(
@@ -114,19 +122,45 @@ def prepare(
                 f"use {source / FILE_NAME} or tokenize again"
             )
         return source
-    options = options or Options()
     files = find_files([source])
     fresh = new_manifest(files, tokenizer, options)
-    identity = repr((fresh.tokenizer_sha256, fresh.options, [file["sha256"] for file in fresh.inputs]))
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "tokens") / f"{source.name.split('.')[0]}-{key}"
+    folder = _cache_folder(cache, source.name, fresh, [file["sha256"] for file in fresh.inputs])
     tokenize_corpus(files, folder, tokenizer, options, workers=workers, report=report, fresh=fresh, outer_command=True)
     return folder
 
 
-def new_manifest(files: Sequence[Path], tokenizer: Tokenizer, options: Options) -> Manifest:
-    """The manifest of a run that has not started; reads every file once for its hash."""
-    inputs = [{"file": str(path), "bytes": stored_size(path), "sha256": sha256_file(path)} for path in files]
+def _prepare_remote(
+    url: str, tokenizer: Tokenizer, cache: Path, options: Options, workers: int | None, report: Report
+) -> Path:
+    name = url.rstrip("/").rpartition("/")[2]
+    folder = _cache_folder(cache, name, new_manifest([], tokenizer, options), [url])
+    try:
+        files = find_sources([url])
+    except RunError as error:
+        if not (shards.is_shard_folder(folder) and shards.read_manifest(folder).complete):
+            raise
+        log(f"{error}; all of it was tokenized before, and {folder} is used")
+        return folder
+    tokenize_corpus(files, folder, tokenizer, options, workers=workers, report=report, outer_command=True)
+    return folder
+
+
+def _cache_folder(cache: Path, name: str, manifest: Manifest, content: list[str]) -> Path:
+    """Where the tokens of `content` with a manifest's tokenizer and options are; `name` is for people."""
+    identity = repr((manifest.tokenizer_sha256, manifest.options, content))
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    plain = re.sub(r"[^\w-]", "", name.partition(".")[0]) or "corpus"
+    return cache / f"{plain}-{key}"
+
+
+def new_manifest(files: Sequence[Path | RemoteFile], tokenizer: Tokenizer, options: Options) -> Manifest:
+    """The manifest of a run that has not started; reads every local file once for its hash."""
+    inputs = [
+        {"file": str(file), "bytes": stored_size(file), "sha256": sha256_file(file)}
+        if isinstance(file, Path)
+        else {"file": file.url, "bytes": file.size, "version": file.version}
+        for file in files
+    ]
     return Manifest(
         dtype=shards.token_dtype(tokenizer.vocab_size).str,
         vocab_size=tokenizer.vocab_size,
@@ -142,12 +176,13 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _begin(out: Path, fresh: Manifest, tokenizer: Tokenizer, overwrite: bool) -> Manifest:
+def _begin(out: Path, fresh: Manifest, tokenizer: Tokenizer, overwrite: bool, outer_command: bool) -> Manifest:
     """The manifest to resume from: the folder's own if it was made with the same options, else a fresh one."""
     if shards.is_shard_folder(out) and not overwrite:
         old = shards.read_manifest(out)
         if change := _difference(old, fresh):
-            raise UserError(f"{out} was made with {change}; choose another folder or start again with --overwrite")
+            other = "remove that folder" if outer_command else "choose another folder or start again with --overwrite"
+            raise UserError(f"{out} was made with {change}; {other}")
         return old
     others = sorted(path.name for path in out.iterdir() if not _is_ours(path))
     if others and not shards.is_shard_folder(out):
@@ -169,9 +204,18 @@ def _difference(old: Manifest, new: Manifest) -> str:
     if len(old.inputs) != len(new.inputs):
         return f"{len(old.inputs)} input files (now {len(new.inputs)})"
     for before, now in zip(old.inputs, new.inputs, strict=True):
-        if before["sha256"] != now["sha256"]:
-            return f"another content of {now['file']} ({before['bytes']:,} bytes, now {now['bytes']:,})"
+        if _content(before) != _content(now):
+            return f"another content of {now['file']} ({_described(before)}, now {_described(now)})"
     return ""
+
+
+def _content(item: dict[str, Any]) -> tuple[Any, ...]:
+    """What an input of a manifest holds: a local file's hash; the place, version and size of a remote one."""
+    return (item["sha256"],) if "sha256" in item else (item["file"], item["version"], item["bytes"])
+
+
+def _described(item: dict[str, Any]) -> str:
+    return f"{item['bytes']:,} bytes" + (f", {item['version']}" if item.get("version") else "")
 
 
 def _is_ours(path: Path) -> bool:

@@ -76,8 +76,9 @@ class DataSection(Section):
 
     path: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(one_or_more)] | None = Field(
         None,
-        description="Token shards, a text file or a folder of them (txt, jsonl, parquet; .zst, .gz, .xz); or a list "
-        "of them; or a list of {path, weight}. null: the sample corpus that ships in the package.",
+        description="Token shards, a text file or a folder of them (txt, jsonl, parquet; .zst, .gz, .xz), or the URL of "
+        "one (https, hf, s3, gs); or a list of them; or a list of {path, weight}. null: the sample corpus that ships in "
+        "the package.",
     )
     format: Literal["text", "chat"] = Field(
         "text",

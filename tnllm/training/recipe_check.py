@@ -5,10 +5,12 @@ report.parameters                                       # counted on the meta de
 """
 
 from dataclasses import asdict, dataclass
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
 from tnllm import assets
+from tnllm.data.remote import is_remote, local_path
 from tnllm.errors import UserError
 from tnllm.modeling.flops import count_parameters
 from tnllm.modeling.model import build_model
@@ -55,9 +57,10 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
 
 def _check_data(data: DataSection) -> list[str]:
     paths = [str(assets.sample_corpus())] if data.path is None else [source.path for source in data.path]
-    for path in paths:
-        if not assets.named(path).exists():
+    for path in filterfalse(is_remote, paths):
+        local = Path(local_path(path))
+        if not assets.named(local).exists():
             raise UserError(f"data.path is {path}: no such file or folder")
-        if Path(path).is_dir() and not any(Path(path).iterdir()):
+        if local.is_dir() and not any(local.iterdir()):
             raise UserError(f"data.path is {path}: the folder is empty")
     return paths

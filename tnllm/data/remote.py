@@ -1,0 +1,212 @@
+"""Corpus files at URLs: http(s)://, hf://, s3://, gs:// and whatever else fsspec reads. A file:// URL is a local path.
+
+files = find_sources(["s3://bucket/corpus/", "more.jsonl"])
+for file in files:
+    with local_copy(file, Path("tokens")) as path:      # one file at a time is on the disk
+        ...
+
+A remote file is what it was when it was found: if its ETag (or its date, where a server gives no ETag) or its size is
+another one later, it is refused, so that a stopped run never continues with other text.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from tnllm.data.corpus import ALLOWED, find_files, kind_of
+from tnllm.data.documents import BadDocument
+from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.files import format_bytes
+from tnllm.progress import log
+
+# What storages call the version of a file's content, the surest first.
+_VERSIONS = ("ETag", "etag", "blob_id", "sha256", "md5Hash", "Content-MD5", "Digest", "generation")
+_DATES = ("LastModified", "Last-Modified", "last_modified", "last_commit", "updated", "mtime", "created")
+_TRIES = 4
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as it was when it was found; `size` in bytes as stored, 0 where the server does not say."""
+
+    url: str
+    size: int
+    version: str
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return PurePosixPath(unquote(urlsplit(self.url).path)).name
+
+    def __str__(self) -> str:
+        return self.url
+
+
+def is_remote(given: str | Path) -> bool:
+    """Whether an input is a URL of another place than this machine's file system."""
+    scheme, separator, _ = str(given).partition("://")
+    return bool(separator) and scheme.lower() != "file"
+
+
+def local_path(given: str | Path) -> str | Path:
+    """The path of a file:// URL; anything else as it is."""
+    text = str(given)
+    return unquote(urlsplit(text).path) if text.lower().startswith("file://") else given
+
+
+def find_sources(inputs: Iterable[str | Path]) -> list[Path | RemoteFile]:
+    """Local and remote corpus files of `inputs` in order; a remote folder or pattern (*) stands for its files, sorted.
+
+    Raises what `find_files` raises, UserError for a URL without a corpus file, RunError where the network fails.
+    """
+    found: list[Path | RemoteFile] = []
+    for given in inputs:
+        if is_remote(given):
+            found += _find_remote(str(given))
+        else:
+            found += find_files([local_path(given)])
+    for number, file in enumerate(found):
+        if file in found[:number]:
+            raise UserError(f"{file} is given twice; name each file once")
+    return found
+
+
+@contextmanager
+def local_copy(file: Path | RemoteFile, folder: Path | None) -> Iterator[Path]:
+    """A remote file as a temporary one in `folder`, which ends with the block; a local file as it is.
+
+    A UserError inside the block that names the copy names the URL instead. Raises RunError for a file that changed.
+    """
+    if isinstance(file, Path):
+        yield file
+        return
+    assert folder is not None
+    # The mark tells others that the file is not part of the folder.
+    path = folder / f"source.tmp-{file.name}"
+    try:
+        _download(file, path)
+        yield path
+    except UserError as error:
+        raise type(error)(str(error).replace(str(path), file.url)) from error
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def named_by_url(bad: BadDocument, file: Path | RemoteFile, path: Path) -> BadDocument:
+    """`bad` of `path`, which is the copy of `file`, under the name that a person gave."""
+    where, reason = (text.replace(str(path), str(file)) for text in (bad.where, bad.reason))
+    return BadDocument(where, reason, bad.is_damage)
+
+
+def local_files(files: Sequence[Path | RemoteFile]) -> list[Path]:
+    """Those that are on this machine."""
+    return [file for file in files if isinstance(file, Path)]
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    try:
+        import fsspec
+    except ImportError:
+        raise MissingExtra("remote", "fsspec") from None
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        packages = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+        scheme = url.partition("://")[0].lower()
+        raise MissingExtra("remote", packages.get(scheme, str(error))) from None
+    except ValueError as error:
+        raise UserError(
+            f"{url}: {error}; allowed are http(s)://, hf://, s3://, gs:// and others that fsspec knows"
+        ) from None
+
+
+def _find_remote(url: str) -> list[RemoteFile]:
+    storage, path = _open(url)
+    with _network(url):
+        if "*" in path:
+            paths = storage.glob(path)
+        elif url.endswith("/") or storage.info(path).get("type") == "directory":
+            paths = storage.find(path)
+        else:
+            if kind_of(Path(RemoteFile(url, 0, "").name)) is None:
+                raise UserError(f"{url} is not in a known corpus format; allowed: {ALLOWED}")
+            return [_described(storage, path, url)]
+        urls = {storage.unstrip_protocol(item): item for item in paths}
+        wanted = sorted(item for item in urls if _is_corpus_file(RemoteFile(item, 0, "").name))
+        if not wanted:
+            raise UserError(f"{url} holds no corpus file; allowed: {ALLOWED}")
+        return [_described(storage, urls[item], item) for item in wanted]
+
+
+def _is_corpus_file(name: str) -> bool:
+    path = Path(name)
+    return not name.startswith(".") and path.suffix.lower() != ".json" and kind_of(path) is not None
+
+
+def _described(storage: Any, path: str, url: str) -> RemoteFile:
+    info = storage.info(path)
+    known = {name: str(info[name]) for name in (*_VERSIONS, *_DATES) if info.get(name)}
+    if not known:
+        log(f"{url} has neither an ETag nor a date, so only a change of its size would be noticed")
+    # One name alone: servers that answer in turn may agree on the first and differ in the others.
+    version = next((f"{name} {value}" for name, value in known.items()), "")
+    return RemoteFile(url, int(info.get("size") or 0), version)
+
+
+def _download(file: RemoteFile, path: Path) -> None:
+    """Fetch a file. Raises RunError if it is not what it was, or cannot be read after a few tries."""
+    storage, inner = _open(file.url)
+    log(f"reading {file.url}" + (f" ({format_bytes(file.size)})" if file.size else ""))
+    with _network(file.url):
+        for left in reversed(range(_TRIES)):
+            try:
+                _check_unchanged(file, storage, inner)
+                storage.get_file(inner, str(path))
+                if file.size and path.stat().st_size != file.size:
+                    raise OSError(f"the transfer ended after {path.stat().st_size:,} of {file.size:,} bytes")
+                break
+            # Each storage's library has exceptions of its own; the last one is shown.
+            except Exception as error:
+                if not left or isinstance(error, UserError) or _is_missing(error):
+                    raise
+                log(f"{file.url}: {error}; trying again")
+                time.sleep(2.0 ** (_TRIES - left) / 4)
+        _check_unchanged(file, storage, inner)
+
+
+def _check_unchanged(file: RemoteFile, storage: Any, path: str) -> None:
+    # Some storages remember what they listed.
+    storage.invalidate_cache()
+    now = _described(storage, path, file.url)
+    if now != file:
+        before, after = (f"{item.version or 'no version'}, {item.size:,} bytes" for item in (file, now))
+        raise RunError(f"{file.url} changed since it was found: it was {before}, and is {after}; start again")
+
+
+@contextmanager
+def _network(url: str) -> Iterator[None]:
+    """Failures of the network and of storages as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        raise MissingExtra("remote", str(error)) from None
+    # aiohttp, botocore, gcsfs and huggingface_hub share no base class.
+    except Exception as error:
+        if _is_missing(error):
+            raise UserError(f"there is nothing at {url}; check the URL") from None
+        cause = error.__cause__ or error
+        raise RunError(f"{url} cannot be read: {str(cause) or type(cause).__name__}") from error
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether a storage answered that it has no such file; a server that cannot be reached looks the same at first."""
+    cause = error.__cause__
+    answered = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
+    return isinstance(error, FileNotFoundError) and answered
