@@ -16,7 +16,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tnllm.convert.checksums import MANIFEST
 from tnllm.errors import RunError, UserError
-from tnllm.modeling.config import get_preset
+from tnllm.modeling.config import LoraConfig, get_preset
+from tnllm.modeling.lora import add_lora, lora_layers
 from tnllm.modeling.model import build_model
 from tnllm.modeling.weights import config_json
 
@@ -60,6 +61,30 @@ def test_two_ranks(step_folder, tmp_path, run):
     weights = load_file(tmp_path / "weights/model.safetensors")
     for name, value in build_model(CONFIG, seed=0).state_dict().items():
         assert torch.equal(weights[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_adapter_in_a_checkpoint_is_merged_and_rounded_once(tmp_path, run, dtype):
+    lora = LoraConfig(rank=2, alpha=6.0, targets=("out_proj", "l1"))
+    model = build_model(CONFIG, dtype=torch.bfloat16, seed=0)
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    add_lora(model, lora)
+    products = {}
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_B.weight.normal_()
+            products[f"{name}.weight"] = 3 * (layer.lora_B.weight @ layer.lora_A.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(
+            model.state_dict(), storage_writer=HuggingFaceStorageWriter(str(tmp_path / "step/model")), no_dist=True
+        )
+    (tmp_path / "step/config.json").write_text(config_json(CONFIG, torch.bfloat16, lora))
+    report = run(tmp_path / "step", tmp_path / "weights", "tnllm", dtype=dtype)
+    assert report.source.num_parameters == sum(value.numel() for value in plain.values()) and len(products) == 4
+    for name, value in load_file(tmp_path / "weights/model.safetensors").items():
+        exact = plain[name].float() + products[name] if name in products else plain[name]
+        assert torch.equal(value, exact.to(value.dtype)), name
 
 
 def test_a_run_folder_and_its_figures(step_folder, tmp_path, run):

@@ -115,6 +115,8 @@ def test_the_softmax_baseline_is_a_model_of_transformers(tmp_path, run, more, fa
         assert torch.allclose(
             loaded.eval()(tokens).logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
         )
+    with pytest.raises(UserError, match="from which there is no way back; convert the run"):
+        run(tmp_path / "hf", tmp_path / "back", "tnllm")
     run(tmp_path / "source", tmp_path / "half", "hf", dtype=torch.bfloat16, shard_bytes=10**4)
     stored = {
         key: value for file in (tmp_path / "half").glob("*.safetensors") for key, value in load_file(file).items()

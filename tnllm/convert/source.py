@@ -9,7 +9,7 @@ Kinds: `official` (released checkpoints), `hf` (written by `--to hf`, or saved b
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from tnllm.convert.official import MODEL_TYPE, from_official_config
 from tnllm.convert.tensors import Tensors, open_tensors
 from tnllm.errors import RunError, UserError
 from tnllm.files import read_json
-from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.hf_names import HEAD, IGNORED, to_official
 from tnllm.modeling.model import build_model
-from tnllm.modeling.weights import CHECKPOINT, CONFIG, GENERATION, read_config, resolve_model
+from tnllm.modeling.weights import CHECKPOINT, CONFIG, GENERATION, read_config, read_lora, resolve_model
 
 # An error message lists at most this many keys.
 _SHOWN = 3
@@ -43,7 +43,8 @@ class Source:
     generation: dict[str, Any]  # generation_config.json
     read: Callable[[str], Tensor]
     notes: tuple[str, ...] = ()
-    merged: frozenset[str] = frozenset()  # names whose `read` gives fp32, whatever the files hold
+    merged: frozenset[str] = frozenset()  # names whose `read` adds an adapter's product and gives fp32
+    adapter_keys: frozenset[str] = frozenset()  # keys of an adapter among the files' own
 
     @property
     def version(self) -> str:
@@ -75,7 +76,7 @@ class Source:
 
     def unexpected(self) -> list[str]:
         """Keys in the files that the model does not have."""
-        known = {*self.keys.values(), *IGNORED, *([self.head_key] if self.head_key else [])}
+        known = {*self.keys.values(), *self.adapter_keys, *IGNORED, *([self.head_key] if self.head_key else [])}
         return [key for key in self.tensors.infos if key not in known]
 
     def misshapen(self) -> list[str]:
@@ -133,16 +134,40 @@ def open_source(path: Path) -> Source:
     kind = values.get("model_type")
     if kind == MODEL_TYPE:
         return _build("official", folder, from_official_config(values, folder / CONFIG), to_official)
+    if "tnllm_version" in values and kind != "tnllm":
+        raise UserError(
+            f"{folder} is a softmax baseline in transformers' layout, from which there is no way back; convert the run or "
+            "the weights that it was made from"
+        )
     if kind != "tnllm":
         raise UserError(
             f"{folder / CONFIG}: model_type is {kind!r}; convert reads {MODEL_TYPE!r} (released checkpoints) and 'tnllm'"
         )
     config, _ = read_config(folder)
     if (folder / CHECKPOINT).is_dir():
-        return _build("checkpoint", folder, config, lambda name: name)
+        return _merge_lora(_build("checkpoint", folder, config, lambda name: name), read_lora(folder))
     if "model" in values:
         return _build("tnllm", folder, config, lambda name: name)
     return _build("hf", folder, config, to_official)
+
+
+def _merge_lora(source: Source, lora: LoraConfig | None) -> Source:
+    """A checkpoint with an adapter's tensors beside the frozen weights: `read` gives the sum in fp32."""
+    if lora is None:
+        return source
+    parts = {name: [f"{name.removesuffix('weight')}lora_{part}.weight" for part in "AB"] for name in source.expected}
+    pairs = {name: keys for name, keys in parts.items() if all(key in source.tensors.infos for key in keys)}
+
+    def read(name: str) -> Tensor:
+        value = source.read(name)
+        if name not in pairs:
+            return value
+        a, b = (source.tensors.read(key).float() for key in pairs[name])
+        return value.float() + lora.alpha / lora.rank * (b @ a)
+
+    keys = frozenset(key for pair in pairs.values() for key in pair)
+    note = f"merged the {len(pairs)} LoRA pairs of the checkpoint"
+    return replace(source, read=read, merged=frozenset(pairs), adapter_keys=keys, notes=(*source.notes, note))
 
 
 def _build(kind: str, folder: Path, config: ModelConfig, to_key: Callable[[str], str]) -> Source:
