@@ -73,6 +73,7 @@ class Slots:
         self._sync_every = 1 if keep_contexts else sync_every or (SYNC_EVERY if self._ahead else 1)
         self._steps: dict[int, CapturedStep] = {}  # by batch size
         self._latest: CapturedStep | None = None  # the step that gave the logits of the active rows
+        self._unread = False  # whether the active rows' latest tokens are yet to be fed to the model
         self.rows: list[Row] = []
         self.num_slots = num_slots
 
@@ -98,6 +99,7 @@ class Slots:
 
         The softmax baseline's rows must all join before the first step: its cache is cut to the active rows.
         """
+        self._catch_up()
         slot, context = len(self.rows), parked.context
         assert slot < self._state.batch
         self._state.write(slot, context.state)
@@ -113,6 +115,7 @@ class Slots:
     @torch.no_grad()
     def park(self, row: Row) -> Parked:
         """Free the slot of a row that is to continue later, whose state is copied to the host."""
+        self._catch_up()
         slot, context = self.rows.index(row), self._context(row)
         counts = None
         if self._counts is not None and _has_counts(row):
@@ -140,6 +143,7 @@ class Slots:
 
         A row whose logits are not finite leaves with an error in place of its pieces; the others continue.
         """
+        self._catch_up()
         rows = list(self.rows)
         columns: list[list[Tensor]] = []
         for _ in range(min(self._sync_every, max(row.left for row in rows))):
@@ -163,9 +167,15 @@ class Slots:
                 row.context = self._context(row)
             if row.reason or isinstance(pieces, RunError):
                 self.leave(row)
-        if not self._ahead and self.rows:
-            self._read()
+        # On a CPU a token is shown before the next step is computed, which takes as long as the reader waits.
+        self._unread = not self._ahead
         return results
+
+    def _catch_up(self) -> None:
+        """Feed the active rows their latest tokens if that was put off."""
+        if self._unread and self.rows:
+            self._read()
+        self._unread = False
 
     def _sample(self) -> list[Tensor]:
         """The next token of each row, on the device: tokens [B], whether the logits were finite [B], log-probabilities."""
