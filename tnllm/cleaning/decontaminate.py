@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tnllm.cleaning.hashing import counts_characters, ngram_hashes, token_hashes
+from tnllm.data.folders import files_below
 from tnllm.errors import UserError
 from tnllm.files import write_bytes_atomic
 
@@ -68,7 +69,7 @@ def eval_files(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for given in map(Path, paths):
         if given.is_dir():
-            files += sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            files += files_below(given, lambda path: path.suffix.lower() in SUFFIXES)
         elif given.is_file():
             files.append(given)
         else:

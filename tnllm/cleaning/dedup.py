@@ -8,7 +8,7 @@
 A document's number is `shard << 32 | index in the shard`. Near duplicates are documents whose n-grams have a Jaccard
 similarity J of at least the threshold. The share of equal MinHash values estimates J with a standard error of
 sqrt(J (1 - J) / num_hashes). Pairs that come near the threshold are read again and compared exactly, unless `verify` is
-"estimate". A band takes 48 bytes of memory a document; if the documents exceed `memory_mb`, matching and verification
+"estimate". A band takes up to 64 bytes of memory a document; if the documents exceed `memory_mb`, matching and verification
 work in parts.
 """
 
@@ -33,7 +33,7 @@ from tnllm.errors import MissingExtra
 from tnllm.files import write_bytes_atomic, write_text_atomic
 
 _BATCH_DOCUMENTS = 256
-_BYTES_PER_DOCUMENT = 48
+_BYTES_PER_DOCUMENT = 64
 _VERIFY_PAIRS = 1 << 16
 # Two documents of a thousand n-grams each, 8 bytes an n-gram.
 _BYTES_PER_PAIR = 16_000
