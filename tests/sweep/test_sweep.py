@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tnllm.errors import UserError
-from tnllm.sweep.plan import read_plan
+from tnllm.sweep.chart import draw, power_law
+from tnllm.sweep.plan import Chart, read_plan
 from tnllm.sweep.run import read_rows
 from tnllm.sweep.table import read_csv, summarize
 from tnllm.tokenizer import train_tokenizer
@@ -153,3 +154,21 @@ def test_a_failed_cell_is_named_and_the_rest_runs(sweep: Path, tmp_path: Path) -
     assert "rate/learning_rate=1e+30,seed=0: failed: " in shown
     rows = read_csv(tmp_path / "out" / "results.csv")
     assert sorted(row["status"].partition(":")[0] for row in rows) == ["done", "failed"]
+
+
+def test_power_law_is_fitted() -> None:
+    a, b = power_law([(size, 20.0 * size**-0.1) for size in (5e6, 15e6, 42e6)])
+    assert abs(a - 20.0) < 1e-9 and abs(b - 0.1) < 1e-12
+
+
+def test_charts_of_sizes_and_repeats() -> None:
+    rows = [
+        {"cell": f"g/{kind}{size}", "group": "g", "kind": kind, "recipe": f"{kind}{size}", "status": "done"}
+        | {"parameters_without_embedding": size, "val_loss": loss}
+        for kind, size, loss in (("transnormer", 5, 3.5), ("transnormer", 15, 3.3), ("transformer", 5, 3.4))
+    ]
+    repeats = [{"cell": "g/transnormer5", "repeat": name, "val_loss": 3.0} for name in ("new", "1-15")]
+    sizes = draw(Chart("sizes", "sizes", "parameters", ["g"]), rows, [])
+    distances = draw(Chart("repeats", "repeats", "repeats", ["g"]), rows, [], repeats)
+    assert sizes is not None and distances is not None and sizes != distances
+    assert draw(Chart("repeats", "repeats", "repeats", ["g"]), rows, [], []) is None

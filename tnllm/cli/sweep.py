@@ -76,9 +76,10 @@ def _show(plan: "Plan", folder: Path) -> int:
     from tnllm.errors import MissingExtra
     from tnllm.files import format_count, write_bytes_atomic
     from tnllm.sweep.chart import draw
-    from tnllm.sweep.table import CURVES, RESULTS, read_csv, summarize
+    from tnllm.sweep.table import CURVES, REPEATS, RESULTS, read_csv, summarize
 
     rows, curves = read_csv(folder / RESULTS), read_csv(folder / CURVES)
+    repeats = read_csv(folder / REPEATS) if (folder / REPEATS).is_file() else []
     order = list(plan.groups)
     rows.sort(key=lambda row: order.index(row["group"]) if row["group"] in order else len(order))
     lines = summarize(rows)
@@ -106,7 +107,7 @@ def _show(plan: "Plan", folder: Path) -> int:
     print(f"{len(rows)} cells ran, {len(left)} are open{': ' if left else ''}{'; '.join(left)}")
     for chart in plan.charts:
         try:
-            picture = draw(chart, rows, curves)
+            picture = draw(chart, rows, curves, repeats)
         except MissingExtra as error:
             _say(str(error))
             break

@@ -1,13 +1,15 @@
 """Charts of a sweep, as its file's `charts` name them.
 
-    picture = draw(chart, rows, curves)      # bytes of a .png
+    picture = draw(chart, rows, curves, repeats)      # bytes of a .png
 
 `x: tokens` and `x: time` draw the validation loss along the best cell of each group; where none is done, tokens shows an
 unfinished one. Time is tokens over the speed of a cell of the same recipe that ran alone. `x: cell` draws a dot a seed and
-a bar at the mean for each choice; any other x is a key of the grid.
+a bar at the mean for each choice. `x: parameters` draws the best cell of each recipe, without the embedding's parameters,
+and the power law through them; `x: repeats` the loss by distance of tnllm.sweep.repeats. Any other x is a key of the grid.
 """
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from tnllm.sweep.table import summarize
 from tnllm.training.plot import COLORS, STYLE
 
 
-def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row]) -> bytes | None:
+def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row], repeats: Sequence[Row] = ()) -> bytes | None:
     """The chart as bytes of a PNG file; None where no cell of its groups is done. Needs the extra `plot`."""
     try:
         from matplotlib import rc_context
@@ -35,6 +37,10 @@ def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row]) -> bytes | No
         axes.set_title(chart.title, loc="left")
         if chart.x == "cell":
             _dots(axes, done)
+        elif chart.x == "parameters":
+            _sizes(axes, done)
+        elif chart.x == "repeats":
+            _repeats(axes, chart, repeats)
         elif chart.x in ("tokens", "time"):
             _lines(axes, chart, done, curves, alone_speeds(rows) if chart.x == "time" else None)
         else:
@@ -89,6 +95,42 @@ def _lines(
             axes.plot(*zip(*points, strict=True), "-o", color=COLORS[index % len(COLORS)], markersize=3, label=label)
     _log_axis(axes)
     axes.set_xlabel("tokens (millions)" if speeds is None else "time on one GPU, the cell alone (s)")
+    axes.set_ylabel("validation loss (nats per token)")
+
+
+def power_law(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b) of the least-squares fit of loss = a * N^-b to points (N, loss), both in logarithms. Needs two sizes."""
+    logs = [(math.log(size), math.log(loss)) for size, loss in points]
+    x_mean, y_mean = (sum(values) / len(logs) for values in zip(*logs, strict=True))
+    slope = sum((x - x_mean) * (y - y_mean) for x, y in logs) / sum((x - x_mean) ** 2 for x, _ in logs)
+    return math.exp(y_mean - slope * x_mean), -slope
+
+
+def _sizes(axes: Any, rows: Sequence[Row]) -> None:
+    for index, kind in enumerate(sorted({row["kind"] for row in rows}, reverse=True)):
+        best: dict[str, tuple[float, float]] = {}
+        for row in sorted((row for row in rows if row["kind"] == kind), key=lambda row: -row["val_loss"]):
+            best[row["recipe"]] = (row["parameters_without_embedding"], row["val_loss"])
+        points = sorted(best.values())
+        color, label = COLORS[index % len(COLORS)], str(kind)
+        if len(points) > 1:
+            a, b = power_law(points)
+            axes.plot([size / 1e6 for size, _ in points], [a * size**-b for size, _ in points], "--", color=color)
+            label = f"{kind}: {a:.2f} N^-{b:.4f}"
+        axes.plot([size / 1e6 for size, _ in points], [loss for _, loss in points], "o", color=color, label=label)
+    _log_axis(axes)
+    axes.set_xlabel("parameters without the embedding (millions)")
+    axes.set_ylabel("validation loss (nats per token)")
+
+
+def _repeats(axes: Any, chart: Chart, repeats: Sequence[Row]) -> None:
+    for index, group in enumerate(chart.groups):
+        found = [row for row in repeats if _group(row) == group]
+        points = [row for row in found if row["cell"] == found[0]["cell"]]
+        if points:
+            style = {"color": COLORS[index % len(COLORS)], "markersize": 4, "label": group}
+            axes.plot([row["repeat"] for row in points], [row["val_loss"] for row in points], "o-", **style)
+    axes.set_xlabel("tokens since the same pair of tokens")
     axes.set_ylabel("validation loss (nats per token)")
 
 

@@ -22,11 +22,10 @@ from tnllm.data.loader import IGNORE, Batch
 from tnllm.device import pick_device
 from tnllm.errors import UserError
 from tnllm.modeling.weights import load_model
-from tnllm.sweep.table import write_csv
+from tnllm.sweep.table import REPEATS, write_csv
 from tnllm.training.config import load_recipe
 from tnllm.training.loaders import open_loaders, open_tokenizer
 
-REPEATS = "repeats.csv"
 # Tokens back to the latest earlier pair, each group up to the next bound.
 BOUNDS = (1, 16, 64, 256, 1024)
 

@@ -16,7 +16,7 @@ from tnllm.errors import UserError
 from tnllm.files import write_text_atomic
 from tnllm.sweep.plan import Row
 
-RESULTS, CURVES = "results.csv", "curves.csv"
+RESULTS, CURVES, REPEATS = "results.csv", "curves.csv", "repeats.csv"
 _COUNTS = ("seed", "parameters", "parameters_without_embedding", "steps", "step", "tokens")
 _NUMBERS = ("learning_rate", "train_loss", "val_loss", "val_bpb", "tokens_per_s", "memory_gib")
 
