@@ -175,6 +175,52 @@ def test_logprobs(client, ready):
         assert ready.tokenizer.token_bytes.index(bytes(entry.bytes)) >= 0
 
 
+@pytest.mark.parametrize("num_top", [0, 1])
+def test_top_logprobs_always_hold_the_token_itself(client, num_top):
+    """Sampled or echoed, and however unlikely."""
+    done = client.completions.create(
+        model="small", prompt="The quick brown fox", echo=True, logprobs=num_top, temperature=1.5, max_tokens=20, seed=3
+    )
+    logprobs = done.choices[0].logprobs
+    for token, logprob, tops in list(zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True))[
+        1:
+    ]:
+        # Another id that is spelled alike may be the more likely one.
+        assert tops[token] >= logprob and len(tops) <= num_top + 1
+    assert any(len(tops) == num_top + 1 for tops in logprobs.top_logprobs[1:])
+
+
+def test_with_a_stop_string_logprobs_end_with_the_text(client, ready):
+    """Streamed, a token's log-probability comes when it is certain that the token belongs to the text."""
+    asked = {"model": "small", "prompt": "The", "max_tokens": 40, "seed": 3, "logprobs": 1}
+    asked["extra_body"] = {"ignore_eos": True}
+    [free] = client.completions.create(**asked).choices
+    starts = free.logprobs.text_offset
+    for begin, end in ((10, 13), (starts[6], starts[8]), (0, 1), (len(free.text) - 3, len(free.text))):
+        stop = asked["stop"] = free.text[begin:end]
+        text = free.text[: free.text.index(stop)]
+        [choice] = client.completions.create(**asked).choices
+        assert choice.text == text and choice.finish_reason == "stop"
+        assert all(offset < len(text) for offset in choice.logprobs.text_offset)
+        assert choice.logprobs.tokens == free.logprobs.tokens[: sum(start < len(text) for start in starts)]
+        tokens, offsets = [], []
+        for chunk in client.completions.create(**asked, stream=True):
+            if chunk.choices[0].logprobs:
+                tokens += chunk.choices[0].logprobs.tokens
+                offsets += chunk.choices[0].logprobs.text_offset
+        assert (tokens, offsets) == (choice.logprobs.tokens, choice.logprobs.text_offset)
+        [chat] = client.chat.completions.create(
+            model="small",
+            messages=[{"role": "user", "content": "The"}],
+            max_tokens=40,
+            seed=3,
+            stop=[stop],
+            logprobs=True,
+        ).choices
+        spelled = "".join(bytes(entry.bytes).decode(errors="replace") for entry in chat.logprobs.content)
+        assert chat.finish_reason == "length" or len(spelled) - len(chat.message.content) < 4
+
+
 def test_a_shared_beginning_is_read_once(client):
     beginning = "The quick brown fox jumps over the lazy dog. " * 4
     for question in ("And", "But", "Cats"):
@@ -304,21 +350,21 @@ def wait_for(condition, seconds=60):
 
 def test_a_full_queue_is_429_with_a_time_to_come_back(server, http):
     address, engine = server
-    body = {"prompt": ["The"] * 4, "max_tokens": 50_000, "ignore_eos": True, "stream": True}
+    body = {"max_tokens": 50_000, "ignore_eos": True, "stream": True}
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=address, headers=headers) as visitor:
-        with visitor.stream("POST", "/v1/completions", json=body) as first:
+    with httpx.Client(base_url=address, headers=headers, timeout=60) as visitor:
+        with visitor.stream("POST", "/v1/completions", json={**body, "prompt": ["The"] * 4}) as first:
             assert first.status_code == 200
             # Before they have left the queue for their slots, there is no room in it for the eight to come.
             wait_for(lambda: engine.slots.free == 0)
-            with (
-                visitor.stream("POST", "/v1/completions", json=body),
-                visitor.stream("POST", "/v1/completions", json=body),
-            ):
-                wait_for(lambda: engine.num_waiting == 8)
-                refused = http.post("/v1/completions", json={"prompt": "a"})
+            with visitor.stream("POST", "/v1/completions", json={**body, "prompt": ["The"] * 8}):
+                # Each of the two requests has two slots.
+                wait_for(lambda: engine.num_waiting == 6)
+                refused = http.post("/v1/completions", json={"prompt": ["a"] * 8})
                 assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
                 assert refused.json()["error"]["type"] == "rate_limit_error"
+                small = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
+                assert small.status_code == 200, "there is room for it, in the queue and in the slots"
         wait_for(lambda: engine.num_active == 0 and engine.num_waiting == 0)
 
 

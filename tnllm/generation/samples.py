@@ -7,6 +7,7 @@ row.result()
 """
 
 import secrets
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,7 +41,7 @@ class Piece:
     sample: int  # 0 to n - 1
     token: int
     text: str  # what is certain with it: complete characters, nothing of a stop string, often ""
-    logprob: TokenLogprob | None
+    logprobs: tuple[TokenLogprob, ...]  # if asked for: of this token and those before whose text is certain only now
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Result:
     finish_reason: FinishReason
     seed: int
     prompt_tokens: int  # read for this request; a given context counts only in `context`
-    logprobs: list[TokenLogprob] | None
+    logprobs: list[TokenLogprob] | None  # of the tokens of the text: none of a stop string
     context: Context | None  # after the last token, if asked for
 
 
@@ -87,6 +88,9 @@ class Row:
     texts: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    # Those that are not certain yet: a stop string may begin before their tokens. Each with its token's first character.
+    held: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)
+    num_chars: int = 0  # of `texts`
     reason: FinishReason | None = None
     context: Context | None = None  # after its last token, if it is to be kept
 
@@ -110,6 +114,8 @@ class Row:
 
     def _append_token(self, token: int, logprob: TokenLogprob | None, eos_ids: frozenset[int]) -> Piece:
         self.tokens.append(token)
+        if logprob is not None:
+            self.held.append((self.stream.num_chars, logprob))
         text = ""
         if token in eos_ids and not self.params.ignore_eos:
             self.reason = "eos"
@@ -122,9 +128,12 @@ class Row:
         if self.reason:
             text += self.stream.close()
         self.texts.append(text)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        return Piece(self.index, self.sample, token, text, logprob)
+        self.num_chars += len(text)
+        certain: list[TokenLogprob] = []
+        while self.held and (self.held[0][0] < self.num_chars or self.reason in ("eos", "length")):
+            certain.append(self.held.popleft()[1])
+        self.logprobs += certain
+        return Piece(self.index, self.sample, token, text, tuple(certain))
 
     def result(self) -> Result:
         """The sample, which must have ended."""

@@ -63,6 +63,7 @@ class TextStream:
         for id in before[-TAIL_TOKENS:]:
             self._decoder.push(id)
         self._finder = StopFinder(stop)
+        self.num_chars = 0  # complete ones among the ids so far, those of a stop string included
 
     @property
     def stopped(self) -> bool:
@@ -72,6 +73,7 @@ class TextStream:
     def push(self, id: int) -> str:
         """The text that is certain with `id`."""
         text = self._decoder.push(id)
+        self.num_chars += len(text)
         return self._finder.push(text) if text else ""
 
     def close(self) -> str:

@@ -336,10 +336,10 @@ class Answer:
         raise NotImplementedError
 
     def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        """The chunks for one token."""
-        if not piece.text and piece.logprob is None:
+        """The chunks for one token; one that completes no text has none."""
+        if not piece.text and not piece.logprobs:
             return []
-        return [self._choice(choice, piece.text, None if piece.logprob is None else [piece.logprob], None)]
+        return [self._choice(choice, piece.text, piece.logprobs or None, None)]
 
     def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
         """The chunks at the end of a choice."""
@@ -422,9 +422,9 @@ class TextAnswer(Answer):
         return {"index": choice, "text": text or "", "logprobs": logprobs, "finish_reason": finish}
 
     def _tops(self, entry: TokenLogprob) -> dict[str, float]:
-        """By spelling: of two ids that are spelled alike, the more likely one stays."""
+        """By spelling, the token itself always among them: of two ids that are spelled alike, the more likely one stays."""
         tops: dict[str, float] = {}
-        for top in entry.top:
+        for top in sorted((entry, *entry.top), key=lambda top: -top.logprob):
             tops.setdefault(self._spelled(top.id), top.logprob)
         return tops
 
