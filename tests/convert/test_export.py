@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import sentencepiece
 import torch
 
 from tests.convert import official_files
@@ -15,11 +16,13 @@ from tnllm import assets
 from tnllm.chat_template import BOUNDARY
 from tnllm.convert import hf_folder
 from tnllm.convert.fast_tokenizer import CHECK_TEXTS, tokenizer_files
+from tnllm.convert.run import Options, convert
 from tnllm.generation.decoder import generate_text
 from tnllm.generation.loading import load
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.hf_names import to_hf_config
 from tnllm.modeling.model import build_model
+from tnllm.modeling.weights import save_model
 from tnllm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -68,6 +71,12 @@ results = lm_eval.simple_evaluate(
 )
 answer["lm_eval"] = results["results"]["local_rolls"]
 answer["logged"] = [sample["filtered_resps"] for sample in results["samples"]["local_rolls"]]
+model.save_pretrained("saved")
+tokenizer.save_pretrained("saved")
+again = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained("saved", trust_remote_code=True)
+tokenizer.save_pretrained("saved")
+answer["saved"] = tokenizer.decode(again.generate(**river, **settings)[0, river.input_ids.shape[1]:])
 print("ANSWER" + json.dumps(answer))
 """
 TASK = """
@@ -90,8 +99,6 @@ metadata:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The demo model's folder and what the script said of it."""
-    from tnllm.convert.run import Options, convert
-
     root = tmp_path_factory.mktemp("export")
     convert(assets.demo_weights(), root / "hf", Options(to="hf", verify=False), lambda _: None, lambda *_: None)
     rows = [
@@ -121,6 +128,16 @@ def test_greedy_text_is_that_of_tnllm_generate(exported):
     params = {"temperature": 0, "max_tokens": 24, "repetition_penalty": ready.sampling["repetition_penalty"]}
     ours = [generate_text(ready.model, ready.tokenizer, prompt, **params) for prompt in PROMPTS]
     assert answer["alone"] == ours
+
+
+def test_what_transformers_saved_is_a_folder_for_our_commands(exported):
+    folder, _, answer = exported
+    saved = folder.parent / "saved"
+    assert (saved / "tokenizer.model").read_bytes() == assets.tokenizer_model().read_bytes()
+    ready = load(saved, device="cpu")
+    params = {"temperature": 0, "max_tokens": 24, "repetition_penalty": ready.sampling["repetition_penalty"]}
+    ours = generate_text(ready.model, ready.tokenizer, PROMPTS[1], **params)
+    assert ours == answer["saved"] == answer["alone"][1]
 
 
 def test_padding_caching_and_beams_change_nothing(exported):
@@ -225,6 +242,29 @@ def test_the_code_needs_no_tnllm():
     for name, text in hf_folder.code_files().items():
         assert not re.search(r"^\s*(from|import) (tnllm|pydantic)|torch\.library", text, re.M), name
         compile(text, name, "exec")
+
+
+def test_a_folder_without_a_fast_tokenizer_says_how_to_read(tmp_path):
+    """A Unigram model has no exact tokenizer.json: its card shows SentencePiece, and the example runs."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the king and the queen of the river\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "unigram"), vocab_size=24, model_type="unigram",
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(tmp_path / "unigram.model")
+    config = get_preset("tiny", **{**SMALL, "vocab_size": tokenizer.vocab_size})
+    save_model(build_model(config, seed=0), tmp_path / "weights", tokenizer=tokenizer.path)
+    report = convert(tmp_path / "weights", tmp_path / "hf", Options(to="hf", verify=False), print, lambda *_: None)
+    assert any("no tokenizer.json" in note for note in report.notes) and not (tmp_path / "hf/tokenizer.json").exists()
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "AutoTokenizer.from_pretrained" not in card and "SentencePieceProcessor" in card
+    example = card.split("```python\n")[1].split("```")[0]
+    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path / "hf", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (tmp_path / "weights/tokenizer.model").unlink()
+    convert(tmp_path / "weights", tmp_path / "bare", Options(to="hf", verify=False), print, lambda *_: None)
+    assert "This folder has no tokenizer" in (tmp_path / "bare/README.md").read_text()
 
 
 def test_fast_tokenizers_read_as_their_originals(tmp_path):

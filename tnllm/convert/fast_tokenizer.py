@@ -28,8 +28,10 @@ CHECK_TEXTS = (
 _SPACE = "\u2581"
 
 
-def tokenizer_files(tokenizer: Tokenizer, generation: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Return file name → text, and notes for people. `generation` is generation_config.json.
+def tokenizer_files(
+    tokenizer: Tokenizer, generation: dict[str, Any], own_code: bool = False
+) -> tuple[dict[str, str], list[str]]:
+    """Return file name → text, and notes for people. `generation` is generation_config.json; `own_code`: the folder has it.
 
     Raises MissingExtra without the tokenizers library.
     """
@@ -51,6 +53,8 @@ def tokenizer_files(tokenizer: Tokenizer, generation: dict[str, Any]) -> tuple[d
         ]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # The same, with trust_remote_code: it saves the original file too.
+        **({"auto_map": {"AutoTokenizer": [None, "tokenization_tnllm.TnllmTokenizer"]}} if own_code else {}),
         "bos_token": tokenizer.piece(tokenizer.bos_id),
         "eos_token": tokenizer.piece(tokenizer.eos_id),
         "unk_token": tokenizer.piece(tokenizer.unk_id),

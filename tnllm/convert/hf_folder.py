@@ -35,6 +35,7 @@ from tnllm.modeling.hf_names import ALIASES, DEFAULTS, to_hf_config
 CODE = {
     "tnllm.convert.hf_code.configuration_tnllm": "configuration_tnllm.py",
     "tnllm.convert.hf_code.modeling_tnllm": "modeling_tnllm.py",
+    "tnllm.convert.hf_code.tokenization_tnllm": "tokenization_tnllm.py",
     "tnllm.convert.hf_code.state": "state.py",
     "tnllm.convert.hf_code.rows": "rows.py",
     "tnllm.convert.hf_code.operators": "operators.py",
@@ -73,7 +74,7 @@ def code_files() -> dict[str, str]:
         # transformers requires what a file imports, unless it tries to. Without Triton nothing imports these files.
         text = re.sub(r"((?:^import triton.*\n)+)", lambda m: _tried(m[1]), text, flags=re.M)
         if name == "modeling_tnllm.py":
-            others = [file.removesuffix(".py") for file in CODE.values() if file != name]
+            others = [file.removesuffix(".py") for file in CODE.values() if file not in (name, "tokenization_tnllm.py")]
             named = "".join(f"    from .{other} import __doc__ as _\n" for other in others)
             text += f"\n\nif False:\n    # transformers 4 copies only the files that this one names.\n{named}"
         files[name] = f"# Written by tnllm {__version__} from {module} (Apache-2.0).\n{text}"
@@ -173,8 +174,42 @@ def json_text(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], quantized: bool) -> str:
-    """Return README.md: the model, how to load it, what is known of its training, its licence."""
+# The example on the model card, by the tokenizer file that the folder has: imports, token ids, text.
+_EXAMPLES = {
+    "tokenizer.json": (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
+        'inputs = tokenizer(["Once upon a time"], return_tensors="pt").input_ids',
+        "tokenizer.decode(output[0])",
+    ),
+    "tokenizer.model": (
+        "import sentencepiece\nimport torch\nfrom transformers import AutoModelForCausalLM",
+        "# This SentencePiece model has no form that AutoTokenizer reads.\n"
+        'tokenizer = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/tokenizer.model")\n'
+        'inputs = torch.tensor([tokenizer.encode("Once upon a time")])',
+        "tokenizer.decode(output[0].tolist())",
+    ),
+    "": (
+        "import torch\nfrom transformers import AutoModelForCausalLM",
+        "# This folder has no tokenizer: use the one that the model was trained with.\ninputs = torch.tensor([[1, 2, 3]])",
+        "output[0].tolist()",
+    ),
+}
+
+
+def card_example(tokenizer: str, own_code: bool) -> str:
+    """The code on a model card. `tokenizer` is the folder's tokenizer file, a key of `_EXAMPLES`; `own_code`: the folder's."""
+    imports, ids, text = _EXAMPLES[tokenizer]
+    example = (
+        f'```python\n{imports}\n\nfolder = "."\n{ids}\n'
+        'model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")\n'
+        f"output = model.generate(inputs, max_new_tokens=50)\nprint({text})\n```"
+    )
+    return example if own_code else example.replace(", trust_remote_code=True", "")
+
+
+def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], quantized: bool, example: str) -> str:
+    """Return README.md: the model, how to load it (`example`), what is known of its training, its licence."""
     config = source.config
     rows = {
         "parameters": f"{source.num_parameters:,} ({format_count(source.num_parameters)})",
@@ -213,20 +248,12 @@ def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], quanti
 
         A TransNormerLLM: linear attention with a recurrent state of constant size, whatever the length of the text.
 
-        ```python
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = "."
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-        inputs = tokenizer(["Once upon a time"], return_tensors="pt")
-        print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50)))
-        ```
+        {{EXAMPLE}}
 
         `trust_remote_code` runs the Python files in this folder; read them first. They need torch, and use Triton on CUDA
         where it is installed. Tested with transformers {TRANSFORMERS_TESTED}.
         """
-    ) + (
+    ).replace("{EXAMPLE}", example) + (
         f"\n\n| | |\n| --- | --- |\n{table}{version_note}\n## Licence\n\n{licence}\n\n"
         f"Written by tnllm {__version__}. `sha256sum -c SHA256SUMS` checks the files.\n"
     )

@@ -115,8 +115,8 @@ def config_values(
     }
 
 
-def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str]) -> str:
-    """Return README.md."""
+def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], example: str) -> str:
+    """Return README.md; `example` is the code that loads the folder."""
     config = source.config
     rows = {
         "parameters": f"{source.num_parameters:,} ({format_count(source.num_parameters)})",
@@ -140,15 +140,9 @@ def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str]) -> str
         A Transformer with softmax attention and rotary positions: the baseline that TransNormerLLM is compared with. The
         folder is that of a {family} model, so it loads with transformers' own code:
 
-        ```python
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = "."
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        ```
+        {{EXAMPLE}}
         """
-    ) + (
+    ).replace("{EXAMPLE}", example) + (
         f"\n\n| | |\n| --- | --- |\n{table}\n## Licence\n\nWhoever trained these weights decides their licence, and the "
         "terms of the training texts matter; none is recorded here.\n\n"
         f"Written by tnllm {__version__}. `sha256sum -c SHA256SUMS` checks the files.\n"

@@ -51,29 +51,31 @@ def folder_files(
         notes.append(
             "the released Python files are not part of this package: put them beside the weights to load those with them"
         )
-    elif source.config.kind == "transformer":
-        length = trained_length(source.folder) or source.config.max_position
-        files[CONFIG] = hf_folder.json_text(llama.config_values(source.config, plan.dtype, generation, length))
-        files["README.md"] = llama.model_card(source, plan.dtype, _run_facts(path, source))
     else:
-        values = hf_folder.config_values(source.config, plan.dtype, generation)
-        if plan.quantizer is not None:
-            values["quantization_config"] = plan.quantizer.config_values()
-        files[CONFIG] = hf_folder.json_text(values)
-        files.update(hf_folder.code_files())
-        files["README.md"] = hf_folder.model_card(
-            source, plan.dtype, _run_facts(path, source), plan.quantizer is not None
-        )
-    if plan.to == "hf":
-        files[GENERATION] = hf_folder.json_text(hf_folder.generation_values(generation))
+        kind = ""  # of tokenizer
+        own_code = source.config.kind == "transnormer"
         if loaded is not None:
-            fast_files, tokenizer_notes = tokenizer_files(loaded, generation)
+            fast_files, tokenizer_notes = tokenizer_files(loaded, generation, own_code)
             files.update(fast_files)
             notes += tokenizer_notes
+            kind = "tokenizer.json" if fast_files else TOKENIZER
         elif tokenizer is None:
-            copies.update(
-                {name: source.folder / name for name in _OTHER_TOKENIZERS if (source.folder / name).is_file()}
-            )
+            others = {name: source.folder / name for name in _OTHER_TOKENIZERS if (source.folder / name).is_file()}
+            copies.update(others)
+            kind = "tokenizer.json" if others else ""
+        facts, example = _run_facts(path, source), hf_folder.card_example(kind, own_code)
+        if own_code:
+            values = hf_folder.config_values(source.config, plan.dtype, generation)
+            if plan.quantizer is not None:
+                values["quantization_config"] = plan.quantizer.config_values()
+            files.update(hf_folder.code_files())
+            card = hf_folder.model_card(source, plan.dtype, facts, plan.quantizer is not None, example)
+        else:
+            length = trained_length(source.folder) or source.config.max_position
+            values = llama.config_values(source.config, plan.dtype, generation, length)
+            card = llama.model_card(source, plan.dtype, facts, example)
+        files[CONFIG], files["README.md"] = hf_folder.json_text(values), card
+        files[GENERATION] = hf_folder.json_text(hf_folder.generation_values(generation))
     return files, copies, notes
 
 

@@ -88,6 +88,8 @@ class TnllmPreTrainedModel(PreTrainedModel):
 class TnllmModel(TnllmPreTrainedModel):
     """Embedding, blocks, final norm."""
 
+    _auto_class = "AutoModel"  # so that save_pretrained writes the code too
+
     def __init__(self, config: TnllmConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)
@@ -185,6 +187,7 @@ class TnllmModel(TnllmPreTrainedModel):
 class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
     """The model with a language-model head; logits are fp32."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: TnllmConfig) -> None:
@@ -311,6 +314,8 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
 
 class TnllmForSequenceClassification(TnllmPreTrainedModel):
     """The model with a linear classifier on each row's last token, whichever side is padded."""
+
+    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: TnllmConfig) -> None:
         super().__init__(config)
