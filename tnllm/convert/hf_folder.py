@@ -198,7 +198,7 @@ _EXAMPLES = {
 
 
 def card_example(tokenizer: str, own_code: bool) -> str:
-    """The code on a model card. `tokenizer` is the folder's tokenizer file, a key of `_EXAMPLES`; `own_code`: the folder's."""
+    """The code on a model card. `tokenizer` is the folder's tokenizer file, a key of `_EXAMPLES`; `own_code`: it ships."""
     imports, ids, text = _EXAMPLES[tokenizer]
     example = (
         f'```python\n{imports}\n\nfolder = "."\n{ids}\n'
