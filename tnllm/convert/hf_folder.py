@@ -2,7 +2,7 @@
 
     files = code_files()                                  # file name → text
     values = config_values(config, dtype, generation)     # config.json
-    text = model_card(source, dtype, facts, quantized=False)
+    text = model_card(source, dtype, facts, quantized=False, example=card_example("tokenizer.json", own_code=True))
 
 The model code is `hf_code/`, this package's layers and its Lightning Attention kernels, with `from tnllm...` rewritten to
 relative imports, so the folder needs only torch and transformers.
