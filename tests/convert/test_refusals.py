@@ -9,6 +9,7 @@ import shutil
 import signal
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +222,21 @@ def test_targets(release, run):
     assert (release.parent / "full/mine.txt").read_text() == "keep"
     run(release, release.parent / "full", "tnllm", overwrite=True)
     assert not (release.parent / "full/mine.txt").exists()
+
+
+def test_a_link_and_the_present_folder_are_targets_too(release, run, monkeypatch):
+    (release.parent / "real").mkdir()
+    for name in ("real", "later"):
+        link = release.parent / f"link-to-{name}"
+        link.symlink_to(name)
+        run(release, link, "tnllm", verify=False)
+        assert link.is_symlink() and (release.parent / name / "config.json").is_file()
+    (release.parent / "here").mkdir()
+    monkeypatch.chdir(release.parent / "here")
+    run(release, Path("."), "tnllm", verify=False)
+    assert (release.parent / "here/config.json").is_file()
+    expected = ["here", "later", "link-to-later", "link-to-real", "real", "release"]
+    assert sorted(path.name for path in release.parent.iterdir()) == expected
 
 
 def test_models_a_target_cannot_describe(tmp_path, run):

@@ -80,6 +80,9 @@ def convert(path: Path, target: Path, options: Options, log: Callable[[str], Non
     Raises UserError for what cannot be converted, RunError for damaged input or a full disk, CheckFailed if the logits of
     the result differ from the source's.
     """
+    if target.name in ("", "..") or target.is_symlink():
+        # A link stays a link to the new folder; the present folder has a name too.
+        target = target.resolve()
     source = open_input(path, options.base)
     _check_target(source, path, target)
     with _ended_by_sigterm(), only_writer(target):

@@ -56,7 +56,7 @@ def check_against_hf(
     for tasks that are not multiple-choice, MissingExtra without transformers.
     """
     need_transformers()
-    label = ""
+    label = "warm-up"
     lm = TransNormerLM(
         model, device, dtype, log=log, progress=lambda _, done, total: progress(f"tnllm, {label}", done, total)
     )
