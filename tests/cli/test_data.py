@@ -136,7 +136,7 @@ def test_a_file_of_the_sample_s_name_needs_a_path(tnllm, tmp_path, monkeypatch):
 def test_scores_never_replace_their_input(tnllm, corpus, tmp_path):
     before = corpus.read_bytes()
     code, _, stderr = tnllm("data", "score", corpus, "-o", corpus)
-    assert code == 2 and f"the output {corpus} would replace its own input" in stderr
+    assert code == 2 and f"--out is {corpus}, which is also the input" in stderr
     code, _, stderr = tnllm("data", "dedup", corpus, "-o", tmp_path / "out", "--pairs", corpus)
     assert code == 2 and "would replace its own input" in stderr
     assert corpus.read_bytes() == before and not (tmp_path / "out").exists()

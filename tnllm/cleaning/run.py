@@ -16,9 +16,9 @@ from tnllm.cleaning.self_clean import self_clean
 from tnllm.cleaning.settings import CleanSettings
 from tnllm.data.corpus import find_files, read_documents
 from tnllm.data.documents import LeftOut
-from tnllm.data.folders import check_folder, refuse_replacing
+from tnllm.data.folders import refuse_replacing
 from tnllm.errors import MissingExtra, UserError
-from tnllm.files import LOCK, only_writer, write_text_atomic
+from tnllm.files import LOCK, check_output_folder, only_writer, write_text_atomic
 from tnllm.progress import log
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def self_clean_alone(settings: CleanSettings, out: Path, device: str = "auto") -
 
 def _input_files(settings: CleanSettings, out: Path) -> list[Path]:
     """The input's files without those below `out`. Raises UserError if writing to `out` would replace something read."""
-    check_folder(out)
+    check_output_folder(out, "the output")
     chosen = settings.self_clean
     others = (*settings.decontaminate.path, *chosen.seed_path, *chosen.held_out)
     refuse_replacing((*settings.input.path, *others, *settings.blocklist.words, *settings.blocklist.hosts), out)

@@ -13,6 +13,7 @@ import typer
 from tnllm.cli.options import examples
 from tnllm.cli.tables import print_json
 from tnllm.errors import UserError
+from tnllm.files import check_output_file
 
 
 class Executor(StrEnum):
@@ -90,7 +91,6 @@ def dedup(
     from pydantic import ValidationError
 
     from tnllm.cleaning.settings import only_dedup
-    from tnllm.data.folders import check_file
 
     try:
         settings = only_dedup(
@@ -104,7 +104,8 @@ def dedup(
     if truth is not None and not truth.is_file():
         raise UserError(f"no labelled pairs at {truth}")
     if pairs is not None:
-        check_file(pairs, [*settings.input.path, *([truth] if truth is not None else [])])
+        read = [*map(Path, settings.input.path), *([truth] if truth is not None else [])]
+        check_output_file(pairs, "--pairs", read)
     _run(settings, out, workers, Executor.local, as_json, overwrite=overwrite)
     if pairs is not None or truth is not None:
         _list_pairs(out, pairs, truth, threshold)
@@ -144,14 +145,13 @@ def score(
     from tnllm.cleaning.score import score_texts
     from tnllm.data.corpus import find_files, read_documents
     from tnllm.data.documents import LeftOut
-    from tnllm.data.folders import check_file
     from tnllm.files import write_text_atomic
     from tnllm.generation.loading import load
     from tnllm.progress import corpus_progress, log
 
     files = find_files(inputs)
     if out is not None:
-        check_file(out, files)
+        check_output_file(out, "--out", files)
     columns = [id_field] if label_field is None else [id_field, label_field]
     ready = load(model, device, dtype)
     lines: list[str] = []

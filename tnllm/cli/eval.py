@@ -18,7 +18,7 @@ from tnllm.cli.evaluation_view import (
 from tnllm.cli.options import check_choice, examples, log_default_model
 from tnllm.cli.tables import print_json
 from tnllm.errors import CheckFailed, UserError
-from tnllm.files import check_output_file
+from tnllm.files import check_output_file, check_output_folder
 from tnllm.progress import Progress, log
 
 EXAMPLES = examples(
@@ -118,7 +118,7 @@ def run(
     quiet_libraries(names, online)
 
     from tnllm.evaluation.harness import TransNormerLM
-    from tnllm.evaluation.run import Settings, check_folder, evaluate, write_results
+    from tnllm.evaluation.run import Settings, evaluate, write_results
     from tnllm.evaluation.tasks import choose, load_tasks
     from tnllm.modeling.weights import trained_length
 
@@ -126,7 +126,7 @@ def run(
         limit, seed, apply_chat_template, fewshot_as_multiturn, system_instruction, _gen_kwargs(gen_kwargs), log_samples
     )
     if out is not None:
-        check_folder(out)
+        check_output_folder(out, "--out")
     loaded = load_tasks(choose(names, num_fewshot, log, include_path), data_dir, online, log)
     log_default_model(model)
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "eval") if use_cache or cache_dir else None

@@ -38,8 +38,7 @@ def train(
     """Train a BPE tokenizer with byte fallback: decoding gives back every text unchanged."""
     from tnllm.data.corpus import find_files, read_documents
     from tnllm.data.documents import LeftOut
-    from tnllm.data.folders import check_folder
-    from tnllm.files import format_bytes, format_duration, write_bytes_atomic
+    from tnllm.files import check_output_folder, format_bytes, format_duration, write_bytes_atomic
     from tnllm.progress import corpus_progress, log
     from tnllm.tokenizer import FILE_NAME, train_tokenizer
 
@@ -47,7 +46,7 @@ def train(
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; choose another --out or add --overwrite")
     files = find_files(inputs)
-    check_folder(out)
+    check_output_folder(out, "--out")
     on_bad = LeftOut() if on_error is OnError.skip else None
     advice = "fix it, or leave such documents out with --on-error skip"
     start = time.monotonic()

@@ -61,21 +61,3 @@ def refuse_replacing(inputs: Iterable[str | Path], out: Path) -> None:
         real = os.path.realpath(path)
         if real == target or real.startswith(target.rstrip(os.sep) + os.sep):
             raise UserError(f"the output {out} would replace its own input {path}; choose another output")
-
-
-def check_folder(out: Path) -> None:
-    """Raise UserError if `out` cannot be a folder because a file has its name or that of a folder above it."""
-    for path in (out, *out.parents):
-        if path.exists():
-            if not path.is_dir():
-                raise UserError(f"the output {out} cannot be a folder: {path} is a file; choose another output")
-            return
-
-
-def check_file(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise UserError unless `out` can be written as a file and is none of `inputs`."""
-    if out.is_dir():
-        raise UserError(f"the output {out} is a folder; name a file")
-    if not out.parent.is_dir():
-        raise UserError(f"the output {out} cannot be written: there is no folder {out.parent}")
-    refuse_replacing(inputs, out)

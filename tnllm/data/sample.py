@@ -8,9 +8,8 @@ from pathlib import Path
 from tnllm import assets
 from tnllm.data.compressed import read_bytes
 from tnllm.data.corpus import find_files
-from tnllm.data.folders import check_folder
 from tnllm.errors import UserError
-from tnllm.files import write_bytes_atomic
+from tnllm.files import check_output_folder, write_bytes_atomic
 
 
 def write_sample(name: str, out: Path) -> list[Path]:
@@ -18,7 +17,7 @@ def write_sample(name: str, out: Path) -> list[Path]:
 
     Raises UserError, before anything is written, if a file is there already.
     """
-    check_folder(out)
+    check_output_folder(out, "--out")
     contents = {out / path.name.removesuffix(".xz"): path for path in find_files([name])}
     contents[out / "NOTICE"] = assets.folder() / "NOTICE"
     for path in contents:

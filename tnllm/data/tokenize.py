@@ -28,11 +28,11 @@ from tnllm.data import shards
 from tnllm.data.compressed import stored_size
 from tnllm.data.corpus import find_files
 from tnllm.data.encode import Encoded, Group, OnError, Options, encode_groups, read_groups
-from tnllm.data.folders import check_folder, refuse_replacing
+from tnllm.data.folders import refuse_replacing
 from tnllm.data.remote import RemoteFile, find_sources, is_remote, local_files, local_path
 from tnllm.data.shards import Manifest, Shard
 from tnllm.errors import RunError, UserError
-from tnllm.files import LOCK, only_writer, sha256_file, write_bytes_atomic
+from tnllm.files import LOCK, check_output_folder, only_writer, sha256_file, write_bytes_atomic
 from tnllm.progress import Report, Status, log
 from tnllm.tokenizer import FILE_NAME, Tokenizer
 
@@ -67,7 +67,7 @@ def tokenize_corpus(
     options = options or Options()
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"the validation fraction is {options.val_fraction}; give a share from 0 to below 1")
-    check_folder(out)
+    check_output_folder(out, "the output")
     refuse_replacing(local_files(files), out)
     fresh = fresh or new_manifest(files, tokenizer, options)
 

@@ -4,7 +4,6 @@ results = evaluate(lm, loaded, settings)
 path = write_results(Path("evals"), results, log_samples=True)   # evals/MODEL/results_DATE.json, samples_TASK_DATE.jsonl
 """
 
-import hashlib
 import json
 import platform
 import random
@@ -22,7 +21,7 @@ from lm_eval import evaluator
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from tnllm import __version__
-from tnllm.errors import RunError, UserError
+from tnllm.errors import UserError
 from tnllm.evaluation.harness import TransNormerLM
 from tnllm.evaluation.tasks import Loaded
 from tnllm.files import write_text_atomic
@@ -112,17 +111,6 @@ def _task_hashes(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
 
 def _file_name(name: str) -> str:
     return re.sub(r"[\"<>:/|\\?*\[\]\s]+", "__", name).strip("_")[-100:]
-
-
-def check_folder(out: Path) -> None:
-    """Raise RunError if `out` cannot be written, before the work begins."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{hashlib.sha256(str(time.time()).encode()).hexdigest()[:8]}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"cannot write to {out} ({error.strerror}); give another --out") from None
 
 
 def write_results(out: Path, results: dict[str, Any], log_samples: bool) -> Path:
