@@ -1,12 +1,13 @@
 """Validation: loss and bits per byte over the same held-out rows every time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tnllm.data.instruct_loader import InstructLoader
-from tnllm.data.loader import Batch, Loader
+from tnllm.data.loader import IGNORE, Batch, Loader
 from tnllm.generation.scoring import bits_per_byte
 from tnllm.parallel.ranks import SingleProcess
 
@@ -20,9 +21,9 @@ def validate(
 ) -> tuple[float, float]:
     """Mean loss in nats per counted token, and bits per byte of the text of those tokens.
 
-    `loader` reads in order, not shuffled; about `max_tokens` tokens are read, in complete batches (None: all). Every batch
-    has the same shape, so a compiled loss is compiled once: rows past the end hold only ignored labels. Several `ranks`
-    split the batches; all return the same result.
+    `loader` reads in order, not shuffled. The rows that fit into `max_tokens` are read, at least one (None: all), whatever
+    `rows_per_batch` and the number of ranks. Every batch has the same shape, so a compiled loss is compiled once: rows
+    past the end hold only ignored labels. Several `ranks` split the batches; all return the same result.
     """
     ranks = ranks or SingleProcess()
     rows = loader.num_rows
@@ -31,9 +32,21 @@ def validate(
     loss, labels, num_bytes = 0.0, 0, 0
     with torch.no_grad():
         for first in range(0, rows, rows_per_batch * ranks.data_size):
-            batch = loader.batch(first + ranks.data_rank * rows_per_batch, rows_per_batch)
+            batch = _batch(loader, first + ranks.data_rank * rows_per_batch, rows_per_batch, rows)
             loss += float(loss_sum(batch))
             labels += batch.num_labels
             num_bytes += batch.num_bytes
     loss, labels, num_bytes = ranks.sum_counts(loss, labels, num_bytes)
     return loss / max(labels, 1), bits_per_byte(loss, num_bytes)
+
+
+def _batch(loader: Loader | InstructLoader, first: int, count: int, end: int) -> Batch:
+    """`count` rows from `first` on, of which those from `end` on have only ignored labels."""
+    batch, counted = loader.batch(first, count), max(0, min(count, end - first))
+    if counted == count:
+        return batch
+    labels = batch.labels.clone()
+    labels.view(count, -1)[counted:] = IGNORE
+    partial = loader.batch(first, counted) if counted else None
+    num_labels, num_bytes = (0, 0) if partial is None else (partial.num_labels, partial.num_bytes)
+    return replace(batch, labels=labels, num_labels=num_labels, num_bytes=num_bytes)
