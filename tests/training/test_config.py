@@ -168,7 +168,10 @@ def test_data_path_forms(recipe: Path) -> None:
         ("train.max_steps={", "--set train.max_steps:1: not YAML: "),
         ("train.max_steps", "--set is 'train.max_steps'; write section.key=value, such as train.max_steps=100"),
         ("train.max_steps=null", "the run has no end; set train.max_steps or train.max_tokens ("),
-        ("schedule.warmup_steps=300", "schedule.warmup_steps is 300, beyond schedule.horizon_steps 200; "),
+        (
+            "schedule.warmup_steps=300",
+            "schedule.warmup_steps is 300, and schedule.horizon_steps 200 leaves room for 199 with",
+        ),
         ("schedule.decay_steps=5", "schedule.decay_steps belongs to schedule.kind wsd, not cosine; remove it ("),
         ("parallel.tensor=3", "parallel.tensor is 3; it must divide model.num_heads 2 ("),
         ("parallel.sequence=3", "parallel.sequence is 3; it must divide data.seq_len 64 ("),

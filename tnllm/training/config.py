@@ -122,8 +122,9 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     """Learning rate over the run."""
 
-    kind: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="After warm-up: cosine to the end; wsd: constant, then a linear fall; constant."
+    kind: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine",
+        description="After warm-up: cosine or linear fall to the end; wsd: constant, then a linear fall; constant.",
     )
     warmup_steps: Count = Field(
         100, ge=0, description="Steps of linear rise from zero. Left out: 100, or a tenth of a horizon below 1000."
@@ -136,7 +137,7 @@ class ScheduleSection(Section):
     )
     min_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     decay_steps: Count | None = Field(
-        None, ge=1, description="Length of wsd's linear fall. null: a tenth of the horizon."
+        None, ge=1, description="Length of wsd's linear fall. null: a tenth of the horizon, or what warm-up leaves."
     )
 
 
@@ -271,17 +272,18 @@ class RunConfig(Section):
                 f"{self.data_ranks} data ranks, such as {near}"
             )
         horizon = schedule.horizon_steps
-        if horizon is not None and schedule.warmup_steps > horizon:
+        most = None if horizon is None else horizon - (schedule.kind != "constant")
+        if most is not None and schedule.warmup_steps > most:
             raise ValueError(
-                f"schedule.warmup_steps is {schedule.warmup_steps}, beyond schedule.horizon_steps {horizon}; "
-                "lower the one or raise the other"
+                f"schedule.warmup_steps is {schedule.warmup_steps}, and schedule.horizon_steps {horizon} leaves room for "
+                f"{most} with schedule.kind {schedule.kind}; lower the one or raise the other"
             )
         if schedule.decay_steps is not None and schedule.kind != "wsd":
             raise ValueError(f"schedule.decay_steps belongs to schedule.kind wsd, not {schedule.kind}; remove it")
         if horizon is not None and schedule.warmup_steps + (schedule.decay_steps or 0) > horizon:
             raise ValueError(
-                f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} "
-                f"do not fit into schedule.horizon_steps {horizon}"
+                f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} overlap: "
+                f"together they exceed schedule.horizon_steps {horizon}; lower one of them"
             )
         return self
 

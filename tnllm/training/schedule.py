@@ -13,9 +13,10 @@ from tnllm.training.config import ScheduleSection
 def learning_rate(schedule: ScheduleSection, peak: float, step: int) -> float:
     """Learning rate of update `step` (the first is 0).
 
-    Linear warm-up over `warmup_steps`, reaching `peak` with the last of them; then, up to `horizon_steps`:
-    constant; cosine to `min_ratio * peak`; or wsd, which stays at the peak and falls linearly to that floor over
-    the last `decay_steps` (default: a tenth of the horizon). After the horizon the rate stays at the floor.
+    Linear warm-up over `warmup_steps`, reaching `peak` with the last of them; then constant; or a fall to the floor
+    `min_ratio * peak`, which the last update before `horizon_steps` is at: cosine, linear, or wsd, which stays at the
+    peak and falls linearly over the last `decay_steps` (default: a tenth of the horizon, or what warm-up leaves of it).
+    After the horizon the rate stays at the floor.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -23,9 +24,11 @@ def learning_rate(schedule: ScheduleSection, peak: float, step: int) -> float:
     assert horizon is not None, "a loaded recipe has a horizon"
     if schedule.kind == "constant":
         return peak
+    fall = horizon - schedule.warmup_steps
+    if schedule.kind == "wsd":
+        fall = schedule.decay_steps or min(max(1, horizon // 10), fall)
+    # Counted from the update before the fall, so that the last update of the horizon has all of it.
+    progress = min(1.0, max(0.0, (step + 1 - (horizon - fall)) / fall))
     if schedule.kind == "cosine":
-        progress = min(1.0, (step - schedule.warmup_steps) / max(1, horizon - schedule.warmup_steps))
-        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-    fall = schedule.decay_steps or max(1, horizon // 10)
-    progress = min(1.0, max(0.0, (step - (horizon - fall)) / fall))
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
     return peak * (1 - (1 - floor) * progress)
