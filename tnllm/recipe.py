@@ -11,6 +11,7 @@ Precedence: defaults of the models < the file that `base:` names (one level) < t
 """
 
 import functools
+import json
 import re
 import textwrap
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -174,14 +175,18 @@ def apply_sets(form: Format[Any], values: Values, origins: Origins, sets: Iterab
     One entry of a key that holds a mapping is set as section.key.entry=value, such as rules.en.length=[20, null].
     """
     changes: dict[tuple[str, str, str], Any] = {}
-    for item in sets:
-        dotted, equals, text = item.partition("=")
+    for given in sets:
+        dotted, equals, text = given.partition("=")
         dotted = dotted.strip()
         section, dot, key = dotted.partition(".")
+        if dotted in form.models:
+            name, item = next(iter(form.models[dotted].model_fields.items()))
+            example = f"{dotted}.{name}={json.dumps(item.default)}"
+            raise UserError(f"--set is {given!r}, and {dotted} is a section: set one of its keys, such as {example}")
         if equals and dotted and not dot:
             raise _unknown_key(form, dotted, {dotted: "--set"}, form.models)
         if not (equals and section and key):
-            raise UserError(f"--set is {item!r}; write section.key=value, such as {form.setting}")
+            raise UserError(f"--set is {given!r}; write section.key=value, such as {form.setting}")
         first, _, rest = key.partition(".")
         key, entry = (first, rest) if _holds_mapping(form, section, first) else (key, "")
         changes[section, key, entry] = parse_yaml(text, f"--set {dotted}")[0]

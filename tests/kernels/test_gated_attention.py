@@ -89,3 +89,11 @@ def test_op_on_gpu(B, T, H, D, lengths):
     assert error(y, expected[0]) < LIMIT[torch.bfloat16]
     assert error(torch.autograd.grad(y, qkvu, dy)[0], expected[1]) < LIMIT[torch.bfloat16]
     opcheck(op._forward, (qkvu, log_decay, 1e-6, cu_seqlens))
+
+
+def test_shapes_that_do_not_fit_are_one_line():
+    for shape, heads in (((1, 3, 10), 2), ((3, 16), 2), ((1, 3, 16), 0)):
+        with pytest.raises(ValueError, match=r"gated_attention needs qkvu \[B, T, 4M\] with M a multiple of H"):
+            op.gated_attention(torch.randn(shape), torch.zeros(heads))
+    with pytest.raises(ValueError, match="log_decay must be finite and <= 0"):
+        op.gated_attention(torch.randn(1, 3, 16), torch.tensor([0.0, float("nan")]))

@@ -226,7 +226,9 @@ def _bad_calls():
     yield "v without heads", (q, k, v[..., 0], g), "q and k must be"
     yield "one decay for all", (q, k, v, g[:1]), r"log_decay must be float32 \[H\]"
     yield "bf16 decay", (q, k, v, g.bfloat16()), r"log_decay must be float32 \[H\]"
-    yield "growing", (q, k, v, -g - 1 + 2), "log_decay must be <= 0"
+    yield "growing", (q, k, v, -g - 1 + 2), "log_decay must be finite and <= 0"
+    for value in ("nan", "-inf", "inf"):
+        yield value, (q, k, v, torch.full_like(g, float(value))), "log_decay must be finite and <= 0"
     yield "no tokens", (q[:, :0], k[:, :0], v[:, :0], g), "at least 1"
     yield "mixed dtypes", (q, k, v.float(), g), "share one floating dtype"
     yield "integers", (q.int(), k.int(), v.int(), g), "share one floating dtype"
@@ -244,3 +246,12 @@ def test_arguments_that_do_not_fit_are_one_clear_line(args, message):
     with pytest.raises(ValueError, match=message) as error:
         lightning_attention(*args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf", "1.0"])
+def test_a_step_refuses_decays_that_do_not_fit(value):
+    q, k, v, g, state = make(1, 4, 2, 4, 3)
+    before = state.clone()
+    with pytest.raises(ValueError, match="log_decay must be finite and <= 0"):
+        lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], torch.full_like(g, float(value)), state)
+    assert torch.equal(state, before)

@@ -107,6 +107,12 @@ def test_misuse_is_one_line():
     x, weight, labels = inputs(5, 3, 4)
     with pytest.raises(ValueError, match=r"needs x \[N, M\], weight \[V, M\], labels \[N\]"):
         linear_cross_entropy(x, weight, labels[:3])
+    with pytest.raises(ValueError, match=r"int64 labels; got torch.float32, torch.int32"):
+        linear_cross_entropy(x, weight, labels.int())
+    for label in (-5, 4):
+        labels[1] = label
+        with pytest.raises(ValueError, match=f"labels must be -100 or from 0 to 3, the rows of weight; got {label}"):
+            linear_cross_entropy(x, weight, labels)
 
 
 @pytest.mark.gpu

@@ -112,3 +112,6 @@ def test_misuse_is_one_line():
         lrpe(x, theta, positions, "gelu")
     with pytest.raises(ValueError, match=r"lrpe needs x \[B, T, H, d\]"):
         lrpe(x, theta[:1], positions)
+    for wrong in ((x, theta, positions.int()), (x, theta.bfloat16(), positions), (x.long(), theta, positions)):
+        with pytest.raises(ValueError, match="lrpe needs floating x, theta in float32 or float64 and int64 positions"):
+            lrpe(*wrong)

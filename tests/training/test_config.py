@@ -166,6 +166,8 @@ def test_data_path_forms(recipe: Path) -> None:
         ("train.device=cuda:x", "train.device is 'cuda:x': expected auto, cpu, cuda or cuda:N (--set)"),
         ("data.path=[]", "data.path is []: expected more items (--set)"),
         ("train.max_steps={", "--set train.max_steps:1: not YAML: "),
+        ("lora=null", "--set is 'lora=null', and lora is a section: set one of its keys, such as lora.rank=0"),
+        ("train", "--set is 'train', and train is a section: set one of its keys, such as train.seed=0"),
         ("train.max_steps", "--set is 'train.max_steps'; write section.key=value, such as train.max_steps=100"),
         ("train.max_steps=null", "the run has no end; set train.max_steps or train.max_tokens ("),
         (

@@ -42,8 +42,14 @@ def gated_attention(qkvu: Tensor, log_decay: Tensor, eps: float = 1e-6, cu_seqle
 
     qkvu [B, T, 4M]: q, k, v and u side by side, each of H heads; bf16, fp16 or fp32 (on CPU also float64).
     log_decay [H] fp32 and cu_seqlens as in `lightning_attention`; starts from a zero state and returns no final state.
-    Returns y [B, T, M]. Differentiable (once) in qkvu.
+    Returns y [B, T, M]. Differentiable (once) in qkvu. Raises ValueError for shapes that do not fit, and on CPU what
+    `lightning_attention` raises; on CUDA the values of log_decay and cu_seqlens are trusted.
     """
+    if qkvu.dim() != 3 or log_decay.dim() != 1 or not len(log_decay) or qkvu.shape[-1] % (4 * len(log_decay)):
+        raise ValueError(
+            "gated_attention needs qkvu [B, T, 4M] with M a multiple of H, and log_decay [H]; "
+            f"got {list(qkvu.shape)}, {list(log_decay.shape)}"
+        )
     if not qkvu.is_cuda:
         return gated_attention_reference(qkvu, log_decay, eps, cu_seqlens)
     return _forward(qkvu, log_decay, eps, cu_seqlens)[0]

@@ -32,13 +32,16 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, ignore_index
     x [N, M] floating; weight [V, M], of x's dtype or wider (an fp32 master weight then gets its gradient in fp32,
     while the products run in x's dtype); labels [N] int64; those equal to ignore_index are not counted.
     Returns an fp32 scalar (float64 for float64 inputs), exactly 0 when every label is ignored. Products accumulate
-    in fp32. Differentiable (once) in x and weight. Raises ValueError for shapes that do not fit.
+    in fp32. Differentiable (once) in x and weight. Raises ValueError for shapes and dtypes that do not fit, and for
+    labels that are no row of weight; on CUDA labels are trusted, since checking them synchronises.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         raise ValueError(
             "linear_cross_entropy needs x [N, M], weight [V, M], labels [N]; "
             f"got {list(x.shape)}, {list(weight.shape)}, {list(labels.shape)}"
         )
+    if labels.dtype != torch.int64 or not x.is_floating_point():
+        raise ValueError(f"linear_cross_entropy needs floating x and int64 labels; got {x.dtype}, {labels.dtype}")
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _forward(x, weight, labels, ignore_index, need_grad)[0]
 
@@ -66,6 +69,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _forward(
     x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not x.is_cuda:
+        bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))]
+        if len(bad):
+            raise ValueError(
+                f"labels must be {ignore_index} or from 0 to {weight.shape[0] - 1}, the rows of weight; got {int(bad[0])}"
+            )
     return chunked_cross_entropy(x, weight, labels, ignore_index, need_grad)
 
 

@@ -29,7 +29,7 @@ def lrpe(x: Tensor, theta: Tensor, positions: Tensor, activation: str | None = N
 
     x [B, T, H, d] floating, any strides; theta [H, 1, d] fp32 (or float64); positions [B, T] int64; activation
     "silu" or None. Returns [B, T, H, 2 d] in x's dtype. Differentiable in x and theta.
-    Raises ValueError for an unknown activation or shapes that do not fit.
+    Raises ValueError for an unknown activation, or shapes and dtypes that do not fit.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}; allowed: 'silu', None")
@@ -37,6 +37,11 @@ def lrpe(x: Tensor, theta: Tensor, positions: Tensor, activation: str | None = N
         raise ValueError(
             "lrpe needs x [B, T, H, d], theta [H, 1, d], positions [B, T]; "
             f"got {list(x.shape)}, {list(theta.shape)}, {list(positions.shape)}"
+        )
+    if positions.dtype != torch.int64 or theta.dtype not in (torch.float32, torch.float64) or not x.is_floating_point():
+        raise ValueError(
+            "lrpe needs floating x, theta in float32 or float64 and int64 positions; "
+            f"got {x.dtype}, {theta.dtype}, {positions.dtype}"
         )
     return _forward(x, theta, positions, activation == "silu")
 

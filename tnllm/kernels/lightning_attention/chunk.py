@@ -144,11 +144,16 @@ def _gradients_after(update: Tensor, decays: _Decays, chunks: _Chunks, grad: Ten
     return update, chunks.unsort(grad)
 
 
+def check_decay(log_decay: Tensor) -> None:
+    """Raise ValueError unless every value is finite and <= 0. For tensors on CPU: on a GPU it would synchronise."""
+    if not bool(((log_decay <= 0) & log_decay.isfinite()).all()):
+        raise ValueError(f"log_decay must be finite and <= 0, got {log_decay.tolist()}")
+
+
 def _prepare(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[_Chunks, _Decays, Tensor, Tensor, Tensor, Tensor]:
-    if bool((log_decay > 0).any()):
-        raise ValueError(f"log_decay must be <= 0, got {log_decay.tolist()}")
+    check_decay(log_decay)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     chunks = _lay_out(q, cu_seqlens)
     if state is None:
@@ -200,6 +205,7 @@ def chunk_backward(
 
 def chunk_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token: q, k [B, H, D], v [B, H, E] -> o [B, H, E]; the state [B, H, D, E] is updated in place."""
+    check_decay(log_decay)
     dtype = state.dtype
     # S + ((decay - 1) S + k v^T), not decay S + k v^T: the slowest decays are 1 - 4e-8, which float32 rounds to 1 - 6e-8,
     # so that over a million steps the state would decay half as fast again as it should.

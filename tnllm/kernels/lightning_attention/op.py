@@ -34,7 +34,7 @@ def lightning_attention(
     log_decay [H] fp32, finite and <= 0, a constant: it gets no gradient.
     initial_state [B, H, D, E] fp32 (float64 for float64 inputs), None for zeros.
     cu_seqlens [N + 1] int32 packs N sequences, empty ones allowed, in one row (B = 1): offsets from 0 to T, non-decreasing.
-    The states are then [N, H, D, E]. On CUDA its values are not checked: that would synchronise.
+    The states are then [N, H, D, E]. On CUDA the values of log_decay and cu_seqlens are trusted: checking synchronises.
     Returns o [B, T, H, E] in v's dtype, and the final state; passed as initial_state, it continues the sequence.
     need_state=False returns an empty tensor for it: writing one per packed sequence costs time.
     Raises ValueError for arguments that do not fit. Differentiable (once) in q, k, v and both states.
@@ -61,7 +61,8 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
     """One decoding step: S <- exp(log_decay) S + k v^T in place, o = q^T S.
 
     q, k [B, H, D], v [B, H, E] of one dtype; log_decay [H] fp32; state [B, H, D, E] fp32 (float64 for float64
-    inputs). Returns o [B, H, E] in v's dtype. No gradient. Raises ValueError for arguments that do not fit.
+    inputs). Returns o [B, H, E] in v's dtype. No gradient. Raises ValueError for arguments that do not fit; on CUDA the
+    values of log_decay are trusted.
     """
     _check(q, k, v, log_decay, token_dims=1)
     _check_state("state", state, q, v, q.shape[0])
