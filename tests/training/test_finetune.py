@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tnllm.data.instruct_loader import InstructLoader
 from tnllm.errors import UserError
 from tnllm.modeling import load_model
 from tnllm.modeling.flops import lora_parameters
@@ -133,7 +134,29 @@ def test_the_tokenizer_and_template_come_with_the_weights(chat, base, tmp_path):
     tokenizer = open_tokenizer(config)
     assert tokenizer.path == tmp_path / "weights/tokenizer.model"
     loader, _ = open_loaders(config, tokenizer)
-    assert tokenizer.decode(loader.packed.ids[0].tolist()).lstrip().startswith("<")
+    assert tokenizer.decode(loader.sources[0].ids[0].tolist()).lstrip().startswith("<")
+
+
+def test_conversations_are_mixed_by_weight(chat, tmp_path):
+    lines = (tmp_path / "talk.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:10]), ("b", lines[10:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+
+    def shares(first: str, second: str) -> tuple[InstructLoader, list[int]]:
+        sources = f"{{path: {tmp_path}/a.jsonl{first}}}, {{path: {tmp_path}/b.jsonl{second}}}"
+        config = load_recipe(chat, [f"data.path=[{sources}]", "data.val_fraction=0"])
+        loader, _ = open_loaders(config, open_tokenizer(config))
+        return loader, [int(loader._items(sample)[0] is loader.sources[-1]) for sample in range(400)]
+
+    loader, drawn = shares(", weight: 3", ", weight: 1")
+    assert drawn.count(0) == 300
+    # Each source has its own passes: every row of it comes once before any comes twice.
+    for index, rows in enumerate(loader._rows):
+        nth = [tuple(loader._items(i)[1]) for i in range(400) if drawn[i] == index]
+        assert sorted(nth[: len(rows)]) == sorted(map(tuple, rows)) == sorted(nth[len(rows) : 2 * len(rows)])
+    # Without a weight: its share of the tokens, beside which 1 is little.
+    assert shares(", weight: 1", "")[1].count(1) > 390
+    assert len(shares("", "")[0].sources) == 1
 
 
 @pytest.mark.parametrize(

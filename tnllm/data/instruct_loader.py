@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tnllm.data.instruct import Conversation, encode
-from tnllm.data.loader import IGNORE, Batch
+from tnllm.data.loader import IGNORE, Batch, Mix
 from tnllm.data.permutation import permute
 from tnllm.errors import UserError
 from tnllm.tokenizer import Tokenizer
@@ -104,32 +104,40 @@ class InstructLoader:
 
     def __init__(
         self,
-        packed: Packed,
+        packed: Packed | Sequence[tuple[Packed, float | None]],
         batch_size: int,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
     ) -> None:
-        """`batch_size` counts the rows of one step over all ranks. Raises UserError if ranks do not divide it."""
+        """`packed`: conversations, or several sources of them with their mixing weights (None: the share of its tokens).
+
+        `batch_size` counts the rows of one step over all ranks. Raises UserError if ranks do not divide it.
+        """
         if batch_size % world_size:
             raise UserError(f"{batch_size} rows a step do not divide over {world_size} ranks; change one of them")
-        self.packed, self.seq_len, self.batch_size, self.shuffle = packed, packed.seq_len, batch_size, shuffle
+        given = [(packed, None)] if isinstance(packed, Packed) else packed
+        self.sources = [source for source, _ in given]
+        self.seq_len, self.batch_size, self.shuffle = self.sources[0].seq_len, batch_size, shuffle
         self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._token_bytes = self.sources[0].token_bytes
         # The last token of a conversation is only ever a label.
-        self._rows = fill_rows([len(ids) - 1 for ids in packed.ids], packed.seq_len)
+        self._rows = [fill_rows([len(ids) - 1 for ids in source.ids], self.seq_len) for source in self.sources]
+        sizes = [float(sum(map(len, source.ids))) for source in self.sources]
+        self._mix = Mix.of([size if weight is None else weight for size, (_, weight) in zip(sizes, given, strict=True)])
         # One more for the padding at the end of a row.
-        self.max_row_sequences = 1 + max(len(row) for row in self._rows)
+        self.max_row_sequences = 1 + max(len(row) for rows in self._rows for row in rows)
 
     @property
     def num_rows(self) -> int:
         """Rows of one pass."""
-        return len(self._rows)
+        return sum(map(len, self._rows))
 
     @property
     def num_labels(self) -> int:
         """Learned tokens of one pass."""
-        return int(sum(counted[1:].sum() for counted in self.packed.counted))
+        return int(sum(counted[1:].sum() for source in self.sources for counted in source.counted))
 
     def rank_samples(self, first_sample: int) -> range:
         """The global samples of this rank in the step whose first sample is `first_sample`."""
@@ -150,8 +158,9 @@ class InstructLoader:
         ends = [0]
         for row in range(num_rows):
             offset = 0
-            for item in self._items(first_sample + row):
-                ids, counted = self.packed.ids[item], self.packed.counted[item]
+            source, items = self._items(first_sample + row)
+            for item in items:
+                ids, counted = source.ids[item], source.counted[item]
                 size = len(ids) - 1
                 tokens[row, offset : offset + size] = ids[:-1]
                 labels[row, offset : offset + size] = np.where(counted[1:], ids[1:], IGNORE)
@@ -165,16 +174,22 @@ class InstructLoader:
             torch.from_numpy(tokens.reshape(1, -1)),
             torch.from_numpy(labels.reshape(1, -1)),
             torch.from_numpy(cu_seqlens),
-            int(self.packed.token_bytes[learned].sum()),
+            int(self._token_bytes[learned].sum()),
             len(learned),
             length,
             len(ends) - 1,
         )
 
-    def _items(self, sample: int) -> list[int]:
-        """The conversations of one global sample."""
-        rows = len(self._rows)
-        if not self.shuffle:
-            return self._rows[sample] if sample < rows else []
-        epoch, row = divmod(sample, rows)
-        return self._rows[permute(row, rows, self._seed * 1_000_003 + epoch)]
+    def _items(self, sample: int) -> tuple[Packed, list[int]]:
+        """The conversations of one global sample, and the source that they are of."""
+        if self.shuffle:
+            index, nth = self._mix.locate(sample)
+            rows = self._rows[index]
+            epoch, row = divmod(nth, len(rows))
+            key = self._seed * 1_000_003 + epoch + (index << 40)
+            return self.sources[index], rows[permute(row, len(rows), key)]
+        for source, rows in zip(self.sources, self._rows, strict=True):
+            if sample < len(rows):
+                return source, rows[sample]
+            sample -= len(rows)
+        return self.sources[0], []

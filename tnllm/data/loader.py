@@ -111,7 +111,7 @@ class Loader:
         self._streams = [source.stream for source in sources]
         # A shuffled pass is circular. A pass in order has labels for all tokens but the first.
         self._rows = [-(-(s.num_tokens - (not shuffle)) // seq_len) for s in self._streams]
-        self._mix = _Mix.of([_share(source) for source in sources])
+        self._mix = Mix.of([_share(source) for source in sources])
         self.max_row_sequences = 1 + max(stream.max_inner_starts(seq_len) for stream in self._streams)
 
     @property
@@ -205,17 +205,17 @@ def _share(source: Source) -> float:
 
 
 @dataclass(frozen=True)
-class _Mix:
+class Mix:
     """Which source each sample comes from: a table of slots, repeated."""
 
     source: np.ndarray  # [slots] source of a slot
     before: np.ndarray  # [slots + 1, sources] samples of each source in earlier slots
 
     @staticmethod
-    def of(weights: Sequence[float]) -> "_Mix":
+    def of(weights: Sequence[float]) -> "Mix":
         """Fill each slot with the source that is furthest behind its share, so that none is ever a sample ahead."""
         if len(weights) == 1:
-            return _Mix(np.zeros(1, np.int64), np.array([[0], [1]]))
+            return Mix(np.zeros(1, np.int64), np.array([[0], [1]]))
         quota = np.maximum(1, np.rint(np.array(weights) / sum(weights) * _SLOTS).astype(np.int64))
         slots = int(quota.sum())
         share = quota / slots
@@ -225,7 +225,7 @@ class _Mix:
             source[slot] = np.argmax(share * (slot + 1) - before[slot])
             before[slot + 1] = before[slot]
             before[slot + 1, source[slot]] += 1
-        return _Mix(source, before)
+        return Mix(source, before)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """The source of `sample` and how many earlier samples came from it."""

@@ -88,7 +88,7 @@ def fingerprint(loader: AnyLoader) -> str:
             sums = [file.get("sha256") for file in manifest.inputs]
             digest.update(repr((sums, sorted(manifest.options.items()), source.stream.num_tokens)).encode())
     else:
-        for ids in loader.packed.ids:
+        for ids in chain.from_iterable(source.ids for source in loader.sources):
             digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
     return digest.hexdigest()
 
@@ -100,15 +100,24 @@ def _open_conversations(
     template = chat_template(data.chat_template, config.init_folder)
     split_template(template)
     sources = data.path or (DataSource(path=str(assets.sample_instructions()), weight=None),)
-    files = list(chain.from_iterable(find_instruction_files(source.path) for source in sources))
-    packed = pack(read_conversations(files), tokenizer, template, data.seq_len)
-    train, held_out = packed.split(data.val_fraction)
+    files = [find_instruction_files(source.path) for source in sources]
+    weights = [source.weight for source in sources]
+    if weights == [None] * len(weights):
+        # Without weights all share the same rows, which leaves less padding.
+        files, weights = [list(chain.from_iterable(files))], [None]
+    packed = [pack(read_conversations(names), tokenizer, template, data.seq_len) for names in files]
+    parts = [source.split(data.val_fraction) for source in packed]
+    train = [(part, weight) for (part, _), weight in zip(parts, weights, strict=True)]
+    held_out = [(part, None) for _, part in parts if part.ids]
     loader = InstructLoader(train, config.global_batch_rows, config.train.seed, rank, world_size)
-    log(
-        f"{len(packed.ids)} conversations ({packed.cut} cut to data.seq_len, {packed.dropped} more without an answer): "
-        f"{len(train.ids)} to learn from, {format_count(loader.num_labels)} answer tokens in {loader.num_rows} rows; "
-        f"{len(held_out.ids)} for validation"
+    count, cut, dropped = (
+        sum(numbers) for numbers in zip(*((len(p.ids), p.cut, p.dropped) for p in packed), strict=True)
     )
-    if not held_out.ids:
+    log(
+        f"{count} conversations ({cut} cut to data.seq_len, {dropped} more without an answer): "
+        f"{sum(len(part.ids) for part, _ in train)} to learn from, {format_count(loader.num_labels)} answer tokens in "
+        f"{loader.num_rows} rows; {sum(len(part.ids) for part, _ in held_out)} for validation"
+    )
+    if not held_out:
         return loader, None
     return loader, InstructLoader(held_out, world_size, rank=rank, world_size=world_size, shuffle=False)
