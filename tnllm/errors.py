@@ -8,11 +8,19 @@ The command line prints the message without a traceback and exits with `exit_cod
 import difflib
 from collections.abc import Iterable
 
+# Longer messages are cut in the middle: what is wrong comes first, what to do and where it was given last.
+_MOST_CHARACTERS = 1000
+
 
 class UserError(Exception):
-    """Bad input or configuration."""
+    """Bad input or configuration. The message is one line, whatever the input was that it quotes."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        half = _MOST_CHARACTERS // 2 - 3
+        super().__init__(text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}")
 
 
 class RunError(UserError):

@@ -301,16 +301,17 @@ def parse_count(value: int | float | str, name: str = "count") -> int:
 
     Raises UserError for anything else, negative numbers included.
     """
+    number: int | float
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        number, unit = float(value), ""
+        number, unit = value, ""
     else:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([KMBGT]?)\s*", str(value).upper())
         if match is None:
             raise UserError(f"{name} is {value!r}; write a number such as 5000, 0.5M or 300B")
         number, unit = float(match[1]), match[2]
     total = number * _UNITS[unit]
-    if total < 0 or total != total or abs(total - round(total)) > 1e-6 * max(total, 1.0):
-        raise UserError(f"{name} is {value!r}; it must be a whole number of at least 0")
+    if not 0 <= total < 2**63 or abs(total - round(total)) > 1e-6 * max(total, 1.0):
+        raise UserError(f"{name} is {value!r}; it must be a whole number of at least 0, and below 9.2e18")
     return round(total)
 
 

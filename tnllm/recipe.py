@@ -70,8 +70,9 @@ def one_or_more(value: Any) -> Any:
 
 
 # Plain scalars follow YAML 1.2: PyYAML's 1.1 reads 1e-4 as a string, `on` and `no` as booleans, 1:30 as ninety.
-_INT = re.compile(r"[-+]?[0-9][0-9_]*")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
+_INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_MOST_DIGITS = 400  # of a number; float64 ends at 309
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "true": True, "True": True, "false": False, "False": False}
 
 
@@ -106,6 +107,8 @@ def find_recipe(name: str, beside: Path | None = None, folder: str = "", noun: s
     Raises UserError if there is none.
     """
     paths = [Path(name)] if beside is None else [beside / name, beside / f"{name}.yaml"]
+    if len(name) > 1000 or not name.isprintable():
+        raise UserError(f"no {noun} {name[:1000]}: not a name that a file can have")
     for path in [*paths, FOLDER / f"{name}.yaml", FOLDER / folder / f"{name}.yaml"]:
         if path.is_file():
             return path
@@ -331,14 +334,16 @@ def parse_yaml(text: str, where: str = "text") -> tuple[Any, dict[str, int]]:
                     f"{line}: aliases (*name) and tags (!name) are not read; write the value out, or quote it"
                 )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[str, int] = {}
+        return (None if node is None else _to_value(node, where, "", lines)), lines
+    except RecursionError:
+        raise UserError(f"{where}: lists and sections are nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {error}") from None
-    lines: dict[str, int] = {}
-    return (None if node is None else _to_value(node, where, "", lines)), lines
 
 
 def _to_value(node: yaml.Node, where: str, prefix: str, lines: dict[str, int]) -> Any:
@@ -359,6 +364,8 @@ def _to_value(node: yaml.Node, where: str, prefix: str, lines: dict[str, int]) -
         return text
     if text in _WORDS:
         return _WORDS[text]
+    if len(text) > _MOST_DIGITS and _FLOAT.fullmatch(text):
+        raise UserError(f"{where}:{node.start_mark.line + 1}: a number of {len(text)} digits; write it shorter")
     if _INT.fullmatch(text):
         return int(text)
     return float(text) if _FLOAT.fullmatch(text) else text

@@ -53,11 +53,18 @@ def test_check_says_ok(tnllm: Run) -> None:
         ("data.path=nowhere", "tiny: data.path is nowhere: no such file or folder\n"),
         ("tokenizer.path=nowhere", "tiny: no tokenizer at nowhere; give a tokenizer.model or a folder that holds one"),
         ("model.vocab_size=4096", "has 8192 pieces, more than model.vocab_size 4096; set model.vocab_size=8192 or"),
+        ("eval.tasks=piqua", "tiny: task 'piqua' is not known; did you mean 'piqa'"),
+        ("eval.tasks=sciq", "tiny: eval.tasks: no data for sciq"),
+        ("data.chat_template=Hello data.format=chat", "it must hold {prompt} once"),
+        ("data.path=pyproject.toml", "tiny: pyproject.toml is not"),
+        ("lora.rank=200", "tiny: lora.rank is 200, more than the 128 channels of the narrowest projection; lower it"),
+        ("lora.rank=2 lora.targets=[qkv_proj]", "tiny: lora.targets has 'qkv_proj'; this model has qkvu_proj, "),
         ("train.seeed=1", "tiny: train.seeed: no such key; did you mean 'train.seed'? (--set)\n"),
     ],
 )
 def test_check_names_what_would_stop_a_run(tnllm: Run, setting: str, message: str) -> None:
-    code, out, err = tnllm("recipes", "check", "tiny", "--set", setting)
+    flags = [part for item in setting.split() for part in ("--set", item)]
+    code, out, err = tnllm("recipes", "check", "tiny", *flags)
     assert (code, out) == (2, "")
     assert message in err
     assert err.endswith("tnllm: 1 of 1 recipes would not start: tiny\n")

@@ -82,17 +82,20 @@ def check(
     sets: list[str] = typer.Option([], "--set", help=SET_HELP),
     as_json: bool = typer.Option(False, "--json", help="Print JSON, one object for each recipe."),
 ) -> None:
-    """Check that recipes would start: keys, values, model, tokenizer and data. Exit 2 if one would not."""
+    """Check that recipes would start: keys, values, model, adapter, tokenizer, template, data and tasks. Else exit 2."""
     import sys
 
+    from tnllm.cli.train import scorer
     from tnllm.errors import UserError
     from tnllm.files import format_count
+    from tnllm.training.config import load_recipe
     from tnllm.training.recipe_check import check_recipe
 
     results = []
     for name in recipes:
         try:
             report = check_recipe(name, sets)
+            scorer(load_recipe(name, sets))
         except UserError as error:
             results.append({"recipe": name, "ok": False, "error": str(error)})
             if not as_json:

@@ -86,7 +86,7 @@ def command(
         raise
 
 
-def _scorer(config: "RunConfig") -> Any:
+def scorer(config: "RunConfig") -> Any:
     """Returns the scorer of eval.tasks, None without tasks. Raises for unknown names and missing data."""
     section = config.eval
     if not section.tasks:
@@ -113,7 +113,7 @@ def _train(config: "RunConfig", out: Path, is_rank: bool, how: dict[str, Any]) -
         if is_rank and config.world_size > 1:
             train_on_mesh(config, out, **how)
         else:
-            train(config, out, score=_scorer(config), **how)
+            train(config, out, score=scorer(config), **how)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "

@@ -20,18 +20,19 @@ class ModelConfig(BaseModel):
     Defaults are the released TransNormerLLM-385M; the values beside them are the papers' ablations.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # The largest sizes leave room above any model; beyond them numbers overflow, and even counting takes for ever.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["transnormer", "transformer"] = Field(
         "transnormer", description="TransNormerLLM, or the Llama-style softmax baseline of the same size."
     )
     vocab_size: int = Field(
-        64_000, ge=1, description="Rows of the embedding; no fewer than the tokenizer's vocabulary."
+        64_000, ge=1, le=2**24, description="Rows of the embedding; no fewer than the tokenizer's vocabulary."
     )
-    num_layers: int = Field(24, ge=1, description="Blocks (token mixer + channel mixer).")
-    model_dim: int = Field(1024, ge=1, description="Width of the residual stream.")
-    num_heads: int = Field(8, ge=1, description="Attention heads; each is model_dim / num_heads wide.")
-    glu_dim: int = Field(2816, ge=1, description="Inner width of the channel mixer.")
+    num_layers: int = Field(24, ge=1, le=2048, description="Blocks (token mixer + channel mixer).")
+    model_dim: int = Field(1024, ge=1, le=2**20, description="Width of the residual stream.")
+    num_heads: int = Field(8, ge=1, le=2**16, description="Attention heads; each is model_dim / num_heads wide.")
+    glu_dim: int = Field(2816, ge=1, le=2**22, description="Inner width of the channel mixer.")
     position: Literal["mix", "lrpe-d", "lrpe", "decay", "ape"] = Field(
         "mix",
         description="mix: LRPE with decay in layer 0, decay alone elsewhere (released). lrpe-d: both in every "
@@ -46,7 +47,7 @@ class ModelConfig(BaseModel):
         "full",
         description="Output gate: full linear u (v1, v2), sigmoid of a rank-gate_dim product (v3), none.",
     )
-    gate_dim: int = Field(16, ge=1, description="Rank of the low-rank gate.")
+    gate_dim: int = Field(16, ge=1, le=2**20, description="Rank of the low-rank gate.")
     norm_position: Literal["attention", "gate", "output"] = Field(
         "attention",
         description="The mixer's norm: after attention, before the gate (v1, v2); after the gate; after out_proj.",
@@ -62,7 +63,7 @@ class ModelConfig(BaseModel):
     tie_embeddings: bool = Field(True, description="The head is the embedding matrix.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     pad_token_id: int | None = Field(0, ge=0, description="Its embedding row starts at zero.")
-    max_position: int = Field(2048, ge=1, description="Rows of the learned positions; only position=ape reads it.")
+    max_position: int = Field(2048, ge=1, le=2**31, description="Rows of the learned positions, for position=ape.")
     rope_base: float = Field(10_000.0, gt=0, description="Base of the baseline's rotary positions.")
     qk_norm: bool = Field(
         False, description="RMSNorm with a weight on the baseline's queries and keys, a head at a time, before rotary."
@@ -112,7 +113,7 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    rank: int = Field(0, ge=0, description="Rank of the adapter; 0: no adapter, all weights are trained.")
+    rank: int = Field(0, ge=0, le=2**16, description="Rank of the adapter; 0: no adapter, all weights are trained.")
     alpha: float = Field(16.0, gt=0, description="The adapter's output is scaled by alpha / rank.")
     targets: tuple[Literal["qkvu_proj", "qkv_proj", "out_proj", "l1", "l2", "l3"], ...] | None = Field(
         None, description="Projections of a block that get an adapter, such as [qkvu_proj, out_proj]. null: all."

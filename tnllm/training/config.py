@@ -29,7 +29,7 @@ def _count(value: Any) -> Any:
     try:
         return parse_count(value)
     except UserError:
-        raise ValueError("expected a whole number such as 5000, 10K, 0.5M or 300B") from None
+        raise ValueError("expected a whole number such as 5000, 10K, 0.5M or 300B, below 9.2e18") from None
 
 
 def _switch(value: Any) -> Any:
@@ -43,14 +43,22 @@ def _device(name: str) -> str:
     return name
 
 
+def _path(name: str) -> str:
+    # Names that no file can have would raise where they are first looked for.
+    if not name.isprintable() or len(name) > 4000 or any(len(part.encode()) > 255 for part in name.split("/")):
+        raise ValueError("not a path that a file can have")
+    return name
+
+
 PACKAGED = "packaged"  # train.init: the model that ships
 Count = Annotated[int, BeforeValidator(_count)]
+PathName = Annotated[str, AfterValidator(_path)]
 
 
 class TokenizerSection(Section):
     """Which tokenizer."""
 
-    path: str | None = Field(
+    path: PathName | None = Field(
         None,
         description="SentencePiece .model file, a folder with tokenizer.model, or a packaged one: tnllm-8k, tnllm-64k. "
         "null: tnllm-8k. Token shards bring their own, before a packaged one.",
@@ -60,7 +68,7 @@ class TokenizerSection(Section):
 class DataSource(Section):
     """One corpus of a mixture."""
 
-    path: str = Field(description="Token shards, or text to tokenize first.")
+    path: PathName = Field(description="Token shards, or text to tokenize first.")
     weight: float | None = Field(None, gt=0, description="Share of the samples; null: its share of all tokens.")
 
     @model_validator(mode="before")
@@ -91,7 +99,7 @@ class DataSection(Section):
         "weights of train.init, else the released models' Human: and Assistant: lines.",
     )
     field: str = Field("text", description="The field of a JSONL or parquet record that holds the text.")
-    seq_len: Count = Field(2048, ge=1, description="Tokens in a row.")
+    seq_len: Count = Field(2048, ge=1, le=2**31, description="Tokens in a row.")
     packing: Literal["reset", "concat"] = Field(
         "reset",
         description="reset: the state is reset between the documents of a row. concat: rows are cut from the stream "
@@ -145,7 +153,7 @@ class TrainSection(Section):
     """Length, batch and precision."""
 
     seed: Count = Field(0, description="Seeds the weights, the order of data and sampled text.")
-    init: str | None = Field(
+    init: PathName | None = Field(
         None,
         description="Start from these weights: a weights folder, a run folder, or `packaged`, the model that ships. The "
         "model section comes from there. null: new weights.",
@@ -157,7 +165,9 @@ class TrainSection(Section):
     global_batch_tokens: Count = Field(
         524_288, ge=1, description="Tokens in an optimizer step over all ranks; gradients accumulate to reach it."
     )
-    micro_batch_size: Count = Field(8, ge=1, description="Rows of seq_len tokens in one forward pass of one rank.")
+    micro_batch_size: Count = Field(
+        8, ge=1, le=2**20, description="Rows of seq_len tokens in one forward pass of one rank."
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Compute type, independent of train.weights. auto: bf16 on a GPU, fp32 on CPU."
     )
@@ -204,7 +214,7 @@ class EvalSection(Section):
     tasks_limit: float | None = Field(
         None, gt=0, description="Only the first questions of each task, or a share below 1; null: all."
     )
-    tasks_data_dir: str | None = Field(
+    tasks_data_dir: PathName | None = Field(
         None, description="Folder of evaluation sets (tnllm eval ls). null: the samples that ship."
     )
 
@@ -230,13 +240,15 @@ class CheckpointSection(Section):
 class ParallelSection(Section):
     """The device mesh; the product is the number of ranks."""
 
-    replicate: Count = Field(1, ge=1, description="Copies of the model, each with its own rows.")
+    replicate: Count = Field(1, ge=1, le=2**16, description="Copies of the model, each with its own rows.")
     shard: Count = Field(
-        1, ge=1, description="Ranks that shard one copy's weights and optimizer, each with its own rows."
+        1, ge=1, le=2**16, description="Ranks that shard one copy's weights and optimizer, each with its own rows."
     )
-    sequence: Count = Field(1, ge=1, description="Ranks that split each row along the sequence.")
-    tensor: Count = Field(1, ge=1, description="Ranks that split each matrix and the heads.")
-    timeout_s: float = Field(600, gt=0, description="Seconds that a rank waits for the others before the run fails.")
+    sequence: Count = Field(1, ge=1, le=2**16, description="Ranks that split each row along the sequence.")
+    tensor: Count = Field(1, ge=1, le=2**16, description="Ranks that split each matrix and the heads.")
+    timeout_s: float = Field(
+        600, gt=0, le=10**7, description="Seconds that a rank waits for the others before the run fails."
+    )
 
 
 class RunConfig(Section):
@@ -300,6 +312,16 @@ class RunConfig(Section):
                 f"parallel.tensor is {self.parallel.tensor}, but an adapter's matrices are not split; with lora set "
                 "parallel.tensor=1 and use replicate, shard or sequence"
             )
+        smallest = min(self.model.model_dim, self.model.glu_dim)
+        if self.lora.rank > smallest:
+            raise ValueError(
+                f"lora.rank is {self.lora.rank}, more than the {smallest} channels of the narrowest projection; lower it"
+            )
+        if self.model.position == "ape" and self.data.seq_len > self.model.max_position:
+            raise ValueError(
+                f"data.seq_len is {self.data.seq_len}, but model.position ape has {self.model.max_position} positions; "
+                "lower it or raise model.max_position"
+            )
         if self.data.format == "chat" and self.data.packing != "reset":
             raise ValueError(
                 "data.packing concat cannot be combined with data.format chat: conversations must stay separate"
@@ -308,6 +330,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_mesh(self) -> Self:
+        if self.world_size > 2**20:
+            raise ValueError(
+                f"the parallel section asks for {self.world_size} ranks; a plan is made for up to a million"
+            )
         if self.parallel.tensor > 1 and self.model.qk_norm:
             raise ValueError(
                 f"parallel.tensor is {self.parallel.tensor}, but every head shares the weights of model.qk_norm; "

@@ -1,21 +1,26 @@
-"""Whether a recipe would start: checks its model, tokenizer and data without training.
+"""Whether a recipe would start: checks its model, adapter, tokenizer, chat template and data without training.
 
 report = check_recipe("385m", ["data.path=corpus"])    # UserError with one line for what is wrong
 report.parameters                                       # counted on the meta device; nothing is allocated
 """
 
 from dataclasses import asdict, dataclass
-from itertools import filterfalse
-from pathlib import Path
 from typing import Any
 
 from tnllm import assets
+from tnllm.chat_template import split_template
+from tnllm.data.corpus import find_files
+from tnllm.data.instruct import find_instruction_files
 from tnllm.data.remote import is_remote, local_path
+from tnllm.data.shards import is_shard_folder, read_manifest
 from tnllm.errors import UserError
 from tnllm.modeling.flops import count_parameters
+from tnllm.modeling.lora import add_lora
 from tnllm.modeling.model import build_model
+from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import DataSection, load_recipe
 from tnllm.training.loaders import open_tokenizer
+from tnllm.training.run_model import chat_template
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Report:
 
 
 def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
-    """Load the recipe, build its model on the meta device, open its tokenizer and check that its data exists.
+    """Load the recipe, build its model and adapter on the meta device, open its tokenizer, and look at its data.
 
     Raises UserError for the first thing that would stop a run.
     """
@@ -44,23 +49,38 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
     model = build_model(config.model, device="meta")
     built = sum(parameter.numel() for parameter in model.parameters())
     assert built == count_parameters(config.model), (built, count_parameters(config.model))
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    if config.data.format == "chat":
+        split_template(chat_template(config.data.chat_template, config.init_folder))
+    tokenizer = open_tokenizer(config)
     return Report(
         recipe=name,
         parameters=built,
         tokens=config.total_steps * config.train.global_batch_tokens,
         steps=config.total_steps,
         ranks=config.world_size,
-        tokenizer=str(open_tokenizer(config).path),
-        data=_check_data(config.data),
+        tokenizer=str(tokenizer.path),
+        data=_check_data(config.data, tokenizer),
     )
 
 
-def _check_data(data: DataSection) -> list[str]:
-    paths = [str(assets.sample_corpus())] if data.path is None else [source.path for source in data.path]
-    for path in filterfalse(is_remote, paths):
-        local = Path(local_path(path))
-        if not assets.named(local).exists():
+def _check_data(data: DataSection, tokenizer: Tokenizer) -> list[str]:
+    """The recipe's data, each of which has files that training would read; a remote one is not looked at."""
+    default = assets.sample_corpus() if data.format == "text" else assets.sample_instructions()
+    paths = [str(default)] if data.path is None else [source.path for source in data.path]
+    for path in paths:
+        if is_remote(path):
+            continue
+        place = assets.named(local_path(path))
+        if not place.exists():
             raise UserError(f"data.path is {path}: no such file or folder")
-        if local.is_dir() and not any(local.iterdir()):
+        if place.is_dir() and not any(place.iterdir()):
             raise UserError(f"data.path is {path}: the folder is empty")
+        if data.format == "chat":
+            find_instruction_files(place)
+        elif not is_shard_folder(place):
+            find_files([path])
+        elif read_manifest(place).tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(f"data.path is {path}: made with another tokenizer than {tokenizer.path}")
     return paths
