@@ -273,3 +273,25 @@ def test_killed_at_any_moment_it_resumes_to_the_same_end(recipe, config, tmp_pat
     resumed = [row for row in rows(tmp_path / "killed") if "loss" in row]
     assert straight == resumed
     assert not list((tmp_path / "killed/checkpoints").glob("*.tmp-*"))
+
+
+def test_a_run_ends_after_max_time_and_continues(recipe, tmp_path, capfd):
+    sets = ["train.max_steps=100000", "log.every_steps=1000", "checkpoint.every_steps=0", "eval.every_steps=0"]
+    train(load_recipe(str(recipe), [*sets, "train.max_time=0.5"]), tmp_path / "run")
+    [saved] = list_checkpoints(tmp_path / "run")
+    assert f"stopped by train.max_time after step {int(saved.name[5:])}, saved at" in capfd.readouterr().err
+    assert not (tmp_path / "run/weights").exists()
+    train(load_recipe(str(recipe), [*sets, "train.max_time=1s"]), tmp_path / "run", resume="auto")
+    assert list_checkpoints(tmp_path / "run")[-1] != saved
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("30m", 1800), ("1d2h3m4s", 93784), ("1.5", 1.5)])
+def test_max_time_is_read(recipe, text, seconds):
+    assert load_recipe(str(recipe), [f"train.max_time={text}"]).train.max_time == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "1h30", "1e9", "''"])
+def test_no_max_time(recipe, text):
+    with pytest.raises(UserError, match=r"train.max_time is .*"):
+        load_recipe(str(recipe), [f"train.max_time={text}"])

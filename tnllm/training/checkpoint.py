@@ -51,7 +51,7 @@ class TrainState:
     """Where a run is: updates made, samples and tokens consumed by all ranks, updates refused (all, and in a row).
 
     `recent_losses`: what a spike is measured by. `owed`: names of hooks that were due when a signal stopped the run.
-    `data`: the fingerprint of the training data.
+    `guard`: the last losses and norms that train.spikes compares with. `data`: the fingerprint of the training data.
     """
 
     step: int = 0
@@ -61,6 +61,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)
     owed: list[str] = field(default_factory=list)
+    guard: list[list[float]] = field(default_factory=list)
     data: str = ""
 
 

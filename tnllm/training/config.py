@@ -29,7 +29,15 @@ def _count(value: Any) -> Any:
     try:
         return parse_count(value)
     except UserError:
-        raise ValueError("expected a whole number such as 5000, 10K, 0.5M or 300B, below 9.2e18") from None
+        raise ValueError("expected a whole number such as 5000, 10K, 0.5M or 300B") from None
+
+
+def _seconds(value: Any) -> Any:
+    text = value if isinstance(value, str) else ""
+    match = re.fullmatch(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?", text)
+    if match is None or not any(match.groups()):
+        return value
+    return sum(int(number or 0) * unit for number, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
 
 
 def _switch(value: Any) -> Any:
@@ -162,6 +170,11 @@ class TrainSection(Section):
     max_tokens: Count | None = Field(
         None, ge=1, description="Stop after this many tokens; the smaller of the two wins."
     )
+    max_time: Annotated[float, Field(gt=0, le=10**7), BeforeValidator(_seconds)] | None = Field(
+        None,
+        description="Save and end after this long in one process, such as 30m, 11h30m or a number of seconds; nothing is "
+        "published, and --resume auto continues.",
+    )
     global_batch_tokens: Count = Field(
         524_288, ge=1, description="Tokens in an optimizer step over all ranks; gradients accumulate to reach it."
     )
@@ -187,6 +200,11 @@ class TrainSection(Section):
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="If a loss or gradient is NaN or infinite: stop, or skip the step; both report the batch.",
+    )
+    spikes: Literal["report", "skip"] = Field(
+        "report",
+        description="A loss far above the last ones: report it, or also skip the update if its loss or gradient norm is; "
+        "decided on the device, before the update.",
     )
     device: Annotated[str, AfterValidator(_device)] = Field(
         "auto",
@@ -490,5 +508,5 @@ def _initial_model(init: str, origins: dict[str, str]) -> ModelConfig:
 
     try:
         return read_config(_find_weights(init))[0]
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise UserError(f"train.init: {error}{recipe.origin_of('train.init', origins)}") from None

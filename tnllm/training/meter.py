@@ -56,17 +56,20 @@ class NonFinitePolicy:
     def __init__(self, policy: str, file: Path, ranks: SingleProcess) -> None:
         self.policy, self.file, self.ranks = policy, file, ranks
 
-    def refused(self, update: Update, last_sample: int, loss: float, norm: float, state: TrainState) -> None:
-        """Count the refused update in `state`. Raises RunError if the run must stop."""
+    def refused(
+        self, update: Update, last_sample: int, loss: float, norm: float, state: TrainState, spike: bool = False
+    ) -> None:
+        """Count the refused update in `state`: not finite, or a `spike`. Raises RunError if the run must stop."""
         samples = [update.first_sample, last_sample]
         report: dict[str, Any] = {"step": update.step, "samples": samples, "loss": str(loss), "grad_norm": str(norm)}
+        report |= {"spike": True} if spike else {}
         if self.ranks.main:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(report) + "\n")
         state.skipped += 1
         state.skipped_in_a_row += 1
         advice = None
-        if self.policy == "stop":
+        if self.policy == "stop" and not spike:
             advice = "the update was refused. Lower optimizer.learning_rate or set train.nonfinite=skip"
         elif state.skipped_in_a_row >= _MAX_SKIPS_IN_A_ROW:
             advice = f"{state.skipped_in_a_row} updates in a row were refused, so the run stops"

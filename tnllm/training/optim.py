@@ -4,7 +4,7 @@ optimizer = make_optimizer(model, config.optimizer)
 norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0, loss=loss)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -59,23 +59,26 @@ def clip_and_step(
     max_norm: float,
     loss: Tensor,
     norm: Tensor | None = None,
+    is_spike: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Clip the gradients to a total norm of `max_norm` (0: no clipping) and update; returns the norm before clipping.
 
     `norm`: the norm of all gradients if `model` holds only a shard of them; None: computed here. If the norm or `loss` is
-    not finite, nothing is updated: neither weights nor moments nor the step count. The decision is made on the device,
-    so no step waits for the host.
+    not finite, or `is_spike(loss, norm)`, nothing is updated: neither weights nor moments nor the step count. The decision
+    is made on the device, so no step waits for the host.
     """
     parameters = list(model.parameters())
     if norm is None:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    refused = ~(torch.isfinite(norm) & torch.isfinite(loss))
+    if is_spike is not None:
+        refused = refused | is_spike(loss, norm)
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     # The fused kernels read this flag, as with gradient scaling, and update nothing if it is 1.
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+    optimizer.grad_scale, optimizer.found_inf = None, refused.float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -8,12 +8,14 @@ with open_run(config, Path("runs/tiny"), resume="auto") as run:
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -92,27 +94,34 @@ class Run:
         """
         updates, rows = self._unread, self.trainer.config.global_batch_rows
         self._unread = []
-        values = torch.stack([torch.stack([update.loss, update.norm]) for update in updates]).tolist()
-        for update, (loss, norm) in zip(updates, values, strict=True):
+        values = torch.stack([torch.stack([u.loss, u.norm, u.skipped]) for u in updates]).tolist()
+        for update, (loss, norm, skipped) in zip(updates, values, strict=True):
             last = update.first_sample + rows - 1
-            if not abs(loss) < float("inf") or not abs(norm) < float("inf"):
-                self.nonfinite.refused(update, last, loss, norm, self.state)
+            if not abs(loss) < float("inf") or not abs(norm) < float("inf") or skipped:
+                if skipped:
+                    usual = median(self.state.recent_losses or [loss])
+                    self._report_spike(
+                        Spike(update.step, loss, usual), update.first_sample, last, "; the update was skipped"
+                    )
+                self.nonfinite.refused(update, last, loss, norm, self.state, spike=bool(skipped))
                 continue
             self.state.skipped_in_a_row = 0
             spike = self.spikes.check(update.step, loss)
             if spike is not None:
                 self._report_spike(spike, update.first_sample, last)
-        loss, norm = values[-1]
+        if self.trainer.guard is not None:
+            self.state.guard = self.trainer.guard.to_lists()
+        loss, norm, _ = values[-1]
         return loss, norm
 
-    def _report_spike(self, spike: Spike, first: int, last: int) -> None:
+    def _report_spike(self, spike: Spike, first: int, last: int, what: str = "") -> None:
         tokens = (last + 1) * self.trainer.config.data.seq_len
         losses = {"spike_loss": spike.loss, "usual_loss": spike.usual}
         samples = {"first_sample": first, "last_sample": last}
         self.metrics.write({"step": spike.step, "tokens": tokens, **losses, **samples, "time": time.time()})
         self.display.log(
             f"loss spike at step {spike.step}: {spike.loss:.4f}, usually {spike.usual:.4f} "
-            f"(global samples {first} to {last})"
+            f"(global samples {first} to {last}){what}"
         )
 
     def save(self) -> None:
@@ -141,7 +150,7 @@ def open_run(
         tokenizer = ranks.main_first(lambda: open_tokenizer(config))
         loader, validation = ranks.main_first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
         display = stack.enter_context(RunDisplay(out / "train.log", config.total_steps, quiet=not ranks.main))
-        signals = stack.enter_context(StopSignals(shared=ranks.size > 1))
+        signals = stack.enter_context(StopSignals(ranks.size > 1, config.train.max_time if ranks.main else None))
         config = fit_memory(config, device, display.log, ranks.all_reduce_min(free_bytes(device) / _sharing(device)))
         trainer = make_trainer(config, loader, device, mesh)
         checkpoint = ranks.broadcast_from_main(
@@ -151,6 +160,8 @@ def open_run(
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, trainer.parameters, trainer.optimizer)
         state.data = fingerprint(loader)
+        if trainer.guard is not None:
+            trainer.guard.load(state.guard)
         for line in _opening_lines(trainer, checkpoint, state):
             display.log(line)
         peak = matmul_rate(device)
@@ -187,9 +198,10 @@ def finish(run: Run, outer_command: bool = False) -> None:
     if run.signals.stop:
         step = run.state.step
         how = "run the same command again to resume" if outer_command else "resume with --resume auto"
-        run.display.log(f"stopped after step {step}, saved at step {run.saved_step}; {how}")
+        why = " by train.max_time" if run.signals.stop == signal.SIGALRM else ""
+        run.display.log(f"stopped{why} after step {step}, saved at step {run.saved_step}; {how}")
         run.signals.leave(how)
-    if run.trainer.ranks.main:
+    elif run.trainer.ranks.main:
         advice = _publish(run)
         run.display.log(f"weights in {run.out / 'weights'}{'' if outer_command else advice}")
 

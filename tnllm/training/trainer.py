@@ -20,6 +20,7 @@ from tnllm.parallel.sequence import shard_sequence
 from tnllm.training.checkpoint import TrainState
 from tnllm.training.config import RunConfig, TrainSection
 from tnllm.training.loaders import AnyLoader
+from tnllm.training.loss_spikes import SpikeGuard
 from tnllm.training.optim import clip_and_step, make_optimizer
 from tnllm.training.run_model import fill_shards, make_meta_model, make_model
 from tnllm.training.schedule import learning_rate
@@ -47,16 +48,18 @@ class Trainer:
     compiled: bool = False
     ranks: SingleProcess = field(default_factory=SingleProcess)
     gradient_norm: Callable[[], Tensor] | None = None
+    guard: SpikeGuard | None = None
 
 
 @dataclass(frozen=True)
 class Update:
-    """One update. `loss` and `norm` (scalars) stay on the device, so that no step waits for the host."""
+    """One update. `loss`, `norm` and `skipped` (a spike; scalars) stay on the device: no step waits for the host."""
 
     step: int
     first_sample: int
     loss: Tensor
     norm: Tensor
+    skipped: Tensor
     learning_rate: float
     data_wait_s: float
     rank_wait_s: float
@@ -97,7 +100,10 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
             part = shard_sequence(*inputs, mesh.index["sequence"], mesh.sizes["sequence"])
             return model.loss(*part, longest=batch.longest)
 
-    return Trainer(config, model, parameters, optimizer, loader, device, loss_sum, compiled, ranks, gradient_norm)
+    guard = SpikeGuard(device) if config.train.spikes == "skip" else None
+    return Trainer(
+        config, model, parameters, optimizer, loader, device, loss_sum, compiled, ranks, gradient_norm, guard
+    )
 
 
 def train_step(trainer: Trainer, state: TrainState, signals: StopSignals) -> Update | None:
@@ -126,8 +132,10 @@ def train_step(trainer: Trainer, state: TrainState, signals: StopSignals) -> Upd
     rate = learning_rate(config.schedule, config.optimizer.learning_rate, state.step)
     loss = trainer.ranks.sum_loss(loss)
     norm = trainer.gradient_norm() if trainer.gradient_norm else None
-    norm = clip_and_step(trainer.parameters, trainer.optimizer, rate, config.optimizer.grad_clip, loss, norm)
-    update = Update(state.step + 1, state.samples, loss, norm, rate, loaded - started, rank_wait_s)
+    guard = trainer.guard
+    norm = clip_and_step(trainer.parameters, trainer.optimizer, rate, config.optimizer.grad_clip, loss, norm, guard)
+    skipped = torch.zeros_like(loss) if guard is None else guard.skipped
+    update = Update(state.step + 1, state.samples, loss, norm, skipped, rate, loaded - started, rank_wait_s)
     state.step += 1
     state.samples += rows
     state.tokens += rows * config.data.seq_len
