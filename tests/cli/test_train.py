@@ -72,6 +72,19 @@ def test_a_run_and_its_continuation(capfd, tmp_path, sets):
 def test_dry_run_allocates_nothing(capfd):
     code, out, _ = run(capfd, "train", "385m", "--dry-run")
     assert code == 0 and "398,984,192" in out and "micro-batches of" in out
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["here"].startswith(("cpu: ", "cuda", "would not start: one row of 2048 tokens needs about"))
+    assert "; the model would learn them by heart: name a larger corpus with data.path" in lines["passes"]
+
+
+def test_dry_run_says_what_this_machine_would_take(capfd):
+    code, out, _ = run(capfd, "train", "tiny", "--dry-run", "--device", "cpu", "--set", "train.max_steps=20")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert code == 0 and lines["here"].startswith("cpu: ") and " free; " in lines["here"]
+    assert lines["here"].endswith("at the rate of its matrix products") and "at least " in lines["here"]
+    assert "by heart" not in lines["passes"] and lines["passes"].startswith("about 0.")
+    code, out, _ = run(capfd, "train", "tiny", "--dry-run", "--device", "cuda:77")
+    assert code == 0 and "here    would not start: train.device is 'cuda:77'" in out
 
 
 @pytest.mark.parametrize(

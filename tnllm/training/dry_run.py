@@ -3,17 +3,31 @@
 print(dry_run_text(config))     # tnllm train RECIPE --dry-run
 """
 
-from tnllm.files import format_bytes, format_count
+import time
+
+import torch
+
+from tnllm import assets
+from tnllm.data.corpus import find_files
+from tnllm.data.instruct import find_instruction_files
+from tnllm.data.shards import is_shard_folder, read_manifest
+from tnllm.device import pick_device
+from tnllm.errors import UserError
+from tnllm.files import format_bytes, format_count, format_duration
 from tnllm.modeling.flops import flops_per_token, lora_parameters
 from tnllm.modeling.model import build_model
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.training.communication import communication
-from tnllm.training.config import RunConfig
+from tnllm.training.config import DataSection, RunConfig
 from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
 from tnllm.training.loaders import open_tokenizer
+from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.mesh import config_mesh
 from tnllm.training.run_model import make_meta_model
+
+# Above this, a run over a small corpus is rarely what was meant.
+_MANY_PASSES = 100
 
 
 def dry_run_text(config: RunConfig) -> str:
@@ -46,7 +60,58 @@ def dry_run_text(config: RunConfig) -> str:
         f"{', '.join(cards) or 'no known card'}: {format_bytes(memory.total)} with activations ({RESERVE:.0%} left "
         "free); computed, not measured"
     )
+    if config.world_size == 1:
+        lines["here"] = _this_machine(config, work)
+    corpus = _corpus_tokens(config.data)
+    passes = tokens / corpus
+    lines["passes"] = f"about {passes:,.{0 if passes > 10 else 2}f} over about {format_count(corpus)} tokens"
+    if passes > _MANY_PASSES:
+        lines["passes"] += (
+            "; the model would learn them by heart: name a larger corpus with data.path, or train for less"
+        )
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
+
+
+def _this_machine(config: RunConfig, work: float) -> str:
+    """What one process of this machine would take: memory, and on a CPU the least time for `work` FLOPs."""
+    try:
+        device = pick_device(config.train.device, "train.device")
+        changes: list[str] = []
+        fitted = fit_memory(config, device, changes.append)
+    except UserError as error:
+        return f"would not start: {error}"
+    needed = estimate_memory(fitted, low_precision=device.type == "cuda").total
+    text = f"{device}: {format_bytes(needed)} of {format_bytes(free_bytes(device))} free"
+    text += "".join(f"; {change}" for change in changes)
+    if device.type == "cpu":
+        text += f"; at least {format_duration(work / _cpu_rate())} at the rate of its matrix products"
+    return text
+
+
+def _cpu_rate() -> float:
+    """FLOP/s of an fp32 matrix product on this CPU, the fastest of three."""
+    a, times = torch.randn(1024, 1024), []
+    for _ in range(3):
+        started = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(times)
+
+
+def _corpus_tokens(data: DataSection) -> float:
+    """Tokens of the training data: counted in shards, and by the size of the files (four bytes a token) in text."""
+    default = assets.sample_corpus() if data.format == "text" else assets.sample_instructions()
+    total = 0.0
+    for path in [str(default)] if data.path is None else [source.path for source in data.path]:
+        if is_shard_folder(assets.named(path)):
+            total += read_manifest(assets.named(path)).total("tokens", "train")
+            continue
+        files = find_instruction_files(path) if data.format == "chat" else find_files([path])
+        # Compressed text is about a quarter of its size.
+        total += sum(
+            file.stat().st_size / (1 if file.suffix in (".gz", ".zst", ".xz", ".bz2") else 4) for file in files
+        )
+    return max(total, 1.0)
 
 
 def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
