@@ -10,6 +10,7 @@ import torch
 from tnllm import assets
 from tnllm.data.corpus import find_files
 from tnllm.data.instruct import find_instruction_files
+from tnllm.data.remote import is_remote, local_path
 from tnllm.data.shards import is_shard_folder, read_manifest
 from tnllm.device import pick_device
 from tnllm.errors import UserError
@@ -63,13 +64,15 @@ def dry_run_text(config: RunConfig) -> str:
     if config.world_size == 1:
         lines["here"] = _this_machine(config, work)
     corpus = _corpus_tokens(config.data)
-    passes = tokens / corpus
-    lines["passes"] = f"about {passes:,.{0 if passes > 10 else 2}f} over about {format_count(corpus)} tokens"
-    if passes > _MANY_PASSES:
-        lines["passes"] += (
-            "; the model would learn them by heart: name a larger corpus with data.path, or train for less"
-        )
+    lines["passes"] = _passes(tokens / corpus, corpus) if corpus else "unknown: the data is remote"
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
+
+
+def _passes(passes: float, corpus: float) -> str:
+    text = f"about {passes:,.{0 if passes > 10 else 2}f} over about {format_count(corpus)} tokens"
+    if passes > _MANY_PASSES:
+        text += "; the model would learn them by heart: name a larger corpus with data.path, or train for less"
+    return text
 
 
 def _this_machine(config: RunConfig, work: float) -> str:
@@ -99,19 +102,22 @@ def _cpu_rate() -> float:
 
 
 def _corpus_tokens(data: DataSection) -> float:
-    """Tokens of the training data: counted in shards, and by the size of the files (four bytes a token) in text."""
+    """Tokens of the local training data (0: none), counted in shards; of text by its size, four bytes a token."""
     default = assets.sample_corpus() if data.format == "text" else assets.sample_instructions()
     total = 0.0
     for path in [str(default)] if data.path is None else [source.path for source in data.path]:
-        if is_shard_folder(assets.named(path)):
-            total += read_manifest(assets.named(path)).total("tokens", "train")
+        if is_remote(path):
             continue
-        files = find_instruction_files(path) if data.format == "chat" else find_files([path])
+        place = assets.named(local_path(path))
+        if is_shard_folder(place):
+            total += read_manifest(place).total("tokens", "train")
+            continue
+        files = find_instruction_files(place) if data.format == "chat" else find_files([path])
         # Compressed text is about a quarter of its size.
         total += sum(
             file.stat().st_size / (1 if file.suffix in (".gz", ".zst", ".xz", ".bz2") else 4) for file in files
         )
-    return max(total, 1.0)
+    return total
 
 
 def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
