@@ -64,14 +64,14 @@ def alone_speeds(rows: Sequence[Row]) -> dict[str, float]:
 def _dots(axes: Any, rows: Sequence[Row]) -> None:
     lines = summarize(rows)
     kind = {row["group"]: row["kind"] for row in rows}
-    kinds = sorted(set(kind.values()))
+    kinds = sorted(set(kind.values()), reverse=True)
     labels = [f"{line.group}: {line.choice}" if line.choice else line.group for line in lines]
     for index, line in enumerate(lines):
         color = COLORS[kinds.index(kind[line.group])]
         axes.plot(line.losses, [index] * len(line.losses), "o", color=color, markersize=4, alpha=0.5)
         axes.plot([line.loss], [index], "|", color=color, markersize=12)
     axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel("validation loss (nats per token)")
 
 
