@@ -39,7 +39,7 @@ def post(address, **body):
 
 @pytest.mark.slow
 def test_it_serves_and_sigterm_lets_running_requests_end(tnllm):
-    process, address, lines = start("--max-tokens", "200", TNLLM_API_KEY="sesame")
+    process, address, lines = start("--max-tokens", "200", "--allowed-host", "Box.example", TNLLM_API_KEY="sesame")
     try:
         assert "using the demo model" in lines[0] and "serving tnllm-demo on http://127.0.0.1:" in lines[1]
         answer = json.load(post(address, prompt="Once upon a time", max_tokens=10, seed=1))
@@ -47,6 +47,9 @@ def test_it_serves_and_sigterm_lets_running_requests_end(tnllm):
             "generate", "--prompt", "Once upon a time", "--max-tokens", "10", "--seed", "1", "--json", "--device", "cpu"
         )
         assert answer["choices"][0]["text"] == json.loads(expected)["text"]
+        # The default of 256 gives way to the limit.
+        assert 0 < json.load(post(address, prompt="Once"))["usage"]["completion_tokens"] <= 200
+        urllib.request.urlopen(urllib.request.Request(f"{address}/health", headers={"Host": "box.example"})).close()
         stream = post(address, prompt="Once", max_tokens=40, seed=1, stream=True, ignore_eos=True)
         first = stream.readline()
         process.send_signal(signal.SIGTERM)

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.small_models import make_ready
+from tnllm.serving import schemas
 from tnllm.serving.app import make_app
 from tnllm.serving.engine import Engine
 from tnllm.serving.middleware import Settings
@@ -79,7 +80,7 @@ def schema_of(app, path):
 def check(answer):
     assert answer.status_code in (200, 400, 404, 413), answer.text
     if answer.status_code != 200:
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        conforms(answer.json(), schemas.Error)
         assert answer.json()["error"]["message"]
     elif answer.headers["content-type"].startswith("text/event-stream"):
         events = answer.text.split("\n\n")
@@ -87,7 +88,42 @@ def check(answer):
         for event in events[:-2]:
             assert "error" not in json.loads(event.removeprefix("data: "))
     else:
-        assert answer.json()["choices"] is not None
+        conforms(
+            answer.json(),
+            schemas.ChatCompletion if answer.url.path.endswith("chat/completions") else schemas.Completion,
+        )
+
+
+def conforms(value, schema):
+    """Every key is described, and every described one is there."""
+    assert schema.model_validate(value).model_dump(exclude_unset=True) == value
+
+
+def test_every_kind_of_answer_is_as_described(app):
+    for body in (
+        {"prompt": "a", "max_tokens": 2, "logprobs": 2, "echo": True},
+        {"prompt": ["a", "b"], "max_tokens": 1, "n": 2},
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "logprobs": True, "top_logprobs": 2},
+        {"prompt": "a", "x": 1},
+    ):
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        check(send(app, path, json.dumps(body)))
+
+    async def get(path):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return (await client.get(path)).json()
+
+    conforms(asyncio.run(get("/health")), schemas.Health)
+    conforms(asyncio.run(get("/v1/models")), schemas.ModelList)
+    conforms(asyncio.run(get("/v1/models/small")), schemas.Model)
+    document = asyncio.run(get("/openapi.json"))
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert {"200", "default", "500", "503"} <= set(operation["responses"])
+    ranges = document["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert ranges["max_tokens"]["anyOf"][0] == {"type": "integer", "minimum": -1, "maximum": 8}
+    assert ranges["model"]["anyOf"] == [{"type": "string", "enum": ["small"]}, {"type": "null"}]
+    assert any(option.get("maxItems") == 200 for option in ranges["prompt"]["anyOf"])
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ _ERRORS = {
     500: "A fault of the server.",
     503: "The server is shutting down, or has too many connections.",
 }
+# Of an answer with the keys of the other kind, an error, or the text [DONE].
+_EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON, or [DONE]."}}}
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 
 
@@ -52,7 +54,7 @@ def described(answer: type[BaseModel] | None, request: type[BaseModel] | None = 
     else:
         responses[200] = {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
     if request is not None:
-        responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        responses[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
         reference = {"$ref": _REFERENCE.format(model=request.__name__)}
         body = {"required": True, "content": {"application/json": {"schema": reference}}}
         more["openapi_extra"] = {"requestBody": body}
@@ -100,6 +102,9 @@ def _limit(properties: dict[str, Any], engine: Engine, name: str) -> None:
     for key in ("max_tokens", "max_completion_tokens"):
         if key in properties:
             properties[key]["anyOf"][0]["maximum"] = engine.max_new_tokens
+    if "prompt" in properties:
+        # What the chat's key of this name says for none.
+        properties["logprobs"]["anyOf"].append({"const": False})
     for option in properties.get("prompt", {}).get("anyOf", ()):
         ids = option.get("items", {}) if option.get("items", {}).get("type") == "array" else option
         if ids.get("items", {}).get("type") == "integer":

@@ -1,0 +1,87 @@
+"""How long /health waits while the server works on a body: `python -m tests.serving.stalls --port 8000 --repeats 20`.
+
+Prints the longest wait for each kind of body. The kinds are the worst that fit into `--mib`, and a million token ids.
+"""
+
+import argparse
+import http.client
+import json
+import random
+import threading
+import time
+
+
+def bodies(size: int) -> dict[str, bytes]:
+    """Bodies of at most `size` bytes, by kind."""
+
+    def filled(before: str, one: str, after: str, most: int = size) -> bytes:
+        count = (most - len(before) - len(after)) // len(one)
+        return (before + one * count).removesuffix(",").encode() + after.encode()
+
+    ids = json.dumps([random.Random(1).randrange(3, 300) for _ in range(1_000_000)], separators=(",", ":"))
+    return {
+        "a million ids": f'{{"max_tokens":1,"prompt":{ids}}}'.encode(),
+        "wrong ids, 2 MiB": filled('{"prompt":[', "1.5,", "]}", 2 << 20),
+        "numbers": filled('{"prompt":[5,"a",', "1,", "]}"),
+        "lists": filled('{"prompt":[', "[],", "]}"),
+        "keys": b"{" + b",".join(b'"%x":0' % number for number in range(size // 12)) + b"}",
+        "a long key": filled('{"', "a", '":1}'),
+        "messages": filled('{"messages":[', '{"role":"user","content":""},', "]}"),
+        "text": filled('{"max_tokens":1,"prompt":"', "Once upon a time there was a king. ", '"}'),
+        "letters": filled('{"max_tokens":1,"prompt":"', "a", '"}'),
+    }
+
+
+# A body that is accepted takes minutes to prefill; the client leaves before.
+PATIENCE_SECONDS = {"a million ids": 4.0}
+
+
+def longest_wait(host: str, port: int, kind: str, body: bytes) -> tuple[float, str]:
+    """Seconds of the longest wait, and the body's answer."""
+    outcome: list[str] = []
+
+    def post() -> None:
+        start = time.monotonic()
+        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_SECONDS.get(kind))
+        path = "/v1/chat/completions" if body.startswith(b'{"messages"') else "/v1/completions"
+        try:
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            outcome.append(f"{answer.status} after {time.monotonic() - start:.1f} s")
+        except TimeoutError:
+            outcome.append("accepted")
+        connection.close()
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    longest = 0.0
+    while thread.is_alive():
+        start = time.monotonic()
+        probe = http.client.HTTPConnection(host, port)
+        probe.request("GET", "/health")
+        probe.getresponse().read()
+        longest = max(longest, time.monotonic() - start)
+        time.sleep(0.01)
+    return longest, outcome[0]
+
+
+def main() -> None:
+    """Print the longest wait for each kind of body."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--mib", type=float, default=8)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("kinds", nargs="*")
+    options = parser.parse_args()
+    print(f"| body | longest wait of /health, worst of {options.repeats} | answer |\n| --- | --- | --- |")
+    for kind, body in bodies(int(options.mib * 2**20)).items():
+        if not options.kinds or kind in options.kinds:
+            waits = [longest_wait(options.host, options.port, kind, body) for _ in range(options.repeats)]
+            longest, answer = max(waits)
+            print(f"| {kind} | {longest:.2f} s | {answer} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
