@@ -241,9 +241,15 @@ def test_the_structure_of_a_body_is_bounded_before_it_is_built():
             bodies.read(content)
     with pytest.raises(RequestError, match="the body has 201 keys; at most 200"):
         bodies.read(json.dumps(dict.fromkeys(map(str, range(201)), 0)).encode())
-    # Brackets and quotes in a text are text.
+    # Brackets, commas and quotes in a text are text.
     text = '[{:,"\\' * 60_000
-    assert bodies.read(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+    assert bodies.read(json.dumps({"prompt": text}).encode(), most_tokens=10) == {"prompt": text}
+    numbers = json.dumps({"prompt": [5] * 150_000}).encode()
+    assert len(bodies.read(numbers, most_tokens=50_000)["prompt"]) == 150_000
+    with pytest.raises(
+        RequestError, match="the body has 150000 values; at most 149998: send long prompts one at a time"
+    ):
+        bodies.read(numbers, most_tokens=49_998)
 
 
 def test_the_time_to_refuse_does_not_grow_with_the_wrong_values():

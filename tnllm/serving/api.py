@@ -235,9 +235,9 @@ class ChatRequest(_Request):
 _R = TypeVar("_R", bound=_Request)
 
 
-def validated(kind: type[_R], content: bytes) -> _R:
-    """The request of this kind that a body holds. Raises RequestError."""
-    values = bodies.read(content)
+def validated(kind: type[_R], content: bytes, most_tokens: int | None = None) -> _R:
+    """The request of this kind that a body holds; `most_tokens` is that of a prompt. Raises RequestError."""
+    values = bodies.read(content, most_tokens)
     try:
         return kind.model_validate(values)
     except ValidationError as error:

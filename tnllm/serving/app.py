@@ -65,7 +65,7 @@ class _Submission:
 
         Long prompts take time, so this runs on a thread of its own; `loop` is the server's.
         """
-        body = validated(kind, content)
+        body = validated(kind, content, engine.max_prompt_tokens)
         if body.model not in (None, name):
             message = f"model is {shown(body.model)}; this server has {name!r}"
             raise RequestError(message, "model", "model_not_found", 404)

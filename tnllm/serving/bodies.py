@@ -51,10 +51,16 @@ def shown(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else _SHORT.repr(value)
 
 
-def read(content: bytes) -> dict[str, Any]:
-    """The object that a body holds. Raises RequestError."""
-    if (parts := _count_parts(content)) > MAX_PARTS:
+def read(content: bytes, most_tokens: int | None = None) -> dict[str, Any]:
+    """The object that a body holds; `most_tokens` is that of a prompt. Raises RequestError."""
+    parts, commas = _count(content)
+    if parts > MAX_PARTS:
         message = f"the body has {parts} or more strings, arrays and objects; at most {MAX_PARTS}"
+        raise RequestError(message, code="body_too_complex")
+    if most_tokens is not None and commas > most_tokens + MAX_PARTS:
+        message = (
+            f"the body has {commas + 1} values; at most {most_tokens + MAX_PARTS}: send long prompts one at a time"
+        )
         raise RequestError(message, code="body_too_complex")
     try:
         value = from_json(content)
@@ -68,15 +74,16 @@ def read(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _count_parts(content: bytes) -> int:
-    """Strings, arrays and objects, exact where their number is at most MAX_PARTS; before any of them takes memory."""
-    strings = content.replace(b"\\\\", b"").replace(b'\\"', b"").count(b'"') // 2
-    brackets = content.count(b"[") + content.count(b"{")
-    if brackets > MAX_PARTS >= strings:
-        # Only those outside of strings.
-        outside = b"".join(content.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
-        brackets = outside.count(b"[") + outside.count(b"{")
-    return strings + brackets
+def _count(content: bytes) -> tuple[int, int]:
+    """Strings, arrays and objects, and commas between values: before any of them takes memory.
+
+    Exact unless the strings alone are too many.
+    """
+    unescaped = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    strings = unescaped.count(b'"') // 2
+    # Those in strings are no marks.
+    outside = b"".join(unescaped.split(b'"')[::2]) if strings <= MAX_PARTS else content
+    return strings + outside.count(b"[") + outside.count(b"{"), outside.count(b",")
 
 
 @dataclass(frozen=True)
