@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from tnllm import assets
+
 NEEDED = ("pytest_asyncio", "respx", "requests", "regex", "aiohttp", "inline_snapshot")
 MODEL = "tnllm-demo"
 HERE = Path(__file__).parent
@@ -133,9 +135,12 @@ def unpack(name: str, suite: Suite, folder: Path) -> None:
 
 
 @contextmanager
-def serving(log: Path):
-    """A server of the demo model; yields its host and port."""
-    command = [sys.executable, "-m", "tnllm", "serve", "--port", "0", "--name", MODEL]
+def serving(folder: Path):
+    """A server of the demo model, whose answers are short unless a test says how long; yields its host and port."""
+    weights, log = folder / "weights", folder / "server.txt"
+    shutil.copytree(assets.demo_weights(), weights)
+    (weights / "generation_config.json").write_text(json.dumps({"max_new_tokens": 24}), encoding="utf-8")
+    command = [sys.executable, "-m", "tnllm", "serve", "--model", str(weights), "--port", "0", "--name", MODEL]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file, stdout=file)
     try:
@@ -161,7 +166,7 @@ def run(name: str, suite: Suite, folder: Path, host: str, port: str) -> Counter[
     }  # fmt: skip
     assert root not in environment["PYTHONPATH"].split(os.pathsep)
     report = folder / "report.xml"
-    options = ["-p", "peer_plugin", "-q", "-x" if False else "-q", "--tb=short", f"--junitxml={report}", "-o", "addopts=",
+    options = ["-p", "peer_plugin", "-q", "--tb=short", f"--junitxml={report}", "-o", "addopts=",
                "-o", "asyncio_mode=auto", "-o", "xfail_strict=false", "-W", "ignore", "--rootdir", str(folder),
                "--continue-on-collection-errors", "-p", "no:cacheprovider"]  # fmt: skip
     with (folder / "output.txt").open("wb") as output:
@@ -210,7 +215,7 @@ def main() -> int:
                 unpack(name, SUITES[name], folder / name)
             print(f"| suite | {' | '.join((PASSED, MISSING, OWN, OTHER, SKIPPED))} |")
             for name in options.suites or SUITES:
-                with serving(folder / name / "server.txt") as (host, port):
+                with serving(folder / name) as (host, port):
                     counts = run(name, SUITES[name], folder / name, host, port)
                 row = " | ".join(str(counts[kind]) for kind in (PASSED, MISSING, OWN, OTHER, SKIPPED))
                 print(f"| {SUITES[name].file.removesuffix('.tar.gz')} | {row} |", flush=True)
