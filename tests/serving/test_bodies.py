@@ -28,6 +28,7 @@ def asked(kind, body):
     "more",
     [
         {"best_of": 1},
+        {"best_of": 0},
         {"best_of": 3, "n": 3},
         {"logit_bias": {}},
         {"logit_bias": {"5": 0, "6": 0.0}},

@@ -170,7 +170,8 @@ REQUEST: dict[str, Neutral] = {
         {"type": ["object", "null"], "additionalProperties": {"const": 0}},
     ),
     "best_of": Neutral(
-        lambda value, values: _same(value, 1) or _same(value, values.get("n", 1)), {"type": ["integer", "null"]}
+        lambda value, values: any(_same(value, one) for one in (0, 1, values.get("n", 1))),
+        {"type": ["integer", "null"]},
     ),
     "suffix": _one_of(""),
     "repeat_last_n": Neutral(_penalties_reach_far_back, {}),
