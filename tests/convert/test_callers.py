@@ -318,6 +318,19 @@ def test_generate_returns_hidden_states(model):
     assert [step[0].shape[1] for step in output.hidden_states] == [4, 1, 1, 1, 1]
 
 
+def test_generate_with_a_tuned_prompt(model):
+    """PEFT's virtual tokens are in the state, but not in the mask that its callers give."""
+    peft = pytest.importorskip("peft")
+    tokens, mask = text(2, 4), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    prompt = tuned.get_prompt(batch_size=2).detach()
+    written = tuned.generate(input_ids=tokens, attention_mask=mask, **GREEDY)[:, 4:]
+    base = tuned.get_base_model()
+    embeds = torch.cat([prompt, base.get_input_embeddings()(tokens)], 1)
+    longer = torch.cat([torch.ones(2, 3, dtype=torch.int64), mask], 1)
+    assert torch.equal(written, base.generate(inputs_embeds=embeds, attention_mask=longer, **GREEDY))
+
+
 # --- torch
 
 

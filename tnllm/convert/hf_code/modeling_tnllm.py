@@ -278,7 +278,12 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         read = 0 if state is None else state.get_seq_length()
         given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         total = given + input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        if is_first_iteration is None:
+            is_first_iteration = cache_position is not None and int(cache_position[0]) == 0
         new = total - read
+        if state is not None and not is_first_iteration:
+            # While it decodes, the mask need not cover what was read: PEFT's prompts are not in it.
+            new = next_sequence_length or max(new, 1)
         if new <= 0:
             begin = f"give at least one token, such as the begin token {self.config.bos_token_id}"
             if total == 0:
@@ -308,7 +313,7 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         return {**inputs, "past_key_values": state}
 
     def _get_initial_cache_position(self, *args: Any) -> dict[str, Any]:
-        # transformers 4 looks into caches here; `prepare_inputs_for_generation` does not need what it computes.
+        # transformers 4 looks into caches here; all that is needed is that later steps count up from 0.
         return {**args[-1], "cache_position": torch.zeros(1, dtype=torch.int64, device=self.device)}
 
 
