@@ -30,7 +30,7 @@ NAME = "tnllm_tiny"
 # Failures that docs/convert.md explains: parts of their names.
 EXPLAINED: dict[str, tuple[str, ...]] = {
     "transformers": (),
-    "peft": ("PrefixTuningConfig", "CartridgeConfig", "ShadowConfig", "merge_layers[Beft", "merge_layers_multi[Beft",
+    "peft": ("PrefixTuningConfig", "ShadowConfig", "merge_layers[Beft", "merge_layers_multi[Beft",
              "merge_layers_nan[Beft", "merge_layers_fp16[Beft"),
 }  # fmt: skip
 
@@ -192,6 +192,8 @@ def run(name: str, package: Path, arguments: list[str], root: Path, keyword: str
         "--tb=line",
         "-o",
         "addopts=",
+        "-o",
+        "filterwarnings=default",
         *arguments,
     ]
     result = subprocess.run(command, cwd=package, env=env, capture_output=True, text=True)
