@@ -17,7 +17,7 @@ from pathlib import Path
 
 OLDEST, NEWEST = "4.51.3", "5.24.0"
 # What transformers 4 needs in place of newer versions that are installed here.
-_OLD = ["tokenizers<0.22", "huggingface_hub<1", "datasets==3.6.0", "peft==0.15.2"]
+_OLD = ["tokenizers<0.22", "huggingface_hub<1", "datasets==3.6.0"]
 
 
 def main(versions: list[str]) -> int:

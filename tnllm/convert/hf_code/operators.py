@@ -67,10 +67,10 @@ def lightning_attention(
 
     One token with a state and without gradients is a decoding step, which updates the state in place.
     """
-    if q.shape[1] == 1 and rows is None and state is not None and not torch.is_grad_enabled():
-        return lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state)[:, None], state
     if torch.compiler.is_compiling() or q.is_meta:
         return traced_attention(q, k, v, log_decay, state, rows)
+    if q.shape[1] == 1 and rows is None and state is not None and not torch.is_grad_enabled():
+        return lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state)[:, None], state
     if rows is None:
         return LightningAttention.apply(q, k, v, log_decay, state, None)
     if not len(rows.index):
@@ -132,8 +132,7 @@ def traced_attention(
 
 def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token: q, k [B, H, D], v [B, H, E] → o [B, H, E]; the state [B, H, D, E] is updated in place."""
-    step = triton_step if use_triton(q, v) and not torch.compiler.is_compiling() else chunk_step
-    return step(q, k, v, log_decay, state)
+    return (triton_step if use_triton(q, v) else chunk_step)(q, k, v, log_decay, state)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rows: Rows | None = None) -> Tensor:
