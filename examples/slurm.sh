@@ -8,7 +8,9 @@ set -euo pipefail
 recipe=${1:?usage: sbatch slurm.sh RECIPE TOKENS RUN}
 tokens=${2:?usage: sbatch slurm.sh RECIPE TOKENS RUN}
 run=${3:?usage: sbatch slurm.sh RECIPE TOKENS RUN}
-master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The first of the machines. Not by `head`: what writes into a closed pipe fails.
+machines=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+master=${machines%%$'\n'*}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${GPUS:-8}" --max-restarts 3 --shutdown-timeout 300 \
   --rdzv-backend c10d --rdzv-endpoint "$master:29500" --rdzv-id "$SLURM_JOB_ID" \

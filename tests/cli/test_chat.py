@@ -145,8 +145,13 @@ def test_on_a_real_terminal(small_weights, home):
     # Ctrl-A goes to the start of the line, Ctrl-K deletes to its end: with line editing "Hello" is what is sent.
     os.write(leader, b"typo\x01\x0bHello\n")
     _until(leader, b"\n> ")
-    os.write(leader, b"thrown away\x03")
+    # Only once a letter is echoed does readline wait for input: a signal just before it would wait for the next key.
+    os.write(leader, b"thrown away")
+    _until(leader, b"thrown away")
+    os.write(leader, b"\x03")
     _until(leader, b"> ")
+    os.write(leader, b"x")
+    _until(leader, b"x")
     os.write(leader, b"\x03")
     assert chat.wait(timeout=60) == 130
     err = chat.stderr.read().decode()

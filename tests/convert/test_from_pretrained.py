@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def own_modules(tmp_path, monkeypatch):
     forget = lambda: [sys.modules.pop(name) for name in list(sys.modules) if name.startswith("transformers_modules")]  # noqa: E731
     forget()
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", sys.path.copy())
+    # Without the caches of other tests in this process, whose package of that name would be found first.
+    others = [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", others)
     yield
     forget()
 

@@ -29,6 +29,7 @@ EXTRAS = {
     "hf": ("transformers", "tiktoken", "accelerate"),
     "bench": ("fla",),
     "quantize": ("torchao", "transformers"),
+    "remote": ("fsspec", "aiohttp", "huggingface_hub", "s3fs", "gcsfs"),
 }
 # Distribution names where they differ from import names.
 _DISTRIBUTIONS = {"yaml": "pyyaml", "fla": "fla-core", "lm_eval": "lm-eval"}
