@@ -165,7 +165,7 @@ class Engine:
         self._ends = frozenset(loaded.eos_ids)
         self._wake = threading.Condition()
         row_bytes = self.slots.nbytes // num_slots
-        # Used by whoever holds `_wake`.
+        # Used only while holding `_wake`.
         self.scheduler: Scheduler[_Job, _Sample] = Scheduler(
             num_slots, queue_size, max(num_slots, _PARKED_BYTES // row_bytes)
         )

@@ -81,7 +81,7 @@ def packed_starts(
     start: Tensor,
     shape: tuple[int, int],
 ) -> Tensor | None:
-    """[B, T] bool, True where a text begins; None if nobody said. `start` [B]: tokens that the state has read.
+    """[B, T] bool, True where a text begins; None if no argument says so. `start` [B]: tokens that the state has read.
 
     Raises ValueError for positions that neither continue nor restart, and for callers that contradict themselves.
     """
