@@ -376,7 +376,7 @@ def test_recomputed_activations_change_no_gradient(model):
 def test_two_folders_in_one_process(hf_code, model, tmp_path):
     for name, source in hf_folder.code_files().items():
         (tmp_path / name).write_text(source)
-    with hf_folder.imported_code(tmp_path, "another_folder") as other:
+    with hf_folder.imported_code(tmp_path) as other:
         twin = other.TnllmForCausalLM(other.TnllmConfig(**to_hf_config(CONFIG)))
         twin.load_state_dict(model.state_dict())
         with torch.no_grad():

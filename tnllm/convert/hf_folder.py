@@ -10,6 +10,7 @@ relative imports, so the folder needs only torch and transformers.
 
 import ast
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -128,9 +129,14 @@ def _description(key: str) -> str:
     return str(field.description)
 
 
+# A name of its own for each import: folders may differ, and one may still be in use when another is forgotten.
+_imports = itertools.count()
+
+
 @contextmanager
-def imported_code(folder: Path, name: str = "tnllm_exported") -> Iterator[ModuleType]:
+def imported_code(folder: Path) -> Iterator[ModuleType]:
     """Import `modeling_tnllm.py` of a folder, which needs transformers; afterwards its modules are forgotten."""
+    name = f"tnllm_exported_{next(_imports)}"
     spec = ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [str(folder)]
     sys.modules[name] = module_from_spec(spec)
