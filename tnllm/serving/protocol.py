@@ -29,7 +29,7 @@ HURRIED_SECONDS, _FEW = 1.0, 64
 IDLE_SECONDS = 5
 # Until a client that does not read has to take what it was sent.
 READ_SECONDS = 60.0
-# Probes are answered whatever else is going on.
+# Probes are answered under any load.
 _EXEMPT = ("/health",)
 
 

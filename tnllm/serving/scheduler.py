@@ -12,7 +12,7 @@
 Slots are divided evenly among clients, and a client's slots evenly among its requests; what one does not need is the
 others'. Within a request, prompts and samples are in order. A slot that does not divide, or is too few for all, goes to
 who was given the fewest tokens, for TURN_TOKENS at least. So no request holds all slots, and none waits for another's end,
-however long it is. A sample that loses its slot is parked: its state is set aside, and it continues later.
+however long it is. A sample that loses its slot is parked: its state moves to host memory, and it continues later.
 """
 
 from collections import deque
@@ -157,7 +157,7 @@ class Scheduler(Generic[J, S]):
         for request, share in self._shares_of(lambda request: request.needs()):
             while request.waiting and request.claims() < share:
                 has_free_slot = num_running + len(self.reading) < self.num_slots
-                # One client's rows must not fill what is set aside for all.
+                # One client's rows must not fill the host memory that all share.
                 may_park = num_parked < self.max_parked and request.client.num_parked < self.num_slots
                 if not (has_free_slot or may_park):
                     break
@@ -271,7 +271,7 @@ def _start(others: Iterable[_Client[J, S]] | Iterable[_Request[J, S]]) -> int:
 
 
 def fair_shares(needs: Sequence[int], room: int) -> list[int]:
-    """Divide `room` evenly; nobody gets more than it needs, and what does not divide goes to the first."""
+    """Divide `room` evenly; no share exceeds its need, and what does not divide goes to the first."""
     shares = [0] * len(needs)
     while unmet := [index for index, need in enumerate(needs) if shares[index] < need]:
         if room < len(unmet):

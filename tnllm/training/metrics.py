@@ -65,7 +65,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows; none if there is no file. A damaged line costs itself, and so does one truncated by a kill."""
+    """All rows; an empty list without the file. A damaged line costs itself, and so does one truncated by a kill."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
