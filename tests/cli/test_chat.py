@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tnllm.generation.context import read_metadata
@@ -145,14 +146,13 @@ def test_on_a_real_terminal(small_weights, home):
     # Ctrl-A goes to the start of the line, Ctrl-K deletes to its end: with line editing "Hello" is what is sent.
     os.write(leader, b"typo\x01\x0bHello\n")
     _until(leader, b"\n> ")
-    # Only once a letter is echoed does readline wait for input: a signal just before it would wait for the next key.
-    os.write(leader, b"thrown away")
-    _until(leader, b"thrown away")
-    os.write(leader, b"\x03")
-    _until(leader, b"> ")
-    os.write(leader, b"x")
-    _until(leader, b"x")
-    os.write(leader, b"\x03")
+    for typed in (b"thrown away", b"x"):
+        os.write(leader, typed)
+        _until(leader, typed)
+        _until_asleep(chat.pid)
+        os.write(leader, b"\x03")
+        if typed != b"x":
+            _until(leader, b"> ")
     assert chat.wait(timeout=60) == 130
     err = chat.stderr.read().decode()
     assert "Ctrl-C again ends the chat" in err
@@ -180,3 +180,11 @@ def _until(descriptor, end, timeout_s=60.0):
         if select.select([descriptor], [], [], 0.2)[0]:
             shown += os.read(descriptor, 4096)
     return shown
+
+
+def _until_asleep(pid, timeout_s=60.0):
+    """Wait until readline waits for a key: a signal between its echo and that wait is only seen at the next key."""
+    limit = time.monotonic() + timeout_s
+    while psutil.Process(pid).status() != psutil.STATUS_SLEEPING:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
