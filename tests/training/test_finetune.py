@@ -137,6 +137,15 @@ def test_the_tokenizer_and_template_come_with_the_weights(chat, base, tmp_path):
     assert tokenizer.decode(loader.sources[0].ids[0].tolist()).lstrip().startswith("<")
 
 
+def test_conversations_to_validate_on(chat, tmp_path):
+    lines = (tmp_path / "talk.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "val.jsonl").write_text("".join(lines[:3]))
+    config = load_recipe(chat, [f"data.val_path={tmp_path / 'val.jsonl'}"])
+    loader, validation = open_loaders(config, open_tokenizer(config))
+    assert sum(len(source.ids) for source in loader.sources) == len(lines)
+    assert [len(source.ids) for source in validation.sources] == [3]
+
+
 def test_conversations_are_mixed_by_weight(chat, tmp_path):
     lines = (tmp_path / "talk.jsonl").read_text().splitlines(keepends=True)
     for name, part in (("a", lines[:10]), ("b", lines[10:])):

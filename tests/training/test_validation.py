@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from tnllm.data.encode import Options
 from tnllm.data.loader import IGNORE
+from tnllm.data.tokenize import tokenize_corpus
+from tnllm.errors import UserError
 from tnllm.parallel.ranks import SingleProcess
 from tnllm.training.config import load_recipe
 from tnllm.training.loaders import open_loaders, open_tokenizer
+from tnllm.training.recipe_check import check_recipe
 from tnllm.training.validation import validate
 
 
@@ -50,3 +54,29 @@ def test_every_batch_has_one_shape(recipe):
 
     validate(shape, loader, 4, None)
     assert len(shapes) == 1
+
+
+def test_a_validation_text_of_its_own(recipe, tmp_path):
+    """It is validated on whole, nothing of the training text is held out, and shards are as good as text."""
+    (tmp_path / "val.txt").write_text("The tide turned at noon, and the boats came home.\n" * 40)
+    plain = load_recipe(str(recipe), ["data.val_fraction=0"])
+    config = load_recipe(str(recipe), [f"data.val_path={tmp_path / 'val.txt'}"])
+    tokenizer = open_tokenizer(config)
+    (train, text), (expected, nothing) = open_loaders(config, tokenizer), open_loaders(plain, tokenizer)
+    assert nothing is None
+    assert train.sources[0].stream.num_tokens == expected.sources[0].stream.num_tokens
+    assert text.sources[0].stream.num_tokens == len(tokenizer.encode((tmp_path / "val.txt").read_text())) + 1
+
+    tokenize_corpus([tmp_path / "val.txt"], tmp_path / "shards", tokenizer, Options(val_fraction=0.5), workers=1)
+    config = load_recipe(str(recipe), [f"data.val_path={tmp_path / 'shards'}"])
+    _, split = open_loaders(config, tokenizer)
+    assert len(split.sources) == 2
+    assert sum(source.stream.num_tokens for source in split.sources) == text.sources[0].stream.num_tokens
+
+
+def test_the_training_text_is_no_validation_text(recipe, tmp_path):
+    corpus = load_recipe(str(recipe)).data.path[0].path
+    with pytest.raises(UserError, match=r"is in path and in val_path; validate on text that is not trained on"):
+        load_recipe(str(recipe), [f"data.val_path={corpus}"])
+    with pytest.raises(UserError, match=r"data.val_path is .*absent.txt: no such file or folder"):
+        check_recipe(str(recipe), [f"data.val_path={tmp_path / 'absent.txt'}"])

@@ -119,6 +119,18 @@ class DataSection(Section):
         lt=1,
         description="Share of documents or conversations kept for validation when the data is tokenized.",
     )
+    val_path: Annotated[tuple[PathName, ...], Field(min_length=1), BeforeValidator(one_or_more)] | None = Field(
+        None,
+        description="What to validate on, all of it: one or more of what path takes. Nothing of path is then held out. "
+        "null: the share val_fraction of path.",
+    )
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        both = {source.path for source in self.path or ()} & set(self.val_path or ())
+        if both:
+            raise ValueError(f"{min(both)} is in path and in val_path; validate on text that is not trained on")
+        return self
 
 
 class OptimizerSection(Section):

@@ -61,21 +61,27 @@ def open_loaders(
     data = config.data
     if data.format == "chat":
         return _open_conversations(config, tokenizer, rank, world_size)
-    options = Options(field=data.field, val_fraction=data.val_fraction)
+    options = Options(field=data.field, val_fraction=0 if data.val_path else data.val_fraction)
+
+    def streams(path: str) -> tuple[TokenStream, TokenStream]:
+        with corpus_progress(f"tokenizing {path}") as report:
+            folder = prepare(path, tokenizer, options=options, report=report)
+        return TokenStream.open(folder, "train"), TokenStream.open(folder, "val")
+
     train, held_out = [], []
     for source in data.path or DEFAULT_SOURCES:
-        with corpus_progress(f"tokenizing {source.path}") as report:
-            folder = prepare(source.path, tokenizer, options=options, report=report)
-        train.append(Source(TokenStream.open(folder, "train"), source.weight))
-        stream = TokenStream.open(folder, "val")
-        if stream.num_tokens > 1:
-            held_out.append(Source(stream))
+        learned, kept = streams(source.path)
+        train.append(Source(learned, source.weight))
+        held_out.append(kept)
+    if data.val_path:
+        held_out = [stream for path in data.val_path for stream in streams(path)]
+    validated = [Source(stream) for stream in held_out if stream.num_tokens > 1]
     rows = config.global_batch_rows
     loader = Loader(train, data.seq_len, rows, config.train.seed, rank, world_size, packing=data.packing)
-    if not held_out:
+    if not validated:
         return loader, None
     return loader, Loader(
-        held_out, data.seq_len, world_size, rank=rank, world_size=world_size, packing=data.packing, shuffle=False
+        validated, data.seq_len, world_size, rank=rank, world_size=world_size, packing=data.packing, shuffle=False
     )
 
 
@@ -106,9 +112,12 @@ def _open_conversations(
         # Without weights all share the same rows, which leaves less padding.
         files, weights = [list(chain.from_iterable(files))], [None]
     packed = [pack(read_conversations(names), tokenizer, template, data.seq_len) for names in files]
-    parts = [source.split(data.val_fraction) for source in packed]
+    parts = [source.split(0 if data.val_path else data.val_fraction) for source in packed]
     train = [(part, weight) for (part, _), weight in zip(parts, weights, strict=True)]
     held_out = [(part, None) for _, part in parts if part.ids]
+    if data.val_path:
+        names = list(chain.from_iterable(find_instruction_files(path) for path in data.val_path))
+        held_out = [(pack(read_conversations(names), tokenizer, template, data.seq_len), None)]
     loader = InstructLoader(train, config.global_batch_rows, config.train.seed, rank, world_size)
     count, cut, dropped = (
         sum(numbers) for numbers in zip(*((len(p.ids), p.cut, p.dropped) for p in packed), strict=True)

@@ -69,18 +69,18 @@ def _check_data(data: DataSection, tokenizer: Tokenizer) -> list[str]:
     """The recipe's data, each of which has files that training would read; a remote one is not looked at."""
     default = assets.sample_corpus() if data.format == "text" else assets.sample_instructions()
     paths = [str(default)] if data.path is None else [source.path for source in data.path]
-    for path in paths:
+    for key, path in [("path", path) for path in paths] + [("val_path", path) for path in data.val_path or ()]:
         if is_remote(path):
             continue
         place = assets.named(local_path(path))
         if not place.exists():
-            raise UserError(f"data.path is {path}: no such file or folder")
+            raise UserError(f"data.{key} is {path}: no such file or folder")
         if place.is_dir() and not any(place.iterdir()):
-            raise UserError(f"data.path is {path}: the folder is empty")
+            raise UserError(f"data.{key} is {path}: the folder is empty")
         if data.format == "chat":
             find_instruction_files(place)
         elif not is_shard_folder(place):
             find_files([path])
         elif read_manifest(place).tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(f"data.path is {path}: made with another tokenizer than {tokenizer.path}")
+            raise UserError(f"data.{key} is {path}: made with another tokenizer than {tokenizer.path}")
     return paths
