@@ -2,6 +2,9 @@
 
     python -m tests.cleaning.noise sample OUT [JAPANESE.txt]   # tnllm/assets/dirty, byte for byte
     python -m tests.cleaning.noise mix CORPUS OUT [DOCUMENTS]  # excerpts of a corpus, a fifth of them with noise
+    python -m tests.cleaning.noise mix CORPUS OUT whole        # the same of all its text, not of each document's start
+    python -m tests.cleaning.noise thin NOISY OUT KEPT         # of NOISY, as many bytes as KEPT has, drawn at random
+    python -m tests.cleaning.noise clean NOISY OUT             # of NOISY, what has no noise
 
 Run it in a checkout. Text comes from the sample corpus that ships (public domain and MIT; see tnllm/assets/NOTICE), the
 Japanese from the second argument (of the sample that ships: wagahaiwa_nekodearu.txt of google/sentencepiece). Everything
@@ -20,7 +23,7 @@ from typing import Any
 
 from tnllm import assets
 from tnllm.cleaning.hashing import counts_characters
-from tnllm.cleaning.records import RecordWriter
+from tnllm.cleaning.records import RecordWriter, read_records
 from tnllm.data.corpus import find_files, read_documents
 from tnllm.files import write_bytes_atomic
 
@@ -265,34 +268,74 @@ def _json_lines(records: list[dict[str, Any]], name: str) -> Iterator[bytes]:
         yield line.encode("utf-8", "replace") + b"\n"
 
 
-def mix(corpus: Path, out: Path, documents: int, seed: int = SEED) -> None:
+def mix(corpus: Path, out: Path, documents: int, seed: int = SEED, whole: bool = False) -> None:
     """OUT/noisy.jsonl.gz: excerpts of `corpus`, 4 % of each kind that shows in the text alone; OUT/held-out.jsonl.gz.
 
-    An excerpt has at most 1,200 characters (Chinese: 400). Each document gives one, so none repeats another.
+    An excerpt has at most 1,200 characters (Chinese: 400). Each document gives its first, so none repeats another; if
+    `whole`, all of them. No document is in both files.
     """
     rng = random.Random(seed)
     pieces = []
     for document in read_documents(find_files([corpus])):
         limit = 400 if counts_characters(document.text[:400]) else 1200
-        text = document.text[:limit].strip()
-        if len(text) > limit // 3:
-            pieces.append((str(document.record.get("source", corpus.stem)), text))
+        end = len(document.text) if whole else limit
+        texts = [document.text[start : start + limit].strip() for start in range(0, end, limit)]
+        if kept := [text for text in texts if len(text) > limit // 3]:
+            pieces.append((str(document.record.get("source", corpus.stem)), kept))
     rng.shuffle(pieces)
     pieces = pieces[:documents]
     share = len(pieces) // 25
     with RecordWriter(out / "held-out.jsonl.gz") as writer:
-        for source, text in pieces[:share]:
-            writer.write({"text": text, "source": source})
+        for source, texts in pieces[:share]:
+            for text in texts:
+                writer.write({"text": text, "source": source})
     kinds = ("shuffled", "gibberish", "lost encoding", "keywords", "foreign")
+    excerpts = ((source, text) for source, texts in pieces[share:] for text in texts)
     with RecordWriter(out / "noisy.jsonl.gz") as writer:
-        for number, (source, text) in enumerate(pieces[share:]):
+        for number, (source, text) in enumerate(excerpts):
             kind = kinds[number % 25] if number % 25 < len(kinds) else "none"
             made = text if kind == "none" else _MAKERS[kind](text, rng)
             writer.write({"text": made, "id": f"{number:06d}", "source": source, "noise": kind})
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "mix":
-        mix(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 1 << 60)
+def thin(noisy: Path, out: Path, kept: Path, seed: int = SEED) -> None:
+    """OUT: records of `noisy`, drawn at random, with as many bytes of text as the corpus `kept`; in their order."""
+    records = list(read_records(noisy))
+    left = sum(len(document.text.encode()) for document in read_documents(find_files([kept])))
+    order = list(range(len(records)))
+    random.Random(seed).shuffle(order)
+    chosen = set()
+    for number in order:
+        if left <= 0:
+            break
+        chosen.add(number)
+        left -= len(str(records[number]["text"]).encode())
+    with RecordWriter(out) as writer:
+        for number in sorted(chosen):
+            writer.write(records[number])
+
+
+def without_noise(noisy: Path, out: Path) -> None:
+    """OUT: the records of `noisy` that are as they were, which no cleaning can better."""
+    with RecordWriter(out) as writer:
+        for record in read_records(noisy):
+            if record["noise"] == "none":
+                writer.write(record)
+
+
+def main(command: str, *arguments: str) -> None:
+    """Run one of the commands above."""
+    paths = [Path(argument) for argument in arguments]
+    if command == "mix":
+        whole = arguments[2:] == ("whole",)
+        mix(*paths[:2], 1 << 60 if whole or len(paths) < 3 else int(arguments[2]), whole=whole)
+    elif command == "thin":
+        thin(*paths)
+    elif command == "clean":
+        without_noise(*paths)
     else:
-        write_sample(Path(sys.argv[2]), Path(sys.argv[3]).read_text("utf-8") if len(sys.argv) > 3 else "")
+        write_sample(paths[0], paths[1].read_text("utf-8") if len(paths) > 1 else "")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -23,7 +23,7 @@ from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.modeling.config import ModelConfig
 from tnllm.training.config import RunConfig, load_recipe
 from tnllm.training.hooks import due
-from tnllm.training.loaders import open_loaders, open_tokenizer
+from tnllm.training.loaders import fingerprint, open_loaders, open_tokenizer
 from tnllm.training.memory import peak_memory_gib
 from tnllm.training.metrics import METRICS, MetricsLog, write_metrics
 from tnllm.training.optim import clip_and_step, make_optimizer
@@ -46,7 +46,7 @@ def train_llama(config: RunConfig, out: Path) -> None:
     loss_sum = summed_loss(model, config, device, compiled)
     optimizer = make_optimizer(model, config.optimizer)
     out.mkdir(parents=True, exist_ok=True)
-    write_environment(out, config.to_yaml(), device, 0)
+    write_environment(out, config.to_yaml(), device, 0, fingerprint(loader))
     write_metrics(out / METRICS, [])
     metrics = MetricsLog(out / METRICS, 0)
     rows, micro = config.global_batch_rows, config.train.micro_batch_size

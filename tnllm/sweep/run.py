@@ -200,6 +200,7 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
         "alone": cell.alone,
         "memory_gib": round(max(item["mem_gib"] for item in steps), 2) if steps else None,
         "skipped_updates": steps[-1]["skipped"] if steps else None,
+        "data": str(environment.get("data", ""))[:12],
         "device": environment.get("device"),
         "torch": environment.get("torch"),
         "triton": _triton_version(),

@@ -46,9 +46,10 @@ class Line:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write `rows`, whose keys are alike, as a whole file."""
+    """Write `rows` as a whole file; a key that a row lacks is an empty field."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["cell"], lineterminator="\n")
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, fieldnames=keys or ["cell"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomic(path, text.getvalue())

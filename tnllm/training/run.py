@@ -244,7 +244,7 @@ def _prepare_folder(
         log(f"{path} is not a checkpoint; it is left alone")
     repair_metrics(out / METRICS, log)
     roll_back(out, state.step, changed, bool(state.owed), log)
-    write_environment(out, config.to_yaml(), trainer.device, state.step)
+    write_environment(out, config.to_yaml(), trainer.device, state.step, fingerprint(trainer.loader))
     return checkpoint
 
 
@@ -262,8 +262,11 @@ def _sharing(device: torch.device) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
 
 
-def write_environment(out: Path, config_yaml: str, device: torch.device, step: int) -> None:
-    """Write config.resolved.yaml and env.json: what runs, and on what. Another config, used until `step`, is kept."""
+def write_environment(out: Path, config_yaml: str, device: torch.device, step: int, data: str) -> None:
+    """Write config.resolved.yaml and env.json: what runs, and on what. Another config, used until `step`, is kept.
+
+    `data`: the fingerprint of the training data.
+    """
     path = out / "config.resolved.yaml"
     if path.exists() and path.read_bytes() != config_yaml.encode():
         path.rename(free_name(out / f"config.until-{step_name(step)}.yaml"))
@@ -272,6 +275,7 @@ def write_environment(out: Path, config_yaml: str, device: torch.device, step: i
     environment = {
         "tnllm": __version__,
         "command": sys.argv,
+        "data": data,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
