@@ -224,7 +224,8 @@ def test_a_lost_worker_is_detected_and_its_task_runs_again(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("task-?")) == ["task-0", "task-1", "task-2"]
 
 
-def test_a_missing_cluster_is_named(tmp_path):
+def test_a_missing_cluster_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     stage = Stage("fragile", [Fragile(tmp_path)], 3, tmp_path / "log")
     with pytest.raises(UserError, match="there is no sbatch on this machine"):
         run_stages([stage], "slurm", 2, SlurmSection(), lambda progress: None)
@@ -238,6 +239,9 @@ def test_slurm_gets_all_stages_as_dependent_jobs(tmp_path, monkeypatch):
         f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho Submitted batch job $(wc -l < {tmp_path}/calls)\n'
     )
     sbatch.chmod(0o755)
+    squeue = sbatch.with_name("squeue")
+    squeue.write_text("#!/bin/sh\nexit 0\n")
+    squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     run = open_run(sample(), tmp_path / "out")
     assert not run_stages(run.stages, "slurm", 2, SlurmSection(partition="short"), lambda progress: None)
@@ -250,3 +254,11 @@ def test_slurm_gets_all_stages_as_dependent_jobs(tmp_path, monkeypatch):
     ] * 3
     scripts = list((tmp_path / "out" / "work").rglob("launch_script.slurm"))
     assert len(scripts) == 4 and all("--partition=short" in path.read_text() for path in scripts)
+    # Submitted twice, two jobs would write the same files.
+    squeue.write_text("#!/bin/sh\necho 99\necho 7\necho 1\necho 1\n")
+    with pytest.raises(UserError, match=r"^jobs 1, 7 of this run are queued or running; .*\(scancel 1 7\), then run"):
+        run_stages(run.stages, "slurm", 2, SlurmSection(), lambda progress: None)
+    squeue.write_text("#!/bin/sh\necho 99\n")
+    sbatch.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(UserError, match=r"sbatch refused the job"):
+        run_stages(run.stages, "slurm", 2, SlurmSection(), lambda progress: None)

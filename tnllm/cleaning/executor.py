@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,14 @@ from datatrove.pipeline.base import PipelineStep
 from tnllm.cleaning.settings import SlurmSection
 from tnllm.cleaning.worker_counter import new_counter, use_counter
 from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.files import write_text_atomic
+from tnllm.progress import log
 
 ExecutorName = Literal["local", "slurm", "ray"]
 OnProgress = Callable[["StageProgress"], None]
 _POLL_S = 0.5
+# Holds the id of a stage's last Slurm job.
+_JOB = "job"
 
 
 @dataclass(frozen=True)
@@ -121,12 +126,13 @@ def _check_cluster(executor: ExecutorName) -> None:
 
 
 def _submit(stages: Sequence[Stage], workers: int, slurm: SlurmSection) -> None:
-    """Submit each stage as a job array that waits for the one before it."""
+    """Submit each stage as a job array that waits for the one before it; refused while arrays of this run are queued."""
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
-    before = None
+    _refuse_queued([stage.log / _JOB for stage in stages])
+    jobs: list[SlurmPipelineExecutor] = []
     for stage in stages:
-        before = SlurmPipelineExecutor(
+        executor = SlurmPipelineExecutor(
             list(stage.steps),
             tasks=stage.tasks,
             workers=workers,
@@ -138,11 +144,36 @@ def _submit(stages: Sequence[Stage], workers: int, slurm: SlurmSection) -> None:
             sbatch_args=dict(slurm.sbatch_args),
             job_name=f"tnllm-{stage.name}",
             logging_dir=str(stage.log),
-            depends=before,
+            depends=jobs[-1] if jobs else None,
             mail_type="NONE",
         )
-    assert before is not None
-    before.run()
+        jobs.append(executor)
+    _without_log_sink()
+    try:
+        jobs[-1].run()
+    except subprocess.CalledProcessError as error:
+        raise UserError(
+            f"sbatch refused the job (exit {error.returncode}; its message is above); the keys of section slurm: "
+            "tnllm data clean --keys"
+        ) from None
+    finally:
+        for stage, executor in zip(stages, jobs, strict=True):
+            if executor.job_id:
+                write_text_atomic(stage.log / _JOB, str(executor.job_id))
+    log("submitted: " + ", ".join(f"{stage.name} {job.job_id}" for stage, job in zip(stages, jobs, strict=True)))
+
+
+def _refuse_queued(records: Sequence[Path]) -> None:
+    """Raise UserError if jobs of an earlier submission are queued or running: two would write the same files."""
+    ours = {path.read_text("utf-8") for path in records if path.exists()}
+    listed = subprocess.run(["squeue", "--noheader", "--format=%F"], capture_output=True, text=True)
+    if listed.returncode:
+        raise UserError(f"squeue does not answer: {listed.stderr.strip() or listed.returncode}; try again later")
+    if queued := sorted(ours & set(listed.stdout.split()), key=int):
+        raise UserError(
+            f"jobs {', '.join(queued)} of this run are queued or running; wait for them, or cancel them (scancel "
+            f"{' '.join(queued)}), then run the same again"
+        )
 
 
 def _run_local(stage: Stage, workers: int, on_progress: OnProgress) -> None:

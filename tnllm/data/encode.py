@@ -69,7 +69,7 @@ def read_groups(
     on_error: OnError,
     advice: str = "fix it",
     folder: Path | None = None,
-) -> Iterator[Group]:
+) -> Generator[Group, None, None]:
     """Documents in groups, starting at the manifest's position; empty and unreadable ones are left out and counted.
 
     Remote files are fetched into `folder`, one at a time.

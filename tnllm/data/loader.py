@@ -9,12 +9,12 @@ validation = Loader([Source(val)], seq_len=2048, batch_size=8, shuffle=False)   
 A sample is a row of `seq_len` tokens and their `seq_len` labels. A fixed low-discrepancy table maps samples to sources,
 so any range of samples has nearly the mixing weights. Within a source, the rows of one pass (epoch) come in the order of
 a stateless permutation, and every pass cuts the circular token stream at a new offset. So a token is seen once a pass
-(fewer than `seq_len` tokens twice).
+(fewer than `seq_len` tokens twice). Of a `ChunkStream`, which has no end, the rows of each chunk are permuted instead.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tnllm.data.permutation import permute, splitmix64
 from tnllm.data.shards import TokenStream
+from tnllm.data.stream import ChunkStream
 from tnllm.errors import UserError
 
 IGNORE = -100
@@ -35,7 +36,7 @@ _SLOTS = 4096
 class Source:
     """A token stream and its share of the samples; with weight None, its share of all tokens."""
 
-    stream: TokenStream
+    stream: TokenStream | ChunkStream
     weight: float | None = None
 
 
@@ -99,6 +100,7 @@ class Loader:
             raise UserError(f"{batch_size} rows a step do not divide over {world_size} ranks; change one of them")
         for source in sources:
             _check(source, sources[0])
+            _check_chunks(source, batch_size, len(sources))
         self.sources = list(sources)
         self.seq_len = seq_len
         self.batch_size = batch_size
@@ -112,23 +114,36 @@ class Loader:
         # A shuffled pass is circular. A pass in order has labels for all tokens but the first.
         self._rows = [-(-(s.num_tokens - (not shuffle)) // seq_len) for s in self._streams]
         self._mix = Mix.of([_share(source) for source in sources])
-        self.max_row_sequences = 1 + max(stream.max_inner_starts(seq_len) for stream in self._streams)
+        self.chunked = [stream for stream in self._streams if isinstance(stream, ChunkStream)]
+        assert shuffle or not self.chunked
+        known = [stream.max_inner_starts(seq_len) for stream in self._streams if isinstance(stream, TokenStream)]
+        self.max_row_sequences = 1 + max(known, default=0)
 
     @property
     def num_rows(self) -> int:
-        """Rows of one pass over every source."""
+        """Rows of one pass over every source; of one that is tokenized while it is read, rows of a chunk."""
         return sum(self._rows)
+
+    def positions(self, samples: int) -> list[dict[str, Any] | None]:
+        """Where each chunked source continues after `samples` samples, for a checkpoint and `restore`."""
+        counts = self._mix.counts(samples)
+        rows = [count for count, stream in zip(counts, self._streams, strict=True) if stream in self.chunked]
+        return [stream.position(row) for stream, row in zip(self.chunked, rows, strict=True)]
+
+    def restore(self, positions: list[dict[str, Any] | None]) -> None:
+        """Take up the `positions` of a checkpoint of the same data."""
+        for stream, position in zip(self.chunked, positions, strict=False):
+            stream.restore(position)
+
+    def close(self) -> None:
+        """Stop what reads ahead."""
+        for stream in self.chunked:
+            stream.close()
 
     def rank_samples(self, first_sample: int) -> range:
         """The global samples of this rank in the step whose first sample is `first_sample`."""
         rows = self.batch_size // self._world_size
         return range(first_sample + self._rank * rows, first_sample + (self._rank + 1) * rows)
-
-    def passes(self, first_sample: int) -> list[float]:
-        """How many passes over each source the samples before `first_sample` are."""
-        assert self.shuffle
-        counts = self._mix.counts(first_sample)
-        return [count / rows for count, rows in zip(counts, self._rows, strict=True)]
 
     def batch(self, first_sample: int, num_rows: int) -> Batch:
         """Global samples `first_sample` to `first_sample + num_rows - 1`. See `Batch` for the shapes.
@@ -161,13 +176,15 @@ class Loader:
             labels[starts - 1] = IGNORE
         return tokens, labels, starts
 
-    def _locate(self, sample: int) -> tuple[TokenStream, int, int]:
+    def _locate(self, sample: int) -> tuple[TokenStream | ChunkStream, int, int]:
         """Stream, start offset and number of counted labels of one sample."""
         if self.shuffle:
             source, nth = self._mix.locate(sample)
             stream, rows = self._streams[source], self._rows[source]
             epoch, row = divmod(nth, rows)
             key = splitmix64(splitmix64(splitmix64(self._seed) ^ source) ^ epoch)
+            if isinstance(stream, ChunkStream):
+                return stream, (epoch * rows + permute(row, rows, key)) * self.seq_len, self.seq_len
             start = key % stream.num_tokens + permute(row, rows, key) * self.seq_len
             return stream, start % stream.num_tokens, self.seq_len
         for stream, rows in zip(self._streams, self._rows, strict=True):
@@ -179,7 +196,11 @@ class Loader:
 
     def _cu_seqlens(self, row_starts: list[np.ndarray]) -> np.ndarray:
         total = len(row_starts) * self.seq_len
-        result = np.full(len(row_starts) * self.max_row_sequences + 1, total, np.int32)
+        most = self.max_row_sequences
+        if self.chunked and (needed := 1 + max(map(len, row_starts))) > most:
+            # No one knows the most of a source that has not been read; powers of two keep the number of shapes small.
+            most = min(1 << (needed - 1).bit_length(), self.seq_len + 1)
+        result = np.full(len(row_starts) * most + 1, total, np.int32)
         ends = [[0]] + [
             row * self.seq_len + np.union1d(starts, [self.seq_len]) for row, starts in enumerate(row_starts)
         ]
@@ -191,13 +212,30 @@ class Loader:
 def _check(source: Source, first: Source) -> None:
     stream = source.stream
     where = f"the {stream.split} split of {stream.folder}"
-    if stream.num_tokens < 2:
+    if isinstance(stream, TokenStream) and stream.num_tokens < 2:
         hint = "raise --val-fraction when tokenizing" if stream.split == "val" else "tokenize a corpus with text"
         raise UserError(f"{where} holds {stream.num_documents} documents and no tokens to learn from; {hint}")
     if source.weight is not None and not 0 < source.weight < float("inf"):
         raise UserError(f"the mixing weight of {stream.folder} is {source.weight}; give a number above 0")
     if stream.manifest.tokenizer_sha256 != first.stream.manifest.tokenizer_sha256:
         raise UserError(f"{stream.folder} and {first.stream.folder} were made with different tokenizers; use one")
+
+
+def _check_chunks(source: Source, batch_size: int, num_sources: int) -> None:
+    stream = source.stream
+    if not isinstance(stream, ChunkStream):
+        return
+    if batch_size > stream.rows:
+        needed = stream.disk_bytes / 1e9 * batch_size / stream.rows
+        raise UserError(
+            f"a step of {batch_size} rows is more than a chunk of {stream.source}, {stream.rows} rows; raise "
+            f"data.stream_gb to {needed:.3g}, or take a smaller step"
+        )
+    if num_sources > 1 and source.weight is None:
+        raise UserError(
+            f"how many tokens {stream.source} holds is not known before it was read; give each of the {num_sources} "
+            "sources a weight: {path: ..., weight: 0.5}"
+        )
 
 
 def _share(source: Source) -> float:

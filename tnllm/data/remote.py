@@ -9,6 +9,7 @@ A remote file is what it was when it was found: if its ETag (or its date, where 
 another one later, it is refused, so that a stopped run never continues with other text.
 """
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,10 @@ _TRIES = 4
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as it was when it was found; `size` in bytes as stored, 0 where the server does not say."""
+    """A file as it was when it was found; `size` in bytes as stored, 0 where the server does not say.
+
+    `url` is a path for a local file that must not change while it is read (`described_sources`).
+    """
 
     url: str
     size: int
@@ -84,6 +88,11 @@ def local_copy(file: Path | RemoteFile, folder: Path | None) -> Iterator[Path]:
     if isinstance(file, Path):
         yield file
         return
+    if not is_remote(file.url):
+        check_unchanged(file)
+        yield Path(file.url)
+        check_unchanged(file)
+        return
     assert folder is not None
     # The mark tells others that the file is not part of the folder.
     path = folder / f"source.tmp-{file.name}"
@@ -94,6 +103,31 @@ def local_copy(file: Path | RemoteFile, folder: Path | None) -> Iterator[Path]:
         raise type(error)(str(error).replace(str(path), file.url)) from error
     finally:
         path.unlink(missing_ok=True)
+
+
+def described_sources(given: str) -> list[RemoteFile]:
+    """`find_sources` of one input, local files described by their time and size instead of read for a hash."""
+    found = find_sources([given])
+    return [file if isinstance(file, RemoteFile) else _local_file(str(file.absolute())) for file in found]
+
+
+def _local_file(path: str) -> RemoteFile:
+    about = os.stat(path)
+    return RemoteFile(path, about.st_size, f"mtime {about.st_mtime_ns}")
+
+
+def check_unchanged(file: RemoteFile, only_local: bool = False) -> None:
+    """Raise RunError unless a file is what it was when it was found; `only_local`: do not ask the network."""
+    if not is_remote(file.url):
+        try:
+            _compare(file, _local_file(file.url))
+        except OSError as error:
+            raise RunError(f"{file.url} cannot be read any more: {error.strerror}") from None
+    elif not only_local:
+        storage, path = _open(file.url)
+        # Some storages remember what they listed.
+        storage.invalidate_cache()
+        _compare(file, _described(storage, path, file.url))
 
 
 def named_by_url(bad: BadDocument, file: Path | RemoteFile, path: Path) -> BadDocument:
@@ -165,7 +199,7 @@ def _download(file: RemoteFile, path: Path) -> None:
     with _network(file.url):
         for left in reversed(range(_TRIES)):
             try:
-                _check_unchanged(file, storage, inner)
+                check_unchanged(file)
                 storage.get_file(inner, str(path))
                 if file.size and path.stat().st_size != file.size:
                     raise OSError(f"the transfer ended after {path.stat().st_size:,} of {file.size:,} bytes")
@@ -176,13 +210,10 @@ def _download(file: RemoteFile, path: Path) -> None:
                     raise
                 log(f"{file.url}: {error}; trying again")
                 time.sleep(2.0 ** (_TRIES - left) / 4)
-        _check_unchanged(file, storage, inner)
+        check_unchanged(file)
 
 
-def _check_unchanged(file: RemoteFile, storage: Any, path: str) -> None:
-    # Some storages remember what they listed.
-    storage.invalidate_cache()
-    now = _described(storage, path, file.url)
+def _compare(file: RemoteFile, now: RemoteFile) -> None:
     if now != file:
         before, after = (f"{item.version or 'no version'}, {item.size:,} bytes" for item in (file, now))
         raise RunError(f"{file.url} changed since it was found: it was {before}, and is {after}; start again")

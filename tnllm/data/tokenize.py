@@ -76,7 +76,7 @@ def tokenize_corpus(
 
     try:
         with only_writer(out, wait_s=math.inf, on_wait=tell_wait):
-            manifest = _begin(out, fresh, tokenizer, overwrite, outer_command)
+            manifest = begin_folder(out, fresh, tokenizer, overwrite, outer_command)
             if manifest.complete:
                 return manifest
             total_bytes = sum(file["bytes"] for file in manifest.inputs)
@@ -124,7 +124,7 @@ def prepare(
         return source
     files = find_files([source])
     fresh = new_manifest(files, tokenizer, options)
-    folder = _cache_folder(cache, source.name, fresh, [file["sha256"] for file in fresh.inputs])
+    folder = cache_folder(cache, source.name, fresh, [file["sha256"] for file in fresh.inputs])
     tokenize_corpus(files, folder, tokenizer, options, workers=workers, report=report, fresh=fresh, outer_command=True)
     return folder
 
@@ -133,7 +133,7 @@ def _prepare_remote(
     url: str, tokenizer: Tokenizer, cache: Path, options: Options, workers: int | None, report: Report
 ) -> Path:
     name = url.rstrip("/").rpartition("/")[2]
-    folder = _cache_folder(cache, name, new_manifest([], tokenizer, options), [url])
+    folder = cache_folder(cache, name, new_manifest([], tokenizer, options), [url])
     try:
         files = find_sources([url])
     except RunError as error:
@@ -145,7 +145,7 @@ def _prepare_remote(
     return folder
 
 
-def _cache_folder(cache: Path, name: str, manifest: Manifest, content: list[str]) -> Path:
+def cache_folder(cache: Path, name: str, manifest: Manifest, content: list[str]) -> Path:
     """Where the tokens of `content` with a manifest's tokenizer and options are; `name` is for people."""
     identity = repr((manifest.tokenizer_sha256, manifest.options, content))
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -155,20 +155,24 @@ def _cache_folder(cache: Path, name: str, manifest: Manifest, content: list[str]
 
 def new_manifest(files: Sequence[Path | RemoteFile], tokenizer: Tokenizer, options: Options) -> Manifest:
     """The manifest of a run that has not started; reads every local file once for its hash."""
-    inputs = [
-        {"file": str(file), "bytes": stored_size(file), "sha256": sha256_file(file)}
-        if isinstance(file, Path)
-        else {"file": file.url, "bytes": file.size, "version": file.version}
-        for file in files
-    ]
     return Manifest(
         dtype=shards.token_dtype(tokenizer.vocab_size).str,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         tokenizer_sha256=tokenizer.sha256,
         options=asdict(options),
-        inputs=inputs,
+        inputs=inputs_of(files),
     )
+
+
+def inputs_of(files: Sequence[Path | RemoteFile]) -> list[dict[str, Any]]:
+    """What a manifest says of its inputs."""
+    return [
+        {"file": str(file), "bytes": stored_size(file), "sha256": sha256_file(file)}
+        if isinstance(file, Path)
+        else {"file": file.url, "bytes": file.size, "version": file.version}
+        for file in files
+    ]
 
 
 def num_cores() -> int:
@@ -176,7 +180,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _begin(out: Path, fresh: Manifest, tokenizer: Tokenizer, overwrite: bool, outer_command: bool) -> Manifest:
+def begin_folder(out: Path, fresh: Manifest, tokenizer: Tokenizer, overwrite: bool, outer_command: bool) -> Manifest:
     """The manifest to resume from: the folder's own if it was made with the same options, else a fresh one."""
     if shards.is_shard_folder(out) and not overwrite:
         old = shards.read_manifest(out)

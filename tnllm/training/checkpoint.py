@@ -52,6 +52,7 @@ class TrainState:
 
     `recent_losses`: what a spike is measured by. `owed`: names of hooks that were due when a signal stopped the run.
     `guard`: the last losses and norms that train.spikes compares with. `data`: the fingerprint of the training data.
+    `streams`: where each source that is tokenized while it is read continues.
     """
 
     step: int = 0
@@ -63,6 +64,7 @@ class TrainState:
     owed: list[str] = field(default_factory=list)
     guard: list[list[float]] = field(default_factory=list)
     data: str = ""
+    streams: list[dict[str, Any] | None] = field(default_factory=list)
 
 
 def contents(model: "AnyModel", optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Local]]:

@@ -125,11 +125,20 @@ class DataSection(Section):
         "null: the share val_fraction of path.",
     )
 
+    stream_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Tokenize text while training reads it, with at most so many GB of each source's tokens on disk, for "
+        "corpora larger than it. null: tokenize all of it first.",
+    )
+
     @model_validator(mode="after")
-    def _apart(self) -> Self:
+    def _check_sources(self) -> Self:
         both = {source.path for source in self.path or ()} & set(self.val_path or ())
         if both:
             raise ValueError(f"{min(both)} is in path and in val_path; validate on text that is not trained on")
+        if self.stream_gb is not None and self.format == "chat":
+            raise ValueError("stream_gb is for format text; conversations are packed in memory")
         return self
 
 

@@ -17,7 +17,9 @@ from tnllm.data.instruct import find_instruction_files, read_conversations
 from tnllm.data.instruct_loader import InstructLoader, pack
 from tnllm.data.loader import Loader, Source
 from tnllm.data.shards import TokenStream, is_shard_folder
+from tnllm.data.stream import ChunkStream
 from tnllm.data.tokenize import SAMPLE, prepare
+from tnllm.errors import UserError
 from tnllm.files import format_count
 from tnllm.progress import corpus_progress, log
 from tnllm.tokenizer import Tokenizer
@@ -52,11 +54,12 @@ AnyLoader = Loader | InstructLoader
 
 
 def open_loaders(
-    config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1
+    config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1, cache: Path | None = None
 ) -> tuple[AnyLoader, AnyLoader | None]:
     """The training loader, shuffled, and the validation loader, in order (None if nothing is held out).
 
-    `rank` of `world_size`: which rows of a step this process reads.
+    `rank` of `world_size`: which rows of a step this process reads. `cache`: a folder of this run alone, for
+    data.stream_gb; after use, close the training loader.
     """
     data = config.data
     if data.format == "chat":
@@ -68,9 +71,18 @@ def open_loaders(
             folder = prepare(path, tokenizer, options=options, report=report)
         return TokenStream.open(folder, "train"), TokenStream.open(folder, "val")
 
+    def chunked(path: str) -> tuple[TokenStream | ChunkStream, TokenStream]:
+        if is_shard_folder(Path(path)):
+            return streams(path)
+        if cache is None:
+            raise UserError("data.stream_gb is for tnllm train; set data.stream_gb=null here")
+        disk_bytes = (data.stream_gb or 0) * 1e9
+        stream = ChunkStream(path, cache, tokenizer, options, data.seq_len, disk_bytes, config.train.seed)
+        return stream, stream.validation()
+
     train, held_out = [], []
     for source in data.path or DEFAULT_SOURCES:
-        learned, kept = streams(source.path)
+        learned, kept = chunked(source.path) if data.stream_gb else streams(source.path)
         train.append(Source(learned, source.weight))
         held_out.append(kept)
     if data.val_path:
@@ -85,13 +97,20 @@ def open_loaders(
     )
 
 
+def describe(loader: AnyLoader, samples: int) -> str:
+    """How much data `samples` samples are, for people."""
+    chunked = isinstance(loader, Loader) and loader.chunked
+    what = "chunks of data that is tokenized while it is read" if chunked else "passes over the data"
+    return f"{samples / loader.num_rows:.2f} {what}"
+
+
 def fingerprint(loader: AnyLoader) -> str:
     """A digest of what a loader reads: the content of its files and how that became tokens."""
     digest = hashlib.sha256()
     if isinstance(loader, Loader):
         for source in loader.sources:
             manifest = source.stream.manifest
-            sums = [file.get("sha256") for file in manifest.inputs]
+            sums = [file.get("sha256") or (file["file"], file["version"], file["bytes"]) for file in manifest.inputs]
             digest.update(repr((sums, sorted(manifest.options.items()), source.stream.num_tokens)).encode())
     else:
         for ids in chain.from_iterable(source.ids for source in loader.sources):

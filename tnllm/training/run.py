@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from tnllm import __version__
+from tnllm.data.loader import Loader
 from tnllm.device import pick_device
 from tnllm.errors import UserError
 from tnllm.files import format_count, format_duration, free_name, only_writer, write_text_atomic
@@ -41,7 +42,7 @@ from tnllm.training.checkpoint import (
 from tnllm.training.config import RunConfig
 from tnllm.training.display import RunDisplay
 from tnllm.training.history import Log, check_changes, check_folder, choose_checkpoint, roll_back
-from tnllm.training.loaders import AnyLoader, fingerprint, open_loaders, open_tokenizer
+from tnllm.training.loaders import AnyLoader, describe, fingerprint, open_loaders, open_tokenizer
 from tnllm.training.loss_spikes import Spike, SpikeDetector
 from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.meter import NonFinitePolicy, StepTimer
@@ -128,6 +129,8 @@ class Run:
         """Write a checkpoint of the current step, in the background if so configured."""
         if self._unread:
             self.check_updates()
+        if isinstance(self.trainer.loader, Loader):
+            self.state.streams = self.trainer.loader.positions(self.state.samples)
         self.saver.save(self.state, self.trainer.parameters, self.trainer.optimizer)
         self.saved_step = self.state.step
 
@@ -148,7 +151,11 @@ def open_run(
         ranks.broadcast_from_main(lambda: stack.enter_context(only_writer(out, force_unlock)))
         ranks.broadcast_from_main(lambda: check_folder(out, resume))
         tokenizer = ranks.main_first(lambda: open_tokenizer(config))
-        loader, validation = ranks.main_first(lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size))
+        loader, validation = ranks.main_first(
+            lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size, out / "stream")
+        )
+        if isinstance(loader, Loader):
+            stack.callback(loader.close)
         display = stack.enter_context(RunDisplay(out / "train.log", config.total_steps, quiet=not ranks.main))
         signals = stack.enter_context(StopSignals(ranks.size > 1, config.train.max_time if ranks.main else None))
         config = fit_memory(config, device, display.log, ranks.all_reduce_min(free_bytes(device) / _sharing(device)))
@@ -159,6 +166,8 @@ def open_run(
         state = TrainState()
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, trainer.parameters, trainer.optimizer)
+        if isinstance(loader, Loader) and state.data == fingerprint(loader):
+            loader.restore(state.streams)
         state.data = fingerprint(loader)
         if trainer.guard is not None:
             trainer.guard.load(state.guard)
@@ -235,8 +244,8 @@ def _prepare_folder(
                 f"the run ends at step {config.total_steps}, and {checkpoint} is beyond; raise train.max_steps or "
                 "train.max_tokens, or give an earlier step with --resume"
             )
-        passes = state.samples / trainer.loader.num_rows
-        position = f"reading starts at global sample {state.samples}, {passes:.2f} passes into the data"
+        done = describe(trainer.loader, state.samples)
+        position = f"reading starts at global sample {state.samples}, after {done}"
         recipe = config.model_dump(mode="json")
         data = fingerprint(trainer.loader)
         changed = check_changes(checkpoint, recipe, state.data, data, allow_data_change, position, log)
@@ -291,14 +300,14 @@ def _opening_lines(trainer: Trainer, checkpoint: Path | None, state: TrainState)
     if checkpoint is not None:
         yield f"resumed from {checkpoint} after step {state.step}"
     tokens = config.total_steps * config.global_batch_rows * config.data.seq_len
-    passes = config.total_steps * config.global_batch_rows / trainer.loader.num_rows
+    data = describe(trainer.loader, config.total_steps * config.global_batch_rows)
     size = f"{format_count(count_parameters(config.model))} parameters"
     if config.lora.rank:
         size += f", frozen, with an adapter of {format_count(lora_parameters(config.model, config.lora))}"
     yield (
         f"{config.model.kind} {size} on {device}; "
         f"{config.total_steps} steps of {format_count(config.train.global_batch_tokens)} tokens = "
-        f"{format_count(tokens)} tokens, {passes:.2f} passes over the data"
+        f"{format_count(tokens)} tokens, {data}"
     )
     if config.data.path is None:
         sample = "corpus that ships" if config.data.format == "text" else "conversations that ship"
