@@ -74,9 +74,11 @@ def main() -> None:
     folder = parser.parse_args().folder
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
     if not offline:
-        from tnllm.evaluation.tasks import hub_answers
+        from huggingface_hub import constants
 
-        offline = not hub_answers()
+        from tnllm.hub import answers
+
+        offline = not answers(constants.ENDPOINT)
     if offline:
         print(f"offline: {REPOSITORY} cannot be downloaded, so nothing was compared", file=sys.stderr)
         sys.exit(3)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tnllm import hub
 from tnllm.errors import RunError, UserError
 from tnllm.evaluation import tasks
 from tnllm.evaluation.answer_cache import AnswerCache
@@ -25,7 +26,7 @@ from tnllm.evaluation.prompt_encoding import encode_pairs
 from tnllm.evaluation.request_file import load_bundle, save_bundle
 from tnllm.evaluation.run import Settings, evaluate, write_results
 from tnllm.evaluation.sharing_bench import bench_sharing
-from tnllm.evaluation.tasks import choose, definition_files, hub_answers, load_tasks, search
+from tnllm.evaluation.tasks import choose, definition_files, load_tasks, search
 from tnllm.generation.decoder import generate_text
 from tnllm.modeling.weights import trained_length
 
@@ -274,7 +275,7 @@ def test_names_of_the_harness_are_found_without_its_scan():
 
 
 def test_a_pattern_leaves_out_what_has_no_local_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "hub_answers", lambda: pytest.fail("the network was used"))
+    monkeypatch.setattr(hub, "answers", lambda url: pytest.fail("the network was used"))
     notes = []
     loaded = load_tasks(choose(["piq*", "ar*"], None, print), None, False, notes.append)
     assert list(loaded.tasks) == ["piqa"]
@@ -301,7 +302,7 @@ def test_a_real_task_that_looks_like_a_typo_gets_a_hint(monkeypatch):
     assert choice.name == "mmmlu" and notes == [
         "mmmlu is a task of its own in lm-evaluation-harness, without offline data; did you mean 'mmlu'?"
     ]
-    monkeypatch.setattr(tasks, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "answers", lambda url: False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"data of mmmlu come from .*; did you mean 'mmlu'"):
         load_tasks([choice], None, False, print)
@@ -332,7 +333,7 @@ def own_tasks(tmp_path):
 
 
 def test_own_tasks_are_found_offline_beside_those_of_the_harness(lm, own_tasks, monkeypatch):
-    monkeypatch.setattr(tasks, "hub_answers", lambda: pytest.fail("the network was used"))
+    monkeypatch.setattr(hub, "answers", lambda url: pytest.fail("the network was used"))
     choices = choose(["my_*", "piqa"], None, print, own_tasks)
     assert {choice.name for choice in choices} == {"my_quiz", "my_group", "piqa"}
     results = evaluate(lm, load_tasks(choices, None, False, print), Settings(limit=2))["results"]
@@ -355,18 +356,18 @@ def test_own_tasks_are_found_offline_beside_those_of_the_harness(lm, own_tasks, 
 def test_without_a_network_the_hub_is_not_waited_for(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert not hub_answers(url, wait_s=0.2)
-    assert not hub_answers(url, wait_s=5)  # nobody listens there any more
+        assert not hub.answers(url, wait_s=0.2)
+    assert not hub.answers(url, wait_s=5)  # nobody listens there any more
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         # It refuses every request, which is an answer.
-        assert hub_answers(f"http://127.0.0.1:{server.server_port}")
+        assert hub.answers(f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
     notes = []
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(tasks, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "answers", lambda url: False)
     with pytest.raises(UserError, match=r"data of gsm8k come from the Hugging Face hub.*\(offline, and they are not"):
         load_tasks(choose(["gsm8k"], None, print), None, False, notes.append)
     assert "does not answer: reading its cache" in notes[0]

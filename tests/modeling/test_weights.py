@@ -94,7 +94,7 @@ def test_an_index_cannot_point_elsewhere(tmp_path, model):
 
 
 def test_no_model_there(tmp_path):
-    with pytest.raises(UserError, match="is not a folder; give a run folder or a weights folder"):
+    with pytest.raises(UserError, match="is not a folder; give a run folder, a weights folder or hf://ORG/NAME"):
         resolve_model(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds neither"):
         resolve_model(tmp_path)

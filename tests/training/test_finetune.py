@@ -173,7 +173,7 @@ def test_conversations_are_mixed_by_weight(chat, tmp_path):
     [
         (
             ["train.init=/no/such"],
-            "train.init: model '/no/such' is not a folder; give a run folder or a weights folder (--set)",
+            "train.init: model '/no/such' is not a folder; give a run folder, a weights folder or hf://ORG/NAME (--set)",
         ),
         (["model.num_layers=3"], "but the weights of train.init"),
         (["lora.rank=4", "train.weights=bf16"], "cannot be combined with lora"),

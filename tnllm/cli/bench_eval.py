@@ -17,7 +17,9 @@ EPILOG = examples(
 
 def command(
     file: Path = typer.Argument(..., help="Requests that `tnllm eval requests` wrote."),
-    model: str | None = typer.Option(None, help="Run folder, step folder or weights folder. Default: the demo model."),
+    model: str | None = typer.Option(
+        None, help="Run, step or weights folder, or hf://ORG/NAME. Default: the demo model."
+    ),
     preset: str | None = typer.Option(
         None, help="A preset with random weights instead, such as 385m: times are the same."
     ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tnllm import hub
 from tnllm.cli.options import check_choice, examples
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_duration, parse_count
@@ -22,6 +23,7 @@ EPILOG = examples(
     "tnllm convert my-adapter merged --to hf --base 385m",
     "tnllm convert 385m 385m-official --to official --dtype bfloat16",
     "tnllm convert TransNormerLLM2-7B-300B x --to tnllm --dry-run",
+    "tnllm convert runs/first first-hf --to hf --push my-org/first --licence apache-2.0",
 )
 FORMATS = ("tnllm", "hf", "official")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -29,7 +31,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def command(
     src: Path = typer.Argument(
-        help="Released checkpoint, run folder, step folder, weights folder, Hugging Face folder or LoRA adapter."
+        help="Released checkpoint, run, step or weights folder, Hugging Face folder, LoRA adapter, or hf://ORG/NAME."
     ),
     dst: Path = typer.Argument(help="The new folder."),
     to: str = typer.Option(
@@ -40,6 +42,14 @@ def command(
     quantize: str | None = typer.Option(None, help="int8: weight-only, for --to hf; needs torchao."),
     base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to use. Default: the source's."),
+    licence: str | None = typer.Option(
+        None,
+        "--licence",
+        "--license",
+        help="Of the weights, for the model card of --to hf: apache-2.0, cc-by-4.0, ...",
+    ),
+    push: str | None = typer.Option(None, metavar="ORG/NAME", help="Upload the result of --to hf to the hub."),
+    private: bool = typer.Option(False, "--private", help="If --push makes a new repository, others cannot see it."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the key map, what is missing or unexpected, and stop."),
     verify: bool = typer.Option(True, help="Check checksums, and compare logits before and after."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace DST if it exists."),
@@ -54,8 +64,15 @@ def command(
     )
     if shard_bytes < 10**6:
         raise UserError(f"--shard-size is {shard_size!r}; give at least 1MB")
+    if to != "hf" and (push or licence):
+        raise UserError(
+            f"{'--push' if push else '--licence'} is for --to hf, whose folder has a model card; --to is {to}"
+        )
+    if private and not push:
+        raise UserError("--private is for --push")
+    src = hub.local(src)
     if not src.is_dir():
-        raise UserError(f"{src} is not a folder; give a folder with config.json and weights (download a release first)")
+        raise UserError(f"{src} is not a folder; give a folder with config.json and weights, or hf://ORG/NAME")
 
     from tnllm.convert.run import Options, convert
     from tnllm.modeling.weights import DTYPES as TYPES
@@ -69,16 +86,24 @@ def command(
         tokenizer=tokenizer,
         verify=verify,
         overwrite=overwrite,
+        licence=licence,
     )
     if dry_run:
         _dry_run(src, options, json_)
+        if push:
+            log(f"would upload {dst} to hf://{hub.repo_name('hf://' + push)}; nothing was sent")
         return
+    if push:
+        hub.check_push(push)
     start = time.monotonic()
     with Progress(announce=True) as progress:
         report = convert(src, dst, options, progress.log, progress.update)
     elapsed = time.monotonic() - start
     for note in report.notes:
         log(f"note      {note}")
+    if push:
+        log(f"uploading to hf://{push} ...")
+        log(f"uploaded  {hub.push(dst, push, private)}")
     if json_:
         print(json.dumps(_as_json(report, dst, elapsed)))
         return

@@ -131,7 +131,9 @@ def self_clean(
 
 def score(
     inputs: list[str] = typer.Argument(..., help="Text, JSON Lines, parquet or WARC files, or folders of them."),
-    model: Path | None = typer.Option(None, help="Run folder or weights folder. [default: the shipped model]"),
+    model: Path | None = typer.Option(
+        None, help="Run or weights folder, or hf://ORG/NAME. [default: the shipped model]"
+    ),
     out: Path | None = typer.Option(None, "--out", "-o", help="File for the scores (JSON Lines). [default: stdout]"),
     field: str = typer.Option("text", help="Field or column that holds the text."),
     id_field: str = typer.Option("id", help="Field that names a document; without it file:line does."),

@@ -40,7 +40,7 @@ def run(
         None, "--tasks", "-t", help="Names with commas; `tnllm eval ls` lists them, tnl-paper is the paper's tables."
     ),
     model: str | None = typer.Option(
-        None, help="Run folder, step folder or weights folder. Default: the model that ships with tnllm."
+        None, help="Run, step or weights folder, or hf://ORG/NAME. Default: the model that ships with tnllm."
     ),
     data_dir: Path | None = typer.Option(
         None, help="Folder of evaluation sets. Default: the samples that ship with tnllm."

@@ -34,7 +34,8 @@ _SAMPLING, _INPUT, _OUTPUT, _STATE = "Sampling", "Input", "Output", "State"
 
 def command(
     model: str | None = typer.Option(
-        None, help="Run, step, weights or Hugging Face folder (of tnllm convert). Default: the model that ships."
+        None,
+        help="Run, step or weights folder, hf://ORG/NAME, or a folder of convert --to hf. Default: the model that ships.",
     ),
     adapter: Path | None = typer.Option(None, help="A LoRA adapter's folder (PEFT's format) to merge into the model."),
     prompt: str | None = typer.Option(

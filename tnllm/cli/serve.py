@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from tnllm import hub
 from tnllm.cli.options import examples, log_default_model
 from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.progress import log
@@ -18,7 +19,7 @@ _LIMITS = "Limits"
 
 def command(
     model: str | None = typer.Option(
-        None, help="Run folder, step folder or weights folder. Default: the model that ships with tnllm."
+        None, help="Run, step or weights folder, or hf://ORG/NAME. Default: the model that ships with tnllm."
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every address of this machine."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
@@ -124,6 +125,8 @@ def _bind(host: str, port: int) -> socket.socket:
 def _name(model: str | None, folder: Path) -> str:
     if model is None:
         return "tnllm-demo"
+    if hub.is_hub_name(model):
+        return hub.repo_name(model)
     # runs/first/weights is known as first.
     path = Path(model).resolve()
     return (path.parent if path.name == "weights" else path).name or folder.name

@@ -24,7 +24,7 @@ def command(
     sets: list[str] = typer.Option([], "--set", help="Override a key: --set train.max_steps=50. Repeatable."),
     out: Path | None = typer.Option(None, help="Run folder. Default: runs/<recipe name>."),
     init: str | None = typer.Option(
-        None, help="Start from these weights: a weights folder, a run folder, or `packaged`; sets train.init."
+        None, help="Start from these weights: a weights or run folder, hf://ORG/NAME, or `packaged`; sets train.init."
     ),
     resume: str | None = typer.Option(None, help="auto, a run folder or a step folder."),
     device: str | None = typer.Option(None, help="auto, cpu, cuda or cuda:N; overrides train.device."),

@@ -1,15 +1,13 @@
-"""The files of a Hugging Face folder beside its weights: configs, model code, model card.
+"""The files of a Hugging Face folder beside its weights: configs and model code.
 
     files = code_files()                                  # file name → text
     values = config_values(config, dtype, generation)     # config.json
-    text = model_card(source, dtype, facts, quantized=False, example=card_example("tokenizer.json", own_code=True))
 
 The model code is `hf_code/`, this package's layers and its Lightning Attention kernels, with `from tnllm...` rewritten to
 relative imports, so the folder needs only torch and transformers.
 """
 
 import ast
-import inspect
 import itertools
 import json
 import re
@@ -27,8 +25,6 @@ from typing import Any
 import torch
 
 from tnllm import __version__
-from tnllm.convert.source import Source
-from tnllm.files import format_count
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.hf_names import ALIASES, DEFAULTS, to_hf_config
 
@@ -178,88 +174,3 @@ def generation_values(generation: dict[str, Any]) -> dict[str, Any]:
 def json_text(values: dict[str, Any]) -> str:
     """Format JSON as the files of the folder hold it."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-# The example on the model card, by the tokenizer file that the folder has: imports, token ids, text.
-_EXAMPLES = {
-    "tokenizer.json": (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
-        'inputs = tokenizer(["Once upon a time"], return_tensors="pt").input_ids',
-        "tokenizer.decode(output[0])",
-    ),
-    "tokenizer.model": (
-        "import sentencepiece\nimport torch\nfrom transformers import AutoModelForCausalLM",
-        "# This SentencePiece model has no form that AutoTokenizer reads.\n"
-        'tokenizer = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/tokenizer.model")\n'
-        'inputs = torch.tensor([tokenizer.encode("Once upon a time")])',
-        "tokenizer.decode(output[0].tolist())",
-    ),
-    "": (
-        "import torch\nfrom transformers import AutoModelForCausalLM",
-        "# This folder has no tokenizer: use the one that the model was trained with.\ninputs = torch.tensor([[1, 2, 3]])",
-        "output[0].tolist()",
-    ),
-}
-
-
-def card_example(tokenizer: str, own_code: bool) -> str:
-    """The code on a model card. `tokenizer` is the folder's tokenizer file, a key of `_EXAMPLES`; `own_code`: it ships."""
-    imports, ids, text = _EXAMPLES[tokenizer]
-    example = (
-        f'```python\n{imports}\n\nfolder = "."\n{ids}\n'
-        'model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")\n'
-        f"output = model.generate(inputs, max_new_tokens=50)\nprint({text})\n```"
-    )
-    return example if own_code else example.replace(", trust_remote_code=True", "")
-
-
-def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], quantized: bool, example: str) -> str:
-    """Return README.md: the model, how to load it (`example`), what is known of its training, its licence."""
-    config = source.config
-    rows = {
-        "parameters": f"{source.num_parameters:,} ({format_count(source.num_parameters)})",
-        "layers, width, heads, GLU width": f"{config.num_layers}, {config.model_dim}, {config.num_heads}, {config.glu_dim}",
-        "vocabulary": f"{config.vocab_size:,}",
-        "architecture": f"TransNormerLLM, {config.version} form",
-        "weights": f"{str(dtype).removeprefix('torch.')}{', matrices in int8 (torchao)' if quantized else ''}",
-        **facts,
-    }
-    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
-    if source.kind == "official":
-        licence = (
-            "Converted from a checkpoint of OpenNLPLab. Its own terms hold: read the licence on the page it came from "
-            "(Apache-2.0 code; the first version's weights add a community licence)."
-        )
-    else:
-        licence = (
-            "Whoever trained these weights decides their licence, and the terms of the training texts matter; none is "
-            "recorded here. The Python files are Apache-2.0."
-        )
-    version_note = (
-        "\nThe 15B's layout was never checked against its authors' logits; it follows a best guess.\n"
-        if source.kind == "official" and config.version == "v3"
-        else ""
-    )
-    return inspect.cleandoc(
-        f"""
-        ---
-        library_name: transformers
-        pipeline_tag: text-generation
-        license: other
-        tags: [transnormer, linear-attention, lightning-attention]
-        ---
-
-        # {source.folder.resolve().name}
-
-        A TransNormerLLM: linear attention with a recurrent state of constant size, whatever the length of the text.
-
-        {{EXAMPLE}}
-
-        `trust_remote_code` runs the Python files in this folder; read them first. They need torch, and use Triton on CUDA
-        where it is installed. Tested with transformers {TRANSFORMERS_TESTED}.
-        """
-    ).replace("{EXAMPLE}", example) + (
-        f"\n\n| | |\n| --- | --- |\n{table}{version_note}\n## Licence\n\n{licence}\n\n"
-        f"Written by tnllm {__version__}. `sha256sum -c SHA256SUMS` checks the files.\n"
-    )

@@ -7,7 +7,6 @@
 q, k and v are stored apart there. A norm without parameters becomes one whose weight is 1.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from tnllm import __version__
 from tnllm.convert.source import Source
 from tnllm.convert.writer import Output
 from tnllm.errors import UserError
-from tnllm.files import format_count
 from tnllm.modeling.config import ModelConfig
 
 # Parts of tnllm's names → transformers'; a matrix of several parts is cut into as many, by rows.
@@ -113,37 +111,3 @@ def config_values(
         "eos_token_id": generation.get("eos_token_id"),
         "use_cache": True,
     }
-
-
-def model_card(source: Source, dtype: torch.dtype, facts: dict[str, str], example: str) -> str:
-    """Return README.md; `example` is the code that loads the folder."""
-    config = source.config
-    rows = {
-        "parameters": f"{source.num_parameters:,} ({format_count(source.num_parameters)})",
-        "layers, width, heads, GLU width": f"{config.num_layers}, {config.model_dim}, {config.num_heads}, {config.glu_dim}",
-        "vocabulary": f"{config.vocab_size:,}",
-        "weights": str(dtype).removeprefix("torch."),
-        **facts,
-    }
-    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
-    family = "Qwen3" if config.qk_norm else "Llama"
-    return inspect.cleandoc(
-        f"""
-        ---
-        library_name: transformers
-        pipeline_tag: text-generation
-        license: other
-        ---
-
-        # {source.folder.resolve().name}
-
-        A Transformer with softmax attention and rotary positions: the baseline that TransNormerLLM is compared with. The
-        folder is that of a {family} model, so it loads with transformers' own code:
-
-        {{EXAMPLE}}
-        """
-    ).replace("{EXAMPLE}", example) + (
-        f"\n\n| | |\n| --- | --- |\n{table}\n## Licence\n\nWhoever trained these weights decides their licence, and the "
-        "terms of the training texts matter; none is recorded here.\n\n"
-        f"Written by tnllm {__version__}. `sha256sum -c SHA256SUMS` checks the files.\n"
-    )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnllm import hub
 from tnllm.convert import check
 from tnllm.convert.adapter import is_adapter, merge, open_adapter
 from tnllm.convert.checksums import SUMS, Progress, reading, recorded_sums, sums_text, verify_archives, verify_sums
@@ -42,6 +43,7 @@ class Options:
     quantize: str | None = None  # int8
     base: Path | None = None  # of an adapter
     tokenizer: Path | None = None  # instead of the source's
+    licence: str | None = None  # of the weights, for the model card
     verify: bool = True
     overwrite: bool = False
 
@@ -60,15 +62,18 @@ class Report:
 
 
 def open_input(path: Path, base: Path | None = None) -> Source:
-    """Open the folder at `path`; for an adapter, its base (`base`, or the folder it names) with the adapter merged in."""
+    """Open a folder or hub name; for an adapter, its base (`base`, or the folder it names) with the adapter merged in."""
+    path = hub.local(path)
     if not is_adapter(path):
         if base is not None:
             raise UserError(f"--base is for adapters; {path} has no adapter_config.json")
         return open_source(path)
     adapter = open_adapter(path)
-    base = base or adapter.base
+    base = hub.local(base) if base else adapter.base
     if base is None or not base.is_dir():
-        raise UserError(f"the adapter's base {str(base)!r} is not a folder here; give it with --base FOLDER")
+        raise UserError(
+            f"the adapter's base {str(base)!r} is not a folder here; give it with --base FOLDER or --base hf://ORG/NAME"
+        )
     source = open_source(base)
     source.check()
     return merge(adapter, source)
@@ -96,7 +101,7 @@ def _convert(
         raise UserError(f"{target} exists and is not empty; give another folder, or --overwrite to replace it")
     source.check()
     plan = make_plan(source, options.to, options.dtype, options.quantize)
-    files, copies, notes = folder_files(source, path, plan, options.tokenizer)
+    files, copies, notes = folder_files(source, path, plan, options.tokenizer, options.licence)
     notes = [*source.notes, *notes]
     if source.kind == "official" and source.version == "v3":
         notes.append(V3_NOTE)

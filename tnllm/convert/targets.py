@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tnllm.convert import hf_folder, llama
+from tnllm.convert.card import model_card
 from tnllm.convert.fast_tokenizer import tokenizer_files
 from tnllm.convert.official import to_official_config
 from tnllm.convert.plan import Plan
@@ -23,9 +24,10 @@ _OTHER_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "m
 
 
 def folder_files(
-    source: Source, path: Path, plan: Plan, tokenizer: Path | None
+    source: Source, path: Path, plan: Plan, tokenizer: Path | None, licence: str | None = None
 ) -> tuple[dict[str, str], dict[str, Path], list[str]]:
     """Return files, copies and notes. `path` is what the user gave: a run folder there puts its figures on the card.
+    `licence` of the weights goes on it too.
 
     Raises UserError for a file that is not a tokenizer, or not this model's.
     """
@@ -63,18 +65,17 @@ def folder_files(
             others = {name: source.folder / name for name in _OTHER_TOKENIZERS if (source.folder / name).is_file()}
             copies.update(others)
             kind = "tokenizer.json" if others else ""
-        facts, example = _run_facts(path, source), hf_folder.card_example(kind, own_code)
         if own_code:
             values = hf_folder.config_values(source.config, plan.dtype, generation)
             if plan.quantizer is not None:
                 values["quantization_config"] = plan.quantizer.config_values()
             files.update(hf_folder.code_files())
-            card = hf_folder.model_card(source, plan.dtype, facts, plan.quantizer is not None, example)
         else:
             length = trained_length(source.folder) or source.config.max_position
             values = llama.config_values(source.config, plan.dtype, generation, length)
-            card = llama.model_card(source, plan.dtype, facts, example)
-        files[CONFIG], files["README.md"] = hf_folder.json_text(values), card
+        files[CONFIG] = hf_folder.json_text(values)
+        quantized = plan.quantizer is not None
+        files["README.md"] = model_card(source, plan.dtype, _run_facts(path, source), kind, quantized, licence)
         files[GENERATION] = hf_folder.json_text(hf_folder.generation_values(generation))
     return files, copies, notes
 

@@ -11,10 +11,6 @@ import difflib
 import fnmatch
 import os
 import re
-import ssl
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
@@ -30,6 +26,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
+from tnllm import hub
 from tnllm.errors import UserError, did_you_mean
 from tnllm.evaluation.cards import PAPER_GROUP, PAPER_TASKS, Card, MissingData, find_card, load_cards, subject_card
 
@@ -358,31 +355,10 @@ def log_data(loaded: Loaded, log: Log) -> None:
 
 def _prefer_cache_offline(log: Log) -> None:
     """Use only the hub's cache if the hub does not answer: its libraries would retry each file for half a minute."""
-    if datasets.config.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") or hub_answers():
+    if datasets.config.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") or hub.answers(_HUB):
         return
     log(f"{_HUB} does not answer: reading its cache on this machine only (HF_HUB_OFFLINE=0 tries anyway)")
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-
-
-def hub_answers(url: str = _HUB, wait_s: float = 5.0) -> bool:
-    """Whether the hub, or a proxy, answers anything within `wait_s` seconds."""
-    answered: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=wait_s).close()
-            answered.append(True)
-        except urllib.error.HTTPError:
-            answered.append(True)
-        except OSError as error:
-            # Other libraries may trust certificates that urllib does not.
-            answered.append(isinstance(getattr(error, "reason", None), ssl.SSLError))
-
-    # Name resolution has no timeout, so a thread does it.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(wait_s)
-    return any(answered)
 
 
 def _load_online(choice: Choice) -> Any:

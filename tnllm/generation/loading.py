@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tnllm import chat_template
+from tnllm import chat_template, hub
 from tnllm.device import pick_device
 from tnllm.errors import UserError
 from tnllm.files import read_json
@@ -54,7 +54,7 @@ class LoadedModel:
 def load(
     model: Path | str | None = None, device: str = "auto", dtype: str = "auto", adapter: Path | str | None = None
 ) -> LoadedModel:
-    """Load a weights folder or run folder; `adapter`, a folder in PEFT's format, is merged into it.
+    """Load a weights folder, run folder or hub name; `adapter`, a folder in PEFT's format, is merged into it.
 
     device: auto (the GPU where there is one), cpu, cuda or cuda:N. dtype: auto (float32 on CPU, the stored one on
     a GPU), float32 or bfloat16. Raises UserError for anything else and for folders that hold no model.
@@ -70,7 +70,7 @@ def load(
     tokenizer = Tokenizer.load(folder)
     weights = load_model(folder, where, wanted)
     if adapter is not None:
-        merge_adapter(weights, adapter)
+        merge_adapter(weights, hub.local(adapter))
     sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
     if settings.get("max_new_tokens") is not None:
         sampling["max_tokens"] = settings["max_new_tokens"]

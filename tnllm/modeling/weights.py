@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tnllm import __version__, assets
+from tnllm import __version__, assets, hub
 from tnllm.errors import RunError, UserError
 from tnllm.files import read_json, written_folder
 from tnllm.modeling.config import LoraConfig, ModelConfig, make_config
@@ -219,15 +219,15 @@ def latest_step(run: Path) -> str | None:
 
 
 def resolve_model(model: Path | str | None) -> Path:
-    """The folder to load for a weights folder, run folder or step folder; None: the model that ships in the package.
+    """The folder to load for a weights, run or step folder or a hub name; None: the model that ships in the package.
 
     A run folder resolves to its published weights, or while it is training to its latest checkpoint.
     """
     if model is None:
         return assets.demo_weights()
-    folder = Path(model)
+    folder = hub.local(model)
     if not folder.is_dir():
-        raise UserError(f"model {str(model)!r} is not a folder; give a run folder or a weights folder")
+        raise UserError(f"model {str(model)!r} is not a folder; give a run folder, a weights folder or hf://ORG/NAME")
     if (folder / CONFIG).is_file():
         return folder
     if (folder / "weights" / CONFIG).is_file():
