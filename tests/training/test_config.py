@@ -108,6 +108,86 @@ def test_lengths_on_the_command_line_do_not_move_the_schedule(recipe: Path) -> N
     assert load_recipe(str(by_tokens), ["train.max_steps=3"]).schedule.horizon_steps == 200
 
 
+def test_epochs_are_steps_once_the_data_is_known(recipe: Path) -> None:
+    """64 tokens a row and 512 a step: 100 rows are 12.5 steps."""
+    by_epochs = recipe.parent / "epochs.yaml"
+    by_epochs.write_text(SMALL.replace("max_steps: 200", "max_epochs: 20"))
+    config = load_recipe(str(by_epochs))
+    assert (config.schedule.horizon_steps, config.schedule.horizon_epochs, config.schedule.warmup_steps) == (
+        None,
+        20,
+        None,
+    )
+    with pytest.raises(UserError, match=r"train\.max_epochs is 20, and how many steps that is depends on the data"):
+        _ = config.total_steps
+    known = config.with_epochs(100)
+    assert (known.total_steps, known.schedule.horizon_steps, known.schedule.warmup_steps) == (250, 250, 25)
+    assert known.with_epochs(100) == known
+    # What is written is read as the same run, whose data may still grow.
+    by_epochs.write_text(known.to_yaml())
+    assert load_recipe(str(by_epochs)) == known
+    assert config.with_epochs(1).total_steps == 3  # 2.5 steps, rounded up
+    assert (
+        load_recipe(str(by_epochs), ["train.max_steps=null", "train.max_epochs=1e-3"]).with_epochs(100).total_steps == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "sets", "total", "horizon"),
+    [
+        # Of 100 rows: 12.5 steps a pass. The recipe's own length decides the schedule, as with max_steps.
+        ("max_epochs: 8", ["train.max_steps=30"], 30, 100),
+        ("max_epochs: 8", ["train.max_epochs=16"], 200, 100),
+        ("max_epochs: 8\n  max_steps: 60", [], 60, 60),
+        ("max_epochs: 8\n  max_tokens: 1M", [], 100, 100),
+        ("max_steps: 60", ["train.max_epochs=8"], 60, 60),
+        ("max_steps: 60", ["train.max_epochs=2"], 25, 60),
+        # Taken away, it is not the recipe's length any more.
+        ("max_steps: 60", ["train.max_epochs=8", "train.max_steps=null"], 100, 100),
+        ("max_steps: 60", ["train.max_epochs=8", "schedule.horizon_steps=50"], 60, 50),
+        ("max_steps: 60", ["schedule.horizon_epochs=2"], 60, 25),
+        ("max_steps: 60", ["schedule.horizon_epochs=2", "schedule.horizon_steps=20"], 60, 20),
+    ],
+)
+def test_epochs_beside_other_lengths(recipe: Path, own: str, sets: list[str], total: int, horizon: int) -> None:
+    recipe.write_text(SMALL.replace("max_steps: 200", own))
+    config = load_recipe(str(recipe), sets).with_epochs(100)
+    assert (config.total_steps, config.schedule.horizon_steps) == (total, horizon)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["train.max_epochs=0"], "train.max_epochs is 0: input should be greater than 0 (--set)"),
+        (["train.max_epochs=-1"], "train.max_epochs is -1: input should be greater than 0 (--set)"),
+        (["train.max_epochs=1e9"], "train.max_epochs is 1000000000.0: input should be less than or equal to 1000000"),
+        (["train.max_epochs=two"], "train.max_epochs is 'two': expected a number (--set)"),
+        (
+            ["train.max_epochs=2", "data.path=[{path: a, weight: 2}, b]"],
+            "train.max_epochs is 2, but data.path has weights: some sources end before others",
+        ),
+        (
+            ["schedule.horizon_epochs=2", "data.path=[{path: a, weight: 2}, b]"],
+            "schedule.horizon_epochs is 2, but data.path has weights: some sources end before others",
+        ),
+        (
+            ["train.max_epochs=2", "data.stream_gb=5"],
+            "train.max_epochs is 2, but data.stream_gb is 5: the data is read in",
+        ),
+    ],
+)
+def test_epochs_that_are_refused(recipe: Path, sets: list[str], message: str) -> None:
+    assert fails(recipe, *sets).startswith(message)
+
+
+def test_a_schedule_must_fit_into_the_epochs(recipe: Path) -> None:
+    recipe.write_text(SMALL.replace("max_steps: 200", "max_epochs: 1") + "schedule:\n  warmup_steps: 50\n")
+    with pytest.raises(
+        UserError, match=r"warmup_steps is 50, and schedule.horizon_steps 13 leaves .*\(100 rows of data\)"
+    ):
+        load_recipe(str(recipe)).with_epochs(100)
+
+
 def test_scalars_follow_yaml_1_2() -> None:
     text = "a: 1e-4\nb: on\nc: no\nd: 1:30\ne: 0o7\nf: 10_000\ng: true\nh: ~\ni: 'true'\nj: 2026-01-02\nk: .5\nl: -3"
     values, lines = parse_yaml(text)
@@ -169,7 +249,7 @@ def test_data_path_forms(recipe: Path) -> None:
         ("lora=null", "--set is 'lora=null', and lora is a section: set one of its keys, such as lora.rank=0"),
         ("train", "--set is 'train', and train is a section: set one of its keys, such as train.seed=0"),
         ("train.max_steps", "--set is 'train.max_steps'; write section.key=value, such as train.max_steps=100"),
-        ("train.max_steps=null", "the run has no end; set train.max_steps or train.max_tokens ("),
+        ("train.max_steps=null", "the run has no end; set train.max_steps, train.max_tokens or train.max_epochs ("),
         (
             "schedule.warmup_steps=300",
             "schedule.warmup_steps is 300, and schedule.horizon_steps 200 leaves room for 199 with",

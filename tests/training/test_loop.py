@@ -81,6 +81,48 @@ def test_ten_and_ten_more_equal_twenty(recipe, config, tmp_path):
     assert straight == resumed
 
 
+@pytest.mark.slow
+def test_epochs_end_a_run_and_resume_exactly(recipe, tmp_path, capfd):
+    epochs = [
+        "train.max_epochs=0.2",
+        "train.max_steps=null",
+        "schedule.horizon_steps=null",
+        "schedule.warmup_steps=null",
+    ]
+    config = load_recipe(str(recipe), epochs)
+    loader, _ = open_loaders(config, open_tokenizer(config))
+    steps = math.ceil(0.2 * loader.num_rows / 8)
+    train(config, tmp_path / "straight")
+    assert [row["step"] for row in rows(tmp_path / "straight") if "loss" in row] == list(range(1, steps + 1))
+    resolved = load_recipe(str(tmp_path / "straight/config.resolved.yaml"))
+    assert (resolved.total_steps, resolved.schedule.horizon_steps, resolved.schedule.warmup_steps) == (steps, steps, 0)
+    assert "ends the run" not in capfd.readouterr().err
+    train(load_recipe(str(recipe), [*epochs, "schedule.horizon_epochs=0.2", "train.max_steps=3"]), tmp_path / "parts")
+    assert f"train.max_steps ends the run at step 3, before train.max_epochs at step {steps}" in capfd.readouterr().err
+    train(config, tmp_path / "parts", resume="auto")
+    assert [row for row in rows(tmp_path / "parts") if "loss" in row] == [
+        row for row in rows(tmp_path / "straight") if "loss" in row
+    ]
+
+
+def test_plans_know_the_epochs(recipe, capsys):
+    """Of text that is not tokenized yet, they go by its size: four bytes a token."""
+    from tnllm.training.dry_run import dry_run_text
+    from tnllm.training.recipe_check import check_recipe
+
+    sets = ["train.max_epochs=2", "train.max_steps=null", "schedule.horizon_steps=null"]
+    tokens = Path(load_recipe(str(recipe)).data.path[0].path).stat().st_size / 4
+    steps = math.ceil(2 * tokens / 256)
+    assert check_recipe(str(recipe), sets).steps == steps
+    assert f"run     about {steps} steps, " in dry_run_text(load_recipe(str(recipe), sets))
+    both = dry_run_text(load_recipe(str(recipe), [*sets, "train.max_steps=5"]))
+    assert f"ends    train.max_steps ends the run at step 5, before train.max_epochs at step {steps}\n" in both
+    with pytest.raises(UserError, match=r"train\.max_epochs is 2, and the size of the data is unknown"):
+        dry_run_text(load_recipe(str(recipe), [*sets, "data.path=https://example.org/corpus.jsonl"]))
+    remote = load_recipe(str(recipe), ["train.max_epochs=2", "data.path=https://example.org/corpus.jsonl"])
+    assert "run     about 20 steps, " in dry_run_text(remote)
+
+
 def test_accumulation_equals_one_large_batch(recipe):
     def gradients(micro: int) -> list[torch.Tensor]:
         config = load_recipe(str(recipe), [f"train.micro_batch_size={micro}", "optimizer.grad_clip=0"])

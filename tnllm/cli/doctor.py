@@ -25,6 +25,8 @@ EXTRAS = {
     "data": ("datatrove", "ftfy", "py3langid", "pyarrow", "zstandard", "rensa", "resiliparse"),
     "plot": ("matplotlib",),
     "track": ("tensorboard",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "hf": ("transformers", "tiktoken", "accelerate"),
     "bench": ("fla",),

@@ -28,6 +28,7 @@ def command(
 
     from tnllm.training.config import fit_rows, load_recipe
     from tnllm.training.estimate import estimate, settings_at_length
+    from tnllm.training.loaders import planned
 
     _check(gpu, memory_gib=memory_gib, seq_len=seq_len, tokens_per_s=tokens_per_s, mfu=mfu, gpus=gpus)
     if not any(item.partition("=")[0].strip() == "train.micro_batch_size" for item in sets):
@@ -35,7 +36,7 @@ def command(
     config = load_recipe(recipe, sets)
     if seq_len is not None:
         config = load_recipe(recipe, [*sets, *settings_at_length(config, seq_len)])
-    answer = estimate(config, gpu, memory_gib, tokens_per_s, mfu, gpus)
+    answer = estimate(planned(config), gpu, memory_gib, tokens_per_s, mfu, gpus)
     if as_json:
         print(json.dumps(answer, indent=2))
     else:

@@ -41,6 +41,7 @@ def train_llama(config: RunConfig, out: Path) -> None:
     device = pick_device(config.train.device, "train.device")
     tokenizer = open_tokenizer(config)
     loader, validation = open_loaders(config, tokenizer)
+    config = config.with_epochs(loader.num_rows)
     model = make_llama(config.model, config.train.seed).to(device)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
     loss_sum = summed_loss(model, config, device, compiled)
@@ -48,7 +49,7 @@ def train_llama(config: RunConfig, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_environment(out, config.to_yaml(), device, 0, fingerprint(loader))
     write_metrics(out / METRICS, [])
-    metrics = MetricsLog(out / METRICS, 0)
+    metrics = MetricsLog(out / METRICS)
     rows, micro = config.global_batch_rows, config.train.micro_batch_size
     batch_tokens = rows * config.data.seq_len
     steps, started = 0, time.perf_counter()

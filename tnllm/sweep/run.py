@@ -184,7 +184,8 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     steps = [item for item in metrics if item.get("loss") is not None]
     checks = [item for item in metrics if item.get("val_loss") is not None]
-    done = code == 0 and bool(checks) and checks[-1]["step"] == config.total_steps
+    resolved = folder / "config.resolved.yaml"
+    done = code == 0 and bool(checks) and checks[-1]["step"] == load_recipe(str(resolved)).total_steps
     environment = _environment(folder)
     # The first row holds the compilation.
     rates = [item["tokens_per_s"] for item in steps[1:]] or [item["tokens_per_s"] for item in steps]

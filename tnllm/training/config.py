@@ -8,6 +8,7 @@ config.to_yaml()               # every key; load_recipe of that text is equal to
 Precedence: defaults here < the recipe's `base` < the recipe < `--set`. Sizes may be written 5000, 0.5M or 300B.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -51,6 +52,10 @@ def _device(name: str) -> str:
     return name
 
 
+def _steps(epochs: float, epoch_steps: float) -> int:
+    return max(1, math.ceil(epochs * epoch_steps))
+
+
 def _path(name: str) -> str:
     # Names that no file can have would raise where they are first looked for.
     if not name.isprintable() or len(name) > 4000 or any(len(part.encode()) > 255 for part in name.split("/")):
@@ -60,6 +65,7 @@ def _path(name: str) -> str:
 
 PACKAGED = "packaged"  # train.init: the model that ships
 Count = Annotated[int, BeforeValidator(_count)]
+Epochs = Annotated[float, Field(gt=0, le=10**6)]
 PathName = Annotated[str, AfterValidator(_path)]
 
 
@@ -163,14 +169,17 @@ class ScheduleSection(Section):
         "cosine",
         description="After warm-up: cosine or linear fall to the end; wsd: constant, then a linear fall; constant.",
     )
-    warmup_steps: Count = Field(
-        100, ge=0, description="Steps of linear rise from zero. Left out: 100, or a tenth of a horizon below 1000."
+    warmup_steps: Count | None = Field(
+        None, ge=0, description="Steps of linear rise from zero. null: 100, or a tenth of a horizon below 1000."
     )
     horizon_steps: Count | None = Field(
         None,
         ge=1,
         description="Step at which the schedule ends. null: the recipe's own length, not the one set by --set, so "
         "that runs which differ only in max_steps agree step for step.",
+    )
+    horizon_epochs: Epochs | None = Field(
+        None, description="The same in passes over the data, as in train.max_epochs; the smaller of the two wins."
     )
     min_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
     decay_steps: Count | None = Field(
@@ -188,8 +197,11 @@ class TrainSection(Section):
         "model section comes from there. null: new weights.",
     )
     max_steps: Count | None = Field(None, ge=1, description="Stop after this many steps, counted from the run's start.")
-    max_tokens: Count | None = Field(
-        None, ge=1, description="Stop after this many tokens; the smaller of the two wins."
+    max_tokens: Count | None = Field(None, ge=1, description="Stop after this many tokens.")
+    max_epochs: Epochs | None = Field(
+        None,
+        description="Stop after this many passes over the training data, such as 3 or 0.5, rounded up to a step. Of "
+        "max_steps, max_tokens and max_epochs the one that ends first wins.",
     )
     max_time: Annotated[float, Field(gt=0, le=10**7), BeforeValidator(_seconds)] | None = Field(
         None,
@@ -232,6 +244,24 @@ class TrainSection(Section):
         description="auto: a GPU if there is one; cpu, cuda, cuda:N. Under torchrun: the GPU of each LOCAL_RANK.",
     )
 
+    def limits(self, epoch_steps: float | None = None) -> dict[str, int]:
+        """The steps after which max_steps, max_tokens and, of a pass of `epoch_steps`, max_epochs end the run, if given."""
+        limits = {} if self.max_steps is None else {"max_steps": self.max_steps}
+        if self.max_tokens is not None:
+            limits["max_tokens"] = -(-self.max_tokens // self.global_batch_tokens)
+        if self.max_epochs is not None and epoch_steps is not None:
+            limits["max_epochs"] = _steps(self.max_epochs, epoch_steps)
+        return limits
+
+    def describe_ends(self, epoch_steps: float | None) -> str:
+        """Which of several limits ends the run; empty if they agree."""
+        limits = self.limits(epoch_steps)
+        if len(set(limits.values())) < 2:
+            return ""
+        first, *later = sorted(limits, key=lambda key: limits[key])
+        others = ", ".join(f"train.{key} at step {limits[key]}" for key in later)
+        return f"train.{first} ends the run at step {limits[first]}, before {others}"
+
 
 class EvalSection(Section):
     """Validation while training."""
@@ -263,6 +293,13 @@ class LogSection(Section):
 
     every_steps: Count = Field(10, ge=1, description="Steps between rows of metrics.jsonl and lines of the log.")
     tensorboard: bool = Field(False, description="Also write TensorBoard events (extra `track`).")
+    wandb: bool = Field(False, description="Also log to Weights & Biases (extra `wandb`).")
+    trackio: bool = Field(False, description="Also log to trackio (extra `trackio`).")
+    project: str = Field(
+        "tnllm",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="The project there. The run is called as its folder, and an identifier.",
+    )
     profile_steps: Count = Field(
         0, ge=0, description="Steps to profile, after the first three, into the run's profile/; 0: none."
     )
@@ -308,8 +345,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_length(self) -> Self:
         train, schedule = self.train, self.schedule
-        if train.max_steps is None and train.max_tokens is None:
-            raise ValueError("the run has no end; set train.max_steps or train.max_tokens")
+        if train.max_steps is None and train.max_tokens is None and train.max_epochs is None:
+            raise ValueError("the run has no end; set train.max_steps, train.max_tokens or train.max_epochs")
         unit = self.data.seq_len * train.micro_batch_size * self.data_ranks
         if train.global_batch_tokens % unit:
             below = train.global_batch_tokens // unit * unit
@@ -324,14 +361,14 @@ class RunConfig(Section):
             )
         horizon = schedule.horizon_steps
         most = None if horizon is None else horizon - (schedule.kind != "constant")
-        if most is not None and schedule.warmup_steps > most:
+        if most is not None and (schedule.warmup_steps or 0) > most:
             raise ValueError(
                 f"schedule.warmup_steps is {schedule.warmup_steps}, and schedule.horizon_steps {horizon} leaves room for "
                 f"{most} with schedule.kind {schedule.kind}; lower the one or raise the other"
             )
         if schedule.decay_steps is not None and schedule.kind != "wsd":
             raise ValueError(f"schedule.decay_steps belongs to schedule.kind wsd, not {schedule.kind}; remove it")
-        if horizon is not None and schedule.warmup_steps + (schedule.decay_steps or 0) > horizon:
+        if horizon is not None and (schedule.warmup_steps or 0) + (schedule.decay_steps or 0) > horizon:
             raise ValueError(
                 f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_steps {schedule.decay_steps} overlap: "
                 f"together they exceed schedule.horizon_steps {horizon}; lower one of them"
@@ -361,6 +398,17 @@ class RunConfig(Section):
                 f"data.seq_len is {self.data.seq_len}, but model.position ape has {self.model.max_position} positions; "
                 "lower it or raise model.max_position"
             )
+        weighted = self.data.path is not None and len(self.data.path) > 1 and any(s.weight for s in self.data.path)
+        epochs = {"train.max_epochs": train.max_epochs, "schedule.horizon_epochs": self.schedule.horizon_epochs}
+        for key, value in epochs.items():
+            why = "data.path has weights: some sources end before others" if weighted else ""
+            if self.data.stream_gb is not None:
+                why = (
+                    f"data.stream_gb is {self.data.stream_gb:g}: the data is read in chunks, and its size is not known"
+                )
+            if value is not None and why:
+                steps = key.replace("epochs", "steps")
+                raise ValueError(f"{key} is {value:g}, but {why}, so there are no passes; set {steps} in its place")
         if self.data.format == "chat" and self.data.packing != "reset":
             raise ValueError(
                 "data.packing concat cannot be combined with data.format chat: conversations must stay separate"
@@ -420,19 +468,46 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, rounded up."""
-        return _length(self.train.max_steps, self.train.max_tokens, self.train.global_batch_tokens)
+        """Optimizer steps of the run: the smaller of `max_steps` and `max_tokens`, rounded up.
+
+        With only `max_epochs` they are known once the data is; see `with_epochs`.
+        """
+        limits = self.train.limits()
+        if not limits:
+            raise UserError(
+                f"train.max_epochs is {self.train.max_epochs:g}, and how many steps that is depends on the data; set "
+                "train.max_steps or train.max_tokens here"
+            )
+        return min(limits.values())
+
+    def with_epochs(self, rows: float) -> "RunConfig":
+        """This config with `max_steps` and the schedule's horizon from its epochs, where the data has `rows` rows.
+
+        Raises UserError if the warm-up does not fit into them.
+        """
+        train, schedule, epoch_steps = self.train, self.schedule, rows / self.global_batch_rows
+        if train.max_epochs is not None:
+            limits = train.limits(epoch_steps)
+            steps = min(limits[key] for key in ("max_steps", "max_epochs") if key in limits)
+            train = train.model_copy(update={"max_steps": steps})
+        if schedule.horizon_epochs is not None:
+            horizon = _steps(schedule.horizon_epochs, epoch_steps)
+            horizon = min(horizon, schedule.horizon_steps or horizon)
+            warmup = _default_warmup(horizon) if schedule.warmup_steps is None else schedule.warmup_steps
+            schedule = schedule.model_copy(update={"horizon_steps": horizon, "warmup_steps": warmup})
+        try:
+            sections = {name: getattr(self, name) for name in RunConfig.model_fields}
+            return RunConfig.model_validate({**sections, "train": train, "schedule": schedule})
+        except ValidationError as error:
+            raise recipe.explain(FORMAT, error, {}, f"{rows:.0f} rows of data") from None
 
     def to_yaml(self, doc: bool = False) -> str:
         """Every key with its value, `load_recipe` of which gives an equal config; with `doc`, what each means."""
         return "# Every key of this run; `tnllm train` reads it like any recipe.\n" + recipe.to_yaml(FORMAT, self, doc)
 
 
-def _length(max_steps: int | None, max_tokens: int | None, batch_tokens: int) -> int:
-    limits = [] if max_steps is None else [max_steps]
-    if max_tokens is not None:
-        limits.append(-(-max_tokens // batch_tokens))
-    return min(limits)
+def _default_warmup(horizon: int) -> int:
+    return min(100, horizon // 10)
 
 
 PRESET_DOC = f"Where the model section starts; keys beside it override it. One of {', '.join(PRESETS)}."
@@ -461,16 +536,20 @@ def load_recipe(name: str, sets: Sequence[str] = ()) -> RunConfig:
     init = values.get("train", {}).get("init")
     model = _resolve_model(values.get("model", {}), origins, init)
     try:
-        # The recipe's own length, not the one from --set: max_steps must not change the learning rate.
+        # The recipe's own length, not the one from --set: max_steps must not change the learning rate. A length that --set
+        # takes away is not the recipe's any more.
         train = TrainSection.model_validate(values.get("train", {}))
-        own = TrainSection.model_validate({**own_train, "global_batch_tokens": train.global_batch_tokens})
-        ends = own if own.max_steps or own.max_tokens else train
+        kept = [key for key in ("max_steps", "max_tokens", "max_epochs") if getattr(train, key) is not None]
+        own = {key: own_train[key] for key in kept if own_train.get(key) is not None}
+        batch = {"global_batch_tokens": train.global_batch_tokens}
+        ends = TrainSection.model_validate({**own, **batch}) if own else train
         schedule = dict(values.get("schedule", {}))
-        if schedule.get("horizon_steps") is None and (ends.max_steps or ends.max_tokens):
-            schedule["horizon_steps"] = _length(ends.max_steps, ends.max_tokens, train.global_batch_tokens)
-        horizon = ScheduleSection.model_validate(schedule).horizon_steps
-        if horizon is not None:
-            schedule.setdefault("warmup_steps", min(100, horizon // 10))
+        if schedule.get("horizon_steps") is None and schedule.get("horizon_epochs") is None:
+            schedule["horizon_steps"] = min(ends.limits().values(), default=None)
+            schedule["horizon_epochs"] = ends.max_epochs
+        found = ScheduleSection.model_validate(schedule)
+        if found.horizon_steps is not None and found.horizon_epochs is None and found.warmup_steps is None:
+            schedule["warmup_steps"] = _default_warmup(found.horizon_steps)
         return RunConfig.model_validate({**values, "model": model, "schedule": schedule})
     except ValidationError as error:
         raise recipe.explain(FORMAT, error, origins, name) from None

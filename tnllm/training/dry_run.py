@@ -7,11 +7,6 @@ import time
 
 import torch
 
-from tnllm import assets
-from tnllm.data.corpus import find_files
-from tnllm.data.instruct import find_instruction_files
-from tnllm.data.remote import is_remote, local_path
-from tnllm.data.shards import is_shard_folder, read_manifest
 from tnllm.device import pick_device
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count, format_duration
@@ -20,9 +15,9 @@ from tnllm.modeling.model import build_model
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.training.communication import communication
-from tnllm.training.config import DataSection, RunConfig
+from tnllm.training.config import RunConfig
 from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
-from tnllm.training.loaders import open_tokenizer
+from tnllm.training.loaders import corpus_tokens, open_tokenizer, planned
 from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.mesh import config_mesh
 from tnllm.training.run_model import make_meta_model
@@ -33,7 +28,9 @@ _MANY_PASSES = 100
 
 def dry_run_text(config: RunConfig) -> str:
     """A few lines of text: model (built on the meta device), batch, length, memory, data. Checks the tokenizer."""
-    tokenizer = open_tokenizer(config)
+    tokenizer, corpus = open_tokenizer(config), corpus_tokens(config.data)
+    ends = config.train.describe_ends(corpus / config.train.global_batch_tokens if corpus else None)
+    about, config = "about " if config.train.max_epochs else "", planned(config)
     parameters = sum(parameter.numel() for parameter in build_model(config.model, "meta").parameters())
     tokens = config.total_steps * config.train.global_batch_tokens
     work = flops_per_token(config.model, config.data.seq_len) * tokens
@@ -52,7 +49,7 @@ def dry_run_text(config: RunConfig) -> str:
         "data": f"{sources}; tokenizer {tokenizer.path} ({tokenizer.vocab_size} pieces)",
         "step": f"{format_count(config.train.global_batch_tokens)} tokens = {config.accumulation_steps} micro-batches "
         f"of {shape}",
-        "run": f"{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
+        "run": f"{about}{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
         "memory": f"{format_bytes(persistent)} for weights, gradients and optimizer, plus activations",
     }
     lines |= _lines_of_ranks(config) if config.world_size > 1 else {}
@@ -63,7 +60,7 @@ def dry_run_text(config: RunConfig) -> str:
     )
     if config.world_size == 1:
         lines["here"] = _this_machine(config, work)
-    corpus = _corpus_tokens(config.data)
+    lines |= {"ends": ends} if ends else {}
     lines["passes"] = _passes(tokens / corpus, corpus) if corpus else "unknown: the data is remote"
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
@@ -99,25 +96,6 @@ def _cpu_rate() -> float:
         a @ a
         times.append(time.perf_counter() - started)
     return 2 * 1024**3 / min(times)
-
-
-def _corpus_tokens(data: DataSection) -> float:
-    """Tokens of the local training data (0: none), counted in shards; of text by its size, four bytes a token."""
-    default = assets.sample_corpus() if data.format == "text" else assets.sample_instructions()
-    total = 0.0
-    for path in [str(default)] if data.path is None else [source.path for source in data.path]:
-        if is_remote(path):
-            continue
-        place = assets.named(local_path(path))
-        if is_shard_folder(place):
-            total += read_manifest(place).total("tokens", "train")
-            continue
-        files = find_instruction_files(place) if data.format == "chat" else find_files([path])
-        # Compressed text is about a quarter of its size.
-        total += sum(
-            file.stat().st_size / (1 if file.suffix in (".gz", ".zst", ".xz", ".bz2") else 4) for file in files
-        )
-    return total
 
 
 def _lines_of_ranks(config: RunConfig) -> dict[str, str]:

@@ -16,6 +16,7 @@ from tnllm.files import free_name, fsync_dir, read_json, write_text_atomic
 from tnllm.modeling.weights import latest_step
 from tnllm.training.checkpoint import LATEST, RECIPE, find_checkpoint, list_checkpoints, step_name
 from tnllm.training.metrics import METRICS, read_metrics, write_metrics
+from tnllm.training.trackers import TRACKING
 
 Log = Callable[[str], None]
 # Present while later checkpoints are being moved away: the name of the step that the run goes back to.
@@ -120,9 +121,10 @@ def roll_back(out: Path, step: int, changed: bool, owed: bool, log: Log) -> None
         target = free_name(out / "abandoned" / f"after-{step_name(step)}")
         target.mkdir(parents=True)
         write_metrics(target / METRICS, abandoned)
-        for folder in [*reversed(later), *(out / name for name in ("weights", "adapter") if later)]:
-            if folder.exists():
-                os.replace(folder, target / folder.name)
+        named = (out / name for name in (TRACKING, *(("weights", "adapter") if later else ())))
+        for path in [*reversed(later), *named]:
+            if path.exists():
+                os.replace(path, target / path.name)
         fsync_dir(target)
         if later:
             fsync_dir(out / "checkpoints")

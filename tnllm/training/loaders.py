@@ -2,6 +2,7 @@
 
     tokenizer = open_tokenizer(config)
     train, validation = open_loaders(config, tokenizer)
+    config = planned(config)                           # without opening any: train.max_epochs as steps
 
 Text is tokenized once into a cache, token shards are read as they are, conversations are tokenized and packed in memory.
 """
@@ -12,18 +13,20 @@ from pathlib import Path
 
 from tnllm import assets
 from tnllm.chat_template import split_template
+from tnllm.data.corpus import find_files
 from tnllm.data.encode import Options
 from tnllm.data.instruct import find_instruction_files, read_conversations
 from tnllm.data.instruct_loader import InstructLoader, pack
 from tnllm.data.loader import Loader, Source
-from tnllm.data.shards import TokenStream, is_shard_folder
+from tnllm.data.remote import is_remote, local_path
+from tnllm.data.shards import TokenStream, is_shard_folder, read_manifest
 from tnllm.data.stream import ChunkStream
 from tnllm.data.tokenize import SAMPLE, prepare
 from tnllm.errors import UserError
 from tnllm.files import format_count
 from tnllm.progress import corpus_progress, log
 from tnllm.tokenizer import Tokenizer
-from tnllm.training.config import DataSource, RunConfig
+from tnllm.training.config import DataSection, DataSource, RunConfig
 from tnllm.training.run_model import chat_template
 
 DEFAULT_SOURCES = (DataSource(path=SAMPLE, weight=None),)
@@ -102,6 +105,39 @@ def describe(loader: AnyLoader, samples: int) -> str:
     chunked = isinstance(loader, Loader) and loader.chunked
     what = "chunks of data that is tokenized while it is read" if chunked else "passes over the data"
     return f"{samples / loader.num_rows:.2f} {what}"
+
+
+def planned(config: RunConfig) -> RunConfig:
+    """`config` with the steps of train.max_epochs; where text is not tokenized yet, they are estimated from its size.
+
+    Raises UserError if they are the only end of the run and the data is remote.
+    """
+    tokens = 0.0 if config.train.max_epochs is None else corpus_tokens(config.data)
+    if tokens == 0 and config.train.max_steps is None and config.train.max_tokens is None:
+        raise UserError(
+            f"train.max_epochs is {config.train.max_epochs:g}, and the size of the data is unknown before it is "
+            "tokenized; do that first (tnllm data tokenize), or set train.max_steps or train.max_tokens"
+        )
+    return config.with_epochs(tokens / config.data.seq_len) if tokens else config
+
+
+def corpus_tokens(data: DataSection) -> float:
+    """Tokens of the training data (0: unknown, some is remote), counted in shards; of text by size, four bytes a token."""
+    default = assets.sample_corpus() if data.format == "text" else assets.sample_instructions()
+    total = 0.0
+    for path in [str(default)] if data.path is None else [source.path for source in data.path]:
+        if is_remote(path):
+            return 0.0
+        place = assets.named(local_path(path))
+        if is_shard_folder(place):
+            total += read_manifest(place).total("tokens", "train")
+            continue
+        files = find_instruction_files(place) if data.format == "chat" else find_files([path])
+        # Compressed text is about a quarter of its size.
+        total += sum(
+            file.stat().st_size / (1 if file.suffix in (".gz", ".zst", ".xz", ".bz2") else 4) for file in files
+        )
+    return total
 
 
 def fingerprint(loader: AnyLoader) -> str:

@@ -40,17 +40,18 @@ def train(
         raise UserError("eval.tasks are set, and nothing to score them with was given; train with `tnllm train`")
     with open_run(config, out, resume, mesh, allow_data_change, None if outer_command else force_unlock) as run:
         state, signals, hooks = run.state, run.signals, make_hooks(run, score)
+        total = run.trainer.config.total_steps  # known now, if it is given in epochs
         for hook in hooks:
             if hook.name in state.owed:
                 hook.act()
         state.owed.clear()
         run.timer.restart()
-        while state.step < config.total_steps and not signals.stop:
+        while state.step < total and not signals.stop:
             update = train_step(run.trainer, state, signals)
             if update is None:
                 break
             run.add(update)
-            stop, last = signals.stop is not None, state.step == config.total_steps
+            stop, last = signals.stop is not None, state.step == total
             due = [hook for hook in hooks if hook.due(state.step, last or (stop and hook.quick))]
             if stop:
                 state.owed = [hook.name for hook in due if not hook.quick]

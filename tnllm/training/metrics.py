@@ -16,52 +16,29 @@ from typing import Any
 
 import torch
 
-from tnllm.errors import MissingExtra
 from tnllm.files import free_name, write_text_atomic
 
 METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows to a file (None: discards them), each flushed as written; optionally TensorBoard events beside it."""
+    """Appends rows to a file (None: discards them), each flushed as written."""
 
-    def __init__(self, path: Path | None, resume_step: int, tensorboard: bool = False) -> None:
-        """`resume_step`: the last step of the rows that are there.
-
-        Raises MissingExtra if `tensorboard` is set and TensorBoard is not installed.
-        """
-        self._events: Any = None
-        self._file: Any = None
-        if path is None:
-            return
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise MissingExtra("track", "tensorboard") from None
-            self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
-        self._file = open(path, "a", encoding="utf-8")
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else open(path, "a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
-        if self._file is None:
-            return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for key, value in row.items():
-                if value is not None and key not in ("step", "time"):
-                    self._events.add_scalar(key, value, row["step"])
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Make the rows durable."""
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

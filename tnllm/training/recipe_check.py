@@ -19,8 +19,9 @@ from tnllm.modeling.lora import add_lora
 from tnllm.modeling.model import build_model
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import DataSection, load_recipe
-from tnllm.training.loaders import open_tokenizer
+from tnllm.training.loaders import open_tokenizer, planned
 from tnllm.training.run_model import chat_template
+from tnllm.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
     Raises UserError for the first thing that would stop a run.
     """
     config = load_recipe(name, sets)
+    check_trackers(config.log)
     model = build_model(config.model, device="meta")
     built = sum(parameter.numel() for parameter in model.parameters())
     assert built == count_parameters(config.model), (built, count_parameters(config.model))
@@ -54,6 +56,8 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
     if config.data.format == "chat":
         split_template(chat_template(config.data.chat_template, config.init_folder))
     tokenizer = open_tokenizer(config)
+    data = _check_data(config.data, tokenizer)
+    config = planned(config)
     return Report(
         recipe=name,
         parameters=built,
@@ -61,7 +65,7 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
         steps=config.total_steps,
         ranks=config.world_size,
         tokenizer=str(tokenizer.path),
-        data=_check_data(config.data, tokenizer),
+        data=data,
     )
 
 

@@ -50,6 +50,7 @@ from tnllm.training.metrics import METRICS, MetricsLog, matmul_rate, repair_metr
 from tnllm.training.profile import Profile
 from tnllm.training.run_model import chat_template, publish
 from tnllm.training.signals import StopSignals
+from tnllm.training.trackers import Trackers, check_trackers
 from tnllm.training.trainer import Trainer, Update, compute_dtype, make_trainer
 
 
@@ -64,6 +65,7 @@ class Run:
     validation: AnyLoader | None
     saver: Saver
     metrics: MetricsLog
+    trackers: Trackers | None  # None: not on this rank
     display: RunDisplay
     signals: StopSignals
     profile: Profile
@@ -85,8 +87,14 @@ class Run:
 
     def report(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl and its line of the log."""
-        self.metrics.write(row)
+        self.write(row)
         self.display.row(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl, also for the trackers."""
+        self.metrics.write(row)
+        if self.trackers is not None:
+            self.trackers.write(row)
 
     def check_updates(self) -> tuple[float, float]:
         """Read the updates since the last call, which waits for the device; returns loss and norm of the newest.
@@ -119,7 +127,7 @@ class Run:
         tokens = (last + 1) * self.trainer.config.data.seq_len
         losses = {"spike_loss": spike.loss, "usual_loss": spike.usual}
         samples = {"first_sample": first, "last_sample": last}
-        self.metrics.write({"step": spike.step, "tokens": tokens, **losses, **samples, "time": time.time()})
+        self.write({"step": spike.step, "tokens": tokens, **losses, **samples, "time": time.time()})
         self.display.log(
             f"loss spike at step {spike.step}: {spike.loss:.4f}, usually {spike.usual:.4f} "
             f"(global samples {first} to {last}){what}"
@@ -150,13 +158,18 @@ def open_run(
     with ExitStack() as stack:
         ranks.broadcast_from_main(lambda: stack.enter_context(only_writer(out, force_unlock)))
         ranks.broadcast_from_main(lambda: check_folder(out, resume))
+        ranks.broadcast_from_main(lambda: check_trackers(config.log))
         tokenizer = ranks.main_first(lambda: open_tokenizer(config))
         loader, validation = ranks.main_first(
             lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size, out / "stream")
         )
         if isinstance(loader, Loader):
             stack.callback(loader.close)
+        ends = config.train.describe_ends(loader.num_rows / config.global_batch_rows)
+        config = config.with_epochs(loader.num_rows)
         display = stack.enter_context(RunDisplay(out / "train.log", config.total_steps, quiet=not ranks.main))
+        if ends:
+            display.log(ends)
         signals = stack.enter_context(StopSignals(ranks.size > 1, config.train.max_time if ranks.main else None))
         config = fit_memory(config, device, display.log, ranks.all_reduce_min(free_bytes(device) / _sharing(device)))
         trainer = make_trainer(config, loader, device, mesh)
@@ -175,6 +188,7 @@ def open_run(
             display.log(line)
         peak = matmul_rate(device)
         recipe = config.model_dump(mode="json")
+        trackers = Trackers(out, config.log, recipe, state.step, display.log) if ranks.main else None
         run = Run(
             out,
             trainer,
@@ -182,7 +196,8 @@ def open_run(
             tokenizer,
             validation,
             Saver(out, config.checkpoint.keep, config.checkpoint.async_save, tokenizer.path, ranks, recipe),
-            MetricsLog(out / METRICS if ranks.main else None, state.step, config.log.tensorboard),
+            MetricsLog(out / METRICS if ranks.main else None),
+            trackers,
             display,
             signals,
             Profile(out / "profile", config.log.profile_steps if ranks.main else 0, device, display.log),
@@ -191,6 +206,8 @@ def open_run(
             state.step,
             peak * ranks.size / flops_per_token(config.model, config.data.seq_len) if peak else None,
         )
+        if trackers is not None:
+            stack.enter_context(trackers)
         if checkpoint is not None and checkpoint.resolve().parent != (out / "checkpoints").resolve():
             # The folder's own first checkpoint: without it, --resume auto would start over.
             run.save()
@@ -241,8 +258,8 @@ def _prepare_folder(
         state = read_state(checkpoint)
         if state.step > config.total_steps:
             raise UserError(
-                f"the run ends at step {config.total_steps}, and {checkpoint} is beyond; raise train.max_steps or "
-                "train.max_tokens, or give an earlier step with --resume"
+                f"the run ends at step {config.total_steps}, and {checkpoint} is beyond; raise train.max_steps, "
+                "max_tokens or max_epochs, or give an earlier step with --resume"
             )
         done = describe(trainer.loader, state.samples)
         position = f"reading starts at global sample {state.samples}, after {done}"

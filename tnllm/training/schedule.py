@@ -18,13 +18,13 @@ def learning_rate(schedule: ScheduleSection, peak: float, step: int) -> float:
     peak and falls linearly over the last `decay_steps` (default: a tenth of the horizon, or what warm-up leaves of it).
     After the horizon the rate stays at the floor.
     """
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    floor, horizon = schedule.min_ratio, schedule.horizon_steps
-    assert horizon is not None, "a loaded recipe has a horizon"
+    floor, horizon, warmup = schedule.min_ratio, schedule.horizon_steps, schedule.warmup_steps
+    assert horizon is not None and warmup is not None, "a loaded recipe has both, once the data of its epochs is known"
+    if step < warmup:
+        return peak * (step + 1) / warmup
     if schedule.kind == "constant":
         return peak
-    fall = horizon - schedule.warmup_steps
+    fall = horizon - warmup
     if schedule.kind == "wsd":
         fall = schedule.decay_steps or min(max(1, horizon // 10), fall)
     # Counted from the update before the fall, so that the last update of the horizon has all of it.
