@@ -20,9 +20,9 @@ from tnllm.parallel.parallelize import ShardedModel, parallelize
 from tnllm.parallel.ranks import Distributed
 from tnllm.parallel.sequence import shard_sequence
 from tnllm.training.checkpoint import Saver, TrainState, load_checkpoint
-from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, make_optimizer
 from tnllm.training.run_model import fill_shards
+from tnllm.training.sections import OptimizerSection
 
 STEPS = 10
 SIZE = {"vocab_size": 64, "model_dim": 32, "num_heads": 4, "num_layers": 2, "glu_dim": 48, "pad_token_id": None}

@@ -8,10 +8,11 @@ import torch
 from tnllm.errors import UserError
 from tnllm.modeling.model import build_model
 from tnllm.training.bf16_adamw import _CHUNK, Bf16AdamW, _hash, round_randomly
-from tnllm.training.config import OptimizerSection, load_recipe
+from tnllm.training.config import load_recipe
 from tnllm.training.estimate import estimate_memory
 from tnllm.training.loop import train
 from tnllm.training.optim import clip_and_step, make_optimizer
+from tnllm.training.sections import OptimizerSection
 
 
 def test_rounding_is_between_neighbours_and_right_on_average():

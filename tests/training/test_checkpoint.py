@@ -18,8 +18,8 @@ from tnllm.training.checkpoint import (
     load_checkpoint,
     verify_checkpoint,
 )
-from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, make_optimizer
+from tnllm.training.sections import OptimizerSection
 
 CONFIG = get_preset("tiny", vocab_size=50, model_dim=16, num_heads=2, num_layers=2, glu_dim=24)
 

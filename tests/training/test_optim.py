@@ -5,8 +5,8 @@ import torch
 
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model
-from tnllm.training.config import OptimizerSection
 from tnllm.training.optim import clip_and_step, decays, make_optimizer
+from tnllm.training.sections import OptimizerSection
 
 
 def test_theta_and_norm_weights_do_not_decay():

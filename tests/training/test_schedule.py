@@ -3,8 +3,9 @@
 import pytest
 
 from tnllm.errors import UserError
-from tnllm.training.config import OptimizerSection, ScheduleSection, load_recipe
+from tnllm.training.config import load_recipe
 from tnllm.training.schedule import learning_rate
+from tnllm.training.sections import OptimizerSection, ScheduleSection
 
 
 def rates(steps, **keys):

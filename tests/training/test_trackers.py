@@ -10,9 +10,10 @@ import pytest
 
 from tnllm.cli.main import main
 from tnllm.errors import MissingExtra, Terminated
-from tnllm.training.config import LogSection, load_recipe
+from tnllm.training.config import load_recipe
 from tnllm.training.loop import train
 from tnllm.training.metrics import read_metrics
+from tnllm.training.sections import LogSection
 from tnllm.training.trackers import Trackers
 
 STAND_IN = """

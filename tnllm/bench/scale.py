@@ -42,8 +42,9 @@ from tnllm.modeling.flops import flops_per_token
 from tnllm.parallel.mesh import AXES
 from tnllm.parallel.traffic import TRAFFIC_AXES
 from tnllm.training.communication import communication
-from tnllm.training.config import ParallelSection, RunConfig
+from tnllm.training.config import RunConfig
 from tnllm.training.launch import torchrun
+from tnllm.training.sections import ParallelSection
 
 # Short name → the axis of the mesh.
 SHORT = {"fsdp": "shard", "sp": "sequence", "tp": "tensor", "ddp": "replicate"}

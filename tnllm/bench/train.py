@@ -28,8 +28,9 @@ from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import build_model
 from tnllm.parallel.mesh import Mesh
 from tnllm.training.checkpoint import TrainState
-from tnllm.training.config import DataSection, ParallelSection, RunConfig, ScheduleSection, TrainSection
+from tnllm.training.config import RunConfig
 from tnllm.training.metrics import matmul_rate
+from tnllm.training.sections import DataSection, ParallelSection, ScheduleSection, TrainSection
 from tnllm.training.signals import StopSignals
 from tnllm.training.trainer import Trainer, compute_dtype, make_trainer, train_step
 

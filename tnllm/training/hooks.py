@@ -6,7 +6,7 @@
             hook.act()
 
 To add something that is done every N steps: write `_act(run)` here, add a Hook to `make_hooks`, and give its N a key in
-tnllm/training/config.py.
+tnllm/training/sections.py.
 """
 
 import time

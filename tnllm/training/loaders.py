@@ -26,8 +26,9 @@ from tnllm.errors import UserError
 from tnllm.files import format_count
 from tnllm.progress import corpus_progress, log
 from tnllm.tokenizer import Tokenizer
-from tnllm.training.config import DataSection, DataSource, RunConfig
+from tnllm.training.config import RunConfig
 from tnllm.training.run_model import chat_template
+from tnllm.training.sections import DataSection, DataSource
 
 DEFAULT_SOURCES = (DataSource(path=SAMPLE, weight=None),)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnllm.training.bf16_adamw import Bf16AdamW
-from tnllm.training.config import OptimizerSection
+from tnllm.training.sections import OptimizerSection
 
 
 class Parameters(Protocol):

@@ -18,9 +18,10 @@ from tnllm.modeling.flops import count_parameters
 from tnllm.modeling.lora import add_lora
 from tnllm.modeling.model import build_model
 from tnllm.tokenizer import Tokenizer
-from tnllm.training.config import DataSection, load_recipe
+from tnllm.training.config import load_recipe
 from tnllm.training.loaders import open_tokenizer, planned
 from tnllm.training.run_model import chat_template
+from tnllm.training.sections import DataSection
 from tnllm.training.trackers import check_trackers
 
 

@@ -7,7 +7,7 @@ The horizon is a separate key, so two runs that differ only in length agree step
 
 import math
 
-from tnllm.training.config import ScheduleSection
+from tnllm.training.sections import ScheduleSection
 
 
 def learning_rate(schedule: ScheduleSection, peak: float, step: int) -> float:

@@ -18,8 +18,8 @@ from typing import Any
 
 from tnllm.errors import MissingExtra, Terminated
 from tnllm.files import write_text_atomic
-from tnllm.training.config import LogSection
 from tnllm.training.metrics import METRICS, read_metrics
+from tnllm.training.sections import LogSection
 
 # The identity of this history in the trackers. It moves away with the rows that a resume goes back behind.
 TRACKING = "tracking.json"

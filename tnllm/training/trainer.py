@@ -18,12 +18,13 @@ from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.ranks import Distributed, SingleProcess
 from tnllm.parallel.sequence import shard_sequence
 from tnllm.training.checkpoint import TrainState
-from tnllm.training.config import RunConfig, TrainSection
+from tnllm.training.config import RunConfig
 from tnllm.training.loaders import AnyLoader
 from tnllm.training.loss_spikes import SpikeGuard
 from tnllm.training.optim import clip_and_step, make_optimizer
 from tnllm.training.run_model import fill_shards, make_meta_model, make_model
 from tnllm.training.schedule import learning_rate
+from tnllm.training.sections import TrainSection
 from tnllm.training.signals import StopSignals
 
 if TYPE_CHECKING:
