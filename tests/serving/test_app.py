@@ -363,8 +363,10 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(server, http):
                 refused = http.post("/v1/completions", json={"prompt": ["a"] * 8})
                 assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
                 assert refused.json()["error"]["type"] == "rate_limit_error"
-                # Those of its prompts that were queued before the queue was full leave it at the next step.
-                wait_for(lambda: engine.num_waiting == 6)
+                assert engine.num_waiting == 6, "none of its prompts was queued"
+                never = http.post("/v1/completions", json={"prompt": ["a"] * 9})
+                assert never.status_code == 400 and never.json()["error"]["param"] == "prompt"
+                assert "the request has 9 prompts; the queue of this server holds 8" in never.text
                 small = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
                 assert small.status_code == 200, "there is room for it, in the queue and in the slots"
         wait_for(lambda: engine.num_active == 0 and engine.num_waiting == 0)

@@ -224,12 +224,33 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(ready):
         while engine.slots.free:
             time.sleep(0.001)
         tickets += [engine.submit([5], params) for _ in range(2)]
-        with pytest.raises(Busy, match="2 requests are waiting") as caught:
+        with pytest.raises(Busy, match="2 prompts are waiting, and the queue holds 2: there is no room for 1 more") as caught:
             engine.submit([5], params)
         assert 1 <= caught.value.retry_after_s <= 60 and not caught.value.stopping
         for ticket in tickets:
             ticket.cancel()
     assert engine.metrics.refused == 1
+
+
+def test_the_prompts_of_a_request_are_queued_together(ready):
+    """All of them or none, with one ticket; an event says which prompt it is of."""
+    params = SamplingParams(max_tokens=3, n=2, seed=1)
+    prompts = [[5], [6, 7], [8]]
+    with Engine(ready, num_slots=2, queue_size=3) as engine:
+        with pytest.raises(UserError, match="the request has 4 prompts; the queue of this server holds 3"):
+            engine.submit_all([*prompts, [9]], params)
+        with pytest.raises(UserError, match="token id -1"):
+            engine.submit_all([[5], [-1]], params)
+        events = list(engine.submit_all(prompts, params))
+        assert sorted(event.index for event in events if isinstance(event, PromptRead)) == [0, 1, 2]
+        done = {(event.index, event.sample): event for event in events if isinstance(event, Result)}
+        for index, ids in enumerate(prompts):
+            assert_same([done[index, 0], done[index, 1]], alone(ready, ids, params))
+        endless = engine.submit_all(prompts, SamplingParams(max_tokens=60_000, ignore_eos=True))
+        endless.cancel()
+        with pytest.raises(RunError, match="cancelled"):
+            list(endless)
+        assert engine.num_active == engine.num_waiting == 0 and engine.metrics.cancelled == 1
 
 
 def test_clients_take_turns(ready):

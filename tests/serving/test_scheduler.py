@@ -33,8 +33,12 @@ class Server:
         self.running, self.parked, self.given, self.parks, self.num_slots = [], set(), Counter(), 0, num_slots
 
     def submit(self, *args, **more):
-        job = Job(*args, **more)
-        return job if self.scheduler.submit(job) else None
+        [job] = self.submit_all(1, *args, **more) or [None]
+        return job
+
+    def submit_all(self, prompts, *args, **more):
+        jobs = [Job(*args, **more) for _ in range(prompts)]
+        return jobs if self.scheduler.submit(jobs) else None
 
     def step(self, room=1 << 20):
         self.scheduler.admit()
@@ -78,7 +82,7 @@ def test_one_large_request_leaves_room_for_another_at_once(client):
     """From another address or from the same one, and whether it is one prompt or many."""
     for prompts, samples in ((1, 128), (128, 1)):
         server = Server(32)
-        jobs = [server.submit("greedy", "r", samples, tokens=65_536) for _ in range(prompts)]
+        jobs = server.submit_all(prompts, "greedy", "r", samples, tokens=65_536)
         for _ in range(10):
             server.step()
         assert len(server.running) == 32
@@ -170,6 +174,19 @@ def test_the_queue_has_a_part_for_every_client():
     assert server.scheduler.num_waiting == 12
 
 
+@pytest.mark.parametrize("prompts", [2, 3, 8])
+def test_a_request_is_queued_whole_or_not_at_all(prompts):
+    server = Server(1, queue_size=8)
+    server.submit("greedy", 0)
+    server.step()
+    assert all(server.submit("greedy", number) for number in range(1, 8))
+    before = server.scheduler.jobs
+    assert server.submit_all(prompts, "greedy", "many") is None, "there is room for one"
+    assert server.scheduler.jobs == before and server.scheduler.num_requests == 8
+    assert bool(server.submit_all(prompts, "modest", "many")) == (prompts <= 4), "half of the queue is for another client"
+    assert server.submit("greedy", "last") is None or prompts > 4
+
+
 def test_a_short_prompt_is_read_beside_a_long_one():
     server = Server(4)
     long = server.submit("a", 1, length=10_000)
@@ -191,9 +208,9 @@ def test_whatever_comes_and_goes_every_text_gets_its_tokens(data):
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["submit", "submit", "step", "remove"]))
         if action == "submit":
-            client, request = data.draw(st.sampled_from("abc")), data.draw(st.integers(0, 3))
+            client, prompts = data.draw(st.sampled_from("abc")), data.draw(st.integers(1, 3))
             samples, tokens = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 2 * TURN_TOKENS))
-            alive.append(server.submit(client, (client, request), samples, data.draw(st.integers(1, 300)), tokens))
+            alive += server.submit_all(prompts, client, object(), samples, data.draw(st.integers(1, 300)), tokens)
         elif action == "step":
             for _ in range(data.draw(st.integers(1, 300))):
                 server.step(room=32)

@@ -33,7 +33,7 @@ def command(
     slots: int | None = typer.Option(
         None, min=1, help="Texts decoded together. Default 32 on CPU, 256 on a GPU.", rich_help_panel=_LIMITS
     ),
-    queue: int = typer.Option(512, min=1, help="Requests that may wait; more get 429.", rich_help_panel=_LIMITS),
+    queue: int = typer.Option(512, min=1, help="Prompts that may wait; more get 429.", rich_help_panel=_LIMITS),
     max_prompt_tokens: int = typer.Option(1 << 20, min=1, help="Longest prompt.", rich_help_panel=_LIMITS),
     max_tokens: int = typer.Option(1 << 16, min=1, help="Most tokens of one text.", rich_help_panel=_LIMITS),
     max_body_mib: float = typer.Option(8, min=0.001, help="Largest request body.", rich_help_panel=_LIMITS),

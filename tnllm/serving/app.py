@@ -15,6 +15,7 @@ import logging
 import re
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,7 @@ from tnllm.serving.api import (
     validated,
 )
 from tnllm.serving.bodies import RequestError, shown
-from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket, TooLong
+from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, TooLong
 from tnllm.serving.middleware import JSON, RequestChecks, Settings, encode_json, read_json_body
 from tnllm.serving.openapi import add_openapi, described
 from tnllm.serving.schemas import ChatCompletion, Completion, Health, Model, ModelList
@@ -50,7 +51,7 @@ _LARGE_BODY = 1 << 16
 
 
 class _Submission:
-    """The tickets of one HTTP request, and their events numbered by choice on the event loop's thread."""
+    """One HTTP request in the engine, and its events numbered by choice on the event loop's thread."""
 
     def __init__(
         self,
@@ -70,46 +71,30 @@ class _Submission:
             message = f"model is {shown(body.model)}; this server has {name!r}"
             raise RequestError(message, "model", "model_not_found", 404)
         self._loop, self.body = loop, body
-        self._queue: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
+        self._queue: asyncio.Queue[list[Event]] = asyncio.Queue()
         loaded = engine.loaded
         params = body.params(loaded, engine.max_new_tokens)
         prompts = body.prompts(loaded, engine.max_prompt_tokens)
         check_choices(len(prompts), params.n)
-        for prompt in prompts:
-            try:
-                engine.check(prompt, params)
-            except UserError as error:
-                code = "context_length_exceeded" if isinstance(error, TooLong) else None
-                raise RequestError(str(error), body.text_key, code) from None
         fingerprint = f"fp_{engine.weights[:12]}"
         answer = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
         self.answer: Answer = answer(loaded, name, fingerprint, body, prompts, params)
         echoes = isinstance(body, CompletionRequest) and body.echo and params.logprobs is not None
         self._samples = params.n
-        self._unfinished = len(prompts) * params.n
         try:
-            for index, prompt in enumerate(prompts):
-                deliver = partial(self._deliver, index * params.n)
-                ticket = engine.submit(
-                    prompt, params, client=client, request=self, prompt_logprobs=echoes, deliver=deliver
-                )
-                self._tickets.append(ticket)
-        except UserError:
-            self.cancel()
+            ticket = engine.submit_all(prompts, params, client=client, prompt_logprobs=echoes, deliver=self._deliver)
+        except Busy:
             raise
+        except UserError as error:
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
+            raise RequestError(str(error), body.text_key, code) from None
+        # Releases the slots of what has not ended.
+        self.cancel = ticket.cancel
 
-    def _deliver(self, first_choice: int, events: list[Event]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (first_choice, events))
-        except RuntimeError:
-            # The loop is closed, and the connection with it.
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Release the slots of what has not ended."""
-        for ticket in self._tickets:
-            ticket.cancel()
+    def _deliver(self, events: list[Event]) -> None:
+        # A closed loop has no connections.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, events)
 
     async def cancel_on_disconnect(self, receive: Receive) -> None:
         """Wait until the client has disconnected, then cancel."""
@@ -119,11 +104,12 @@ class _Submission:
 
     async def events(self) -> AsyncIterator[tuple[int, PromptRead | Piece | Result]]:
         """(choice, event) until every choice has ended. Raises UserError if one fails."""
-        while self._unfinished:
-            first_choice, events = await self._queue.get()
-            for event in events:
+        unfinished = self.answer.num_choices
+        while unfinished:
+            for event in await self._queue.get():
                 if isinstance(event, Failed):
                     raise event.error
+                first_choice = event.index * self._samples
                 if isinstance(event, PromptRead):
                     self.answer.cached_tokens += event.cached_tokens
                     for sample in range(self._samples):
@@ -132,7 +118,7 @@ class _Submission:
                 if isinstance(event, Piece):
                     self.answer.completion_tokens += 1
                 else:
-                    self._unfinished -= 1
+                    unfinished -= 1
                 yield first_choice + event.sample, event
 
     async def full_body(self) -> bytes:

@@ -11,13 +11,13 @@ prompts (shared evenly) and decodes a few tokens of every row: no request waits 
 sample depends on its prompt, options and seed alone, so it equals what `generate` gives.
 
 The scheduler divides the slots among clients and requests; a row that loses its slot is parked and continues later. When
-`queue_size` requests wait, `submit` raises Busy with the seconds after which to try again.
+`queue_size` prompts wait, `submit` raises Busy with the seconds after which to try again.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,8 +57,9 @@ class TooLong(UserError):
 
 @dataclass(frozen=True)
 class PromptRead:
-    """The first event of a request: its prompt was read."""
+    """The first event of a prompt: it was read."""
 
+    index: int  # of the prompt
     prompt_tokens: int
     cached_tokens: int  # of these, found in the prefix cache
     logprobs: list[TokenLogprob | None] | None  # of each prompt token, if asked for; the first has none
@@ -78,6 +79,7 @@ class Ticket:
     """A submitted request. Iterate over its events, or pass `submit` a function that receives them."""
 
     def __init__(self, samples: int, deliver: Callable[[list[Event]], None] | None) -> None:
+        """samples: of all its prompts together."""
         self._samples = samples
         self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         self.deliver = deliver or self._events.put
@@ -101,11 +103,11 @@ class Ticket:
 class _Job:
     """A prompt from submission until the last of its rows has ended."""
 
+    index: int  # of the prompt in its request
     ids: list[int]
     params: SamplingParams
-    ticket: Ticket
+    request: Ticket
     client: str
-    request: Hashable
     prompt_logprobs: bool
     submitted: float
     cached: Context | None = None  # of the longest cached prefix
@@ -262,29 +264,43 @@ class Engine:
         params: SamplingParams,
         *,
         client: str = "",
-        request: Hashable = None,
         prompt_logprobs: bool = False,
         deliver: Callable[[list[Event]], None] | None = None,
     ) -> Ticket:
-        """Queue a prompt, from any thread; `deliver` is called on the engine's thread with its events, in order.
+        """`submit_all` of one prompt."""
+        return self.submit_all([ids], params, client=client, prompt_logprobs=prompt_logprobs, deliver=deliver)
 
-        client: clients take turns. request: prompts of one request share it; None: a request of its own.
-        prompt_logprobs: return those of the prompt's tokens too, with the params.logprobs most likely alternatives.
-        Raises UserError for a bad request, Busy if the queue is full or the engine stops.
+    def submit_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        client: str = "",
+        prompt_logprobs: bool = False,
+        deliver: Callable[[list[Event]], None] | None = None,
+    ) -> Ticket:
+        """Queue all prompts or none, from any thread; `deliver` is called on the engine's thread with their events.
+
+        The events of a prompt are in order. client: clients take turns. prompt_logprobs: return those of the prompt's
+        tokens too, with the params.logprobs most likely alternatives. Raises UserError for a bad request, Busy if the
+        queue has no room for all prompts, or the engine stops.
         """
-        self.check(ids, params)
-        ticket = Ticket(params.n, deliver)
-        job = _Job(
-            list(ids), params, ticket, client, ticket if request is None else request, prompt_logprobs,
-            time.monotonic(),
-        )  # fmt: skip
+        for ids in prompts:
+            self.check(ids, params)
+        if len(prompts) > self.queue_size:
+            raise UserError(f"the request has {len(prompts)} prompts; the queue of this server holds {self.queue_size}")
+        ticket, now = Ticket(len(prompts) * params.n, deliver), time.monotonic()
+        jobs = [
+            _Job(index, list(ids), params, ticket, client, prompt_logprobs, now) for index, ids in enumerate(prompts)
+        ]
         with self._wake:
             if self.stopping:
                 raise Busy("the server is shutting down; try another one", 10, stopping=True)
-            if not self.scheduler.submit(job):
+            if not self.scheduler.submit(jobs):
                 self.metrics.refused += 1
                 raise Busy(
-                    f"{self.num_waiting} requests are waiting, the most that this server allows; try again later",
+                    f"{self.num_waiting} prompts are waiting, and the queue holds {self.queue_size}: there is no room for "
+                    f"{len(jobs)} more; try again later",
                     self.metrics.retry_after_s(),
                 )
             self._wake.notify()
@@ -327,10 +343,12 @@ class Engine:
         return True
 
     def _drop_cancelled(self) -> None:
-        for job in [job for job in self.scheduler.jobs if job.ticket.cancelled.is_set()]:
+        jobs = [job for job in self.scheduler.jobs if job.request.cancelled.is_set()]
+        for job in jobs:
             self._drop(job)
+        for ticket in {job.request for job in jobs}:
             self.metrics.cancelled += 1
-            job.ticket.deliver([Failed(RunError("the request was cancelled"))])
+            ticket.deliver([Failed(RunError("the request was cancelled"))])
 
     def _drop(self, job: _Job) -> None:
         """Forget a job and free its slots."""
@@ -418,10 +436,10 @@ class Engine:
         cached = job.cached.num_tokens if job.cached is not None else 0
         self.metrics.cached_tokens += cached
         events: list[Event] = [
-            PromptRead(len(job.ids), cached, job.logprobs if job.prompt_logprobs else None),
+            PromptRead(job.index, len(job.ids), cached, job.logprobs if job.prompt_logprobs else None),
         ]
         samples: list[_Sample] = []
-        for row in start_rows(self.loaded.tokenizer, 0, job.params, len(job.ids), context.tail):
+        for row in start_rows(self.loaded.tokenizer, job.index, job.params, len(job.ids), context.tail):
             if job.params.max_tokens == 0:
                 row.reason = "length"
                 events.append(row.result())
@@ -433,18 +451,18 @@ class Engine:
             self.scheduler.has_read(job, samples)
         if not samples:
             self.metrics.request_s.observe(time.monotonic() - job.submitted)
-        job.ticket.deliver(events)
+        job.request.deliver(events)
 
     def _decode(self) -> None:
         now = time.monotonic()
-        by_job: dict[_Job, list[Event]] = {}
+        by_request: dict[Ticket, list[Event]] = {}
         failed: set[_Job] = set()
         decoded = self.slots.decode(self._ends)
         with self._wake:
             for row, pieces in decoded:
                 sample = self._samples[row]
                 job = sample.job
-                events = by_job.setdefault(job, [])
+                events = by_request.setdefault(job.request, [])
                 if isinstance(pieces, RunError):
                     del self._samples[row]
                     self.metrics.failed += 1
@@ -467,8 +485,8 @@ class Engine:
                 # Its other samples end, too.
                 self._drop(job)
         self.metrics.step_s.observe(time.monotonic() - now)
-        for job, events in by_job.items():
-            job.ticket.deliver(events)
+        for ticket, events in by_request.items():
+            ticket.deliver(events)
 
     def _fail_all(self, error: UserError) -> None:
         with self._wake:
@@ -478,5 +496,5 @@ class Engine:
                 self.scheduler.remove(job)
         self._samples.clear()
         self.slots.rows.clear()
-        for job in jobs:
-            job.ticket.deliver([Failed(error)])
+        for ticket in {job.request for job in jobs}:
+            ticket.deliver([Failed(error)])

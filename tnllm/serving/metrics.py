@@ -90,7 +90,7 @@ class Metrics:
         """What a prometheus_client registry asks of a collector."""
         now = self._snapshot()
         for name, help, value in (
-            ("requests_waiting", "Requests in the queue.", now.requests_waiting),
+            ("requests_waiting", "Prompts in the queue.", now.requests_waiting),
             ("requests_active", "Prompts being read and samples being decoded.", now.requests_active),
             ("slots", "Samples that can be decoded together.", now.slots),
             ("slots_free", "Free slots.", now.slots_free),

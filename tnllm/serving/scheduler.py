@@ -1,7 +1,7 @@
 """Whose prompt is read and whose sample is decoded next: the engine's decisions as a value that knows no model.
 
     scheduler = Scheduler(num_slots=32, queue_size=512, max_parked=1000)
-    scheduler.submit(job)                            # False if the queue is full
+    scheduler.submit([job])                          # the prompts of a request; False if the queue has no room
     for job in scheduler.admit(): ...                # start to read these prompts
     for job, tokens in scheduler.shares(128): ...    # read so many tokens of each
     scheduler.has_read(job, samples)                 # its samples want slots
@@ -30,10 +30,14 @@ class Job(Protocol):
     """A prompt and what is asked of it."""
 
     client: str
-    request: Hashable  # the prompts of one request share it
     ids: list[int]
     done: int  # how many of them have been read
     cache_at: int  # a pass ends here, so that the context may be cached
+
+    @property
+    def request(self) -> Hashable:
+        """What the prompts of one request share."""
+        ...
 
     @property
     def num_samples(self) -> int: ...
@@ -133,18 +137,21 @@ class Scheduler(Generic[J, S]):
         """Prompts that are being read, and samples of those that were."""
         return len(self.reading) + len(self._job_of)
 
-    def submit(self, job: J) -> bool:
-        """Queue a prompt. Returns False if the queue is full, of which every client may have an even part."""
-        client = self._clients.get(job.client)
+    def submit(self, jobs: Sequence[J]) -> bool:
+        """Queue the prompts of a new request. Returns False, and queues none, if there is no room for all of them.
+
+        Every client may have an even part of the queue, even if others have filled it.
+        """
+        first, client = jobs[0], self._clients.get(jobs[0].client)
         part = self.queue_size // (len(self._clients) + (client is None))
-        if self.num_waiting >= self.queue_size and (client.num_waiting if client else 0) >= part:
+        own = client.num_waiting if client else 0
+        if self.num_waiting + len(jobs) > self.queue_size and own + len(jobs) > part:
             return False
         if client is None:
-            client = self._clients[job.client] = _Client(job.client, _start(self._clients.values()))
-        if job.request not in client.requests:
-            client.requests[job.request] = _Request(job.request, client, _start(client.requests.values()))
-        self._request_of[job] = client.requests[job.request]
-        self._request_of[job].waiting.append(job)
+            client = self._clients[first.client] = _Client(first.client, _start(self._clients.values()))
+        request = _Request(first.request, client, _start(client.requests.values()), deque(jobs))
+        client.requests[first.request] = request
+        self._request_of.update(dict.fromkeys(jobs, request))
         self._changed = True
         return True
 
