@@ -183,7 +183,9 @@ def test_a_request_is_queued_whole_or_not_at_all(prompts):
     before = server.scheduler.jobs
     assert server.submit_all(prompts, "greedy", "many") is None, "there is room for one"
     assert server.scheduler.jobs == before and server.scheduler.num_requests == 8
-    assert bool(server.submit_all(prompts, "modest", "many")) == (prompts <= 4), "half of the queue is for another client"
+    assert bool(server.submit_all(prompts, "modest", "many")) == (prompts <= 4), (
+        "half of the queue is for another client"
+    )
     assert server.submit("greedy", "last") is None or prompts > 4
 
 

@@ -23,7 +23,7 @@ from tnllm.tokenizer import Tokenizer
 FinishReason = Literal["stop", "length", "eos"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token and its log-probability under the model, before any sampling option."""
 
@@ -33,7 +33,7 @@ class TokenLogprob:
     top: tuple["TokenLogprob", ...] = ()  # the most likely ones, in descending order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One generated token."""
 

@@ -47,6 +47,8 @@ _Prompt = Annotated[
     ),
 ]
 _Int = BeforeValidator(bodies.whole)
+# Log-probabilities of one answer, and tokens of prompts that it repeats. So many take a few hundred MB for a while.
+MAX_SIZE = 1 << 20
 
 
 class StreamOptions(BaseModel):
@@ -136,7 +138,7 @@ class _Request(BaseModel):
             # The default is not what a request asked for, so it gives way to the server's limit.
             given.setdefault("max_tokens", min(most_tokens, loaded.params().max_tokens))
             if given["max_tokens"] > most_tokens:
-                message = f"max_tokens is {given['max_tokens']}; this server gives at most {most_tokens}"
+                message = f"max_tokens is {shown(given['max_tokens'])}; this server gives at most {most_tokens}"
                 raise RequestError(message, "max_tokens")
         return loaded.params(**given)
 
@@ -310,9 +312,11 @@ class Answer:
 
     @property
     def is_large(self) -> bool:
-        """Whether it has so many log-probabilities that writing it takes seconds."""
-        prompt_tokens = self.prompt_tokens * self._params.n if getattr(self._request, "echo", False) else 0
-        return self._params.logprobs is not None and prompt_tokens + self.completion_tokens > 20_000
+        """Whether it has so many log-probabilities that writing it takes long."""
+        if self._params.logprobs is None:
+            return False
+        tokens = _echoed(self._request, self._prompts, self._params) + self.completion_tokens
+        return tokens * (self._params.logprobs + 1) > 20_000
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
@@ -482,8 +486,20 @@ class ChatAnswer(Answer):
         return {"content": content, "refusal": None}
 
 
-def check_choices(num_prompts: int, n: int) -> None:
-    """Raise RequestError for more choices than one request may have."""
-    if num_prompts * n > MAX_SAMPLES:
-        message = f"{num_prompts} prompts times n = {n} are {num_prompts * n} choices; at most {MAX_SAMPLES}"
-        raise RequestError(message, "n" if n > 1 else "prompt")
+def check_size(request: "_Request", prompts: list[list[int]], params: SamplingParams) -> None:
+    """Raise RequestError for more choices, log-probabilities or repeated tokens than one answer may have."""
+    choices, echoed = len(prompts) * params.n, _echoed(request, prompts, params)
+    if choices > MAX_SAMPLES:
+        message = f"{len(prompts)} prompts times n = {params.n} are {choices} choices; at most {MAX_SAMPLES}"
+        raise RequestError(message, "n" if params.n > 1 else "prompt")
+    if echoed > MAX_SIZE:
+        raise RequestError(f"echo would repeat {echoed} tokens (prompts times n); at most {MAX_SIZE}", "echo")
+    scored = (echoed + choices * params.max_tokens) * (0 if params.logprobs is None else params.logprobs + 1)
+    if scored > MAX_SIZE:
+        message = f"the answer may have {scored} log-probabilities (its tokens times logprobs + 1); at most {MAX_SIZE}"
+        raise RequestError(message, "logprobs")
+
+
+def _echoed(request: "_Request", prompts: list[list[int]], params: SamplingParams) -> int:
+    """Tokens of prompts in the answer."""
+    return params.n * sum(map(len, prompts)) if isinstance(request, CompletionRequest) and request.echo else 0

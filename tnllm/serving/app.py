@@ -24,7 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from tnllm import __version__, assets
 from tnllm.errors import RunError, UserError
@@ -35,7 +35,7 @@ from tnllm.serving.api import (
     ChatRequest,
     CompletionRequest,
     TextAnswer,
-    check_choices,
+    check_size,
     error_body,
     validated,
 )
@@ -75,7 +75,7 @@ class _Submission:
         loaded = engine.loaded
         params = body.params(loaded, engine.max_new_tokens)
         prompts = body.prompts(loaded, engine.max_prompt_tokens)
-        check_choices(len(prompts), params.n)
+        check_size(body, prompts, params)
         fingerprint = f"fp_{engine.weights[:12]}"
         answer = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
         self.answer: Answer = answer(loaded, name, fingerprint, body, prompts, params)
@@ -216,7 +216,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSON(error_body("the server has a bug; its log says more", "server_error"), 500)
 
 
-def make_app(engine: Engine, settings: Settings) -> ASGIApp:
+def make_app(engine: Engine, settings: Settings) -> FastAPI:
     """The application. The caller starts and stops the engine."""
     app = FastAPI(
         title="tnllm", version=__version__, docs_url=None, redoc_url=None, default_response_class=JSON,
@@ -290,7 +290,8 @@ def make_app(engine: Engine, settings: Settings) -> ASGIApp:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
     add_openapi(app, engine, settings.name)
-    return RequestChecks(app, settings)
+    app.add_middleware(RequestChecks, settings=settings)
+    return app
 
 
 def _content_policy(page: str) -> str:

@@ -9,6 +9,7 @@ Everything here may hold the interpreter for as long as a body of the largest si
 thread than its event loop's, and the bounds come before the work.
 """
 
+import codecs
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ def shown(value: Any) -> str:
 
 def read(content: bytes, most_tokens: int | None = None) -> dict[str, Any]:
     """The object that a body holds; `most_tokens` is that of a prompt. Raises RequestError."""
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if b"\0" in content[:4]:
+        # JSON begins with two ASCII characters, and escapes this byte.
+        raise RequestError("the body is UTF-16 or UTF-32; send it in UTF-8", code="invalid_json")
     parts, commas = _count(content)
     if parts > MAX_PARTS:
         message = f"the body has {parts} or more strings, arrays and objects; at most {MAX_PARTS}"
@@ -257,7 +262,7 @@ def _rule(schema: dict[str, Any]) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is None:
         return f"{kind} above {schema['exclusiveMinimum']:g}, up to {high:g}"
-    return f"{kind}, {low} or more" if high is None else f"{kind}, {low:g} to {high:g}"
+    return f"{kind}, {low} or more" if high is None else f"{kind}, {low} to {high}"
 
 
 def whole(value: Any) -> Any:

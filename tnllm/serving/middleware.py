@@ -1,6 +1,6 @@
 """Checks in front of every route, Host and API key, and of every body: its type, size and time.
 
-app = RequestChecks(app, Settings(name="demo", api_key="secret"))
+app.add_middleware(RequestChecks, settings=Settings(name="demo", api_key="secret"))
 
 Refusals have OpenAI's error shape.
 """
@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tnllm.serving.api import error_body
-from tnllm.serving.bodies import RequestError
+from tnllm.serving.bodies import RequestError, shown
 
 _OPEN_PATHS = ("/", "/health")
 _BODY_SECONDS = 30.0
@@ -60,6 +60,7 @@ class RequestChecks:
     """The application behind the checks."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        """A fault here or behind it is answered by the application that it is added to."""
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,29 +87,23 @@ class RequestChecks:
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-
-        async def safe_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
-            await send(message)
-
-        async def refuse(status: int, message: str, code: str | None = None, **more: str) -> None:
-            kind = "authentication_error" if status == 401 else "invalid_request_error"
-            response = JSON(error_body(message, kind, code), status, {key.replace("_", "-"): more[key] for key in more})
-            await response(scope, receive, safe_send)
-
-        if not self._host_allowed(headers.get(b"host"), scope["http_version"]):
+        host, path = headers.get(b"host"), scope["path"]
+        if absolute := re.match(r"https?://([^/]*)", path, re.IGNORECASE):
+            # As to a proxy; what it names precedes the Host header (RFC 9112, 3.2.2).
+            host, path = absolute[1].encode(), path[absolute.end() :] or "/"
+        if not self._host_allowed(host, scope["http_version"]):
             message = "this Host is not served here; open the server by the address it printed, or start it with "
-            await refuse(403, message + "--allowed-host NAME")
+            refusal = JSON(error_body(message + "--allowed-host NAME", "invalid_request_error"), 403)
+            await refusal(scope, receive, send)
             return
-        if scope["path"] not in _OPEN_PATHS and not self._key_is_right(headers.get(b"authorization", b"")):
-            await refuse(401, "a wrong or missing API key; send it as 'Authorization: Bearer KEY'", "invalid_api_key",
-                         WWW_Authenticate="Bearer")  # fmt: skip
+        if path not in _OPEN_PATHS and not self._key_is_right(headers.get(b"authorization", b"")):
+            message = "a wrong or missing API key; send it as 'Authorization: Bearer KEY'"
+            body = error_body(message, "authentication_error", "invalid_api_key")
+            await JSON(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
-        if scope["method"] == "HEAD":
-            # The same headers; the server leaves the body out.
-            scope = {**scope, "method": "GET"}
-        await self._app(scope, receive, safe_send)
+        # HEAD has the headers of GET; the server leaves the body out.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self._app({**scope, "path": path, "method": method}, receive, send)
 
     def _host_allowed(self, host: bytes | None, http_version: str) -> bool:
         hosts = self._settings.hosts
@@ -147,6 +142,10 @@ async def read_json_body(request: Request, limit: int) -> bytes:
     # A web page elsewhere may send any other type without a CORS preflight.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise RequestError("the body must be JSON; send it with 'Content-Type: application/json'", status=415)
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        message = f"Content-Encoding is {shown(encoding)}; send the body as it is, without one"
+        raise RequestError(message, status=415, headers={"Accept-Encoding": "identity"})
     declared = request.headers.get("content-length", "0")
     body = None
     if not declared.isdigit() or (len(declared) < 19 and int(declared) <= limit):

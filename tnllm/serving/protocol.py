@@ -15,7 +15,7 @@ from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tnllm.serving.api import error_body
@@ -29,6 +29,8 @@ HURRIED_SECONDS, _FEW = 1.0, 64
 IDLE_SECONDS = 5
 # Until a client that does not read has to take what it was sent.
 READ_SECONDS = 60.0
+# Bytes of later requests that are read while one is answered.
+MOST_AHEAD = 1 << 18
 # Probes are answered under any load.
 _EXEMPT = ("/health",)
 
@@ -85,6 +87,12 @@ class Protocol(H11Protocol):
             self._stop_waiting()
         else:
             self._await_headers()
+        if self.flow.read_paused and self.conn.their_state is h11.DONE and not self.transport.is_closing():
+            # Only while it reads does the server notice that a client has left; uvicorn stops at a later request.
+            if len(self.conn.trailing_data[0]) > MOST_AHEAD:
+                self.transport.abort()
+            else:
+                self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -134,29 +142,16 @@ class Protocol(H11Protocol):
         self.transport.close()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application within the limits; a fault in it has our form even if it is in no route."""
+        """The application within the limits."""
         is_exempt = scope["path"] in _EXEMPT
         refusal = None if is_exempt else self.limits.refusal(self._address)
         if refusal is not None:
             body = error_body(f"{refusal}, the most this server allows; try again later", "server_overloaded")
             await JSON(body, 503, {"Retry-After": "1", "Connection": "close"})(scope, receive, send)
             return
-        has_started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal has_started
-            has_started = True
-            await send(message)
-
         self.limits.busy[self._address] += not is_exempt
         try:
-            await self._application(scope, receive, watched)
-        except Exception:
-            if not has_started:
-                body = error_body("the server has a bug; its log says more", "server_error")
-                await JSON(body, 500, {"Connection": "close"})(scope, receive, send)
-            # uvicorn logs it.
-            raise
+            await self._application(scope, receive, send)
         finally:
             self.limits.busy[self._address] -= not is_exempt
             self.limits.busy += Counter()  # forgets addresses without requests
@@ -171,6 +166,7 @@ def server_config(app: ASGIApp, max_requests: int, max_requests_per_address: int
         ws="none",
         access_log=False,
         server_header=False,
+        headers=[("X-Content-Type-Options", "nosniff")],
         timeout_keep_alive=IDLE_SECONDS,
         **more,
     )
