@@ -274,7 +274,7 @@ def test_a_batch_can_go_to_a_pipe(run, tmp_path):
     with ThreadPoolExecutor() as pool:
         reading = pool.submit(read)
         assert run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "pipe")[0] == 0
-        reading.result(timeout=30)
+        reading.result(timeout=300)
     assert len(rows) == 5
 
 

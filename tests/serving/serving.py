@@ -11,6 +11,14 @@ from tnllm.serving.engine import Engine
 from tnllm.serving.protocol import server_config
 
 
+def wait_for(condition, seconds=300):
+    """Until it holds; the limit is there so that a fault ends the test, and no machine is as slow."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
 @contextmanager
 def running(ready, settings, max_requests=800, max_requests_per_address=600, **engine_options):
     """Yield (address, engine)."""
@@ -19,8 +27,7 @@ def running(ready, settings, max_requests=800, max_requests_per_address=600, **e
         server = uvicorn.Server(server_config(app, max_requests, max_requests_per_address, port=0, log_level="error"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
-        while not server.started:
-            time.sleep(0.005)
+        wait_for(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
         try:
             yield f"http://127.0.0.1:{port}", engine

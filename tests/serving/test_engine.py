@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from tests.serving.serving import wait_for
 from tests.small_models import make_ready, small_model
 from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.generation import slots
@@ -118,18 +119,22 @@ def test_a_request_for_every_slot_does_not_keep_them(ready, client):
     large = SamplingParams(max_tokens=60_000, seed=1, n=8, ignore_eos=True)
     with Engine(ready, num_slots=4) as engine:
         ticket = engine.submit([5, 6], large, client="greedy", deliver=lambda events: order.append("large"))
-        while engine.slots.free:
-            time.sleep(0.001)
-        small = engine.submit([7], SamplingParams(max_tokens=9, seed=2), client=client)
+        wait_for(lambda: not engine.slots.free)
         order.append("submitted")
-        [result] = results(small)
-        between = order[order.index("submitted") :]
+        small = []
+
+        def deliver(events):
+            order.append("small")
+            small.extend(events)
+
+        engine.submit([7], SamplingParams(max_tokens=9, seed=2), client=client, deliver=deliver)
+        wait_for(lambda: small and isinstance(small[-1], Result))
+        between = order[order.index("submitted") : len(order) - order[::-1].index("small")]
         assert len(between) < 1 + 9 + 15, "it waited for the large one"
         assert engine.metrics.parks >= 1
-        while engine.slots.free:
-            time.sleep(0.001)
+        wait_for(lambda: not engine.slots.free)
         ticket.cancel()
-    assert result.tokens == alone(ready, [7], SamplingParams(max_tokens=9, seed=2))[0].tokens
+    assert small[-1].tokens == alone(ready, [7], SamplingParams(max_tokens=9, seed=2))[0].tokens
 
 
 class PlainStep:
@@ -186,8 +191,7 @@ def test_a_long_prompt_stalls_no_other_request(ready):
     params = SamplingParams(max_tokens=300, seed=1, ignore_eos=True)
     with Engine(ready, num_slots=4, prefill_tokens=64, cache_bytes=0) as engine:
         engine.submit(ready.encode("The"), params, deliver=lambda events: order.extend(["run"] * len(events)))
-        while order.count("run") < 3:
-            time.sleep(0.001)
+        wait_for(lambda: order.count("run") >= 3)
         engine.submit(long, SamplingParams(max_tokens=1), deliver=lambda _: order.append("long"))
         engine.submit(ready.encode("A fox"), SamplingParams(max_tokens=1), deliver=lambda _: order.append("short"))
     start, end = 0, order.index("long")
@@ -221,10 +225,11 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(ready):
     params = SamplingParams(max_tokens=60_000, ignore_eos=True)
     with Engine(ready, num_slots=1, queue_size=2) as engine:
         tickets = [engine.submit([5], params)]
-        while engine.slots.free:
-            time.sleep(0.001)
+        wait_for(lambda: not engine.slots.free)
         tickets += [engine.submit([5], params) for _ in range(2)]
-        with pytest.raises(Busy, match="2 prompts are waiting, and the queue holds 2: there is no room for 1 more") as caught:
+        with pytest.raises(
+            Busy, match="2 prompts are waiting, and the queue holds 2: there is no room for 1 more"
+        ) as caught:
             engine.submit([5], params)
         assert 1 <= caught.value.retry_after_s <= 60 and not caught.value.stopping
         for ticket in tickets:
