@@ -7,6 +7,9 @@ from tnllm.generation.loading import LoadedModel
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model
 
+# Each kind of state: constant, growing, and both.
+KINDS = [{}, {"kind": "transformer"}, {"softmax_every": 2, "qk_norm": True}]
+
 
 def small_model(dtype=torch.float32, vocab_size=352, **more):
     """Linear weights are larger than at the start of training, so that every part of the model moves the logits.

@@ -31,9 +31,14 @@ def sharpen(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+both = pytest.mark.parametrize("model", [{}, {"softmax_every": 2}], ids=["linear", "hybrid"], indirect=True)
+
+
 @pytest.fixture
-def model(hf_code):
-    return sharpen(hf_code.TnllmForCausalLM(hf_code.TnllmConfig(**to_hf_config(CONFIG))))
+def model(hf_code, request):
+    """Linear attention alone, or what a test decorated with `both` changes."""
+    config = CONFIG.model_copy(update=getattr(request, "param", {}))
+    return sharpen(hf_code.TnllmForCausalLM(hf_code.TnllmConfig(**to_hf_config(config))))
 
 
 def text(*shape: int) -> torch.Tensor:
@@ -148,6 +153,7 @@ RESTARTS = torch.cat([torch.arange(b - a) for a, b in zip([0, *ENDS], ENDS, stri
 TEXTS = torch.searchsorted(torch.tensor(ENDS), torch.arange(90), right=True)[None]
 
 
+@both
 @pytest.mark.parametrize(
     "said",
     [
@@ -171,6 +177,7 @@ def test_packed_texts_do_not_see_each_other(model, said):
         assert packed.past_key_values.position.tolist() == [19]
 
 
+@both
 def test_packed_rows_of_a_padded_batch(model):
     """Texts of 3 and 4 tokens behind padding, and of 5 and 2 before it; their gradients are those of the texts alone."""
     tokens = text(2, 8)
@@ -189,6 +196,7 @@ def test_packed_rows_of_a_padded_batch(model):
         torch.testing.assert_close(grad, parameter.grad, atol=1e-3, rtol=1e-4)
 
 
+@both
 @pytest.mark.parametrize(
     ("mask", "positions"),
     [
@@ -239,6 +247,7 @@ def test_rows_that_are_refused(model, arguments, message):
         model(**{"input_ids": text(1, 4), **arguments})
 
 
+@both
 def test_one_column_with_a_state(model):
     tokens = text(1, 6)
     with torch.no_grad():
@@ -258,6 +267,7 @@ def test_one_column_with_a_state(model):
 # --- generate
 
 
+@both
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_generate_pads_either_side(model, side, use_cache):
@@ -279,6 +289,7 @@ def test_generate_with_an_empty_prompt(model):
     assert torch.equal(model.generate(**GREEDY), model.generate(torch.tensor([[1]]), **GREEDY))
 
 
+@both
 def test_generate_goes_on_from_a_state(model):
     tokens = text(2, 4)
     whole = model.generate(tokens, **{**GREEDY, "max_new_tokens": 6})
@@ -297,6 +308,7 @@ def test_generate_goes_on_from_a_state(model):
         model.generate(tokens, past_key_values=DynamicCache(), **GREEDY)
 
 
+@both
 def test_generate_goes_on_from_longer_embeddings(model):
     tokens = text(1, 4)
     embed = model.get_input_embeddings()
@@ -335,7 +347,11 @@ def test_generate_with_a_tuned_prompt(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "padded", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [("plain", {}), ("padded", {}), ("packed", {}), ("packed", {"softmax_every": 2})],
+    indirect=["model"],
+)
 def test_compile_and_export_make_one_graph(model, kind):
     tokens = text(2, 70)
     said = {
@@ -357,6 +373,7 @@ def test_compile_and_export_make_one_graph(model, kind):
         close(program.module()(tokens, **said, use_cache=False).logits, eager.logits)
 
 
+@both
 def test_recomputed_activations_change_no_gradient(model):
     tokens = text(2, 9)
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])

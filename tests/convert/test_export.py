@@ -188,6 +188,9 @@ def hub_pair(hf_code, **changes):
         {"norm": "layernorm", "position": "lrpe", "activation": "relu"},
         {"decay_slopes": "linear", "position": "decay", "tie_embeddings": False, "num_heads": 4},
         {"position": "ape", "max_position": 64, "glu_activation": "silu", "decay_temperature": False},
+        {"softmax_every": 2},
+        {"softmax_every": 3, "qk_norm": True, "norm": "rmsnorm", "rope_base": 500.0},
+        {"softmax_every": 1, "qk_norm": True},
     ],
     ids=str,
 )
@@ -203,8 +206,9 @@ def test_the_exported_class_is_our_model(hf_code, changes):
     assert torch.allclose(more.logits[:, 0], ours.step(tokens[:, 0], state), atol=1e-5, rtol=1e-5)
 
 
-def test_padding_on_either_side_and_in_between(hf_code):
-    _, model = hub_pair(hf_code)
+@pytest.mark.parametrize("every", [0, 2])
+def test_padding_on_either_side_and_in_between(hf_code, every):
+    _, model = hub_pair(hf_code, softmax_every=every)
     tokens = torch.randint(1, 97, (3, 9))
     masks = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 1, 1, 1, 1]])
     more = torch.randint(1, 97, (3, 4))
@@ -223,8 +227,9 @@ def test_padding_on_either_side_and_in_between(hf_code):
             model(tokens, attention_mask=masks[:, :5])
 
 
-def test_training_gives_our_gradients(hf_code):
-    ours, theirs = hub_pair(hf_code)
+@pytest.mark.parametrize("every", [0, 2])
+def test_training_gives_our_gradients(hf_code, every):
+    ours, theirs = hub_pair(hf_code, softmax_every=every)
     ours.requires_grad_(True)
     tokens = torch.randint(97, (2, 17))
     labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)

@@ -171,8 +171,6 @@ def edited(path, change):
         (lambda t, m: m.update(tail="{}"), "not a short list"),
         (lambda t, m: m.update(tail="[1"), "JSONDecodeError"),
         (lambda t, m: m.update(tail="[" * 100_000), "RecursionError"),
-        (lambda t, m: m.update(rows_dim="1"), "rows_dim is 1"),
-        (lambda t, m: m.update(rows_dim="x"), "ValueError"),
     ],
 )
 def test_a_damaged_state_is_refused_in_one_line(tmp_path, model, change, fault):
@@ -194,7 +192,7 @@ def test_a_key_value_cache_of_another_length_is_refused(tmp_path):
     save_context(path, context, "x")
     same(load_context(path, model, "x"), context, atol=0)
     edited(path, lambda tensors, _: tensors.update({"layers.0": tensors["layers.0"][:, :, :2].clone()}))
-    with pytest.raises(RunError, match=r"layers.0 is torch.float32 \[2, 1, 2, .*, not torch.float32 \[2, 1, "):
+    with pytest.raises(RunError, match=r"layers.0 is torch.float32 \[1, 2, 2, .*, not torch.float32 \[1, 2, "):
         load_context(path, model, "x")
 
 

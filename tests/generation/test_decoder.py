@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from tests.small_models import small_model
+from tests.small_models import KINDS, small_model
 from tnllm.errors import RunError, UserError
 from tnllm.generation import slots
 from tnllm.generation.context import load_context, read, save_context, weights_hash
 from tnllm.generation.decoder import Piece, Result, generate, generate_text
 from tnllm.generation.sampler import SamplingParams
+from tnllm.modeling.cache import is_cache
 
 PROMPTS = ["The quick brown fox", "今天天气", "a", "The lazy dog and the cat.\n" * 8]
 FREE = {"ignore_eos": True}
@@ -34,9 +35,9 @@ def one(model, tokenizer, prompt, params, **more) -> Result:
     return results(model, tokenizer, [prompt], params, **more)[0, 0]
 
 
-@pytest.mark.parametrize("kind", ["transnormer", "transformer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_the_full_forward(tokenizer, kind):
-    model = small_model(kind=kind)
+    model = small_model(**kind)
     prompt = tokenizer.encode(PROMPTS[0])
     tokens = one(model, tokenizer, prompt, SamplingParams(temperature=0, max_tokens=40, **FREE)).tokens
     logits = model(torch.tensor([prompt + tokens]))[0][0, len(prompt) - 1 : -1, : tokenizer.vocab_size]
@@ -146,9 +147,9 @@ def test_without_a_seed_each_run_is_new_and_can_be_repeated(model, tokenizer):
     assert one(model, tokenizer, "The", SamplingParams(max_tokens=20, seed=first.seed, **FREE)).tokens == first.tokens
 
 
-@pytest.mark.parametrize("kind", ["transnormer", "transformer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_continuing_a_saved_context_equals_never_stopping(tmp_path, tokenizer, kind):
-    model = small_model(kind=kind)
+    model = small_model(**kind)
     weights = weights_hash(model)
     penalized = {"seed": 3, "repetition_penalty": 1.2, "temperature": 0.9, **FREE}
     whole = one(model, tokenizer, PROMPTS[1], SamplingParams(max_tokens=40, **penalized))
@@ -163,6 +164,19 @@ def test_continuing_a_saved_context_equals_never_stopping(tmp_path, tokenizer, k
         context, prompt = load_context(tmp_path / f"{index}.state", model, weights), ""
     assert tokens == whole.tokens
     assert text == whole.text
+
+
+def test_a_context_holds_nothing_of_the_rows_beside_it(tokenizer):
+    """A row of a long text, beside it and before it in the same slot, leaves no keys or values in what is kept."""
+    model = small_model(softmax_every=2)
+    params = [SamplingParams(max_tokens=tokens, seed=1, **FREE) for tokens in (90, 4)]
+    rows = results(model, tokenizer, [PROMPTS[0], "The"], params, keep_contexts=True)
+    short = rows[1, 0].context
+    [alone] = read(model, [tokenizer.encode("The") + rows[1, 0].tokens])
+    assert short.state.layers[1].shape == (1, 2, short.num_tokens, 4, 16)
+    for kept, own in zip(short.state.layers, alone.state.layers, strict=True):
+        own = own[:, :, : short.num_tokens] if is_cache(own) else own
+        torch.testing.assert_close(kept, own, atol=1e-4, rtol=1e-4)
 
 
 def test_one_context_answers_many_questions(model, tokenizer):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small_models import make_ready, small_model
+from tests.small_models import KINDS, make_ready, small_model
 from tnllm.cleaning.score import score_texts
 from tnllm.errors import RunError, UserError
 from tnllm.evaluation.perplexity import perplexity
@@ -32,11 +32,11 @@ def directly(model, request):
     return logprobs.numpy(), logits.argmax(-1).tolist() == request.continuation
 
 
-@pytest.mark.parametrize("kind", ["transnormer", "transformer"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize(("tokens", "rows"), [(4096, None), (64, None), (17, 2), (4096, 1)])
 def test_equals_the_definition_in_float64(kind, share, tokens, rows):
-    model, requests = small_model(torch.float64, kind=kind), make_requests()
+    model, requests = small_model(torch.float64, **kind), make_requests()
     scorer = Scorer(model, share, tokens, rows)
     scores = {score.index: score for score in scorer.score(requests)}
     assert sorted(scores) == list(range(len(requests)))

@@ -1,11 +1,16 @@
 """Presets have the published sizes; bad choices name themselves."""
 
+import json
+
 import pytest
+import torch
 
 from tnllm.errors import UserError
+from tnllm.modeling.cache import is_cache, resized
 from tnllm.modeling.config import PRESETS, get_preset
 from tnllm.modeling.flops import count_parameters, flops_per_token, state_bytes
 from tnllm.modeling.model import build_model
+from tnllm.modeling.weights import config_json
 
 # Released checkpoints, counted from their files.
 RELEASED = {
@@ -68,6 +73,8 @@ def test_ablation_checkpoint_size():
         {"tie_embeddings": False},
         {"kind": "transformer"},
         {"kind": "transformer", "norm": "rmsnorm"},
+        {"softmax_every": 3},
+        {"softmax_every": 1, "qk_norm": True, "gate": "low-rank"},
     ],
 )
 def test_formula_counts_every_choice(choice):
@@ -85,6 +92,26 @@ def test_flops_and_state_do_not_grow_with_length():
     assert state_bytes(baseline, 2000) == 2 * state_bytes(baseline, 1000)
 
 
+@pytest.mark.parametrize(("every", "layers"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2]), (5, [4])])
+def test_layers_of_a_hybrid(every, layers):
+    config = get_preset("tiny", num_layers=5, softmax_every=every)
+    assert [layer for layer in range(5) if config.is_softmax(layer)] == layers
+    assert config.num_softmax == len(layers)
+    state = build_model(config).init_state(1)
+    assert [layer for layer, values in enumerate(state.layers) if is_cache(values)] == layers
+    state.layers = [resized(values, 100) if is_cache(values) else values for values in state.layers]
+    assert state.nbytes == state_bytes(config, 100, cache_itemsize=4)
+
+
+def test_files_of_models_without_softmax_layers_do_not_know_the_key():
+    config = get_preset("tiny")
+    assert "softmax_every" not in json.loads(config_json(config, torch.float32))["model"]
+    # The hash is that of version 0.1, so state files stay valid.
+    assert "softmax_every" not in config.model_dump_json(exclude=config.unset)
+    hybrid = get_preset("tiny", softmax_every=2)
+    assert json.loads(config_json(hybrid, torch.float32))["model"]["softmax_every"] == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -93,6 +120,11 @@ def test_flops_and_state_do_not_grow_with_length():
         ({"num_heads": 7}, "model_dim 1024 must be a multiple of num_heads 7"),
         ({"gate": "half"}, "model.gate is 'half'"),
         ({"kind": "transformer", "gate": "none"}, "gate does not apply to kind transformer"),
+        ({"num_layers": 4, "softmax_every": 5}, "softmax_every 5 is more than num_layers 4, so no layer"),
+        ({"softmax_every": -1}, "model.softmax_every is -1"),
+        ({"softmax_every": 2, "kind": "transformer"}, "softmax_every does not apply to kind transformer"),
+        ({"qk_norm": True}, "qk_norm does not apply to kind transnormer without softmax_every"),
+        ({"model_dim": 24, "softmax_every": 2}, "rotary positions need an even head width, not 3"),
         ({"pad_token_id": 64_000}, "pad_token_id 64000 must be below vocab_size 64000"),
     ],
 )

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tnllm.errors import RunError, UserError
 from tnllm.modeling import load_model
 from tnllm.modeling.config import LoraConfig, get_preset
+from tnllm.modeling.flops import lora_parameters
 from tnllm.modeling.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -38,19 +39,24 @@ def trained():
     return model
 
 
-@pytest.mark.parametrize("choices", [{}, {"gate": "low-rank", "gate_dim": 4}, {"kind": "transformer"}], ids=str)
+@pytest.mark.parametrize(
+    "choices", [{}, {"gate": "low-rank", "gate_dim": 4}, {"kind": "transformer"}, {"softmax_every": 2}], ids=str
+)
 def test_nothing_changes_at_first_and_only_adapters_learn(choices):
     model = build(**choices)
     before, _ = model(TOKENS)
     add_lora(model, LoraConfig(rank=4))
     assert torch.equal(model(TOKENS)[0], before)
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    fused = "qkvu_proj" if choices == {} else "qkv_proj"
-    assert {name.split(".", 2)[2] for name in learned} == {
-        f"{part}.lora_{matrix}.weight"
-        for part in (f"token_mixer.{fused}", "token_mixer.out_proj", *(f"channel_mixer.l{i}" for i in (1, 2, 3)))
-        for matrix in "AB"
+    fused = (
+        ["qkvu_proj"] if choices == {} else ["qkvu_proj", "qkv_proj"] if "softmax_every" in choices else ["qkv_proj"]
+    )
+    assert {name.split(".", 3)[3] for name in learned} == {
+        f"{part}.lora_{matrix}.weight" for part in (*fused, "out_proj", "l1", "l2", "l3") for matrix in "AB"
     }
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == lora_parameters(
+        model.config, LoraConfig(rank=4)
+    )
     model.loss(TOKENS, TOKENS).backward()
     for layer in lora_layers(model).values():
         assert layer.weight.grad is None and layer.lora_B.weight.grad.abs().max() > 0

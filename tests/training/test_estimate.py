@@ -90,6 +90,13 @@ def test_activations_of_the_baseline() -> None:
     assert activation_bytes(config, ROWS * LENGTH, 4) == pytest.approx(kept_bytes(config), rel=0.08)
 
 
+def test_activations_of_a_hybrid() -> None:
+    """Two layers of four: the mean of none and all."""
+    configs = [get_preset("tiny", position="decay", softmax_every=every) for every in (0, 2, 1)]
+    none, half, full = (activation_bytes(config, ROWS * LENGTH, 4) for config in configs)
+    assert 2 * half == none + full and full < none
+
+
 def test_recomputation_keeps_one_residual_for_each_block() -> None:
     config = get_preset("tiny")
     # Not kept during the forward pass but counted: the one block that is recomputed in full in the backward pass.

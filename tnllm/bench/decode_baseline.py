@@ -27,7 +27,7 @@ def filled_cache(model: LanguageModel, batch: int, context: int) -> Tensor:
 def cache_of(state: State) -> Tensor:
     """The cache out of a model's state whose rows all have the same length, with room for one more token."""
     length = int(state.position[0])
-    layers = torch.stack([layer[:, :, :length].transpose(2, 3) for layer in state.layers])
+    layers = torch.stack([layer[:, :, :length].transpose(0, 1).transpose(2, 3) for layer in state.layers])
     return F.pad(layers, (0, 0, 0, 1))
 
 

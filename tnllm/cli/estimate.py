@@ -83,7 +83,7 @@ def _print(recipe: str, answer: dict[str, Any]) -> None:
         f"Computed, not measured; to fit, {answer['reserve']:.0%} of a card stays free for what is not counted.",
     )
     per_s = answer["tokens_per_s"]
-    grows = f" at {answer['seq_len']} tokens" if answer["kind"] == "transformer" else ", at any length"
+    grows = f" at {answer['seq_len']} tokens" if answer["softmax_layers"] else ", at any length"
     time = "give --tokens-per-s, or --gpu and --mfu"
     if per_s is not None:
         time = f"{format_duration(answer['days'] * 86400)} at {format_count(per_s)} tokens/s"

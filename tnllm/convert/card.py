@@ -63,6 +63,7 @@ Written by tnllm $version. `sha256sum -c SHA256SUMS` checks the files.
 _TRANSNORMER = (
     "A TransNormerLLM: linear attention with a recurrent state of constant size, whatever the length of the text."
 )
+_HYBRID = " {softmax} of its {layers} layers have softmax attention and a key-value cache instead, which grows with the text."
 _TRANSFORMER = """A Transformer with softmax attention and rotary positions: the baseline that TransNormerLLM is compared
 with. The folder is that of a {family} model, so it loads with transformers' own code:"""
 _CODE = f"""
@@ -87,6 +88,9 @@ def model_card(
     """
     config = source.config
     linear = config.kind == "transnormer"
+    what = _TRANSNORMER if linear else _TRANSFORMER.format(family="Qwen3" if config.qk_norm else "Llama")
+    if linear and config.num_softmax:
+        what += _HYBRID.format(softmax=config.num_softmax, layers=config.num_layers)
     rows = {
         "parameters": f"{source.num_parameters:,} ({format_count(source.num_parameters)})",
         "layers, width, heads, GLU width": f"{config.num_layers}, {config.model_dim}, {config.num_heads}, {config.glu_dim}",
@@ -101,7 +105,7 @@ def model_card(
         licence=licence or "other",
         tags="tags: [transnormer, linear-attention, lightning-attention]\n" if linear else "",
         name=source.folder.resolve().name,
-        what=_TRANSNORMER if linear else _TRANSFORMER.format(family="Qwen3" if config.qk_norm else "Llama"),
+        what=what,
         example=_example(tokenizer, own_code=linear),
         code=_CODE if linear else "",
         table="".join(f"| {key} | {value} |\n" for key, value in rows.items()),

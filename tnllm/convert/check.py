@@ -106,6 +106,8 @@ def _mix(config: ModelConfig, layer: int, y: Tensor, read: Read, gap: Tensor) ->
     def project(z: Tensor, name: str) -> Tensor:
         return z @ read(f"{prefix}.{name}.weight").float().T
 
+    if config.is_softmax(layer):
+        return project(_softmax(config, prefix, project(y, "qkv_proj"), read, gap), "out_proj")
     gate = torch.ones(())
     if config.gate == "full":
         q, k, v, gate = project(y, "qkvu_proj").split(width, -1)
@@ -129,6 +131,20 @@ def _mix(config: ModelConfig, layer: int, y: Tensor, read: Read, gap: Tensor) ->
         o = _norm(config, read, f"{prefix}.norm", o)
     o = project(o, "out_proj")
     return _norm(config, read, f"{prefix}.norm", o) if config.norm_position == "output" else o
+
+
+def _softmax(config: ModelConfig, prefix: str, qkv: Tensor, read: Read, gap: Tensor) -> Tensor:
+    """Softmax attention [P, T, M] of projected q, k, v [P, T, 3M]; a position turns complex numbers of two channels."""
+    q, k, v = (z.unflatten(-1, (config.num_heads, config.head_dim)).transpose(1, 2) for z in qkv.chunk(3, -1))
+    if config.qk_norm:
+        rms = lambda z: z / (z.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()  # noqa: E731
+        q = rms(q) * read(f"{prefix}.query_norm.weight").float()
+        k = rms(k) * read(f"{prefix}.key_norm.weight").float()
+    angles = config.rope_base ** (torch.arange(0, -config.head_dim, -2) / config.head_dim)
+    turn = torch.polar(torch.ones(()), gap[:, :1] * angles)
+    q, k = (torch.complex(*z.chunk(2, -1)) * turn for z in (q, k))
+    scores = (q @ k.mH).real / math.sqrt(config.head_dim)
+    return (scores.masked_fill(gap < 0, -math.inf).softmax(-1) @ v).transpose(1, 2).flatten(-2)
 
 
 def _embed(config: ModelConfig, read: Read, tokens: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ CODE = {
     "tnllm.convert.hf_code.rows": "rows.py",
     "tnllm.convert.hf_code.operators": "operators.py",
     "tnllm.modeling.attention": "attention.py",
+    "tnllm.modeling.transformer": "transformer.py",
+    "tnllm.modeling.cache": "cache.py",
     "tnllm.modeling.layers": "layers.py",
     "tnllm.modeling.decay": "decay.py",
     "tnllm.kernels.lightning_attention.chunk": "lightning_attention_chunk.py",
@@ -44,8 +46,8 @@ CODE = {
     "tnllm.kernels.lightning_attention.kernels": "lightning_attention_kernels.py",
     "tnllm.kernels.lightning_attention.step": "lightning_attention_step.py",
 }
-# Modules of registered operators: the folder's `operators.py` has the same functions.
-OPERATORS = ("gated_attention", "glu", "lightning_attention", "lrpe", "srms_norm")
+# Modules of registered operators, and of what knows packed rows: the folder's `operators.py` has the same functions.
+OPERATORS = ("gated_attention", "glu", "lightning_attention", "lrpe", "srms_norm", "softmax_attention")
 # Versions of transformers the exported code was tested with.
 TRANSFORMERS_TESTED = "4.51 to 5.24"
 AUTO_MAP = {
@@ -63,7 +65,9 @@ def code_files() -> dict[str, str]:
         text = _with_definitions(_source(module))
         for other, target in CODE.items():
             text = re.sub(rf"from {re.escape(other)} import", f"from .{target.removesuffix('.py')} import", text)
-        text = re.sub(rf"from tnllm\.kernels\.({'|'.join(OPERATORS)}) import", "from .operators import", text)
+        text = re.sub(
+            rf"from tnllm\.(?:kernels|modeling)\.({'|'.join(OPERATORS)}) import", "from .operators import", text
+        )
         text = text.replace(
             "from tnllm.modeling.config import ModelConfig",
             "from .configuration_tnllm import TnllmConfig as ModelConfig",

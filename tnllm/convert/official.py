@@ -95,6 +95,7 @@ def to_official_config(config: ModelConfig, generation: dict[str, Any], dtype: t
     v3 = config.version == "v3"
     fixed = {
         "kind": "transnormer",
+        "softmax_every": 0,
         "decay_slopes": "geometric",
         "decay_temperature": True,
         "glu_activation": "none",

@@ -208,13 +208,12 @@ def _compare(
 ) -> tuple[float, float, float]:
     """Absolute and relative difference of the logits, and the limit of the relative one; appends to `notes`."""
     config = source.config
-    reference = check.reference_logits if config.kind == "transnormer" else check.block_logits
-    before = reference(config, source.read, progress)
+    before = check.reference_logits(config, source.read, progress)
     if plan.rounds and plan.quantizer is None:
         # Rounding moves the logits by more than the limit, so the result is compared with the rounded source.
         dtypes = {name: outputs[0].dtype for name, outputs in plan.by_name.items()}
         exact = before
-        before = reference(config, lambda name: source.read(name).to(dtypes[name]), progress)
+        before = check.reference_logits(config, lambda name: source.read(name).to(dtypes[name]), progress)
         moved, share = check.compare(exact, before)
         notes.append(f"rounding to {plan.dtype} moves the logits by up to {moved:.2e}, {share:.2e} of the largest")
     read: Callable[[str], Tensor]

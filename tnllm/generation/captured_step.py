@@ -25,7 +25,7 @@ def can_capture(model: LanguageModel, num_steps: int) -> bool:
     Learned positions need a check on the host.
     """
     config = model.config
-    fixed = config.kind == "transnormer" and config.position != "ape"
+    fixed = not config.num_softmax and config.position != "ape"
     return model.device.type == "cuda" and fixed and num_steps >= MIN_STEPS
 
 

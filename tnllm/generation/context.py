@@ -25,6 +25,7 @@ from torch import Tensor
 from tnllm.errors import RunError, UserError
 from tnllm.files import write_bytes_atomic
 from tnllm.generation.text import TAIL_TOKENS
+from tnllm.modeling.cache import is_cache
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
@@ -132,7 +133,7 @@ def after_reading(prompt: Sequence[int], before: Context | None, state: State, l
 
 def weights_hash(model: LanguageModel) -> str:
     """SHA-256 (hex) over the model's config and every weight in its dtype: only an equal model may use a saved state."""
-    digest = hashlib.sha256(model.config.model_dump_json().encode())
+    digest = hashlib.sha256(model.config.model_dump_json(exclude=model.config.unset).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -151,7 +152,6 @@ def save_context(path: Path | str, context: Context, weights: str, messages: str
     metadata = {
         "format": _FORMAT,
         "weights": weights,
-        "rows_dim": str(state.rows_dim),
         "num_tokens": str(context.num_tokens),
         "tail": json.dumps(context.tail),
         "sha256": _digest(tensors),
@@ -191,21 +191,17 @@ def load_context(path: Path | str, model: LanguageModel, weights: str) -> Contex
         )
     try:
         tensors = load_file(path)
-        rows_dim, tail = int(metadata["rows_dim"]), json.loads(metadata["tail"])
+        tail = json.loads(metadata["tail"])
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise RunError(f"state file {path} is damaged ({type(error).__name__}: {error}); write it again") from None
-    for fault in _faults(tensors, rows_dim, tail, metadata, model):
+    for fault in _faults(tensors, tail, metadata, model):
         raise RunError(f"state file {path} is damaged: {fault}; write it again")
     tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     layers = [tensors[f"layers.{index}"] for index in range(model.config.num_layers)]
-    return Context(
-        State(layers, tensors["position"], rows_dim), tensors["logits"], tensors["seen"].view(torch.bool), tuple(tail)
-    )
+    return Context(State(layers, tensors["position"]), tensors["logits"], tensors["seen"].view(torch.bool), tuple(tail))
 
 
-def _faults(
-    tensors: dict[str, Tensor], rows_dim: int, tail: Any, metadata: dict[str, str], model: LanguageModel
-) -> Iterator[str]:
+def _faults(tensors: dict[str, Tensor], tail: Any, metadata: dict[str, str], model: LanguageModel) -> Iterator[str]:
     """What contradicts a context of `model`, in words. Each check relies on those before it."""
     vocab_size, fresh = model.config.vocab_size, model.init_state(1)
     wanted = {f"layers.{index}": layer for index, layer in enumerate(fresh.layers)}
@@ -217,13 +213,12 @@ def _faults(
     if tensors.keys() != wanted.keys():
         names = sorted(tensors.keys() ^ wanted.keys())
         yield f"it lacks tensors of this model or holds others ({', '.join(names[:4])}{' ...' if names[4:] else ''})"
-    if rows_dim != fresh.rows_dim:
-        yield f"rows_dim is {rows_dim}, not {fresh.rows_dim}"
-    # A key-value cache is as long as its text; a recurrent state has one shape.
-    lengths = {layer.shape[2] for name, layer in tensors.items() if name in wanted and rows_dim and layer.ndim > 2}
+    # All caches are as long as the text, or a little longer; a recurrent state has one shape.
+    caches = {name for name, tensor in wanted.items() if is_cache(tensor)}
+    lengths = {tensors[name].shape[2] for name in caches if is_cache(tensors[name])}
     for name, tensor in wanted.items():
         shape, given = list(tensor.shape), tensors[name]
-        if rows_dim and name.startswith("layers."):
+        if name in caches:
             shape[2] = max(lengths, default=0)
         if list(given.shape) != shape or given.dtype != tensor.dtype:
             yield f"{name} is {given.dtype} {list(given.shape)}, not {tensor.dtype} {shape}"

@@ -24,6 +24,7 @@ from torch import Tensor
 from tnllm.errors import RunError, UserError
 from tnllm.generation.prefix_tree import Node, PrefixTree, Request
 from tnllm.generation.sampler import log_probabilities
+from tnllm.modeling.flops import state_bytes
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
@@ -185,11 +186,9 @@ class Scorer:
     def _rows(self, requests: Sequence[Request]) -> int:
         """How many nodes one pass may hold, by the size of a state."""
         model = self.model
-        row_bytes = model.init_state(1).nbytes
-        if model.config.kind == "transformer":
-            longest = max(len(request.context) + len(request.continuation) for request in requests)
-            row_bytes = 2 * model.config.num_layers * model.config.model_dim * longest * model.head_weight.itemsize
-        rows = max(1, _STATE_BYTES[model.device.type] // max(row_bytes, 1))
+        longest = max(len(request.context) + len(request.continuation) for request in requests)
+        row_bytes = state_bytes(model.config, longest, model.head_weight.itemsize)
+        rows = max(1, _STATE_BYTES[model.device.type] // row_bytes)
         return min(rows, self.batch_rows or rows)
 
     def _passes(self, tree: PrefixTree, max_rows: int) -> Iterator[tuple[int, _Pending | None]]:

@@ -95,10 +95,7 @@ class Slots:
 
     @torch.no_grad()
     def join(self, row: Row, parked: Parked) -> None:
-        """Put a row into a free slot, where it continues from a copy of `parked`.
-
-        The softmax baseline's rows must all join before the first step: its cache is cut to the active rows.
-        """
+        """Put a row into a free slot, where it continues from a copy of `parked`."""
         self._catch_up()
         slot, context = len(self.rows), parked.context
         assert slot < self._state.batch
@@ -135,6 +132,9 @@ class Slots:
                 tensor[slot].copy_(tensor[last])
             self.rows[slot] = self.rows[last]
         self.rows.pop()
+        if not self.rows and self._state.grows:
+            # One long text has made every slot's cache as long.
+            self._state = self._model.init_state(self.num_slots)
         self._options = self._latest = None
 
     @torch.no_grad()
@@ -226,13 +226,9 @@ class Slots:
         return None if size is None else self._steps[size]
 
     def _first(self, count: int) -> State:
-        """The state of the first rows: a view of slots; a cache, which a step may replace by a larger one, is cut."""
-        state = self._state
-        if state.rows_dim == 0:
-            return State([layer[:count] for layer in state.layers], state.position[:count])
-        if count < state.batch:
-            self._state = state.select(range(count))
-        return self._state
+        """The state of the first rows, with room for their next tokens: a view."""
+        self._state.reserve(count)
+        return self._state.first(count)
 
     def _context(self, row: Row) -> Context:
         slot = self.rows.index(row)

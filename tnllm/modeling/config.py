@@ -32,6 +32,12 @@ class ModelConfig(BaseModel):
     num_layers: int = Field(24, ge=1, le=2048, description="Blocks (token mixer + channel mixer).")
     model_dim: int = Field(1024, ge=1, le=2**20, description="Width of the residual stream.")
     num_heads: int = Field(8, ge=1, le=2**16, description="Attention heads; each is model_dim / num_heads wide.")
+    softmax_every: int = Field(
+        0,
+        ge=0,
+        le=2048,
+        description="Every Nth layer has the baseline's attention and key-value cache; 0: none, 1: all.",
+    )
     glu_dim: int = Field(2816, ge=1, le=2**22, description="Inner width of the channel mixer.")
     position: Literal["mix", "lrpe-d", "lrpe", "decay", "ape"] = Field(
         "mix",
@@ -64,9 +70,10 @@ class ModelConfig(BaseModel):
     init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     pad_token_id: int | None = Field(0, ge=0, description="Its embedding row starts at zero.")
     max_position: int = Field(2048, ge=1, le=2**31, description="Rows of the learned positions, for position=ape.")
-    rope_base: float = Field(10_000.0, gt=0, description="Base of the baseline's rotary positions.")
+    rope_base: float = Field(10_000.0, gt=0, description="Base of softmax attention's rotary positions.")
     qk_norm: bool = Field(
-        False, description="RMSNorm with a weight on the baseline's queries and keys, a head at a time, before rotary."
+        False,
+        description="RMSNorm with a weight on softmax attention's queries and keys, a head at a time, before rotary.",
     )
 
     @model_validator(mode="after")
@@ -75,11 +82,16 @@ class ModelConfig(BaseModel):
             raise ValueError(f"model_dim {self.model_dim} must be a multiple of num_heads {self.num_heads}")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} must be below vocab_size {self.vocab_size}")
-        if self.qk_norm and self.kind != "transformer":
-            raise ValueError(f"qk_norm does not apply to kind {self.kind}; remove it")
+        if self.softmax_every > self.num_layers:
+            raise ValueError(
+                f"softmax_every {self.softmax_every} is more than num_layers {self.num_layers}, so no layer would have "
+                "softmax attention; lower it, or 0 for none"
+            )
+        if self.qk_norm and not self.num_softmax:
+            raise ValueError(f"qk_norm does not apply to kind {self.kind} without softmax_every; remove it")
+        if self.num_softmax and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
         if self.kind == "transformer":
-            if self.head_dim % 2:
-                raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
             changed = [key for key in LINEAR_ONLY if getattr(self, key) != type(self).model_fields[key].default]
             if changed:
                 raise ValueError(f"{', '.join(changed)} does not apply to kind transformer; remove it")
@@ -97,9 +109,25 @@ class ModelConfig(BaseModel):
             return "v3"
         return "v1" if self.scale_embedding else "v2"
 
+    @property
+    def num_softmax(self) -> int:
+        """Number of layers with softmax attention, whose state grows with the length."""
+        if self.kind == "transformer":
+            return self.num_layers
+        return self.num_layers // self.softmax_every if self.softmax_every else 0
+
+    @property
+    def unset(self) -> set[str]:
+        """Keys that files leave out: those of models without softmax layers stay what they were before the key."""
+        return set() if self.softmax_every else {"softmax_every"}
+
+    def is_softmax(self, layer: int) -> bool:
+        """Whether this layer has softmax attention: with softmax_every N the layers N - 1, 2 N - 1, ..."""
+        return self.kind == "transformer" or (self.softmax_every > 0 and (layer + 1) % self.softmax_every == 0)
+
     def uses_lrpe(self, layer: int) -> bool:
         """Whether LRPE applies in this layer; it doubles the key width there."""
-        if self.kind == "transformer":
+        if self.is_softmax(layer):
             return False
         return self.position in ("lrpe-d", "lrpe") or (self.position == "mix" and layer == 0)
 
@@ -122,6 +150,7 @@ class LoraConfig(BaseModel):
 
 # Keys that do not apply to the softmax baseline.
 LINEAR_ONLY = (
+    "softmax_every",
     "position",
     "decay_slopes",
     "decay_temperature",

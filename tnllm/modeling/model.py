@@ -1,4 +1,4 @@
-"""The language model: TransNormerLLM and, behind the same interface, the softmax baseline.
+"""The language model: TransNormerLLM, hybrids of it and, behind the same interface, the softmax baseline.
 
     model = build_model(get_preset("385m"), device="cuda", dtype=torch.bfloat16, seed=0)
     logits, state = model(tokens)                # tokens [B, T] int64 → logits [B, T, V] fp32
@@ -25,7 +25,7 @@ from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.layers import LRPE, ResidualBlock, make_norm
 from tnllm.modeling.packing import packed_index
 from tnllm.modeling.state import State
-from tnllm.modeling.transformer import SoftmaxAttention, grow
+from tnllm.modeling.transformer import SoftmaxAttention, make_mixer
 
 
 class Block(ResidualBlock):
@@ -34,9 +34,7 @@ class Block(ResidualBlock):
     token_mixer: GatedLinearAttention | SoftmaxAttention
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(
-            config, GatedLinearAttention(config, layer) if config.kind == "transnormer" else SoftmaxAttention(config)
-        )
+        super().__init__(config, make_mixer(config, layer))
         self.selective = False  # selective activation checkpointing: save the results of matrix products only
 
     def forward(
@@ -146,8 +144,7 @@ class LanguageModel(nn.Module):
         """The state before any token, for `batch` rows."""
         device = torch.device(device) if device is not None else self.device
         layers = [block.token_mixer.new_state(batch, device) for block in self.blocks]
-        rows_dim = 0 if self.config.kind == "transnormer" else 1
-        return State(layers, torch.zeros(batch, dtype=torch.int64, device=device), rows_dim)
+        return State(layers, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
@@ -204,7 +201,7 @@ class LanguageModel(nn.Module):
         lengths = tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
         self._check_length(state.position + lengths)
         x, layers = self._run(tokens, state.layers, state.position, cu_seqlens)
-        return x, State(layers, state.position + lengths, state.rows_dim)  # type: ignore[arg-type]
+        return x, State(layers, state.position + lengths)  # type: ignore[arg-type]
 
     def _check_length(self, end: Tensor) -> None:
         """Only learned absolute positions bound the length."""
@@ -232,9 +229,7 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """One token for each row: tokens [B] int64 → logits [B, V] fp32. `state` is updated in place."""
-        if self.config.kind == "transformer":
-            needed = int(state.position.max()) + 1
-            state.layers = [grow(layer, needed) for layer in state.layers]
+        state.reserve()
         self._check_length(state.position + 1)
         x = self._embed(tokens, state.position)
         for block, layer in zip(self.blocks, state.layers, strict=True):

@@ -49,7 +49,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None
         "model_type": "tnllm",
         "tnllm_version": __version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "model": config.model_dump(),
+        "model": config.model_dump(exclude=config.unset),
     }
     if lora is not None:
         values["lora"] = lora.model_dump()

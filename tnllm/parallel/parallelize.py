@@ -177,10 +177,10 @@ def parallelize(
 
 def split_rows(model: LanguageModel, mesh: Mesh) -> None:
     """Make every attention of `model` work on one slice of a row per rank, with the state passed between ranks."""
-    if model.config.kind != "transnormer":
+    if model.config.num_softmax:
         raise UserError(
             f"parallel.sequence is {mesh.sizes['sequence']}, but softmax attention has no state to pass on; "
-            "set parallel.sequence=1 for model.kind transformer"
+            "set parallel.sequence=1 for model.kind transformer and model.softmax_every"
         )
     arguments: dict[str, Any] = {
         "rank": mesh.index["sequence"],

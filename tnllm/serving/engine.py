@@ -30,6 +30,7 @@ from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result, Row, TokenLogprob, start_rows, token_logprob
 from tnllm.generation.scoring import score_tokens
 from tnllm.generation.slots import Parked, Slots
+from tnllm.modeling.flops import state_bytes
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
 from tnllm.serving.metrics import Metrics, Snapshot
@@ -41,6 +42,8 @@ from tnllm.serving.scheduler import Scheduler
 PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
 # Host memory for the states of rows that lost their slots: 1,500 rows of the demo model, 150 of the 385M.
 _PARKED_BYTES = 2 << 30
+# Of a parked sample of a model with key-value caches, to count how many fit.
+_CACHE_TOKENS = 4096
 
 
 class Busy(UserError):
@@ -151,11 +154,6 @@ class Engine:
         served.
         """
         model = loaded.model
-        if model.config.kind != "transnormer":
-            raise UserError(
-                f"model.kind is {model.config.kind!r}; serving needs 'transnormer', whose state has a fixed size: "
-                "use tnllm generate"
-            )
         self.loaded, self.num_slots, self.queue_size = loaded, num_slots, queue_size
         self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS[model.device.type]
@@ -166,7 +164,7 @@ class Engine:
         self.metrics = Metrics(self._snapshot)
         self._ends = frozenset(loaded.eos_ids)
         self._wake = threading.Condition()
-        row_bytes = self.slots.nbytes // num_slots
+        row_bytes = self.slots.nbytes // num_slots + state_bytes(model.config, _CACHE_TOKENS)
         # Used only while holding `_wake`.
         self.scheduler: Scheduler[_Job, _Sample] = Scheduler(
             num_slots, queue_size, max(num_slots, _PARKED_BYTES // row_bytes)

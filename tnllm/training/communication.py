@@ -45,8 +45,9 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
     tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
     ring = 2 * (parallel.tensor - 1) / parallel.tensor
     per_block = (4 + repeats) * item * model.model_dim
-    if model.kind == "transnormer":
-        per_block += (2 + repeats) * 4 * (2 if model.norm == "layernorm" else 1)
+    # The norm over heads; no softmax layer has one.
+    linear = 1 - model.num_softmax / model.num_layers
+    per_block += linear * (2 + repeats) * 4 * (2 if model.norm == "layernorm" else 1)
     ends = 2 * 4 * model.model_dim + 3 * 4
     rows = train.micro_batch_size if config.data.packing == "concat" else 1
     states = sum(4 * model.model_dim * model.key_dim(layer) for layer in range(model.num_layers)) / parallel.tensor

@@ -137,10 +137,10 @@ class RunConfig(Section):
             size, value = self.parallel.tensor, getattr(self.model, key)
             if value % size:
                 raise ValueError(f"parallel.tensor is {size}; it must divide model.{key} {value}")
-        if self.parallel.sequence > 1 and self.model.kind == "transformer":
+        if self.parallel.sequence > 1 and self.model.num_softmax:
             raise ValueError(
                 f"parallel.sequence is {self.parallel.sequence}, but softmax attention has no state to pass on; "
-                "set parallel.sequence=1 for model.kind transformer"
+                "set parallel.sequence=1 for model.kind transformer and model.softmax_every"
             )
         if self.data.seq_len % self.parallel.sequence:
             raise ValueError(

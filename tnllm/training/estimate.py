@@ -135,19 +135,20 @@ def activation_bytes(
     """
     M, L = model.model_dim, model.num_layers
     layers = [_block_numbers(model, layer, tensor) for layer in range(L)]
-    norms = 4 * (3 if model.kind == "transnormer" else 2)
+    norms = [4 * (2 if model.is_softmax(layer) else 3) for layer in range(L)]
     final = M * itemsize + 4
     if checkpointing != "none":
-        kept = M if checkpointing == "full" else _kept_products(model, tensor)
-        again = (max(layers) - kept) * itemsize + norms + (M * itemsize if checkpointing == "full" else 0)
-        return round(num_tokens * (L * kept * itemsize + again + final))
-    return round(num_tokens * (sum(layers) * itemsize + L * norms + final))
+        kept = [M if checkpointing == "full" else _kept_products(model, layer, tensor) for layer in range(L)]
+        again = max((block - own) * itemsize + norm for block, own, norm in zip(layers, kept, norms, strict=True))
+        again += M * itemsize if checkpointing == "full" else 0
+        return round(num_tokens * (sum(kept) * itemsize + again + final))
+    return round(num_tokens * (sum(layers) * itemsize + sum(norms) + final))
 
 
-def _kept_products(model: ModelConfig, tensor: int) -> float:
+def _kept_products(model: ModelConfig, layer: int, tensor: int) -> float:
     """Numbers saved for each token by one block under selective checkpointing; see `activation_bytes`."""
     M, shared = model.model_dim, 3 * model.model_dim + 2 * model.glu_dim
-    if model.kind == "transformer":
+    if model.is_softmax(layer):
         shared += M  # attention's output: softmax attention is not recomputed
     elif model.gate != "none":
         shared += M + (model.gate_dim if model.gate == "low-rank" else 0)
@@ -158,7 +159,7 @@ def _block_numbers(model: ModelConfig, layer: int, tensor: int) -> float:
     """Numbers saved for each token by one block; see `activation_bytes`."""
     M, F = model.model_dim, model.glu_dim
     glu = F * (3 if model.glu_activation == "none" else 4)
-    if model.kind == "transformer":
+    if model.is_softmax(layer):
         return 4 * M + (6 * M + glu) / tensor
     mixer = 7 * M
     mixer += {"full": 2 * M, "low-rank": 2 * M + 2 * model.gate_dim, "none": 0}[model.gate]
@@ -259,6 +260,7 @@ def estimate(
         sizes = {f"{memory_gib:g} GiB": memory_gib}
     return {
         "kind": config.model.kind,
+        "softmax_layers": config.model.num_softmax,
         "parameters": cost.parameters,
         "ranks": config.world_size,
         "rows_per_pass": config.train.micro_batch_size,

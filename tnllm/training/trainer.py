@@ -93,7 +93,7 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
 
     def loss_sum(batch: Batch) -> Tensor:
         # Each empty sequence costs softmax attention kernel blocks.
-        batch = (batch.trimmed() if config.model.kind == "transformer" else batch).to(device)
+        batch = (batch.trimmed() if config.model.num_softmax else batch).to(device)
         inputs = (batch.tokens, batch.labels, batch.cu_seqlens)
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             if mesh is None:

@@ -24,6 +24,10 @@ class TnllmConfig(PretrainedConfig):
 
     head_dim = ModelConfig.head_dim
 
+    num_softmax = ModelConfig.num_softmax
+
+    is_softmax = ModelConfig.is_softmax
+
     uses_lrpe = ModelConfig.uses_lrpe
 
     key_dim = ModelConfig.key_dim

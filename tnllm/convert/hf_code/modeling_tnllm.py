@@ -4,8 +4,9 @@
     model.generate(**tokenizer(["Once upon", "In the end it"], padding=True, return_tensors="pt"))
 
 `past_key_values` (from transformers 5.24 on also called `cache`) is a `TnllmState`: one fp32 matrix per head and layer,
-whose size does not depend on the length. Padding on either side never enters it. Several texts may lie in one row: see
-`rows.py`. An argument that is neither used here nor empty is refused by name.
+whose size does not depend on the length; a layer of softmax attention, if there is one, has a key-value cache instead.
+Padding on either side never enters a text. Several texts may lie in one row: see `rows.py`. An argument that is neither
+used here nor empty is refused by name.
 
 Papers: TransNormerLLM (arXiv 2307.14995), Lightning Attention-2 (arXiv 2401.04658), TNL (arXiv 2405.17381).
 """
@@ -22,10 +23,18 @@ from transformers.modeling_outputs import (
 )
 
 from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
-from tnllm.convert.hf_code.rows import continued_positions, find_rows, last_real, packed_starts, padding_mask
+from tnllm.convert.hf_code.rows import (
+    continued_positions,
+    find_rows,
+    last_real,
+    packed_starts,
+    padding_mask,
+    softmax_mask,
+)
 from tnllm.convert.hf_code.state import TnllmState, own_state
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.layers import LRPE, ResidualBlock, make_norm
+from tnllm.modeling.transformer import make_mixer
 
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,7 +62,7 @@ class TnllmBlock(GradientCheckpointingLayer, ResidualBlock):
     """Pre-norm residual block: token mixer, then channel mixer."""
 
     def __init__(self, config: TnllmConfig, layer: int) -> None:
-        super().__init__(config, GatedLinearAttention(config, layer))
+        super().__init__(config, make_mixer(config, layer))
 
 
 class TnllmPreTrainedModel(PreTrainedModel):
@@ -110,9 +119,9 @@ class TnllmModel(TnllmPreTrainedModel):
 
     def init_state(self, batch: int, device: torch.device) -> TnllmState:
         """Return the zero state."""
-        mixers: list[GatedLinearAttention] = [block.token_mixer for block in self.layers]  # type: ignore[misc]
-        layers = [mixer.new_state(batch, device) for mixer in mixers]
-        return TnllmState(layers, torch.zeros(batch, dtype=torch.int64, device=device))
+        layers = [block.token_mixer.new_state(batch, device) for block in self.layers]  # type: ignore[operator, union-attr]
+        visible = torch.zeros(batch, 0, dtype=torch.bool, device=device) if self.config.num_softmax else None
+        return TnllmState(layers, torch.zeros(batch, dtype=torch.int64, device=device), 0, visible)
 
     def forward(
         self,
@@ -164,16 +173,21 @@ class TnllmModel(TnllmPreTrainedModel):
             x = x * self.config.model_dim**0.5
         if self.config.position == "ape":
             x = x + self.embed_positions(positions)
+        mask = visible = None
+        if self.config.num_softmax and (state is not None or rows is not None):
+            before = rows.keep[:, :0] if state is None else state.visible
+            mask, visible = softmax_mask(rows, before, columns)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: list[Tensor] = []
         for index, block in enumerate(self.layers):
             if wanted:
                 hidden_states.append(x)
-            x, after = block(x, positions, None if state is None else state.layers[index], rows)
+            between = mask if self.config.is_softmax(index) else rows
+            x, after = block(x, positions, None if state is None else state.layers[index], between)
             if state is not None:
                 state.layers[index] = after
         if state is not None:
-            state.position, state.length = end, state.length + columns
+            state.position, state.length, state.visible = end, state.length + columns, visible
         x = self.final_norm(x)
         if keep is not None:
             # So that a caller who takes the last column goes on from the row's last token, whichever side is padded.

@@ -16,6 +16,7 @@ from tnllm.kernels.glu import glu_product_reference
 from tnllm.kernels.lightning_attention.chunk import chunk_backward, chunk_forward, chunk_step
 from tnllm.kernels.lrpe import lrpe_reference
 from tnllm.kernels.srms_norm import srms_norm_reference
+from tnllm.modeling.cache import attend_cache
 
 try:
     from tnllm.kernels.lightning_attention.launch import triton_backward, triton_forward
@@ -143,6 +144,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rows: Rows | None
 def gated_attention(qkvu: Tensor, log_decay: Tensor, eps: float, rows: Rows | None = None) -> Tensor:
     """SRMSNorm(attention(silu(q), silu(k), v)) * u, [B, T, 4M] → [B, T, M]."""
     return gated_attention_reference(qkvu, log_decay, eps, rows, attend)  # type: ignore[arg-type]
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cache: Tensor | None = None,
+    mask: Tensor | None = None,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """q, k, v [B, T, H, d], rotated → o [B, T, H, d], and the cache [B, 2, S, H, d] with these columns appended.
+
+    `mask` [B, T, S + T]: the columns that each one attends to; None: causal, without a cache.
+    """
+    new = torch.stack([k, v], dim=1)
+    if mask is None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
+    both = new if cache is None else torch.cat([cache, new.to(cache.dtype)], dim=2)
+    return attend_cache(q, both, mask), None if cache is None else both
 
 
 def glu_product(ab: Tensor, silu: bool = False) -> Tensor:

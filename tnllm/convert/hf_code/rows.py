@@ -190,6 +190,27 @@ def find_rows(
     return Rows(keep, text), positions.clamp(min=0), positions[:, -1] + 1
 
 
+def softmax_mask(rows: Rows | None, visible: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """For softmax attention: which columns each new one attends to, [B, T, S + T] bool, and which are visible from now on.
+
+    `visible` [B, S] bool: earlier columns that are tokens of the text that a row continues.
+    """
+    batch = visible.shape[0]
+    if rows is None:
+        keep = torch.ones(batch, columns, dtype=torch.bool, device=visible.device)
+        text = torch.zeros_like(keep, dtype=torch.int64)
+    else:
+        keep, text = rows.keep, rows.text
+    earlier = visible[:, None] & (text == 0)[..., None]
+    causal = torch.ones(columns, columns, dtype=torch.bool, device=visible.device).tril()
+    same = causal & (text[..., None] == text[:, None]) & keep[:, None]
+    # Padding attends to itself: a softmax over nothing is NaN.
+    own = torch.eye(columns, dtype=torch.bool, device=visible.device)
+    last = text[:, -1:]
+    after = torch.cat([visible & (last == 0), keep & (text == last)], dim=1)
+    return torch.cat([earlier, same | own], dim=2), after
+
+
 def last_real(keep: Tensor) -> Tensor:
     """[B, T] int64: the last token up to each column, or the column itself before the first token."""
     columns = torch.arange(keep.shape[1], device=keep.device)

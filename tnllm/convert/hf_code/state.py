@@ -10,23 +10,26 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from tnllm.modeling.cache import is_cache
+
 
 class TnllmState:
-    """Recurrent state of each layer, [B, H, D, E] fp32. A forward pass updates it in place.
+    """Recurrent state of each layer, [B, H, D, E] fp32, or key-value cache [B, 2, length, H, d] of a softmax layer.
 
-    `length` is the number of columns read, padding included; `position` [B] the number of tokens of each row.
+    A forward pass updates it in place. `length` is the number of columns read, padding included; `position` [B] the number
+    of tokens of each row; `visible` [B, length] bool, in models with caches, the columns that the next token attends to.
     """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, layers: list[Tensor], position: Tensor, length: int = 0) -> None:
-        self.layers, self.position, self.length = layers, position, length
+    def __init__(self, layers: list[Tensor], position: Tensor, length: int = 0, visible: Tensor | None = None) -> None:
+        self.layers, self.position, self.length, self.visible = layers, position, length, visible
 
     @property
     def is_linear(self) -> list[bool]:
         """For each layer, whether its size does not depend on the length."""
-        return [True] * len(self.layers)
+        return [not is_cache(layer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of columns read so far, padding included."""
@@ -40,6 +43,8 @@ class TnllmState:
         """Reorder the rows, for beam search."""
         self.layers = [layer.index_select(0, beam_idx.to(layer.device)) for layer in self.layers]
         self.position = self.position.index_select(0, beam_idx.to(self.position.device))
+        if self.visible is not None:
+            self.visible = self.visible.index_select(0, beam_idx.to(self.visible.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
@@ -52,8 +57,9 @@ class TnllmState:
 
     def reset(self) -> None:
         """Forget what was read."""
-        self.layers = [torch.zeros_like(layer) for layer in self.layers]
+        self.layers = [torch.zeros_like(layer[:, :, :0] if is_cache(layer) else layer) for layer in self.layers]
         self.position, self.length = torch.zeros_like(self.position), 0
+        self.visible = None if self.visible is None else self.visible[:, :0]
 
     def crop(self, max_length: int) -> None:
         """Raises ValueError: earlier states are not kept."""
@@ -87,6 +93,6 @@ def own_state(past_key_values: Any, cache: Any) -> TnllmState | None:
 
 _pytree.register_pytree_node(
     TnllmState,
-    lambda state: ([*state.layers, state.position], state.length),
-    lambda values, length: TnllmState(list(values)[:-1], list(values)[-1], length),
+    lambda state: ([state.layers, state.position, state.visible], state.length),
+    lambda values, length: TnllmState(values[0], values[1], length, values[2]),
 )
