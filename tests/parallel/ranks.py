@@ -38,7 +38,7 @@ CASES = {
     "tp 2, untied, layernorm": (2, (1, 1, 1, 2), UNTIED, False, "full"),
     "tp 2, softmax": (2, (1, 1, 1, 2), {"kind": "transformer"}, True, "none"),
     "tp 2, hybrid": (2, (1, 1, 1, 2), {"softmax_every": 2}, True, "none"),
-    "fsdp 2, hybrid": (2, (1, 2, 1, 1), {"softmax_every": 2, "qk_norm": True}, True, "selective"),
+    "fsdp 2, hybrid": (2, (1, 2, 1, 1), {"softmax_every": 2, "qk_norm": True}, False, "selective"),
     "sp 2, lrpe in every layer": (2, (1, 1, 2, 1), {"position": "lrpe-d"}, False, "none"),
     "sp 4": (4, (1, 1, 4, 1), {}, True, "none"),
     "sp 4, rows": (4, (1, 1, 4, 1), {}, False, "full"),

@@ -63,7 +63,7 @@ Written by tnllm $version. `sha256sum -c SHA256SUMS` checks the files.
 _TRANSNORMER = (
     "A TransNormerLLM: linear attention with a recurrent state of constant size, whatever the length of the text."
 )
-_HYBRID = " {softmax} of its {layers} layers have softmax attention and a key-value cache instead, which grows with the text."
+_HYBRID = " {softmax} of its {layers} layers have softmax attention instead, and a key-value cache, which grows."
 _TRANSFORMER = """A Transformer with softmax attention and rotary positions: the baseline that TransNormerLLM is compared
 with. The folder is that of a {family} model, so it loads with transformers' own code:"""
 _CODE = f"""
