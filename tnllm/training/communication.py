@@ -44,7 +44,7 @@ def communication(config: RunConfig, low_precision: bool | None = None) -> dict[
     replicate = 2 * (copies - 1) / copies * 4 * trained / holders
     tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
     ring = 2 * (parallel.tensor - 1) / parallel.tensor
-    per_block = (4 + repeats) * item * model.model_dim
+    per_block: float = (4 + repeats) * item * model.model_dim
     # The norm over heads; no softmax layer has one.
     linear = 1 - model.num_softmax / model.num_layers
     per_block += linear * (2 + repeats) * 4 * (2 if model.norm == "layernorm" else 1)

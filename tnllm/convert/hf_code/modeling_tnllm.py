@@ -175,7 +175,9 @@ class TnllmModel(TnllmPreTrainedModel):
             x = x + self.embed_positions(positions)
         mask = visible = None
         if self.config.num_softmax and (state is not None or rows is not None):
-            before = rows.keep[:, :0] if state is None else state.visible
+            before = None if state is None else state.visible
+            if before is None:
+                before = torch.zeros(batch, 0, dtype=torch.bool, device=x.device)
             mask, visible = softmax_mask(rows, before, columns)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: list[Tensor] = []

@@ -94,5 +94,5 @@ def own_state(past_key_values: Any, cache: Any) -> TnllmState | None:
 _pytree.register_pytree_node(
     TnllmState,
     lambda state: ([state.layers, state.position, state.visible], state.length),
-    lambda values, length: TnllmState(values[0], values[1], length, values[2]),
+    lambda values, length: TnllmState(*list(values)[:2], length, list(values)[2]),
 )
