@@ -173,12 +173,7 @@ class TnllmModel(TnllmPreTrainedModel):
             x = x * self.config.model_dim**0.5
         if self.config.position == "ape":
             x = x + self.embed_positions(positions)
-        mask = visible = None
-        if self.config.num_softmax and (state is not None or rows is not None):
-            before = None if state is None else state.visible
-            if before is None:
-                before = torch.zeros(batch, 0, dtype=torch.bool, device=x.device)
-            mask, visible = softmax_mask(rows, before, columns)
+        mask, visible = softmax_mask(rows, state, x) if self.config.num_softmax else (None, None)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: list[Tensor] = []
         for index, block in enumerate(self.layers):

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnllm.convert.hf_code.state import TnllmState
+
 
 class Rows:
     """Padding and texts of a batch [B, T]: what Lightning Attention needs to know beside the tokens.
@@ -190,12 +192,17 @@ def find_rows(
     return Rows(keep, text), positions.clamp(min=0), positions[:, -1] + 1
 
 
-def softmax_mask(rows: Rows | None, visible: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """For softmax attention: which columns each new one attends to, [B, T, S + T] bool, and which are visible from now on.
+def softmax_mask(rows: Rows | None, state: TnllmState | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """For softmax attention: which columns each new one attends to, [B, T, S + T] bool, and the state's next `visible`.
 
-    `visible` [B, S] bool: earlier columns that are tokens of the text that a row continues.
+    x [B, T, M]: the new columns. A mask of None is plain causal attention.
     """
-    batch = visible.shape[0]
+    if rows is None and state is None:
+        return None, None
+    batch, columns = x.shape[:2]
+    visible = None if state is None else state.visible
+    if visible is None:
+        visible = torch.zeros(batch, 0, dtype=torch.bool, device=x.device)
     if rows is None:
         keep = torch.ones(batch, columns, dtype=torch.bool, device=visible.device)
         text = torch.zeros_like(keep, dtype=torch.int64)
