@@ -4,6 +4,7 @@ state = model(input_ids, use_cache=True).past_key_values
 model(more_ids, past_key_values=state)                  # reads it, and updates it in place
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,8 +92,13 @@ def own_state(past_key_values: Any, cache: Any) -> TnllmState | None:
     return state
 
 
+def _unflatten(values: Iterable[Any], length: Any) -> TnllmState:
+    layers, position, visible = values
+    return TnllmState(layers, position, length, visible)
+
+
 _pytree.register_pytree_node(
     TnllmState,
     lambda state: ([state.layers, state.position, state.visible], state.length),
-    lambda values, length: TnllmState(*list(values)[:2], length, list(values)[2]),
+    _unflatten,
 )
