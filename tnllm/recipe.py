@@ -18,10 +18,11 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast, get_origin
+from types import UnionType
+from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.progress import log
@@ -38,6 +39,22 @@ class Section(BaseModel):
     """A section of a recipe: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads true as 1.0, but who writes it means a switch.
+        if isinstance(value, bool) and float in _types(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("expected a number")
+        return value
+
+
+def _types(annotation: Any) -> list[Any]:
+    """An annotation and the members of its union, without their constraints."""
+    if get_origin(annotation) is Annotated:
+        return _types(get_args(annotation)[0])
+    members = get_args(annotation) if isinstance(annotation, UnionType) or get_origin(annotation) is Union else ()
+    return [annotation, *(item for member in members for item in _types(member))]
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,13 @@ def test_epochs_beside_other_lengths(recipe: Path, own: str, sets: list[str], to
         (["train.max_epochs=0"], "train.max_epochs is 0: input should be greater than 0 (--set)"),
         (["train.max_epochs=-1"], "train.max_epochs is -1: input should be greater than 0 (--set)"),
         (["train.max_epochs=1e9"], "train.max_epochs is 1000000000.0: input should be less than or equal to 1000000"),
+        (["train.max_epochs=true"], "train.max_epochs is True: expected a number (--set)"),
+        (["train.max_time=true"], "train.max_time is True: expected a number (--set)"),
+        (["optimizer.learning_rate=true"], "optimizer.learning_rate is True: expected a number (--set)"),
+        (
+            ["train.max_time=5K"],
+            "train.max_time is '5K': expected a number of seconds, or a time such as 30m or 11h30m (",
+        ),
         (["train.max_epochs=two"], "train.max_epochs is 'two': expected a number (--set)"),
         (
             ["train.max_epochs=2", "data.path=[{path: a, weight: 2}, b]"],
@@ -176,7 +183,7 @@ def test_epochs_beside_other_lengths(recipe: Path, own: str, sets: list[str], to
         ),
     ],
 )
-def test_epochs_that_are_refused(recipe: Path, sets: list[str], message: str) -> None:
+def test_lengths_that_are_refused(recipe: Path, sets: list[str], message: str) -> None:
     assert fails(recipe, *sets).startswith(message)
 
 

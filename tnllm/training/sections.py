@@ -24,6 +24,8 @@ def _seconds(value: Any) -> Any:
     text = value if isinstance(value, str) else ""
     match = re.fullmatch(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?", text)
     if match is None or not any(match.groups()):
+        if isinstance(value, str):
+            raise ValueError("expected a number of seconds, or a time such as 30m or 11h30m")
         return value
     return sum(int(number or 0) * unit for number, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
 
