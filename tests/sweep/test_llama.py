@@ -63,7 +63,7 @@ def test_the_library_computes_the_loss_of_the_project() -> None:
     model = build_model(config.model)
     copy_llama(llama, model)
     batch = packed_batch(16)
-    theirs = summed_loss(llama, config, torch.device("cpu"), compiled=False)(batch)
+    theirs = summed_loss(llama, config.data.seq_len, torch.float32, torch.device("cpu"), compiled=False)(batch)
     ours = model.loss(batch.tokens, batch.labels, batch.cu_seqlens, longest=batch.longest)
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-4)
     apart = model.loss(batch.tokens.view(2, 16), batch.labels.view(2, 16))

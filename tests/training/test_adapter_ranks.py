@@ -51,7 +51,7 @@ def rank_main(rank: int, recipe: str, folder: Path, ports: list[int]) -> None:
                     train(load_recipe(recipe, reference), folder / name)
             else:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(ports.pop())}
-                mesh = config_mesh(config, "cpu")
+                mesh = config_mesh(config.parallel, "cpu")
                 try:
                     train(config, folder / run, resume, mesh)
                 except UserError as error:

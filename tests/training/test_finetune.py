@@ -22,7 +22,7 @@ from tnllm.training.estimate import estimate_memory
 from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.loop import train
 from tnllm.training.mesh import config_mesh
-from tnllm.training.run_model import make_meta_model, make_model
+from tnllm.training.run_model import make_meta_model, make_model, weights_dtype
 
 CHAT = """
 tokenizer: {path: TOKENIZER}
@@ -210,8 +210,10 @@ def test_memory_of_a_rank_is_what_it_holds(axes):
     mesh = [f"parallel.{axis}" for axis in axes.split()]
     batch = ["data.seq_len=64", "train.global_batch_tokens=4096", "train.micro_batch_size=1"]
     config = load_recipe("tiny", [*mesh, *batch, "lora.rank=16", "train.dtype=bf16"])
-    mesh = config_mesh(config, "cpu", fake=config.world_size)
-    sharded = parallelize(make_meta_model(config, low=True), mesh)
+    mesh = config_mesh(config.parallel, "cpu", fake=config.world_size)
+    sharded = parallelize(
+        make_meta_model(config.model, config.lora, weights_dtype(config.train, config.lora, low=True)), mesh
+    )
     sharded.locate_shards()
     close_mesh(mesh)
     sizes = [(p.requires_grad, p.numel() * p.element_size()) for p in sharded.parameters()]
@@ -230,7 +232,7 @@ def test_two_ranks_start_from_the_same_weights(chat, tmp_path):
     command = [sys.executable, "-m", "tnllm", "train", chat, "--nproc", "2", "--out", str(tmp_path / "two")]
     command += [part for item in sets for part in ("--set", item)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("20 conversations (0 cut") == 1
     assert rows(tmp_path / "two") == pytest.approx(rows(tmp_path / "one"), rel=1e-5)

@@ -44,7 +44,7 @@ def train_llama(config: RunConfig, out: Path) -> None:
     config = config.with_epochs(loader.num_rows)
     model = make_llama(config.model, config.train.seed).to(device)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
-    loss_sum = summed_loss(model, config, device, compiled)
+    loss_sum = summed_loss(model, config.data.seq_len, compute_dtype(config.train, device), device, compiled)
     optimizer = make_optimizer(model, config.optimizer)
     out.mkdir(parents=True, exist_ok=True)
     write_environment(out, config.to_yaml(), device, 0, fingerprint(loader))
@@ -120,17 +120,17 @@ def make_llama(config: ModelConfig, seed: int) -> Any:
     )
 
 
-def summed_loss(model: Any, config: RunConfig, device: torch.device, compiled: bool) -> Callable[[Batch], Tensor]:
-    """The sum of cross entropies over the counted labels of a batch, documents kept apart as `data.packing` says."""
-    low = compute_dtype(config.train, device) == torch.bfloat16
+def summed_loss(
+    model: Any, length: int, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> Callable[[Batch], Tensor]:
+    """The sum of cross entropies over the counted labels of rows of `length` tokens, documents kept apart as packed."""
     forward = torch.compile(model) if compiled else model
-    length = config.data.seq_len
 
     def loss_sum(batch: Batch) -> Tensor:
         batch = batch.to(device)
         tokens = batch.tokens.view(-1, length)
         mask, positions = document_mask(batch.cu_seqlens, tokens)
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = forward(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
         return F.cross_entropy(
             logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"

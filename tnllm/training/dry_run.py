@@ -20,7 +20,7 @@ from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
 from tnllm.training.loaders import corpus_tokens, open_tokenizer, planned
 from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.mesh import config_mesh
-from tnllm.training.run_model import make_meta_model
+from tnllm.training.run_model import make_meta_model, weights_dtype
 
 # Above this, a run over a small corpus is rarely what was meant.
 _MANY_PASSES = 100
@@ -101,9 +101,13 @@ def _cpu_rate() -> float:
 def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
     """The lines of a mesh. The model is sharded as on rank 0 of that many simulated ranks, on the meta device."""
     axes, world = config.parallel, config.world_size
-    mesh = config_mesh(config, "cpu", fake=world)
+    mesh = config_mesh(config.parallel, "cpu", fake=world)
     try:
-        sharded = parallelize(make_meta_model(config, low=False), mesh, config.train.activation_checkpointing)
+        sharded = parallelize(
+            make_meta_model(config.model, config.lora, weights_dtype(config.train, config.lora, low=False)),
+            mesh,
+            config.train.activation_checkpointing,
+        )
         sharded.locate_shards()
         persistent = sum(part.numel() for part in sharded.parameters())
     finally:

@@ -93,7 +93,7 @@ def train_on_mesh(config: RunConfig, out: Path, resume: str | None, **how: bool)
     try:
         # Without an index: the mesh gives each rank the GPU of its LOCAL_RANK.
         device = pick_device(config.train.device.partition(":")[0], "train.device")
-        mesh = config_mesh(config, device.type)
+        mesh = config_mesh(config.parallel, device.type)
         train(config, out, resume, mesh, None, **how)
         # A rank that fails exits without this: closing would wait for the others.
         close_mesh(mesh)

@@ -1,12 +1,13 @@
 """The device mesh that a recipe's parallel section asks for.
 
-sets = fit_mesh(config, world_size)      # keys to set so that the recipe runs on that many ranks
-mesh = config_mesh(config, "cuda")       # in each process
+sets = fit_mesh(config, world_size)           # keys to set so that the recipe runs on that many ranks
+mesh = config_mesh(config.parallel, "cuda")   # in each process
 """
 
 from tnllm.errors import UserError
 from tnllm.parallel.mesh import Mesh, open_mesh
 from tnllm.training.config import RunConfig, most_rows
+from tnllm.training.sections import ParallelSection
 
 
 def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
@@ -31,7 +32,6 @@ def fit_mesh(config: RunConfig, world_size: int) -> dict[str, int]:
     )
 
 
-def config_mesh(config: RunConfig, device_type: str, fake: int | None = None) -> Mesh:
+def config_mesh(axes: ParallelSection, device_type: str, fake: int | None = None) -> Mesh:
     """The mesh of a recipe's parallel section. `fake`: that many simulated ranks in one process."""
-    axes = config.parallel
     return open_mesh(axes.replicate, axes.shard, axes.sequence, axes.tensor, device_type, axes.timeout_s, fake)

@@ -1,7 +1,7 @@
 """The model of a run: how it starts (new weights, those of a folder, an adapter on them), and how it is published.
 
 model = make_model(config, device, low)       # train.init, train.weights, lora and recomputation applied
-model = make_meta_model(config, low)          # the same shapes and dtypes on the meta device, for a mesh
+model = make_meta_model(config.model, config.lora, dtype)   # the same shapes on the meta device, for a mesh
 publish(model, out, tokenizer, dtype, base, template)   # weights/, and adapter/ if there is one
 """
 
@@ -12,10 +12,12 @@ import torch
 
 from tnllm.chat_template import DEFAULT
 from tnllm.files import read_json
+from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.lora import add_lora, merge_lora, save_adapter
 from tnllm.modeling.model import LanguageModel, build_model
 from tnllm.modeling.weights import GENERATION, load_model, save_model
 from tnllm.training.config import RunConfig
+from tnllm.training.sections import TrainSection
 
 if TYPE_CHECKING:
     from tnllm.parallel.parallelize import ShardedModel
@@ -26,7 +28,7 @@ def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageMo
 
     `low`: products run in bf16. Frozen weights are then kept in bf16, since no updates are added to them.
     """
-    dtype = weights_dtype(config, low)
+    dtype = weights_dtype(config.train, config.lora, low)
     if config.init_folder is None:
         model = build_model(config.model, device, dtype, seed=config.train.seed)
     else:
@@ -37,17 +39,17 @@ def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageMo
     return model
 
 
-def make_meta_model(config: RunConfig, low: bool) -> LanguageModel:
+def make_meta_model(config: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> LanguageModel:
     """The model of `make_model` on the meta device, for `parallelize`."""
-    model = build_model(config.model, "meta", weights_dtype(config, low))
-    if config.lora.rank:
-        add_lora(model, config.lora)
+    model = build_model(config, "meta", dtype)
+    if lora.rank:
+        add_lora(model, lora)
     return model
 
 
-def weights_dtype(config: RunConfig, low: bool) -> torch.dtype:
+def weights_dtype(train: TrainSection, lora: LoraConfig, low: bool) -> torch.dtype:
     """The dtype weights are stored in: fp32; bf16 if train.weights says so, or if frozen while products run in bf16."""
-    return torch.bfloat16 if config.train.weights == "bf16" or (config.lora.rank and low) else torch.float32
+    return torch.bfloat16 if train.weights == "bf16" or (lora.rank and low) else torch.float32
 
 
 def fill_shards(sharded: "ShardedModel", folder: Path) -> None:

@@ -22,7 +22,7 @@ from tnllm.training.config import RunConfig
 from tnllm.training.loaders import AnyLoader
 from tnllm.training.loss_spikes import SpikeGuard
 from tnllm.training.optim import clip_and_step, make_optimizer
-from tnllm.training.run_model import fill_shards, make_meta_model, make_model
+from tnllm.training.run_model import fill_shards, make_meta_model, make_model, weights_dtype
 from tnllm.training.schedule import learning_rate
 from tnllm.training.sections import TrainSection
 from tnllm.training.signals import StopSignals
@@ -83,7 +83,7 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
     else:
         from tnllm.parallel.parallelize import parallelize
 
-        model = make_meta_model(config, low)
+        model = make_meta_model(config.model, config.lora, weights_dtype(config.train, config.lora, low))
         parameters = parallelize(model, mesh, config.train.activation_checkpointing, compiled, low)
         parameters.materialize(device, config.train.seed)
         if config.init_folder is not None:
