@@ -97,6 +97,9 @@ def check_output_file(path: Path, name: str, inputs: Sequence[Path] = ()) -> Non
 
 def check_output_folder(path: Path, name: str) -> None:
     """Raise UserError unless files can be written into the folder `path`, which need not exist. `name` is the option."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        # As a path it would be a folder of that odd name here.
+        raise UserError(f"{name} is the URL {path}; give a folder (tnllm data tokenize and data clean write to URLs)")
     existing = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     if not os.path.isdir(existing):
         raise UserError(f"{name} is {path}, and {existing} is a file, not a folder; give another folder")

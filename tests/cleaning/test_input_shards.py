@@ -25,7 +25,7 @@ def test_small_and_compressed_files(tmp_path):
             writer.write({"text": str(n) * 50})
     files = sorted(tmp_path.iterdir())
     shards = plan_shards(files, 100)
-    assert [[piece.path[-5:] for piece in shard] for shard in shards] == [["a.txt", "b.txt"], ["c.txt"], ["nl.gz"]]
+    assert [[str(piece.file)[-5:] for piece in shard] for shard in shards] == [["a.txt", "b.txt"], ["c.txt"], ["nl.gz"]]
 
 
 def test_a_long_line_is_not_read(tmp_path):

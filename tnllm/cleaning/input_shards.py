@@ -10,29 +10,33 @@ from pathlib import Path
 
 from tnllm.data.compressed import Span, open_stored, stored_size
 from tnllm.data.corpus import JSON_LINES, kind_of
+from tnllm.data.remote import RemoteFile
 
 _EDGE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A file, or a span of it; `size` in bytes as stored."""
+    """A file, or a span of it; `size` in bytes as stored. A remote file is fetched by the task that reads it."""
 
-    path: str
+    file: Path | RemoteFile
     size: int
     span: Span | None = None
 
 
-def plan_shards(files: Sequence[Path], shard_bytes: int) -> list[list[Piece]]:
+def plan_shards(files: Sequence[Path | RemoteFile], shard_bytes: int) -> list[list[Piece]]:
     """Shards of about `shard_bytes`: small files together, large plain ones in spans, compressed ones undivided."""
     pieces: list[Piece] = []
     for path in files:
+        if isinstance(path, RemoteFile):
+            pieces.append(Piece(path, path.size))
+            continue
         size = stored_size(path)
         plain = kind_of(path) == "jsonl" and path.suffix.lower() in JSON_LINES
         if plain and size > shard_bytes:
             pieces += _cut(path, size, shard_bytes)
         else:
-            pieces.append(Piece(str(path), size))
+            pieces.append(Piece(path, size))
     shards: list[list[Piece]] = []
     room = 0
     for piece in pieces:
@@ -58,13 +62,18 @@ def _cut(path: Path, size: int, shard_bytes: int) -> list[Piece]:
                 data = file.readline(1 << 22)
                 line += data.count(b"\n")
             end = file.tell()
-            pieces.append(Piece(str(path), end - start, Span(start, end, first)))
+            pieces.append(Piece(path, end - start, Span(start, end, first)))
             start, first = end, line
     return pieces
 
 
-def fingerprint(path: Path) -> str:
-    """Size and a hash of both ends of a file: detects a changed input without reading all of a large corpus."""
+def fingerprint(path: Path | RemoteFile) -> str:
+    """Size and a hash of both ends of a file: detects a changed input without reading all of a large corpus.
+
+    Of a remote file, size and version.
+    """
+    if isinstance(path, RemoteFile):
+        return f"{path.size}-{path.version}"
     size = stored_size(path)
     with open_stored(path) as file:
         digest = hashlib.blake2b(file.read(_EDGE_BYTES), digest_size=12)

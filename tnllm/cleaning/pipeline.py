@@ -24,7 +24,7 @@ from tnllm.cleaning.executor import Stage, stage_stats
 from tnllm.cleaning.input_shards import Piece, fingerprint, plan_shards
 from tnllm.cleaning.settings import CleanSettings
 from tnllm.cleaning.steps import Writer, filter_steps
-from tnllm.data.corpus import find_files
+from tnllm.data.remote import RemoteFile, find_sources
 from tnllm.errors import RunError, UserError
 from tnllm.files import LOCK, write_text_atomic
 
@@ -51,12 +51,14 @@ class CleanRun:
         return {stage.name: stage_stats(stage) for stage in self.stages}
 
 
-def open_run(settings: CleanSettings, out: Path, files: list[Path] | None = None, overwrite: bool = False) -> CleanRun:
+def open_run(
+    settings: CleanSettings, out: Path, files: list[Path | RemoteFile] | None = None, overwrite: bool = False
+) -> CleanRun:
     """Plan the stages in the folder `out`, or resume what is there.
 
     Raises UserError for input that does not exist and for a folder made from other input or settings.
     """
-    files = files if files is not None else find_files(settings.input.path, leave_out=out)
+    files = files if files is not None else find_sources(settings.input.path, out)
     record = {
         "created_by": f"tnllm {__version__}",
         "settings": settings.model_dump(mode="json"),

@@ -30,7 +30,7 @@ def named_fields(document: Document, id_field: str, source_field: str) -> tuple[
     """
     fields, lost = dict(document.record), dict(document.lost)
     name = str(fields.pop(id_field, document.where))
-    source = str(fields.pop(source_field, document.file.name.split(".")[0]))
+    source = str(fields.pop(source_field, Path(document.url or document.file).name.split(".")[0]))
     fields.pop(REJECTED, None)
     for key in ("text", "id", "source"):
         if key in fields:

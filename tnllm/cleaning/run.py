@@ -14,9 +14,9 @@ from tnllm.cleaning.records import RecordWriter, named_fields, read_folder
 from tnllm.cleaning.report import build_report, self_clean_report, write_report
 from tnllm.cleaning.self_clean import self_clean
 from tnllm.cleaning.settings import CleanSettings
-from tnllm.data.corpus import find_files, read_documents
 from tnllm.data.documents import LeftOut
 from tnllm.data.folders import refuse_replacing
+from tnllm.data.remote import RemoteFile, find_sources, read_sources
 from tnllm.errors import MissingExtra, UserError
 from tnllm.files import LOCK, check_output_folder, only_writer, write_text_atomic
 from tnllm.progress import log
@@ -88,13 +88,13 @@ def self_clean_alone(settings: CleanSettings, out: Path, device: str = "auto") -
         return report
 
 
-def _input_files(settings: CleanSettings, out: Path) -> list[Path]:
+def _input_files(settings: CleanSettings, out: Path) -> list[Path | RemoteFile]:
     """The input's files without those below `out`. Raises UserError if writing to `out` would replace something read."""
     check_output_folder(out, "the output")
     chosen = settings.self_clean
     others = (*settings.decontaminate.path, *chosen.seed_path, *chosen.held_out)
     refuse_replacing((*settings.input.path, *others, *settings.blocklist.words, *settings.blocklist.hosts), out)
-    return find_files(settings.input.path, leave_out=out)
+    return find_sources(settings.input.path, out)
 
 
 def _check_same(settings: CleanSettings, out: Path) -> None:
@@ -108,12 +108,12 @@ def _check_same(settings: CleanSettings, out: Path) -> None:
     write_text_atomic(path, record)
 
 
-def _import_corpus(settings: CleanSettings, files: list[Path], folder: Path) -> None:
+def _import_corpus(settings: CleanSettings, files: list[Path | RemoteFile], folder: Path) -> None:
     """Write the corpus as shards of records."""
     chosen = settings.input
     left_out = LeftOut() if chosen.on_error == "skip" else None
     advice = "fix it, or set input.on_error to skip"
-    documents = read_documents(files, chosen.field, chosen.split_on, left_out, advice=advice)
+    documents = read_sources(files, chosen.field, chosen.split_on, left_out, advice=advice)
     lost_fields: Counter[str] = Counter()
     number, document = 0, next(documents, None)
     while document is not None:
@@ -121,7 +121,7 @@ def _import_corpus(settings: CleanSettings, files: list[Path], folder: Path) -> 
             size = 0
             while document is not None and size < _SHARD_CHARS:
                 name, fields, lost = named_fields(document, chosen.id_field, chosen.source_field)
-                lost_fields.update(f"{field} of {document.file}: {why}" for field, why in lost.items())
+                lost_fields.update(f"{field} of {document.url or document.file}: {why}" for field, why in lost.items())
                 writer.write({"text": document.text, "id": name} | fields)
                 size += len(document.text)
                 document = next(documents, None)

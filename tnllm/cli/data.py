@@ -42,9 +42,9 @@ class Sample(StrEnum):
 @app.command(epilog=examples("tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer"))
 def tokenize(
     inputs: list[str] = typer.Argument(
-        ..., help="Text, JSON Lines, parquet or WARC files, folders of them, or sample."
+        ..., help="Text, JSON Lines, parquet or WARC files, folders or URLs of them, or sample."
     ),
-    out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to resume after a stop."),
+    out: str = typer.Option(..., "--out", "-o", help="Folder or URL for the shards; run again to resume after a stop."),
     tokenizer: Path | None = typer.Option(
         None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
     ),
@@ -61,17 +61,20 @@ def tokenize(
     from tnllm import assets
     from tnllm.data.encode import Options
     from tnllm.data.remote import find_sources
+    from tnllm.data.shards import MANIFEST
     from tnllm.data.tokenize import tokenize_corpus
+    from tnllm.data.upload import begin_output, finish_output
     from tnllm.files import format_duration, parse_count
     from tnllm.progress import corpus_progress
     from tnllm.tokenizer import Tokenizer
 
     start = time.monotonic()
     options = Options(field, split_on.value, val_fraction, bos)
+    folder = begin_output(out, inputs)
     with corpus_progress("tokenize") as report:
         manifest = tokenize_corpus(
             find_sources(inputs),
-            out,
+            folder,
             Tokenizer.load(assets.tokenizer_model(tokenizer)),
             options,
             on_error=on_error.value,
@@ -80,6 +83,7 @@ def tokenize(
             overwrite=overwrite,
             report=report,
         )
+    finish_output(out, folder, last=MANIFEST)
     seconds = format_duration(time.monotonic() - start)
     for split in ("train", "val"):
         print(
@@ -112,8 +116,8 @@ def inspect(
         return
     if reason is not None:
         raise UserError(f"--reason is for the folder of a cleaning run, and {path} is not one")
-    from tnllm.data.corpus import find_files
     from tnllm.data.inspect import inspect_corpus, inspect_shards
+    from tnllm.data.remote import find_sources
     from tnllm.data.shards import is_shard_folder
     from tnllm.progress import corpus_progress
 
@@ -123,7 +127,7 @@ def inspect(
         raise UserError(f"{path} is not a folder of token shards, so there is no hash to verify")
     else:
         with corpus_progress("read") as report:
-            summary = inspect_corpus(find_files([source]), field, report, samples)
+            summary = inspect_corpus(find_sources([source]), field, report, samples)
     if as_json:
         print_json(summary)
     else:

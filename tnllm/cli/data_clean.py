@@ -34,8 +34,8 @@ def clean(
     inputs: list[str] = typer.Argument(
         None, help="A recipe (.yaml, or a packaged name such as data/sample), or files and folders, or both."
     ),
-    out: Path | None = typer.Option(
-        None, "--out", "-o", help="Folder for the result; run again to resume after a stop."
+    out: str | None = typer.Option(
+        None, "--out", "-o", help="Folder or URL for the result; run again to resume after a stop."
     ),
     sets: list[str] = typer.Option([], "--set", help="Override a key: --set dedup.threshold=0.7. Repeatable."),
     workers: int | None = typer.Option(
@@ -145,15 +145,15 @@ def score(
 ) -> None:
     """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""
     from tnllm.cleaning.score import score_texts
-    from tnllm.data.corpus import find_files, read_documents
     from tnllm.data.documents import LeftOut
+    from tnllm.data.remote import find_sources, local_files, read_sources
     from tnllm.files import write_text_atomic
     from tnllm.generation.loading import load
     from tnllm.progress import corpus_progress, log
 
-    files = find_files(inputs)
+    files = find_sources(inputs)
     if out is not None:
-        check_output_file(out, "--out", files)
+        check_output_file(out, "--out", local_files(files))
     columns = [id_field] if label_field is None else [id_field, label_field]
     ready = load(model, device, dtype)
     lines: list[str] = []
@@ -161,7 +161,7 @@ def score(
     waiting: list[tuple[str, Any]] = []
 
     def texts(report: Any) -> Iterator[str]:
-        for document in read_documents(files, field, on_bad=LeftOut(), report=report, more=columns):
+        for document in read_sources(files, field, on_bad=LeftOut(), report=report, more=columns):
             if document.text.strip():
                 name = str(document.record.get(id_field, document.where))
                 waiting.append((name, document.record.get(label_field or "")))
@@ -213,20 +213,25 @@ def _split(inputs: list[str]) -> tuple[str | None, list[str]]:
     return (recipes[0] if recipes else None), [name for name in inputs if name not in recipes]
 
 
-def _run(settings: Any, out: Path, workers: int | None, executor: Executor, as_json: bool, **options: Any) -> None:
-    from tnllm.cleaning.report import HTML
+def _run(
+    settings: Any, out: str | Path, workers: int | None, executor: Executor, as_json: bool, **options: Any
+) -> None:
+    from tnllm.cleaning.report import HTML, JSON
     from tnllm.cleaning.run import clean as run_clean
     from tnllm.data.tokenize import num_cores
+    from tnllm.data.upload import begin_output, finish_output
     from tnllm.files import format_duration
 
     start = time.monotonic()
+    folder = begin_output(out, settings.input.path)
     with _watching() as watch:
-        report = run_clean(settings, out, workers or num_cores(), watch, executor.value, **options)
+        report = run_clean(settings, folder, workers or num_cores(), watch, executor.value, **options)
     if report is None:
         print(
-            f"submitted to Slurm; when the jobs are done, run the same command again for the rest ({out}/work/*/logs)"
+            f"submitted to Slurm; when the jobs are done, run the same command again for the rest ({folder}/work/*/logs)"
         )
         return
+    finish_output(out, folder, last=JSON)
     _print(report, as_json)
     if as_json:
         return

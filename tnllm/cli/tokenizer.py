@@ -36,8 +36,8 @@ def train(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an existing tokenizer."),
 ) -> None:
     """Train a BPE tokenizer with byte fallback: decoding gives back every text unchanged."""
-    from tnllm.data.corpus import find_files, read_documents
     from tnllm.data.documents import LeftOut
+    from tnllm.data.remote import find_sources, read_sources
     from tnllm.files import check_output_folder, format_bytes, format_duration, write_bytes_atomic
     from tnllm.progress import corpus_progress, log
     from tnllm.tokenizer import FILE_NAME, train_tokenizer
@@ -45,7 +45,7 @@ def train(
     target = out / FILE_NAME
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; choose another --out or add --overwrite")
-    files = find_files(inputs)
+    files = find_sources(inputs)
     check_output_folder(out, "--out")
     on_bad = LeftOut() if on_error is OnError.skip else None
     advice = "fix it, or leave such documents out with --on-error skip"
@@ -53,7 +53,7 @@ def train(
     with corpus_progress("read") as report:
 
         def texts() -> Iterator[str]:
-            for document in read_documents(files, field, on_bad=on_bad, report=report, more=(), advice=advice):
+            for document in read_sources(files, field, on_bad=on_bad, report=report, more=(), advice=advice):
                 yield document.text
             log(f"corpus read; training {vocab_size} tokens")
 
@@ -70,14 +70,14 @@ def inspect(
         None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
     ),
     text: str | None = typer.Option(None, help="Show the tokens of this text."),
-    file: Path | None = typer.Option(None, help="Count bytes per token over this text file or corpus."),
+    file: str | None = typer.Option(None, help="Count bytes per token over this text file or corpus."),
     field: str = typer.Option("text", help="Field or column of --file that holds the text."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Show a tokenizer's size and special ids, and how it splits a text."""
     from tnllm import assets
-    from tnllm.data.corpus import find_files
     from tnllm.data.inspect import compression
+    from tnllm.data.remote import find_sources
     from tnllm.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(assets.tokenizer_model(model))
@@ -91,7 +91,7 @@ def inspect(
         info["tokens"] = [[id, tokenizer.piece(id)] for id in tokenizer.encode(text)]
         info["decoded"] = tokenizer.decode(tokenizer.encode(text))
     if file is not None:
-        info |= compression(tokenizer, find_files([file]), field)
+        info |= compression(tokenizer, find_sources([file]), field)
     if as_json:
         print_json(info)
         return

@@ -24,7 +24,7 @@ class Document:
     """One document: its text, where it starts (`file`, `line` counted from 1) and its other fields.
 
     `position` is how many bytes of the file, as stored, had been read when the document was complete. `lost` names the
-    fields whose values could not be kept, and why.
+    fields whose values could not be kept, and why. `url`: where a file came from that was fetched.
     """
 
     text: str
@@ -33,11 +33,12 @@ class Document:
     position: int
     record: dict[str, Any] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    url: str = ""
 
     @property
     def where(self) -> str:
         """`file:line`, for messages."""
-        return f"{self.file}:{self.line}"
+        return f"{self.url or self.file}:{self.line}"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What a corpus or a folder of token shards holds, as plain values that `tnllm data inspect` prints.
 
-inspect_corpus(find_files(["web.jsonl"]))        # documents, bytes, letters by script, unreadable records
+inspect_corpus(find_sources(["web.jsonl"]))      # documents, bytes, letters by script, unreadable records
 inspect_shards(Path("web-tokens"), num_samples=2)
-compression(tokenizer, find_files(["web.jsonl"]))   # bytes per token
+compression(tokenizer, find_sources(["web.jsonl"]))   # bytes per token
 """
 
 import re
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from tnllm.data.compressed import stored_size
-from tnllm.data.corpus import read_documents
 from tnllm.data.documents import BadDocument
+from tnllm.data.remote import RemoteFile, read_sources
 from tnllm.data.shards import SPLITS, TokenStream, read_manifest, verify_hashes
 from tnllm.errors import UserError
 from tnllm.progress import Report
@@ -35,7 +35,7 @@ _MAX_BAD = 10
 
 
 def inspect_corpus(
-    files: Sequence[Path], field: str = "text", report: Report = lambda status: None, num_samples: int = 2
+    files: Sequence[Path | RemoteFile], field: str = "text", report: Report = lambda status: None, num_samples: int = 2
 ) -> dict[str, Any]:
     """Counts over every document; unreadable records are counted and the first ten are named."""
     bad: list[str] = []
@@ -51,7 +51,7 @@ def inspect_corpus(
     scripts = dict.fromkeys(_SCRIPTS, 0)
     samples: list[str] = []
     text_bytes = empty = 0
-    for document in read_documents(files, field, on_bad=on_bad, report=report, more=()):
+    for document in read_sources(files, field, on_bad=on_bad, report=report, more=()):
         text = document.text
         lengths.append(len(text))
         text_bytes += len(text.encode())
@@ -63,7 +63,7 @@ def inspect_corpus(
     return {
         "kind": "corpus",
         "files": len(files),
-        "stored_bytes": sum(map(stored_size, files)),
+        "stored_bytes": sum(stored_size(file) if isinstance(file, Path) else file.size for file in files),
         "documents": len(lengths),
         "empty_documents": empty,
         "bad_documents": num_bad,
@@ -111,11 +111,11 @@ def inspect_shards(folder: Path, num_samples: int = 2, verify: bool = False) -> 
     }
 
 
-def compression(tokenizer: Tokenizer, files: Sequence[Path], field: str = "text") -> dict[str, Any]:
+def compression(tokenizer: Tokenizer, files: Sequence[Path | RemoteFile], field: str = "text") -> dict[str, Any]:
     """Bytes and characters per token over a corpus, and the speed of encoding it in one process."""
     num_bytes = num_chars = num_tokens = 0
     elapsed_s = 0.0
-    for document in read_documents(files, field, more=()):
+    for document in read_sources(files, field, more=()):
         start = time.perf_counter()
         num_tokens += len(tokenizer.encode(document.text))
         elapsed_s += time.perf_counter() - start

@@ -11,18 +11,20 @@ another one later, it is refused, so that a stopped run never continues with oth
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tnllm.data.corpus import ALLOWED, find_files, kind_of
-from tnllm.data.documents import BadDocument
+from tnllm.data.compressed import stored_size
+from tnllm.data.corpus import ALLOWED, SplitOn, find_files, kind_of, read_documents
+from tnllm.data.documents import BadDocument, Document
 from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.files import format_bytes
-from tnllm.progress import log
+from tnllm.progress import Report, Status, log
 
 # What storages call the version of a file's content, the surest first.
 _VERSIONS = ("ETag", "etag", "blob_id", "sha256", "md5Hash", "Content-MD5", "Digest", "generation")
@@ -62,7 +64,7 @@ def local_path(given: str | Path) -> str | Path:
     return unquote(urlsplit(text).path) if text.lower().startswith("file://") else given
 
 
-def find_sources(inputs: Iterable[str | Path]) -> list[Path | RemoteFile]:
+def find_sources(inputs: Iterable[str | Path], leave_out: Path | None = None) -> list[Path | RemoteFile]:
     """Local and remote corpus files of `inputs` in order; a remote folder or pattern (*) stands for its files, sorted.
 
     Raises what `find_files` raises, UserError for a URL without a corpus file, RunError where the network fails.
@@ -72,7 +74,7 @@ def find_sources(inputs: Iterable[str | Path]) -> list[Path | RemoteFile]:
         if is_remote(given):
             found += _find_remote(str(given))
         else:
-            found += find_files([local_path(given)])
+            found += find_files([local_path(given)], leave_out)
     for number, file in enumerate(found):
         if file in found[:number]:
             raise UserError(f"{file} is given twice; name each file once")
@@ -124,10 +126,37 @@ def check_unchanged(file: RemoteFile, only_local: bool = False) -> None:
         except OSError as error:
             raise RunError(f"{file.url} cannot be read any more: {error.strerror}") from None
     elif not only_local:
-        storage, path = _open(file.url)
+        storage, path = open_url(file.url)
         # Some storages remember what they listed.
         storage.invalidate_cache()
         _compare(file, _described(storage, path, file.url))
+
+
+def read_sources(
+    files: Sequence[Path | RemoteFile],
+    field: str = "text",
+    split_on: SplitOn = "none",
+    on_bad: Callable[[BadDocument], None] | None = None,
+    report: Report = lambda status: None,
+    more: Sequence[str] | None = None,
+    advice: str = "fix it",
+) -> Iterator[Document]:
+    """`read_documents` of local and remote files; a remote one is in a temporary folder while it is read."""
+    total = sum(stored_size(file) if isinstance(file, Path) else file.size for file in files)
+    before = count = 0
+    for file in files:
+        with TemporaryDirectory() as folder, local_copy(file, Path(folder)) as path:
+            named = (lambda bad, at=(file, path): on_bad(named_by_url(bad, *at))) if on_bad else None
+            for document in read_documents([path], field, split_on, named, more=more, advice=advice):
+                count += 1
+                report(Status(before + document.position, total, count))
+                yield from_source(document, file)
+            before += stored_size(path)
+
+
+def from_source(document: Document, file: Path | RemoteFile) -> Document:
+    """A document of a file's local copy, named by the file."""
+    return replace(document, url=file.url) if isinstance(file, RemoteFile) else document
 
 
 def named_by_url(bad: BadDocument, file: Path | RemoteFile, path: Path) -> BadDocument:
@@ -141,7 +170,7 @@ def local_files(files: Sequence[Path | RemoteFile]) -> list[Path]:
     return [file for file in files if isinstance(file, Path)]
 
 
-def _open(url: str) -> tuple[Any, str]:
+def open_url(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     try:
         import fsspec
@@ -160,8 +189,8 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _find_remote(url: str) -> list[RemoteFile]:
-    storage, path = _open(url)
-    with _network(url):
+    storage, path = open_url(url)
+    with network(url):
         if "*" in path:
             paths = storage.glob(path)
         elif url.endswith("/") or storage.info(path).get("type") == "directory":
@@ -194,9 +223,9 @@ def _described(storage: Any, path: str, url: str) -> RemoteFile:
 
 def _download(file: RemoteFile, path: Path) -> None:
     """Fetch a file. Raises RunError if it is not what it was, or cannot be read after a few tries."""
-    storage, inner = _open(file.url)
+    storage, inner = open_url(file.url)
     log(f"reading {file.url}" + (f" ({format_bytes(file.size)})" if file.size else ""))
-    with _network(file.url):
+    with network(file.url):
         for left in reversed(range(_TRIES)):
             try:
                 check_unchanged(file)
@@ -220,7 +249,7 @@ def _compare(file: RemoteFile, now: RemoteFile) -> None:
 
 
 @contextmanager
-def _network(url: str) -> Iterator[None]:
+def network(url: str, do: str = "be read") -> Iterator[None]:
     """Failures of the network and of storages as one line."""
     try:
         yield
@@ -233,7 +262,7 @@ def _network(url: str) -> Iterator[None]:
         if _is_missing(error):
             raise UserError(f"there is nothing at {url}; check the URL") from None
         cause = error.__cause__ or error
-        raise RunError(f"{url} cannot be read: {str(cause) or type(cause).__name__}") from error
+        raise RunError(f"{url} cannot {do}: {str(cause) or type(cause).__name__}") from error
 
 
 def _is_missing(error: Exception) -> bool:

@@ -1,0 +1,175 @@
+"""datatrove's own filters and MinHash beside ours, on the same English documents in one run, by processor time of one core.
+
+    pip install spacy                                       # datatrove splits English words with it; no model is needed
+    python -m tests.cleaning.peers CORPUS [MB] [--save FILE.csv]     # default: 20 MB of text
+
+Run it in a checkout. The input is that of tests/cleaning/speed.py, its English documents only. Rows of one kind do the
+same work by their own means: rules (Gopher's quality and repetition, C4, FineWeb), personal data, encodings, MinHash.
+"""
+
+import argparse
+import csv
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from datatrove.data import Document
+from datatrove.pipeline.dedup import (
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupFilter,
+    MinhashDedupSignature,
+)
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+)
+from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
+
+from tests.cleaning.speed import make_input, size_of
+from tnllm.cleaning.dedup import Drop, Group, Match, Sign, num_bands
+from tnllm.cleaning.hashing import counts_characters
+from tnllm.cleaning.settings import CleanSettings
+from tnllm.cleaning.steps import Personal, Repair, Rules, Writer
+from tnllm.data.corpus import read_documents
+
+Rows = list[dict[str, Any]]
+
+
+def read(corpus: Path, megabytes: float, folder: Path) -> list[Document]:
+    """English documents, with copies."""
+    path = folder / "input.jsonl"
+    make_input(corpus, path, megabytes * 2)
+    docs, size = [], 0
+    for number, document in enumerate(read_documents([path])):
+        if size < megabytes * 1e6 and not counts_characters(document.text):
+            docs.append(Document(document.text, str(number), metadata={"language": "en", "source": ""}))
+            size += len(document.text.encode())
+    return docs
+
+
+def timed(rows: Rows, kind: str, name: str, docs: list[Document], work: Callable[[list[Document]], Any]) -> None:
+    """Add a row for `work` on a copy of the documents; `work` returns how many are left."""
+    own = deepcopy(docs)
+    start = time.process_time()
+    kept = work(own)
+    seconds, megabytes = time.process_time() - start, size_of(docs) / 1e6
+    rows.append(
+        {
+            "kind": kind,
+            "step": name,
+            "seconds": round(seconds, 1),
+            "mb_per_s": round(megabytes / seconds, 2),
+            "kept": kept,
+        }
+    )
+
+
+def theirs(*steps: Any) -> Callable[[list[Document]], int]:
+    """datatrove's steps one after the other."""
+
+    def work(docs: list[Document]) -> int:
+        data: Any = iter(docs)
+        for step in steps:
+            data = step.run(data, 0, 1)
+        return sum(1 for _ in data)
+
+    return work
+
+
+def ours(step: Any) -> Callable[[list[Document]], int]:
+    """One of our steps."""
+
+    def work(docs: list[Document]) -> int:
+        for doc in docs:
+            step.process(doc)
+        return sum("rejected" not in doc.metadata for doc in docs)
+
+    return work
+
+
+def their_minhash(folder: Path) -> Callable[[list[Document]], int]:
+    """All four steps, as one task each."""
+
+    def work(docs: list[Document]) -> int:
+        again = deepcopy(docs)
+        sign = MinhashDedupSignature(str(folder / "a"))
+        # Its own function gives text to xxhash, of which newer versions take bytes only.
+        sign._hash_func = lambda text: xxhash.xxh64_intdigest(text.encode())
+        sign.run(iter(docs), 0, 1)
+        buckets = MinhashDedupBuckets(str(folder / "a"), str(folder / "b"))
+        for rank in range(14):
+            buckets.run(None, rank, 14)
+        MinhashDedupCluster(str(folder / "b"), str(folder / "c")).run(None, 0, 1)
+        return sum(1 for _ in MinhashDedupFilter(str(folder / "c")).run(iter(again), 0, 1))
+
+    return work
+
+
+def our_minhash(folder: Path, settings: CleanSettings) -> Callable[[list[Document]], int]:
+    """Sign, match, verify and group, drop; with the reading and writing of the documents between the stages."""
+    chosen = settings.dedup
+    signatures, pairs, kept = folder / "signatures", folder / "pairs", folder / "filtered"
+
+    def work(docs: list[Document]) -> int:
+        list(Writer(kept, None, "filter").run(Sign(signatures, chosen).run(iter(docs), 0, 1), 0, 1))
+        for rank in range(num_bands(chosen) + 1):
+            list(Match(signatures, pairs, chosen).run(None, rank, num_bands(chosen) + 1))
+        list(Group(signatures, pairs, kept, folder / "groups.npz", chosen).run(None, 0, 1))
+        rows = Drop(settings, kept, folder / "groups.npz", signatures).run(None, 0, 1)
+        return sum("rejected" not in doc.metadata for doc in rows)
+
+    return work
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("megabytes", type=float, nargs="?", default=20.0)
+    parser.add_argument("--save", type=Path)
+    given = parser.parse_args()
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        docs = read(given.corpus, given.megabytes, folder)
+        settings = CleanSettings()
+        warm = deepcopy(docs[:20])  # loads word lists and models
+        for step in (GopherQualityFilter(), Rules(settings), Repair(settings), Personal(settings)):
+            (ours if hasattr(step, "settings") else theirs)(step)(deepcopy(warm))
+        timed(rows, "rules", "tnllm: rules (all four sets)", docs, ours(Rules(settings)))
+        for filter in (GopherQualityFilter(), GopherRepetitionFilter(), C4QualityFilter(), FineWebQualityFilter()):
+            timed(rows, "rules", f"datatrove: {type(filter).__name__}", docs, theirs(filter))
+        timed(rows, "personal", "tnllm: personal", docs, ours(Personal(settings)))
+        timed(rows, "personal", "datatrove: PIIFormatter", docs, theirs(PIIFormatter()))
+        timed(rows, "encodings", "tnllm: repair (also HTML, URLs, characters)", docs, ours(Repair(settings)))
+        timed(rows, "encodings", "datatrove: FTFYFormatter", docs, theirs(FTFYFormatter()))
+        timed(rows, "dedup", "tnllm: MinHash, 256 values, pairs verified", docs, our_minhash(folder, settings))
+        timed(
+            rows, "dedup", "datatrove: MinHash, 112 values, pairs not verified", docs, their_minhash(folder / "theirs")
+        )
+    names = ("datatrove", "spacy", "ftfy", "rensa", "numpy")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    print(f"{len(docs):,} documents, {size_of(docs) / 1e6:.1f} MB; {platform.machine()}, Python "
+          f"{platform.python_version()}, {versions}, {date.today()}\n")  # fmt: skip
+    print("| step | core seconds | MB/s a core | documents left |\n| --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {row['step']} | {row['seconds']} | {row['mb_per_s']} | {row['kept']:,} |")
+    if given.save:
+        with open(given.save, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
