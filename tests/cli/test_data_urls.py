@@ -63,7 +63,7 @@ def test_inspect_score_and_tokenizers_read_urls(tnllm, corpus, tmp_path):
     results = [json.loads(tnllm("data", "inspect", source, "--json")[1]) for source in (corpus, "memory://web/")]
     assert [bad.replace("memory:///web", str(corpus)) for bad in results[1].pop("bad")] == results[0].pop("bad")
     assert results[0] == results[1] and results[0]["documents"] == 5
-    options = ["--vocab-size", "340", "--on-error", "skip"]
+    options = ["--vocab-size", "440", "--on-error", "skip"]
     for source, name in ((corpus, "a"), ("memory://web/", "b")):
         assert tnllm("tokenizer", "train", source, "-o", tmp_path / name, *options)[0] == 0
     assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()

@@ -121,7 +121,9 @@ def test_batches_do_not_depend_on_disk_workers_or_a_stop(tmp_path, corpus, token
     # The same folder again, and from a checkpoint without its folder.
     assert torch.equal(rows_of(opened(corpus, tmp_path / "c", tokenizer), 100, 50).tokens[0], whole.tokens[0, 3200:])
     fresh = opened(corpus, tmp_path / "d", tokenizer)
-    Loader([Source(fresh)], SEQ_LEN, 2).restore(saved)
+    resumed = Loader([Source(fresh)], SEQ_LEN, 2)
+    resumed.restore(saved)
+    assert resumed.positions(40) == saved, "a second checkpoint in the same chunk knows it too"
     assert torch.equal(rows_of(fresh, 40, 110).tokens[0], whole.tokens[0, 40 * SEQ_LEN :])
     # A position that is not the right one shows that reading begins there.
     moved = opened(corpus, tmp_path / "f", tokenizer)

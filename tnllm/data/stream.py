@@ -131,8 +131,9 @@ class ChunkStream:
     def position(self, row: int) -> dict[str, Any] | None:
         """What a checkpoint needs in order to read on from `row`, counted from the start of the stream; None if unknown."""
         number = row // self.rows
-        known = self._read_index()["positions"].get(str(number))
-        return {"chunk": number, "position": known} if known else None
+        written = self._read_index()["positions"].get(str(number))
+        position = Position(**written) if written else self._known.get(number)
+        return {"chunk": number, "position": asdict(position)} if position else None
 
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Take up a checkpoint's `position`, so that earlier chunks need not be made again."""
