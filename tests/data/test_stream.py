@@ -169,6 +169,25 @@ os.kill(os.getpid(), 9)
     assert same(rows_of(left, 60, 60), rows_of(opened(corpus, tmp_path / "other", tokenizer), 60, 60))
 
 
+def test_a_process_that_ends_without_closing_ends_cleanly(tmp_path, corpus):
+    """Its thread may be in the middle of the tokenizer."""
+    script = """
+import sys
+from pathlib import Path
+from tnllm import assets
+from tnllm.data.encode import Options
+from tnllm.data.stream import ChunkStream
+from tnllm.tokenizer import Tokenizer
+tokenizer = Tokenizer.load(assets.tokenizer_model(None))
+stream = ChunkStream("sample", Path(sys.argv[1]), tokenizer, Options(), 32, 10_000_000, 0, 1)
+stream.read(0, 33)
+sys.exit(7)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    assert (ended.returncode, "terminate" in ended.stderr) == (7, False), ended.stderr
+
+
 def test_two_ranks_share_one_folder(tmp_path, corpus, tokenizer, opened):
     whole = rows_of(opened(corpus, tmp_path / "alone", tokenizer), 0, 120).tokens.reshape(-1, SEQ_LEN)
     streams = [opened(corpus, tmp_path / "run", tokenizer) for _ in range(2)]

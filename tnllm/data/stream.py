@@ -19,6 +19,7 @@ stream.close()
 - Beside the chunks the disk holds one source file. What cannot be read is left out, named and counted.
 """
 
+import atexit
 import json
 import threading
 from collections.abc import Generator
@@ -44,6 +45,7 @@ _MAX_CHUNK_TOKENS = 1 << 26
 _CHUNKS = 8
 _POSITIONS = 1000
 _POLL_S = 0.1
+_MOST_WAIT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class ChunkStream:
         self._open: dict[int, TokenStream] = {}
         self._wanted = 0
         self._thread: threading.Thread | None = None
+        self._is_writer = False
         self._error: Exception | None = None
         self._stop = threading.Event()
         self._asked = threading.Condition()
@@ -145,6 +148,10 @@ class ChunkStream:
         self._stop.set()
         with self._asked:
             self._asked.notify_all()
+        if self._thread is not None and self._is_writer:
+            # A process that ends while its thread is in the tokenizer's C++ code aborts. A transfer is not waited for.
+            self._thread.join(_MOST_WAIT_S)
+        atexit.unregister(self.close)
 
     def _chunk(self, number: int) -> TokenStream:
         """A chunk as a token stream; waits until it is on disk."""
@@ -155,6 +162,7 @@ class ChunkStream:
             told = False
             while (shard := self._shards().get(number)) is None:
                 if self._thread is None:
+                    atexit.register(self.close)
                     self._thread = threading.Thread(target=self._produce, name="tokenize", daemon=True)
                     self._thread.start()
                 if self._error is not None:
@@ -184,6 +192,7 @@ class ChunkStream:
         """Write the wanted chunk, and chunks ahead of it while there is room; runs in a thread until `close`."""
         try:
             with only_writer(self.folder, wait_s=float("inf")):
+                self._is_writer = True
                 for leftover in self.folder.glob("*.tmp-*"):
                     leftover.unlink()
                 self._write_chunks()
