@@ -5,8 +5,9 @@
 Run it in a checkout. Documents are made of sentences that are drawn at random from one source of the corpus (default: the
 sample that ships), so two documents share next to nothing; every tenth is an exact copy of one of 50,000 others, and every
 tenth a near copy with a hundredth of its words replaced. DIR needs about three times the size on disk and is left as it is
-afterwards; a temporary folder is used where none is given. Each stage runs in a process of its own: its processor time and
-peak memory are the system's count for it and its workers. --save writes table.md, steps.csv and steps.png.
+afterwards; a temporary folder is used where none is given. Each stage runs in a process of its own: its processor time is
+the system's count for it and its workers, its peak memory that of matching and grouping, which alone need more of it for
+more documents. --save writes table.md, steps.csv and steps.png.
 """
 
 import argparse
@@ -83,13 +84,15 @@ def jaccard(first: str, second: str) -> float:
 
 def _measured(work: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any) -> None:
     work(*arguments)
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    seconds = sum(usage.ru_utime + usage.ru_stime for usage in (own, children))
-    pipe.send((seconds, max(own.ru_maxrss, children.ru_maxrss) / 2**20))
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    # ru_maxrss would count what the process was started from.
+    [peak] = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("ascii"))
+    pipe.send((seconds, int(peak) / 2**20))
 
 
 def measured(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """Processor seconds of `work` and its workers in a new process, and the largest process's peak memory in GiB."""
+    """Processor seconds of `work` in a new process and its workers, and that process's own peak memory in GiB (Linux)."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(work, arguments, theirs))
@@ -146,7 +149,9 @@ def run(folder: Path, megabytes: float, workers: int) -> tuple[list[Row], dict[s
     stages = [stage.name for stage in open_run(settings, out).stages]
     for number, name in enumerate(stages):
         rows.append(Row(step=name, megabytes=megabytes, seconds=0.0, gib=0.0))
-        rows[-1]["seconds"], rows[-1]["gib"] = measured(run_stage, settings, out, number, workers)
+        # Without workers, so that the memory is the process's own.
+        alone = 1 if name in ("match", "group") else workers
+        rows[-1]["seconds"], rows[-1]["gib"] = measured(run_stage, settings, out, number, alone)
         log(f"{name}: {rows[-1]['seconds']:.0f} core seconds")
     stats = open_run(settings, out).stats()
     counts = {
@@ -171,14 +176,15 @@ def table(rows: list[Row], counts: dict[str, Any], copies: dict[str, tuple[int, 
         f"{counts['tokens']:,} tokens. {platform.machine()}, Python {platform.python_version()}, {date.today()}"
     )
     yield ""
-    yield "| step | MB | core seconds | MB/s a core | peak memory of a process, GiB | of it for a million documents |"
+    yield "| step | MB | core seconds | MB/s a core | peak memory, GiB | of it for a million documents |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for row in rows:
-        grown = max(0.0, row["gib"] - counts["base"]) / counts["signed"] * 1e6
-        # The other steps hold one document at a time, whatever the size of the corpus.
-        each = f"{grown:.2f} GiB" if row["step"] in ("match", "group") else ""
+        peak = each = ""
+        if row["step"] in ("match", "group"):
+            grown = (row["gib"] - counts["base"]) / counts["signed"] * 1e6
+            peak, each = f"{row['gib']:.2f}", f"{grown:.2f} GiB"
         speed = row["megabytes"] / row["seconds"]
-        yield f"| {row['step']} | {row['megabytes']:.0f} | {row['seconds']:.0f} | {speed:.1f} | {row['gib']:.2f} | {each} |"
+        yield f"| {row['step']} | {row['megabytes']:.0f} | {row['seconds']:.0f} | {speed:.1f} | {peak} | {each} |"
     yield ""
     yield "| planted copies | dropped | of | recall |"
     yield "| --- | --- | --- | --- |"
@@ -213,7 +219,7 @@ def save(folder: Path, text: str, rows: list[Row]) -> None:
     )
     axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
     axis.invert_yaxis()
-    axis.set_xscale("log")
+    axis.margins(x=0.12)
     axis.set_xlabel("MB of text per core second")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "steps.png", dpi=160)
