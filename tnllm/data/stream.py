@@ -191,7 +191,8 @@ class ChunkStream:
     def _produce(self) -> None:
         """Write the wanted chunk, and chunks ahead of it while there is room; runs in a thread until `close`."""
         try:
-            with only_writer(self.folder, wait_s=float("inf")):
+            # The run's own lock keeps other runs away, so one left by a machine that is gone means nothing here.
+            with only_writer(self.folder, force=True, wait_s=float("inf")):
                 self._is_writer = True
                 for leftover in self.folder.glob("*.tmp-*"):
                     leftover.unlink()
