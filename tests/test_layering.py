@@ -13,6 +13,7 @@ GROUND = {
     "files",
     "device",
     "progress",
+    "tables",
     "tokenizer",
     "chat_template",
     "recipe",
@@ -155,7 +156,7 @@ def test_commands_import_late(path):
     for name in imported(top_level(ast.parse(path.read_text(encoding="utf-8")))):
         assert name.split(".")[0] not in HEAVY, f"{path.name} imports {name} at the top"
         if name.startswith("tnllm."):
-            assert name.split(".")[1] in {"errors", "files", "progress", "hub", "cli", "__version__"}, (
+            assert name.split(".")[1] in {"errors", "files", "progress", "tables", "hub", "cli", "__version__"}, (
                 f"{path.name}: {name}"
             )
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tnllm import tables
 from tnllm.errors import MissingExtra
 from tnllm.files import format_bytes, write_text_atomic
 
@@ -56,18 +57,12 @@ def print_table(
     left: Sequence[str] = ("provider", ""),
     group: Callable[[Row], object] | None = None,
 ) -> None:
-    """Print a table on stdout; columns are right-aligned but for `left`. A line separates rows of unlike `group`."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for name, _ in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for index, row in enumerate(rows):
-        if group is not None and index and group(row) != group(rows[index - 1]):
-            table.add_section()
-        table.add_row(*(cell(form, row) for _, form in columns))
-    Console(width=None if Console().is_terminal else 140).print(table)
+    """Print a table on stdout; columns are numbers but for `left`. A line separates rows of unlike `group`."""
+    names = [name for name, _ in columns]
+    cells = [[cell(form, row) for _, form in columns] for row in rows]
+    groups = [group(row) for row in rows] if group else []
+    starts = [index for index in range(1, len(groups)) if groups[index] != groups[index - 1]]
+    tables.print_table(names, cells, [name for name in names if name not in left], title, lines_above=starts)
 
 
 def print_line(columns: Sequence[tuple[str, int, Form]], row: Row | None = None, more: str | None = None) -> None:

@@ -9,8 +9,8 @@ import typer
 
 from tnllm.cli import data_clean
 from tnllm.cli.options import OnError, examples
-from tnllm.cli.tables import print_json
 from tnllm.errors import UserError
+from tnllm.tables import print_json
 
 app = typer.Typer(
     help="Prepare and inspect training data.",

@@ -11,9 +11,9 @@ from typing import Any
 import typer
 
 from tnllm.cli.options import examples
-from tnllm.cli.tables import print_json
 from tnllm.errors import UserError
 from tnllm.files import check_output_file
+from tnllm.tables import print_json
 
 
 class Executor(StrEnum):

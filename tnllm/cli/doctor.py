@@ -216,19 +216,8 @@ def _attention() -> list[Check]:
 
 
 def _print(checks: list[Check]) -> None:
-    from importlib.util import find_spec
+    from tnllm.tables import print_table
 
-    if find_spec("rich") is None:
-        for check in checks:
-            print(check.status, check.name, check.found, check.remedy, sep="\t")
-        return
-    from rich.markup import escape
-
-    from tnllm.cli.tables import print_table
-
-    colors = {"ok": "green", "note": "yellow", "wrong": "red"}
-    rows = [
-        [f"[{colors[check.status]}]{check.status}[/]", check.name, escape(check.found), escape(check.remedy)]
-        for check in checks
-    ]
-    print_table("", ["", "part", "found", "what to do"], rows)
+    rows = [[check.status, check.name, check.found, check.remedy] for check in checks]
+    styles = {"ok": "green", "note": "yellow", "wrong": "red"}
+    print_table(["", "part", "found", "what to do"], rows, styles=styles)

@@ -64,8 +64,9 @@ _PARTS = {
 
 
 def _print(recipe: str, answer: dict[str, Any]) -> None:
-    from tnllm.cli.tables import print_table
     from tnllm.files import format_bytes, format_count, format_duration
+    from tnllm.progress import log
+    from tnllm.tables import print_table
 
     rank = answer["rank_gib"]
     rows = [[label, *(format_bytes(rank[mode][key] * 2**30) for mode in rank)] for key, label in _PARTS.items()]
@@ -73,14 +74,14 @@ def _print(recipe: str, answer: dict[str, Any]) -> None:
         rows.append([f"fits {name}", *("yes" if fits[mode] else "no" for mode in rank)])
     rows.append(["FLOPs computed again", *(f"{answer['again'][mode]:.1%}" for mode in rank)])
     mesh = "one rank" if answer["ranks"] == 1 else f"each of {answer['ranks']} ranks"
-    print_table(
+    title = (
         f"{recipe}: {format_count(answer['parameters'])} parameters; {mesh}, "
-        f"{answer['rows_per_pass']} x {answer['seq_len']} tokens a pass",
-        ["memory", *rank],
-        rows,
-        right=list(rank),
-        note=f"Columns: train.activation_checkpointing, which the recipe sets to {answer['activation_checkpointing']}. "
-        f"Computed, not measured; to fit, {answer['reserve']:.0%} of a card stays free for what is not counted.",
+        f"{answer['rows_per_pass']} x {answer['seq_len']} tokens a pass"
+    )
+    print_table(["memory", *rank], rows, right=rank, title=title)
+    log(
+        f"columns: train.activation_checkpointing, which the recipe sets to {answer['activation_checkpointing']}; "
+        f"computed, not measured; to fit, {answer['reserve']:.0%} of a card stays free for what is not counted"
     )
     per_s = answer["tokens_per_s"]
     grows = f" at {answer['seq_len']} tokens" if answer["softmax_layers"] else ", at any length"
@@ -94,4 +95,4 @@ def _print(recipe: str, answer: dict[str, Any]) -> None:
         ["training FLOPs", f"{answer['flops']:.3g}"],
         ["time", time],
     ]
-    print_table("", ["", ""], work)
+    print_table(["", ""], work)

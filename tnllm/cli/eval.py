@@ -16,10 +16,10 @@ from tnllm.cli.evaluation_view import (
     show_tasks,
 )
 from tnllm.cli.options import check_choice, examples, log_default_model
-from tnllm.cli.tables import print_json
 from tnllm.errors import CheckFailed, UserError
 from tnllm.files import check_output_file, check_output_folder
 from tnllm.progress import Progress, log
+from tnllm.tables import print_json
 
 EXAMPLES = examples(
     "tnllm eval --tasks mmlu,ceval",

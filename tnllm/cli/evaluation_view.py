@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tnllm.cli.tables import print_table
 from tnllm.files import format_duration
 from tnllm.progress import log
+from tnllm.tables import print_table
 
 # Metrics between 0 and 1 that are shown in percent.
 _SHARES = ("acc", "acc_norm", "exact_match", "f1", "mcc", "em")
@@ -76,7 +76,7 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
                 ]
             )  # fmt: skip
     about = results.get("tnllm") or {}
-    print_table("", ["task", "version", "shots", "questions", "metric", "value", "± stderr"], rows, right=_RIGHT)
+    print_table(["task", "version", "shots", "questions", "metric", "value", "± stderr"], rows, right=_RIGHT)
     note = f"weights {about.get('weights_sha256', '')[:12]}, lm-eval {results.get('lm_eval_version')}"
     if "tokens_computed" in about:
         cached, asked = about["requests_from_cache"], about["requests"]
@@ -111,12 +111,12 @@ def show_tasks(rows: list[dict[str, Any]], with_files: bool) -> None:
     """The tasks with offline data."""
     table = []
     for row in rows:
-        path = (row["file"] or "[red]not found[/]") if with_files else (row["sample"] or "-")
+        path = (row["file"] or "not found") if with_files else (row["sample"] or "-")
         table.append(
             [row["task"], ", ".join(row["aliases"]), f"{row['questions']:,}", row["licence"], path, row["source"]]
         )
     columns = ["task", "also", "questions", "licence", "file" if with_files else "ships with tnllm", "source"]
-    print_table("", columns, table, right=_RIGHT)
+    print_table(columns, table, right=_RIGHT, styles={"not found": "red"})
     log("tnl-paper is BoolQ to OpenBookQA without examples and MMLU, CMMLU, C-Eval with 5, as in the paper's tables")
     log("any other task of lm-evaluation-harness works too: tnllm eval ls PATTERN")
 
@@ -134,7 +134,7 @@ def show_comparison(rows: list[dict[str, Any]], paper: str | None) -> None:
         if paper:
             cells.append("" if row["paper"] is None else f"{row['paper']:.2f}")
         table.append(cells)
-    print_table("", columns, table, right=_RIGHT)
+    print_table(columns, table, right=_RIGHT)
     if both:
         log("B - A: * marks a difference of more than two standard errors")
 
@@ -169,7 +169,7 @@ def show_check(result: dict[str, Any]) -> None:
                 ]
             )  # fmt: skip
     columns = ["task", "questions", "metric", "tnllm %", "hf %", "answers differ", "nats at most", "nats on average"]
-    print_table("", columns, rows, right=[column for column in columns if column not in ("task", "metric")])
+    print_table(columns, rows, right=[column for column in columns if column not in ("task", "metric")])
     rows = [
         [
             row["task"], f"{row['requests']:,}", *(f"{row['tokens'][way]:,}" for way in ("tnllm", "hf")),
@@ -178,7 +178,7 @@ def show_check(result: dict[str, Any]) -> None:
         for row in result["tasks"]
     ]  # fmt: skip
     columns = ["task", "requests", "tokens tnllm", "tokens hf", "seconds tnllm", "seconds hf"]
-    print_table("", columns, rows, right=columns[1:])
+    print_table(columns, rows, right=columns[1:])
     for row in result["tasks"]:
         for each in row["changed"]:
             print(
@@ -200,7 +200,7 @@ def show_perplexity(result: dict[str, Any]) -> None:
     if windows := result.get("windows"):
         label = f"{windows['pieces']:,} windows of {windows['window']:,} tokens"
         rows.append([label, *(f"{windows[name]:,.4f}" for name in names)])
-    print_table("", ["", *(name.replace("_", " ") for name in names)], rows)
+    print_table(["", *(name.replace("_", " ") for name in names)], rows)
     rows = [
         [
             f"{row['from']:,} to {row['to']:,}", f"{row['tokens']:,}", f"{row['token_perplexity']:,.2f}",
@@ -208,4 +208,4 @@ def show_perplexity(result: dict[str, Any]) -> None:
         ]
         for row in result["by_position"]
     ]  # fmt: skip
-    print_table("", ["position in the text", "tokens", "token perplexity", "bits per byte"], rows, right=_RIGHT)
+    print_table(["position in the text", "tokens", "token perplexity", "bits per byte"], rows, right=_RIGHT)

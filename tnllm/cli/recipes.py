@@ -20,10 +20,11 @@ SET_HELP = "Change a key: section.key=value. May be repeated."
 @app.command("list", epilog=examples("tnllm recipes list --json"))
 def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """List the recipes that ship, smallest first."""
-    from tnllm.cli.tables import print_table
     from tnllm.files import format_count
     from tnllm.modeling.flops import count_parameters
+    from tnllm.progress import log
     from tnllm.recipe import packaged_recipes, read_header
+    from tnllm.tables import print_table
     from tnllm.training.config import load_recipe
 
     items: list[dict[str, Any]] = []
@@ -47,14 +48,14 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
         return
     rows = [
         [
-            f"[bold]{item['recipe']}[/bold]", format_count(item["parameters"]), format_count(item["tokens"]),
+            item["recipe"], format_count(item["parameters"]), format_count(item["tokens"]),
             item["hardware"], item["about"],
         ]
         for item in items
     ]  # fmt: skip
     columns = ["recipe", "parameters", "tokens", "hardware", "what"]
-    note = "Start one with: tnllm train RECIPE     Read one with: tnllm recipes show RECIPE --doc"
-    print_table("", columns, rows, right=["parameters", "tokens"], note=note)
+    print_table(columns, rows, right=["parameters", "tokens"])
+    log("start one: tnllm train RECIPE; read one: tnllm recipes show RECIPE --doc")
 
 
 @app.command("show", epilog=examples("tnllm recipes show 385m --doc > mine.yaml"))

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnllm.cli.tables import print_json
 from tnllm.files import format_duration
 from tnllm.progress import Progress, log
+from tnllm.tables import print_json
 
 if TYPE_CHECKING:
     from tnllm.generation.jsonl import Request

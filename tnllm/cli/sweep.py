@@ -72,11 +72,11 @@ def _say(text: str) -> None:
 
 def _show(plan: "Plan", folder: Path) -> int:
     """Print the table of `folder` and draw its charts; returns how many cells failed."""
-    from tnllm.cli.tables import print_table
     from tnllm.errors import MissingExtra
     from tnllm.files import format_count, write_bytes_atomic
     from tnllm.sweep.chart import draw
     from tnllm.sweep.table import CURVES, REPEATS, RESULTS, read_csv, summarize
+    from tnllm.tables import print_table
 
     rows, curves = read_csv(folder / RESULTS), read_csv(folder / CURVES)
     repeats = read_csv(folder / REPEATS) if (folder / REPEATS).is_file() else []
@@ -97,7 +97,7 @@ def _show(plan: "Plan", folder: Path) -> int:
         for line in lines
     ]
     columns = ["group", "choice", "tokens", "seeds", "val_loss", "spread", "val_bpb", "tokens/s"]
-    print_table("", columns, table, right=columns[2:])
+    print_table(columns, table, right=columns[2:])
     names = {row["cell"] for row in rows}
     cells = [(group, cell.name) for group in plan.groups.values() for cell in plan.examples(group)]
     left = [name for _, name in cells if name not in names]

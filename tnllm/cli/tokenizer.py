@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 
 from tnllm.cli.options import OnError, examples
-from tnllm.cli.tables import print_json
 from tnllm.errors import UserError
+from tnllm.tables import print_json
 
 app = typer.Typer(
     help="Train and inspect tokenizers.",
