@@ -64,6 +64,31 @@ def test_it_serves_and_sigterm_lets_running_requests_end(tnllm):
 
 
 @pytest.mark.slow
+def test_a_signal_is_heeded_at_once_even_while_a_text_is_tokenized():
+    """The tokenizer's C++ code cannot be interrupted; the first signal comes as soon as the address is printed."""
+    process, address, _ = start("--drain-seconds", "0")
+    try:
+        body = json.dumps({"prompt": "the sea " * 900_000, "max_tokens": 1}).encode()
+        head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
+            connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + body)
+            process.send_signal(signal.SIGTERM)
+            errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 143, errors
+        assert errors.splitlines()[-1].startswith("tnllm: stopped by SIGTERM")
+    finally:
+        process.kill()
+        process.wait()
+    process, _, _ = start()
+    try:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 143 and process.stderr.read().endswith("tnllm: stopped by SIGTERM\n")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
 def test_what_takes_too_long_is_told_and_counted():
     """A second signal ends the time to drain, which is otherwise tested in test_engine."""
     process, address, _ = start("--drain-seconds", "600")

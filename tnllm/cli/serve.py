@@ -63,7 +63,7 @@ def command(
     from tnllm.serving.engine import Engine
     from tnllm.serving.middleware import is_loopback
     from tnllm.serving.protocol import server_config
-    from tnllm.serving.server import FLUSH_SECONDS, run_until_signal
+    from tnllm.serving.server import FLUSH_SECONDS, catch_signals, run_until_signal
 
     log_default_model(model)
     ready = load(model, device, dtype)
@@ -96,6 +96,7 @@ def command(
         timeout_graceful_shutdown=FLUSH_SECONDS,
     )
     listening = _bind(host, port)
+    signals = catch_signals()
     address = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}"
     log(
         f"serving {settings.name} on {address} ({engine.num_slots} slots, {engine.slots.nbytes / 2**20:.0f} MiB of states)"
@@ -103,7 +104,7 @@ def command(
     log(f"try the page at {address}/ or: curl {address}/v1/completions -H 'Content-Type: application/json' "
          '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'')  # fmt: skip
 
-    run_until_signal(engine, uvicorn.Server(config), listening, drain_seconds)
+    run_until_signal(engine, uvicorn.Server(config), listening, drain_seconds, signals)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,17 +1,20 @@
 """A server's life: it runs until a signal, then refuses what is new, lets running requests end, and cuts the rest.
 
-    run_until_signal(engine, uvicorn.Server(config), listening_socket, drain_s=30)      # raises Terminated
+    signals = catch_signals()
+    run_until_signal(engine, uvicorn.Server(config), listening_socket, 30, signals)      # raises Terminated
 
 Until the last running request has ended, new ones and /health are answered with 503, so that a load balancer notices. A
 request that is cut gets an error like any other: a stream an event, a plain request a 503.
 """
 
+import atexit
+import os
 import queue
 import signal
 import socket
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from tnllm.errors import RunError, Terminated
 from tnllm.progress import log
@@ -20,20 +23,28 @@ from tnllm.serving.engine import Engine
 if TYPE_CHECKING:
     import uvicorn
 
+# The number of a signal, or None when a thread has ended.
+Signals: TypeAlias = "queue.SimpleQueue[int | None]"
 # For the last bytes to clients that read slowly, and for requests that are still being sent.
 FLUSH_SECONDS = 3
 
 
-def run_until_signal(engine: Engine, server: "uvicorn.Server", listening: socket.socket, drain_s: float) -> NoReturn:
+def catch_signals() -> Signals:
+    """From here on SIGTERM and Ctrl-C are for `run_until_signal`. Handlers that raise would interrupt whatever runs."""
+    happened: Signals = queue.SimpleQueue()
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, lambda number, frame: happened.put(number))
+    return happened
+
+
+def run_until_signal(
+    engine: Engine, server: "uvicorn.Server", listening: socket.socket, drain_s: float, happened: Signals
+) -> NoReturn:
     """Serve on `listening` until SIGTERM or Ctrl-C; a second one cuts what is still running.
 
     Raises Terminated, whose message counts what was finished and cut; its exit code is 143, after Ctrl-C 130. Raises
     RunError if the server ended by itself.
     """
-    # The number of a signal, or None when a thread has ended. Handlers that raise would interrupt whatever runs.
-    happened: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, lambda number, frame: happened.put(number))
 
     def start(work: Callable[[], object]) -> threading.Thread:
         def run() -> None:
@@ -63,4 +74,6 @@ def run_until_signal(engine: Engine, server: "uvicorn.Server", listening: socket
     outcome = f"; running requests: {running - cut} finished, {cut} cut" if running else ""
     ended = Terminated(f"stopped by {'Ctrl-C' if by == signal.SIGINT else 'SIGTERM'}{outcome}")
     ended.exit_code = 128 + by
+    # A thread may still be in the tokenizer's C++ code, in which the interpreter's own end would abort it.
+    atexit.register(os._exit, ended.exit_code)
     raise ended
