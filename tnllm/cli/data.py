@@ -148,6 +148,33 @@ def sample(
         print(path)
 
 
+@app.command(epilog=examples("tnllm data synth mqar -o mqar --seq-len 64 --pairs 4 --vocab 256"))
+def synth(
+    task: str = typer.Argument(..., help="mqar, recall, fuzzy, noisy or copy."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to resume after a stop."),
+    rows: int = typer.Option(20_000, help="Rows to train on."),
+    val_rows: int = typer.Option(1_000, help="Rows held out for validation."),
+    seq_len: int = typer.Option(128, help="Tokens of a row; data.seq_len must be a multiple."),
+    pairs: int = typer.Option(8, help="Keys of a row; tokens to copy."),
+    vocab: int | None = typer.Option(None, help="Ids are below this number. [default: the tokenizer's pieces]"),
+    tokenizer: Path | None = typer.Option(None, help="Gives vocabulary and end token. [default: tnllm-8k]"),
+    seed: int = typer.Option(0, min=0, help="Of the rows; training and validation never share one."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Start over if the folder holds other shards."),
+) -> None:
+    """Write a synthetic task of recall as token shards of which only the answers are labels."""
+    from tnllm import assets
+    from tnllm.data.synth import Task, write_task
+    from tnllm.progress import corpus_progress
+    from tnllm.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(assets.tokenizer_model(tokenizer))
+    kind = Task(task, seq_len, pairs, vocab or loaded.vocab_size)
+    with corpus_progress(task) as report:
+        manifest = write_task(out, kind, loaded, rows, val_rows, seed, overwrite=overwrite, report=report)
+    for split in ("train", "val"):
+        print(f"{split:6}{manifest.total('documents', split):>12,} rows {manifest.total('tokens', split):>16,} tokens")
+
+
 app.command("clean", epilog=data_clean.CLEAN_EPILOG)(data_clean.clean)
 app.command("dedup", epilog=data_clean.DEDUP_EPILOG)(data_clean.dedup)
 app.command("self-clean", epilog=data_clean.SELF_CLEAN_EPILOG)(data_clean.self_clean)

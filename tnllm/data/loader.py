@@ -101,6 +101,7 @@ class Loader:
         for source in sources:
             _check(source, sources[0])
             _check_chunks(source, batch_size, len(sources))
+            _check_masked(source, seq_len)
         self.sources = list(sources)
         self.seq_len = seq_len
         self.batch_size = batch_size
@@ -118,6 +119,11 @@ class Loader:
         assert shuffle or not self.chunked
         known = [stream.max_inner_starts(seq_len) for stream in self._streams if isinstance(stream, TokenStream)]
         self.max_row_sequences = 1 + max(known, default=0)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens do not count as labels."""
+        return any(map(_row_tokens, self._streams))
 
     @property
     def num_rows(self) -> int:
@@ -170,6 +176,9 @@ class Loader:
         ids = stream.read(start, self.seq_len + 1)
         tokens, labels = ids[:-1], ids[1:].copy()
         labels[max(counted, 0) :] = IGNORE
+        if _row_tokens(stream):
+            assert isinstance(stream, TokenStream)
+            labels[~stream.counted(start, self.seq_len + 1)[1:]] = IGNORE
         starts = stream.document_starts(start, self.seq_len + 1)
         starts = starts[starts > 0]
         if self.packing == "reset":
@@ -185,7 +194,8 @@ class Loader:
             key = splitmix64(splitmix64(splitmix64(self._seed) ^ source) ^ epoch)
             if isinstance(stream, ChunkStream):
                 return stream, (epoch * rows + permute(row, rows, key)) * self.seq_len, self.seq_len
-            start = key % stream.num_tokens + permute(row, rows, key) * self.seq_len
+            unit = stream.row_tokens or 1
+            start = key % stream.num_tokens // unit * unit + permute(row, rows, key) * self.seq_len
             return stream, start % stream.num_tokens, self.seq_len
         for stream, rows in zip(self._streams, self._rows, strict=True):
             if sample < rows:
@@ -235,6 +245,18 @@ def _check_chunks(source: Source, batch_size: int, num_sources: int) -> None:
         raise UserError(
             f"how many tokens {stream.source} holds is not known before it was read; give each of the {num_sources} "
             "sources a weight: {path: ..., weight: 0.5}"
+        )
+
+
+def _row_tokens(stream: TokenStream | ChunkStream) -> int | None:
+    return stream.row_tokens if isinstance(stream, TokenStream) else None
+
+
+def _check_masked(source: Source, seq_len: int) -> None:
+    unit = _row_tokens(source.stream)
+    if unit and seq_len % unit:
+        raise UserError(
+            f"data.seq_len is {seq_len}, but the rows of {source.stream.folder} have {unit}: give a multiple"
         )
 
 

@@ -13,6 +13,9 @@ The folder holds
     token_bytes.bin    uint16 little endian, V values: UTF-8 bytes that each token stands for
     tokenizer.model    the tokenizer
 
+In masked shards (`tnllm data synth`; "masked" among the options) the highest bit of a stored id says that the token counts
+as a label. Readers give the id without it; training and validation see only the labels that count.
+
 Documents are stored in corpus order, each ending with the end token. A split's stream is its shards concatenated; shard
 boundaries carry no meaning.
 """
@@ -119,6 +122,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+def counted_bit(dtype: np.dtype) -> int:
+    """The bit of a masked shard's ids that marks a label. No vocabulary is so large that ids need it."""
+    return 1 << (8 * dtype.itemsize - 1)
+
+
 def write_shard(
     folder: Path, split: str, number: int, tokens: np.ndarray, lengths: Sequence[int], text_bytes: int
 ) -> Shard:
@@ -181,6 +189,10 @@ class TokenStream:
         self.num_tokens = int(self._first_token[-1])
         self.num_documents = int(self._first_document[-1])
         self.text_bytes = sum(shard.text_bytes for shard in shards)
+        masked = bool(manifest.options.get("masked"))
+        self._bit = counted_bit(dtype) if masked else 0
+        # A masked document is answered as a whole, so rows begin where documents do.
+        self.row_tokens: int | None = manifest.options["seq_len"] if masked else None
         self.token_bytes = _map(folder / TOKEN_BYTES, np.dtype("<u2"), manifest.vocab_size)
 
     @staticmethod
@@ -198,6 +210,13 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` ids from offset `start`, int64; the stream wraps around at its end."""
+        return self._stored(start, count) & ~self._bit
+
+    def counted(self, start: int, count: int) -> np.ndarray:
+        """Which of these tokens count as labels, bool; without a mask all."""
+        return (self._stored(start, count) & self._bit) == self._bit
+
+    def _stored(self, start: int, count: int) -> np.ndarray:
         assert 0 <= start < self.num_tokens, (start, self.num_tokens)
         parts = []
         while count > 0:
@@ -230,7 +249,7 @@ class TokenStream:
         shard = int(np.searchsorted(self._first_document, number, "right")) - 1
         local = number - int(self._first_document[shard])
         begin, end = self._index[shard][local : local + 2]
-        return self._tokens[shard][int(begin) : int(end)].astype(np.int64)
+        return self._tokens[shard][int(begin) : int(end)].astype(np.int64) & ~self._bit
 
     def max_inner_starts(self, count: int) -> int:
         """The most documents that begin inside any `count` consecutive tokens, not counting the first token."""

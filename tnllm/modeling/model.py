@@ -254,6 +254,13 @@ class LanguageModel(nn.Module):
         x, _ = self._run(tokens, layers, start, cu_seqlens, longest)
         return self.cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
 
+    def num_correct(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> int:
+        """How many of the labels that are not -100 are the most likely token; shapes as in `loss`."""
+        layers: list[None] = [None] * self.config.num_layers
+        x, _ = self._run(tokens, layers, None, cu_seqlens)
+        counted = labels != -100
+        return int((self.logits(x[counted]).argmax(-1) == labels[counted]).sum())
+
 
 def build_model(
     config: ModelConfig,

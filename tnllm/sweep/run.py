@@ -197,6 +197,7 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
         "train_loss": steps[-1]["loss"] if steps else None,
         "val_loss": checks[-1]["val_loss"] if done else None,
         "val_bpb": checks[-1]["val_bpb"] if done else None,
+        **({"val_accuracy": checks[-1]["val_accuracy"]} if done and "val_accuracy" in checks[-1] else {}),
         "tokens_per_s": round(median(rates)) if rates else None,
         "alone": cell.alone,
         "memory_gib": round(max(item["mem_gib"] for item in steps), 2) if steps else None,

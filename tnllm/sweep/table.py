@@ -18,7 +18,7 @@ from tnllm.sweep.plan import Row
 
 RESULTS, CURVES, REPEATS = "results.csv", "curves.csv", "repeats.csv"
 _COUNTS = ("seed", "parameters", "parameters_without_embedding", "steps", "step", "tokens")
-_NUMBERS = ("learning_rate", "train_loss", "val_loss", "val_bpb", "tokens_per_s", "memory_gib")
+_NUMBERS = ("learning_rate", "train_loss", "val_loss", "val_bpb", "val_accuracy", "tokens_per_s", "memory_gib")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class RunDisplay:
         """Log a row of metrics.jsonl as one line."""
         step = f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}"
         if "val_loss" in row:
-            self.log(f"{step}  val_loss {row['val_loss']:.4f}  val_bpb {row['val_bpb']:.4f}")
+            right = f"  accuracy {row['val_accuracy']:.1%}" if "val_accuracy" in row else ""
+            self.log(f"{step}  val_loss {row['val_loss']:.4f}  val_bpb {row['val_bpb']:.4f}{right}")
             return
         if "loss" not in row:
             scores = (

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tnllm.chat_template import render
+from tnllm.data.loader import Loader
 from tnllm.modeling.model import LanguageModel
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.memory import peak_memory_gib
 from tnllm.training.run import Run
 from tnllm.training.run_model import chat_template
-from tnllm.training.validation import validate
+from tnllm.training.validation import accuracy, validate
 
 Scorer = Callable[[LanguageModel, Tokenizer], dict[str, float]]
 
@@ -89,7 +90,10 @@ def _validate(run: Run) -> None:
     assert run.validation is not None
     rows, tokens = trainer.config.train.micro_batch_size, trainer.config.eval.tokens
     loss, bpb = validate(trainer.loss_sum, run.validation, rows, tokens, trainer.ranks)
-    _report(run, val_loss=loss, val_bpb=bpb)
+    more = {}
+    if isinstance(run.validation, Loader) and run.validation.masked and trainer.ranks.size == 1:
+        more["val_accuracy"] = accuracy(trainer.model, run.validation, rows, tokens)
+    _report(run, val_loss=loss, val_bpb=bpb, **more)
 
 
 def _score(run: Run, score: Scorer) -> None:

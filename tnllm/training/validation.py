@@ -9,6 +9,7 @@ from torch import Tensor
 from tnllm.data.instruct_loader import InstructLoader
 from tnllm.data.loader import IGNORE, Batch, Loader
 from tnllm.generation.scoring import bits_per_byte
+from tnllm.modeling.model import LanguageModel
 from tnllm.parallel.ranks import SingleProcess
 
 
@@ -38,6 +39,18 @@ def validate(
             num_bytes += batch.num_bytes
     loss, labels, num_bytes = ranks.sum_counts(loss, labels, num_bytes)
     return loss / max(labels, 1), bits_per_byte(loss, num_bytes)
+
+
+@torch.no_grad()
+def accuracy(model: LanguageModel, loader: Loader, rows_per_batch: int, max_tokens: int | None) -> float:
+    """Share of the counted labels that are the model's most likely token; rows as in `validate`."""
+    rows = loader.num_rows if max_tokens is None else min(loader.num_rows, max(1, max_tokens // loader.seq_len))
+    right = labels = 0
+    for first in range(0, rows, rows_per_batch):
+        batch = loader.batch(first, min(rows_per_batch, rows - first)).to(model.device)
+        right += model.num_correct(batch.tokens, batch.labels, batch.cu_seqlens)
+        labels += batch.num_labels
+    return right / max(labels, 1)
 
 
 def _batch(loader: Loader | InstructLoader, first: int, count: int, end: int) -> Batch:
