@@ -180,7 +180,8 @@ def table(rows: list[Row], counts: dict[str, Any], copies: dict[str, tuple[int, 
     yield "| --- | --- | --- | --- | --- | --- |"
     for row in rows:
         peak = each = ""
-        if row["step"] in ("match", "group"):
+        # Of few documents the modules' own memory is most.
+        if row["step"] in ("match", "group") and counts["signed"] >= 200_000:
             grown = (row["gib"] - counts["base"]) / counts["signed"] * 1e6
             peak, each = f"{row['gib']:.2f}", f"{grown:.2f} GiB"
         speed = row["megabytes"] / row["seconds"]
