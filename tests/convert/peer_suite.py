@@ -2,23 +2,26 @@
 
     python -m tests.convert.peer_suite                                  # both, for the installed versions
     python -m tests.convert.peer_suite peft -k lora
-    python -m tests.convert.peer_suite transformers --checkout DIR      # with the tests of generation
+    python -m tests.convert.peer_suite transformers --checkout DIR      # with the tests of generation, and our peers
 
 Downloads the source packages of the installed versions from the package index (11 MB) and deletes them at the end; nothing
-of theirs is kept. transformers' package has ModelTesterMixin but not GenerationTesterMixin, which `--checkout` takes from a
-git checkout of the same version. Needs `pip install parameterized`, which transformers' tests import. Exit code 1 if a test
-fails that docs/convert.md does not explain, 3 without network.
+of theirs is kept. transformers' package has ModelTesterMixin but not GenerationTesterMixin. `--checkout` takes the library
+and all its tests from a git checkout instead, and runs the tests of Mamba, Mamba2 and MiniMax beside ours. Needs `pip
+install parameterized`, which transformers' tests import. Exit code 1 if a test fails that docs/convert.md does not explain,
+3 without network.
 """
 
 import argparse
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 from tnllm import assets
 from tnllm.convert.run import Options, convert
@@ -27,6 +30,10 @@ from tnllm.modeling.model import build_model
 from tnllm.modeling.weights import save_model
 
 NAME = "tnllm_tiny"
+# Models with a recurrent state whose own tests are run beside ours.
+PEERS = ("mamba", "mamba2", "minimax")
+# What the source package of transformers lacks.
+MISSING = (("generation/test_utils.py", "GenerationTesterMixin"), ("exporters/test_export.py", "ExportTesterMixin"))
 # Failures that docs/convert.md explains: parts of their names.
 EXPLAINED: dict[str, tuple[str, ...]] = {
     "transformers": (),
@@ -43,7 +50,7 @@ try:
 except ImportError:
     # PEFT's tests of language models import it and do not use it.
     sys.modules["diffusers"] = types.ModuleType("diffusers")
-    sys.modules["diffusers"].StableDiffusionPipeline = object
+    sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {{}})
 code = importlib.import_module("{name}.modeling_tnllm")
 import transformers
 transformers.AutoConfig.register("tnllm", code.TnllmConfig)
@@ -105,9 +112,13 @@ class TnllmModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase)
                 shape = (self.model_tester.batch_size, self.model_tester.seq_length)
                 inputs["labels"] = torch.zeros(shape, dtype=torch.long, device=torch_device)
         return inputs
-    def _check_past_key_values_for_generate(self, batch_size, cache, seq_length, config):
-        self.assertEqual(cache.get_seq_length(), seq_length)
-        self.assertEqual(cache.position.shape, (batch_size,))
+    # The mixin knows only caches of keys and values.
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        self.assertEqual(past_key_values.get_seq_length(), seq_length)
+        self.assertEqual(past_key_values.position.shape, (batch_size,))
+    def _check_caches_are_equal(self, one, other):
+        self.assertEqual(one.length, other.length)
+        torch.testing.assert_close([*one.layers, one.position], [*other.layers, other.position], rtol=1e-4, atol=1e-4)
 """
 
 
@@ -132,32 +143,35 @@ def write_model(root: Path) -> Path:
     model = build_model(config.model_copy(update={"init_std": 0.3}), seed=0)  # so that adapters change the texts
     save_model(model, root / "weights", tokenizer=assets.tokenizer_model())
     convert(root / "weights", root / NAME, Options(to="hf", verify=False), lambda _: None, lambda *_: None)
+    # It samples by default; the suites compare the texts of two calls.
+    (root / NAME / "generation_config.json").unlink()
     (root / NAME / "__init__.py").touch()
     (root / "peer_plugin.py").write_text(PLUGIN.format(root=str(root), name=NAME))
     return root / NAME
 
 
-def stub(package: Path, module: str, mixin: str, checkout: Path | None) -> None:
-    """Put `mixin`'s file beside the tests that import it: from a checkout, or one without tests."""
-    target = package / "tests" / module
-    target.parent.mkdir(parents=True, exist_ok=True)
-    (target.parent / "__init__.py").touch()
-    source = None if checkout is None else checkout / "tests" / module
-    text = source.read_text() if source is not None and source.is_file() else f"class {mixin}:\n    pass\n"
-    target.write_text(text)
-
-
 def transformers_suite(root: Path, checkout: Path | None) -> tuple[Path, list[str]]:
-    package = fetch("transformers", root)
-    (package / "tests/__init__.py").touch()
-    stub(package, "generation/test_utils.py", "GenerationTesterMixin", checkout)
-    stub(package, "exporters/test_export.py", "ExportTesterMixin", checkout)
+    """Our test file among those of a checkout, with our peers' files; or in the source package, without generation."""
+    if checkout is None:
+        package = fetch("transformers", root)
+        for module, mixin in MISSING:
+            file = package / "tests" / module
+            file.parent.mkdir(parents=True)
+            file.write_text(f"class {mixin}:\n    pass\n")
+    else:
+        package = root / "checkout"
+        shutil.copytree(checkout / "tests", package / "tests")
+        for name in ("src", "utils"):
+            (package / name).symlink_to((checkout / name).resolve())
     folder = package / "tests/models/tnllm"
     folder.mkdir(parents=True)
-    for parent in (folder, folder.parent):
+    for parent in (folder, *folder.parents[:2]):
         (parent / "__init__.py").touch()
+    for module, _ in MISSING:
+        (package / "tests" / module).with_name("__init__.py").touch()
     (folder / "test_modeling_tnllm.py").write_text(MODEL_TESTS.format(name=NAME))
-    return package, ["tests/models/tnllm/test_modeling_tnllm.py"]
+    names = ["tnllm", *(PEERS if checkout else [])]
+    return package, [f"tests/models/{name}/test_modeling_{name}.py" for name in names]
 
 
 def peft_suite(root: Path, model: Path) -> tuple[Path, list[str]]:
@@ -177,42 +191,49 @@ def run(name: str, package: Path, arguments: list[str], root: Path, keyword: str
     """Run a suite, print its counts and the failures; whether every failure is explained."""
     if keyword:
         arguments = [*arguments, "-k", f"{NAME} and ({keyword})" if name == "peft" else keyword]
+    source = package / "src"
     env = {
-        **os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home"),
+        **os.environ, "PYTHONPATH": f"{root}{os.pathsep}{source}", "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home"),
         "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "peer_plugin",
-        "-q",
-        "-rf",
-        "--tb=line",
-        "-o",
-        "addopts=",
-        "-o",
-        "filterwarnings=default",
-        *arguments,
-    ]
+    report = root / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "peer_plugin", "-q", "--tb=line", "-o", "addopts=", "-o",
+               "filterwarnings=default", f"--junitxml={report}", *arguments]  # fmt: skip
     result = subprocess.run(command, cwd=package, env=env, capture_output=True, text=True)
-    lines = result.stdout.strip().splitlines()
-    if not any(" passed" in line for line in lines[-1:]):
+    if not report.is_file():
         print(result.stdout[-3000:], result.stderr[-3000:], file=sys.stderr)
-    failures = [line for line in lines if line.startswith(("FAILED", "SUBFAILED", "ERROR"))]
-    new = [line for line in failures if not any(part in line for part in EXPLAINED[name])]
-    for line in failures:
-        print(("  explained  " if line not in new else "  FAILS      ") + line.split(" ", 1)[1][:200])
-    print(f"{name} {importlib.metadata.version(name)}: {lines[-1] if lines else result.stderr[-300:]}", flush=True)
-    return not new and bool(lines)
+        return False
+    outcomes: dict[str, dict[str, str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        model = next((peer for peer in PEERS if f".{peer}." in case.get("classname", "")), "tnllm")
+        kinds = {child.tag for child in case}
+        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        test = case.get("name", "").replace(f"{root}/", "")
+        # A test of subtests is there once for each that fails or is skipped.
+        seen = outcomes.setdefault(model, {})
+        seen[test] = min(outcome, seen.get(test, "skipped"))
+    unexplained = []
+    for test in (test for test, outcome in outcomes.get("tnllm", {}).items() if outcome == "failed"):
+        explained = any(part in test for part in EXPLAINED[name])
+        unexplained += [] if explained else [test]
+        passes = [peer for peer in PEERS if outcomes.get(peer, {}).get(test) == "passed"]
+        print(f"  {'explained' if explained else 'FAILS':<10} {test}", *(f"(passes for {peer})" for peer in passes))
+    about = source / name / "__init__.py"
+    found = re.search(r'^__version__ = "(.+)"', about.read_text(), re.M) if about.is_file() else None
+    for model, tests in outcomes.items():
+        count = ", ".join(
+            f"{list(tests.values()).count(outcome)} {outcome}" for outcome in ("passed", "failed", "skipped")
+        )
+        print(f"{name} {found[1] if found else importlib.metadata.version(name)}: {model:<8} {count}")
+    print(result.stdout.strip().splitlines()[-1], flush=True)
+    return bool(outcomes) and not unexplained
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", choices=["transformers", "peft", []], help="which (both)")
     parser.add_argument("-k", dest="keyword", help="pytest's -k")
-    parser.add_argument("--checkout", type=Path, help="a git checkout of transformers")
+    parser.add_argument("--checkout", type=Path, help="a git checkout of transformers: src, tests and utils")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -5,6 +5,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -86,6 +87,25 @@ def test_every_argument_of_the_loss(model):
         close(kept.loss, full.loss)
         close(kept.logits, full.logits[:, -2:])
         close(model(tokens, logits_to_keep=torch.tensor([0, 3])).logits, full.logits[:, [0, 3]])
+        for count in (None, 2, torch.tensor(2), np.int64(2)):
+            close(model(tokens, logits_to_keep=count).logits, full.logits[:, slice(-int(count or 0), None)])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_the_loss(model, side):
+    """Where the padding is on the left, its last column would predict the row's first token from nothing."""
+    rows, length = [text(1, n)[0] for n in (4, 9, 6)], 9
+    pads = [(length - len(row), 0) if side == "left" else (0, length - len(row)) for row in rows]
+    tokens = torch.stack([nn.functional.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(row), pad) for row, pad in zip(rows, pads, strict=True)])
+    labels = tokens.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        total = sum(model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows)
+        count = sum(len(row) - 1 for row in rows)
+        close(model(tokens, attention_mask=mask, labels=labels).loss, total / count)
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        for given in ({"labels": labels}, {"shift_labels": shifted}):
+            close(model(tokens, attention_mask=mask.bool(), num_items_in_batch=7, **given).loss, total / 7)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +259,10 @@ def test_positions_that_generate_passes(model, mask, positions):
             "past_key_values is a DynamicCache, but this model has a recurrent state",
         ),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "the input is empty"),
+        ({"input_ids": torch.ones(4, dtype=torch.int64)}, r"input_ids must be \[B, T\] .* got \[4\]"),
+        ({"attention_mask": {"full_attention": None}}, r"attention_mask must end in \[1, 4\]; got dict"),
+        ({"position_ids": torch.tensor([[1, 2, 3, 4]])}, r"\[0, 0\] is 1; it must be 0, where a text begins"),
+        ({"logits_to_keep": -1}, "logits_to_keep is -1; give the number"),
     ],
     ids=str,
 )
@@ -322,6 +346,16 @@ def test_generate_goes_on_from_longer_embeddings(model):
     )
     assert torch.equal(more.sequences, whole[:, 2:])
     assert torch.equal(model.generate(inputs_embeds=embed(tokens), use_cache=False, **GREEDY), whole)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"repetition_penalty": 1.5}], ids=str)
+def test_generate_with_embeddings_and_their_ids(model, more):
+    tokens = text(2, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    for given in ({}, {"attention_mask": mask}):
+        settings = {**GREEDY, **more, **given}
+        both = model.generate(tokens, inputs_embeds=model.get_input_embeddings()(tokens), **settings)
+        assert torch.equal(both, model.generate(tokens, **settings))
 
 
 def test_generate_returns_hidden_states(model):

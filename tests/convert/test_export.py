@@ -35,7 +35,7 @@ SCRIPT = """
 import json, sys
 sys.modules["tnllm"] = None
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 folder, task_folder = sys.argv[1:]
 prompts = json.loads(sys.stdin.read())
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -57,6 +57,8 @@ answer = {
     "padding": int((batch.attention_mask == 0).sum()),
     "no_cache": new_text(river, use_cache=False),
     "beams": [new_text(river, num_beams=3), new_text(river, num_beams=3, use_cache=False)],
+    "stopped": new_text(river, stop_strings=[alone[1][8:12]], tokenizer=tokenizer)[0],
+    "pipeline": pipeline("text-generation", model=model, tokenizer=tokenizer)(prompts, batch_size=3, **settings),
     "from_embeddings": model.generate(inputs_embeds=embedded, attention_mask=river.attention_mask, **plain).tolist(),
     "from_ids": model.generate(**river, **plain)[:, river.input_ids.shape[1]:].tolist(),
     "theta": [str(theta.dtype), bool(torch.equal(theta, model.model.layers[0].token_mixer.lrpe.theta))],
@@ -146,6 +148,15 @@ def test_padding_caching_and_beams_change_nothing(exported):
     assert answer["no_cache"] == answer["alone"][1:2]
     assert answer["beams"][0] == answer["beams"][1]
     assert answer["from_embeddings"] == answer["from_ids"]
+
+
+def test_stop_strings_and_the_pipeline(exported):
+    _, _, answer = exported
+    text, stop = answer["alone"][1], answer["alone"][1][8:12]
+    assert text.startswith(answer["stopped"]) and stop in answer["stopped"] and len(answer["stopped"]) < len(text)
+    assert [row[0]["generated_text"] for row in answer["pipeline"]] == [
+        prompt + text for prompt, text in zip(PROMPTS, answer["alone"], strict=True)
+    ]
 
 
 def test_theta_stays_exact_and_the_head_is_tied(exported):

@@ -14,6 +14,7 @@ Papers: TransNormerLLM (arXiv 2307.14995), Lightning Attention-2 (arXiv 2401.046
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import (
@@ -35,6 +36,9 @@ from tnllm.convert.hf_code.state import TnllmState, own_state
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.layers import LRPE, ResidualBlock, make_norm
 from tnllm.modeling.transformer import make_mixer
+
+# Keywords that `generate` hands on and that are not for the forward pass: it reads stop strings with a tokenizer.
+NOT_FOR_THE_MODEL = ("labels", "tokenizer", "assistant_tokenizer")
 
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -152,6 +156,9 @@ class TnllmModel(TnllmPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.ndim != 3:
+            given = x.shape if input_ids is None else input_ids.shape
+            raise ValueError(f"input_ids must be [B, T] and inputs_embeds [B, T, M]; got {list(given)}")
         batch, columns = x.shape[:2]
         if batch == 0 or columns == 0:
             raise ValueError(
@@ -207,14 +214,6 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.model.embed_tokens = value
-
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""
         return self.lm_head
@@ -245,21 +244,34 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """Arguments as in TnllmModel, and those of the loss.
 
-        labels [B, T] are shifted here, shift_labels [B, T] are not; -100 is ignored. The loss is the mean of their cross
-        entropies, or the sum over num_items_in_batch. logits_to_keep: the number of last columns whose logits are returned
-        (0: all), or these columns; it does not change the loss.
+        labels [B, T] are shifted here, shift_labels [B, T] are not; -100 is ignored, and so is the first token after
+        padding on the left. The loss is the mean of their cross entropies, or the sum over num_items_in_batch.
+        logits_to_keep: the number of last columns whose logits are returned (0: all), or these columns; it does not change
+        the loss.
         """
         output = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
             return_dict=True, **kwargs,
         )  # fmt: skip
         hidden = output.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep: slice | Tensor
+        if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1:
+            keep = logits_to_keep
+        elif (count := int(logits_to_keep or 0)) >= 0:
+            keep = slice(-count, None)
+        else:
+            raise ValueError(f"logits_to_keep is {count}; give the number of last columns, or 0 for all")
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         loss = None
-        if labels is None and shift_labels is None:
+        if shift_labels is None:
             logits = self._logits(hidden[:, keep])
         else:
             logits = self._logits(hidden)
+            if attention_mask is not None:
+                # No token can be predicted from the padding before a row's first one.
+                before = attention_mask[:, -hidden.shape[1] :].cumsum(-1) == 0
+                shift_labels = shift_labels.masked_fill(before.to(shift_labels.device), -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
@@ -288,7 +300,12 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         state = own_state(past_key_values, cache)
         read = 0 if state is None else state.get_seq_length()
         given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-        total = given + input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        total = given + input_ids.shape[1]
+        # A caller may give the ids of its embeddings too.
+        for covers in (attention_mask, position_ids if given else None):
+            if covers is not None:
+                total = covers.shape[-1]
+                break
         if is_first_iteration is None:
             is_first_iteration = cache_position is not None and int(cache_position[0]) == 0
         new = total - read
@@ -302,7 +319,7 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"the prompt of {total} columns ends where past_key_values does, which read {read}; {begin}"
             )
-        inputs: dict[str, Any] = {key: value for key, value in kwargs.items() if key != "labels"}
+        inputs: dict[str, Any] = {key: value for key, value in kwargs.items() if key not in NOT_FOR_THE_MODEL}
         if inputs_embeds is not None and read < given:
             # Embeddings are what is still to be read, and without a state the ids generated since.
             embeds = inputs_embeds[:, read:]
@@ -339,14 +356,6 @@ class TnllmForSequenceClassification(TnllmPreTrainedModel):
         self.model = TnllmModel(config)
         self.score = nn.Linear(config.model_dim, config.num_labels, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.model.embed_tokens = value
 
     def forward(
         self,

@@ -65,8 +65,9 @@ def padding_mask(attention_mask: Tensor | None, batch: int, columns: int) -> Ten
     """[B, T] bool of the new columns, False at padding; None if there is no padding. Raises ValueError."""
     if attention_mask is None:
         return None
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < columns:
-        raise ValueError(f"attention_mask must end in {[batch, columns]}; got {list(attention_mask.shape)}")
+    shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    if isinstance(shape, str) or len(shape) != 2 or shape[0] != batch or shape[1] < columns:
+        raise ValueError(f"attention_mask must end in {[batch, columns]}; got {shape}")
     mask = attention_mask[:, -columns:]
     if torch.compiler.is_compiling() or mask.is_meta:
         return mask.bool()
@@ -128,9 +129,10 @@ def _from_positions(position_ids: Tensor, keep: Tensor, start: Tensor) -> Tensor
         wrong = keep & ~restart & (positions != expected)
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
+            continues = f"{int(expected[row, column])}, which continues, or " * bool(expected[row, column])
             raise ValueError(
-                f"position_ids[{row}, {column}] is {int(positions[row, column])}; it must be "
-                f"{int(expected[row, column])}, which continues, or 0, where a text begins"
+                f"position_ids[{row}, {column}] is {int(positions[row, column])}; it must be {continues}"
+                "0, where a text begins"
             )
     return restart
 
