@@ -73,6 +73,28 @@ def test_gradient_accumulation_changes_nothing(hf_code, tmp_path):
         close(value, others[name])
 
 
+def test_trainer_evaluates_predicts_and_smooths_labels(model, tmp_path):
+    tokens = text(4, 12)
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=2, per_device_train_batch_size=4, max_steps=1, learning_rate=0,
+        label_smoothing_factor=0.1, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    with torch.no_grad():
+        output = model(tokens, labels=tokens)
+    scores = output.logits[:, :-1].log_softmax(-1)
+    smooth = nn.functional.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten(), label_smoothing=0.1)
+    trainer.train()
+    logged = next(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(float(smooth), abs=1e-3)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(smooth), abs=1e-3)
+    trainer.label_smoother = None
+    predicted = trainer.predict(rows)
+    assert predicted.metrics["test_loss"] == pytest.approx(float(output.loss), abs=1e-3)
+    close(torch.from_numpy(predicted.predictions), output.logits)
+
+
 def test_every_argument_of_the_loss(model):
     tokens = text(2, 9)
     labels = tokens.masked_fill(tokens < 20, -100)

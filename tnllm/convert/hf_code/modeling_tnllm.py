@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
 from tnllm.convert.hf_code.rows import (
@@ -53,6 +54,10 @@ except ImportError:
             if self.gradient_checkpointing and self.training:
                 return self._gradient_checkpointing_func(super().__call__, *args)  # type: ignore[operator]
             return super().__call__(*args)
+
+
+# Trainer smooths labels, and shifts them, by the names in this table; pipelines look there too.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("tnllm", "TnllmForCausalLM")
 
 
 def refuse(name: str, arguments: dict[str, Any]) -> None:
@@ -239,7 +244,6 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Arguments as in TnllmModel, and those of the loss.
@@ -249,6 +253,8 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         logits_to_keep: the number of last columns whose logits are returned (0: all), or these columns; it does not change
         the loss.
         """
+        # Not in the signature: Trainer computes a loss in evaluation only if all arguments with "label" in them are given.
+        shift_labels = kwargs.pop("shift_labels", None)
         output = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
             return_dict=True, **kwargs,
