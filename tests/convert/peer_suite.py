@@ -62,7 +62,8 @@ try:
 except ImportError:
     constants = None
 for key, value in vars(constants).items() if constants else ():
-    if key.startswith("TRANSFORMERS_MODELS_TO_") and key.endswith("_MAPPING") and isinstance(value, dict):
+    # One of these tables holds functions, not names of layers.
+    if key.startswith("TRANSFORMERS_MODELS_TO_") and key.endswith("_MAPPING") and "POSTPROCESS" not in key:
         value["tnllm"] = ["l3"] if "FEEDFORWARD" in key else ["out_proj", "l3"] if "IA3" in key else ["out_proj", "l1"]
 """
 
