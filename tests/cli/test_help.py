@@ -84,10 +84,13 @@ def test_the_shell_completes_commands() -> None:
     [
         (["recipe"], "No such command 'recipe'."),
         (["recipes", "show"], "Missing argument 'recipe'"),
-        (["estimate", "tiny", "--gpuu", "h100"], "No such option: --gpuu"),
+        (["estimate", "tiny", "--gpuu", "h100"], "No such option --gpuu"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(args: list[str], message: str) -> None:
     done = run("-m", "tnllm", *args)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"tnllm: {message}") and done.stderr.count("\n") == 1
+    # The parser's words differ a little from version to version: quotes, colons and capital letters.
+    words, expected = (re.sub("[':]", "", text).lower() for text in (done.stderr, f"tnllm: {message}"))
+    assert words.startswith(expected) and done.stderr.count("\n") == 1
+    assert message.startswith("Missing") or re.search("did you mean|possible options", words)
