@@ -1,6 +1,6 @@
 """Runs the commands that README, docs/ and `--help` show, from the built wheel, in a folder with what a reader would have.
 
-    python -m tests.commands                # all of them, with the long ones: half an hour on two cores
+    python -m tests.commands                # all of them, with the long ones
     python -m tests.commands first-model    # those of one page; `help` for the examples of --help
     python -m tests.commands demo           # README's demo, all 400 steps, and whether README shows its losses
 
@@ -47,7 +47,8 @@ _FAST = (
     "recipes ", "estimate ", "doctor", "eval ls", "eval compare", "tokenizer inspect", "data sample", "data inspect web",
 )  # fmt: skip
 
-# By how much a loss of README's demo may differ on another CPU; `demo` says why.
+# By how much a loss of README's demo may differ. Another kind of CPU, or another number of threads, sums in another order,
+# and 400 updates grow that difference of 1e-7. The limit is an estimate: how far it grows has not been measured.
 DEMO_TOLERANCE = 0.01
 
 # What readers of the pages have already: a short run, texts, prompts, scores.
@@ -226,8 +227,6 @@ def demo(shell: Shell, folder: Path) -> int:
     print(printed)
     shown, readme = set(), (ROOT / "README.md").read_text(encoding="utf-8")
     for read in (step_losses, validation_losses):
-        # Of another kind of CPU, or another number of threads, which sum in another order: 400 updates grow 1e-7 to about
-        # DEMO_TOLERANCE, measured with one thread and two.
         ours = read(printed)
         shown |= {value for value in read(readme) if min(abs(value - other) for other in ours) > DEMO_TOLERANCE}
     print(
