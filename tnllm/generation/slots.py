@@ -214,7 +214,9 @@ class Slots:
         if self._latest is not None:
             logits = self._latest(self._tokens[: self._latest.batch])[:count]
         else:
-            logits = self._model.step(tokens, self._first(count))
+            # A view of every layer costs an operator each, and a generation of one row needs none.
+            full = count == self.num_slots
+            logits = self._model.step(tokens, self._state if full else self._first(count))
         self._logits[:count].copy_(logits)
 
     def _captured(self, count: int, num_steps: int) -> CapturedStep | None:
