@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_models import small_model
 from tnllm import assets
 from tnllm.data.corpus import read_documents
+from tnllm.modeling.weights import save_model
+from tnllm.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -46,6 +49,25 @@ def test_fork_a_state(tmp_path):
     lines = run("fork_a_state.py", cwd=tmp_path).splitlines()
     assert "KiB" in lines[0] and len(lines) == 4
     assert (tmp_path / "book.state").is_file()
+
+
+@pytest.mark.slow
+def test_onnx_generate(tmp_path):
+    """The greedy text of `tnllm generate`, without torch."""
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["The old house stood by the river.\n"] * 40, 320))
+    save_model(small_model(num_layers=2), tmp_path / "weights", tmp_path / "tokenizer.model")
+    tnllm = [sys.executable, "-m", "tnllm"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [*tnllm, "convert", "weights", "graph", "--to", "onnx", "--no-verify"],
+        cwd=tmp_path, env=environment, check=True,
+    )  # fmt: skip
+    greedy = ["--max-tokens", "8", "--temperature", "0", "--repetition-penalty", "1"]
+    asked = [*tnllm, "generate", "--model", "weights", *greedy, "--prompt", "The old house"]
+    ours = subprocess.run(asked, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not needed')")
+    made = run("onnx_generate.py", "graph", "The old house", "8", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert made == f"The old house{ours.stdout}"
 
 
 @pytest.mark.slow

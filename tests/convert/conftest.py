@@ -15,7 +15,9 @@ def run() -> Callable[..., Report]:
     """Convert; `said` collects the lines for people."""
 
     def call(source: Path, target: Path, to: str, said: list[str] | None = None, **options) -> Report:
-        return convert(source, target, Options(to=to, **options), (said or []).append, lambda *_: None)
+        return convert(
+            source, target, Options(to=to, **options), ([] if said is None else said).append, lambda *_: None
+        )
 
     return call
 

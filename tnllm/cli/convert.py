@@ -23,9 +23,10 @@ EPILOG = examples(
     "tnllm convert my-adapter merged --to hf --base 385m",
     "tnllm convert 385m 385m-official --to official --dtype bfloat16",
     "tnllm convert TransNormerLLM2-7B-300B x --to tnllm --dry-run",
+    "tnllm convert runs/first first-onnx --to onnx --quantize int8",
     "tnllm convert runs/first first-hf --to hf --push my-org/first --licence apache-2.0",
 )
-FORMATS = ("tnllm", "hf", "official")
+FORMATS = ("tnllm", "hf", "official", "onnx")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -35,11 +36,13 @@ def command(
     ),
     dst: Path = typer.Argument(help="The new folder."),
     to: str = typer.Option(
-        ..., "--to", help="tnllm (weights folder), hf (for transformers) or official (the released layout)."
+        ...,
+        "--to",
+        help="tnllm (weights folder), hf (for transformers), official (the released layout) or onnx.",
     ),
     dtype: str = typer.Option("auto", help="Of the weights: auto (as they are), float32, bfloat16 or float16."),
     shard_size: str = typer.Option("5GB", help="Largest weight file, such as 500MB or 5GB (powers of 1000)."),
-    quantize: str | None = typer.Option(None, help="int8: weight-only, for --to hf; needs torchao."),
+    quantize: str | None = typer.Option(None, help="int8, for --to hf (weight-only; needs torchao) and onnx."),
     base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to use. Default: the source's."),
     licence: str | None = typer.Option(
@@ -89,6 +92,8 @@ def command(
         licence=licence,
     )
     if dry_run:
+        if to == "onnx":
+            raise UserError("--dry-run shows names of tensors, which a graph has not; leave it out, or see --to hf")
         _dry_run(src, options, json_)
         if push:
             log(f"would upload {dst} to hf://{hub.repo_name('hf://' + push)}; nothing was sent")
@@ -110,7 +115,7 @@ def command(
     checked = "" if verify else ", nothing verified (--no-verify)"
     size = format_bytes(report.num_bytes)
     print(f"{dst}: {len(report.files)} files, {size} of weights, {format_duration(elapsed)}{checked}")
-    if to != "official" and not quantize:
+    if to in ("tnllm", "hf") and not quantize:
         log(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
 
 

@@ -30,6 +30,7 @@ EXTRAS = {
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "hf": ("transformers", "tiktoken", "accelerate"),
     "bench": ("fla",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript", "transformers"),
     "quantize": ("torchao", "transformers"),
     "remote": ("fsspec", "aiohttp", "huggingface_hub", "s3fs", "gcsfs"),
 }

@@ -30,7 +30,8 @@ from tnllm.modeling.model import Block
 Read = Callable[[str], Tensor]
 NUM_PROMPTS, PROMPT_TOKENS = 2, 24
 # Largest allowed difference relative to the largest logit; docs/numerics.md gives the reasons.
-LIMITS = {"same": 1e-4, "int8": 0.25}
+# An int8 graph rounds activations too: random weights move by a third, a trained model by a tenth, a wrong graph by one.
+LIMITS = {"same": 1e-4, "int8": 0.25, "int8 graph": 0.5}
 # Rows of the head that are converted to fp32 and multiplied at a time.
 _HEAD_ROWS = 16_384
 

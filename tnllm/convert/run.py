@@ -24,6 +24,7 @@ from tnllm.convert import check
 from tnllm.convert.adapter import is_adapter, merge, open_adapter
 from tnllm.convert.checksums import SUMS, Progress, reading, recorded_sums, sums_text, verify_archives, verify_sums
 from tnllm.convert.official import V3_NOTE
+from tnllm.convert.onnx import MODEL, check_onnx, compare_with, write_onnx
 from tnllm.convert.plan import Plan, make_plan
 from tnllm.convert.source import Source, open_source
 from tnllm.convert.targets import folder_files
@@ -37,10 +38,10 @@ from tnllm.files import LOCK, format_bytes, only_writer, written_folder
 class Options:
     """How to convert."""
 
-    to: str  # tnllm, hf or official
+    to: str  # tnllm, hf, official or onnx
     dtype: torch.dtype | None = None  # None keeps the source's
     shard_bytes: int = 5 * 10**9
-    quantize: str | None = None  # int8
+    quantize: str | None = None  # int8, for hf and onnx
     base: Path | None = None  # of an adapter
     tokenizer: Path | None = None  # instead of the source's
     licence: str | None = None  # of the weights, for the model card
@@ -100,7 +101,12 @@ def _convert(
     if not options.overwrite and any(file.name != LOCK for file in target.iterdir()):
         raise UserError(f"{target} exists and is not empty; give another folder, or --overwrite to replace it")
     source.check()
-    plan = make_plan(source, options.to, options.dtype, options.quantize)
+    # The graph is that of the model in a Hugging Face folder.
+    graph = options.to == "onnx"
+    if graph:
+        check_onnx(source.config, options.dtype)
+    to, dtype, quantize = ("hf", torch.float32, None) if graph else (options.to, options.dtype, options.quantize)
+    plan = make_plan(source, to, dtype, quantize)
     files, copies, notes = folder_files(source, path, plan, options.tokenizer, options.licence)
     notes = [*source.notes, *notes]
     if source.kind == "official" and source.version == "v3":
@@ -111,20 +117,40 @@ def _convert(
     source.check_tied_head()
     _check_space(target, plan.num_bytes + sum(file.stat().st_size for file in copies.values()))
     with _new_folder(target) as temporary:
-        _write(temporary, plan, files, copies, options.shard_bytes, progress)
-        difference = share = limit = None
+        folder = temporary / "hf" if graph else temporary
+        folder.mkdir(exist_ok=True)
+        _write(folder, plan, files, copies, options.shard_bytes, progress)
+        checked: tuple[float, float, float] | None = None
+        num_bytes = plan.num_bytes
         if options.verify:
-            verify_sums(recorded_sums(temporary, sorted(temporary.iterdir())), progress)
-            difference, share, limit = _compare(source, temporary, plan, progress, notes)
-            log(f"logits    largest difference {difference:.2e}, {share:.2e} of the largest logit (limit {limit:.0e})")
-            # Written so that NaN fails.
-            if not share <= limit:
-                raise CheckFailed(
-                    f"the logits of the result differ from the source's by {difference:.3g}, {share:.2e} of the largest "
-                    f"(limit {limit:.0e}); nothing was kept at {target}"
+            verify_sums(recorded_sums(folder, sorted(folder.iterdir())), progress)
+            checked = _compare(source, folder, plan, progress, notes)
+            _require_equal(checked, target, log)
+        if graph:
+            log("exporting the graph ...")
+            write_onnx(folder, temporary, bool(options.quantize), log)
+            num_bytes = sum(file.stat().st_size for file in temporary.glob(f"{MODEL}*"))
+            if options.verify:
+                checked = (
+                    *compare_with(folder, temporary / MODEL),
+                    check.LIMITS["int8 graph" if options.quantize else "same"],
                 )
+                _require_equal(checked, target, log)
+            shutil.rmtree(folder)
     names = sorted(file.name for file in target.iterdir())
-    return Report(source, names, plan.num_bytes, difference, share, limit, notes)
+    difference, share, limit = checked or (None, None, None)
+    return Report(source, names, num_bytes, difference, share, limit, notes)
+
+
+def _require_equal(checked: tuple[float, float, float], target: Path, log: Callable[[str], None]) -> None:
+    difference, share, limit = checked
+    log(f"logits    largest difference {difference:.2e}, {share:.2e} of the largest logit (limit {limit:.0e})")
+    # Written so that NaN fails.
+    if not share <= limit:
+        raise CheckFailed(
+            f"the logits of the result differ from the source's by {difference:.3g}, {share:.2e} of the largest "
+            f"(limit {limit:.0e}); nothing was kept at {target}"
+        )
 
 
 def _check_target(source: Source, path: Path, target: Path) -> None:

@@ -1,0 +1,238 @@
+"""A model as one ONNX graph that reads any number of tokens: the result of `convert --to onnx`.
+
+write_onnx(hf_folder, out, quantize=None, log=print)         # model.onnx and what runs it without torch
+difference, share = compare_with(hf_folder, out / MODEL)     # onnxruntime's logits against this package's
+
+Inputs: tokens [B, T] int64, position [B] int64 (tokens of the row read before), state_0 ... state_{L-1} [B, H, D, E] fp32
+(zeros at first). Outputs: logits [B, T, V] fp32, new_state_0 ... . T = 1 is a decoding step. Attention within the T tokens
+is quadratic, so a long text is read in chunks of some hundred. Standard operators of opset 20 only.
+"""
+
+import json
+import logging
+import lzma
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tnllm import __version__, assets
+from tnllm.convert import check, hf_folder
+from tnllm.convert.quantize import quiet_import
+from tnllm.errors import MissingExtra, UserError
+from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.weights import CONFIG, GENERATION, TOKENIZER, load_model
+from tnllm.tokenizer import Tokenizer
+
+MODEL = "model.onnx"
+CHUNK = 128
+_OPSET = 20
+_FAR = 1_000_000  # a position at which fp32 angles would be wrong
+
+
+def check_onnx(config: ModelConfig, dtype: torch.dtype | None) -> None:
+    """Raise UserError for what the graph does not hold, MissingExtra without the packages that write and run it."""
+    if config.kind != "transnormer" or config.softmax_every:
+        raise UserError("--to onnx is for TransNormerLLM without softmax layers, whose state has a constant size")
+    if dtype not in (None, torch.float32):
+        raise UserError("--to onnx writes float32, or int8 with --quantize int8; leave out --dtype")
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("onnx", str(error.name)) from None
+    assert onnx and onnxruntime and onnxscript and transformers
+
+
+def write_onnx(folder: Path, out: Path, quantize: bool, log: Callable[[str], None]) -> list[str]:
+    """Write the graph of a Hugging Face folder and its tokenizer and configs to `out`; returns the files' names."""
+    file = out / MODEL
+    _export(folder, file)
+    if quantize:
+        exact = _bits_per_byte(file, folder)
+        _quantize(file)
+        log(f"int8      {exact:.4f} bits per byte become {_bits_per_byte(file, folder):.4f}, on text that ships")
+    for name in (CONFIG, GENERATION, TOKENIZER, "tokenizer.json"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    (out / "README.md").write_text(
+        f"# {folder.resolve().parent.name}\n\nA TransNormerLLM as an ONNX graph, {'int8' if quantize else 'float32'}, "
+        f"written by tnllm {__version__}.\n\n{str(__doc__).partition(chr(10) * 2)[2].rpartition(chr(10) * 2)[2].strip()}\n",
+        encoding="utf-8",
+    )
+    return sorted(path.name for path in out.iterdir() if path.is_file())
+
+
+def compare_with(folder: Path, file: Path) -> tuple[float, float]:
+    """Logits of the graph against this package's, of a chunk and of a step after it, near and far from the text's start.
+
+    Returns the largest difference and its share of the largest logit.
+    """
+    model = load_model(folder, dtype=torch.float32)
+    tokens = check.prompts(model.config.vocab_size)
+    expected, found = [], []
+    for start in (0, _FAR if model.config.position != "ape" else model.config.max_position - tokens.shape[1] - 1):
+        state = model.init_state(tokens.shape[0])
+        state.position += start
+        run = Session(file, tokens.shape[0], start)
+        logits, state = model(tokens, state)
+        expected += [logits, model.step(tokens[:, 0], state)[:, None]]
+        found += [torch.from_numpy(run(part.numpy())) for part in (tokens, tokens[:, :1])]
+    return check.compare(torch.cat(expected, 1), torch.cat(found, 1))
+
+
+class Session:
+    """The graph in onnxruntime on a CPU, with the state it keeps."""
+
+    def __init__(self, file: Path, batch: int = 1, start: int = 0) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._state: dict[str, Any] = {
+            item.name: np.zeros((batch, *item.shape[1:]), np.float32) for item in self._session.get_inputs()[2:]
+        }
+        self._position = np.full(batch, start, np.int64)
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens [B, T] int64 → logits [B, T, V] fp32; the next call continues."""
+        inputs = {"tokens": tokens, "position": self._position, **self._state}
+        logits, *states = self._session.run(None, inputs)
+        self._state = dict(zip(self._state, states, strict=True))
+        self._position = self._position + tokens.shape[1]
+        return np.asarray(logits)
+
+
+class _Graph(nn.Module):
+    """The exported folder's model as a function of tensors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, position: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        body = self.model.model
+        # An arange and not a number: arithmetic on a dynamic length has no form in the graph.
+        positions = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        x = body.embed_tokens(tokens)
+        if body.config.scale_embedding:
+            x = x * math.sqrt(body.config.model_dim)
+        if body.config.position == "ape":
+            x = x + body.embed_positions(positions)
+        after = []
+        for block, state in zip(body.layers, states, strict=True):
+            x, new = block(x, positions, state, None)
+            after.append(new)
+        return self.model.lm_head(body.final_norm(x)), after
+
+
+def _one_chunk(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, rows: None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of all T tokens at once, and the state after them; in place of the folder's own traced form.
+
+    That one pads to whole chunks of 64, which makes a decoding step 64 times as much work.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    time = torch.arange(q.shape[2], device=q.device)
+    g = log_decay.to(q.dtype)[:, None]
+    gap = time[:, None] - time
+    within = torch.where(gap >= 0, (g[..., None] * gap.clamp(min=0)).exp(), 0.0)
+    o = ((q @ k.mT) * within) @ v + (q * (g * (time + 1)).exp()[..., None]) @ state
+    new = (g * (time[-1:] + 1)).exp()[..., None] * state + (k * (g * (time[-1:] - time)).exp()[..., None]).mT @ v
+    return o.transpose(1, 2), new
+
+
+def _export(folder: Path, file: Path) -> None:
+    with hf_folder.imported_code(folder) as code, _quiet(), torch.no_grad():
+        model = code.TnllmForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        operators = sys.modules[f"{code.__name__.rpartition('.')[0]}.operators"]
+        operators.traced_attention = _one_chunk  # type: ignore[attr-defined]
+        # No size is 1, which would become a constant of the graph.
+        states = model.model.init_state(2, torch.device("cpu")).layers
+        tokens, position = torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+        program = torch.onnx.export(
+            _Graph(model).eval(),
+            (tokens, position, states),
+            dynamo=True,
+            opset_version=_OPSET,
+            input_names=["tokens", "position", *(f"state_{i}" for i in range(len(states)))],
+            output_names=["logits", *(f"new_state_{i}" for i in range(len(states)))],
+            dynamic_shapes={
+                "tokens": {0: batch, 1: length},
+                "position": {0: batch},
+                "states": [{0: batch}] * len(states),
+            },
+            verbose=False,
+        )
+        assert program is not None
+        # A protobuf holds 2 GB: what is larger has its weights beside it.
+        program.save(file, external_data=sum(p.numel() for p in model.parameters()) > 400_000_000)
+
+
+def _quantize(file: Path) -> None:
+    """Weights of matrix products to int8, per channel, and the embedding if it is tied; activations as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    exact = file.with_name("float32.onnx")
+    for path in file.parent.glob(f"{MODEL}*"):
+        path.rename(path.with_name(path.name.replace(MODEL, exact.name)))
+    with _quiet():
+        quantize_dynamic(exact, file, weight_type=QuantType.QInt8, per_channel=True)
+    for path in file.parent.glob(f"{exact.name}*"):
+        path.unlink()
+
+
+def _bits_per_byte(file: Path, folder: Path) -> float:
+    """On the first documents of the packaged sample, up to 1,500 tokens each read from the start."""
+    tokenizer = Tokenizer.load(folder)
+    nats = size = 0.0
+    for text in islice(_sample_texts(), 4):
+        ids = np.array([tokenizer.encode(text)[:1500]], np.int64)
+        run = Session(file)
+        logits = np.concatenate([run(ids[:, at : at + CHUNK]) for at in range(0, ids.shape[1], CHUNK)], 1)[0, :-1]
+        logits -= logits.max(-1, keepdims=True)
+        picked = np.take_along_axis(logits, ids[0, 1:, None], -1)[:, 0]
+        nats += float((np.log(np.exp(logits).sum(-1)) - picked).sum())
+        size += len(tokenizer.decode(ids[0, 1:].tolist()).encode())
+    return nats / math.log(2) / size
+
+
+def _sample_texts() -> Iterator[str]:
+    with lzma.open(assets.sample_corpus(), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's and the quantizer's notes about packages that are not needed here."""
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+    quiet_import()
+    disable_progress_bar()
+    logger = logging.getLogger()
+    level = logger.level
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            enable_progress_bar()
