@@ -87,13 +87,13 @@ def test_five_users_make_the_same_ids(tmp_path, monkeypatch, template, add_bos):
     assert lm.tok_encode(lm.apply_chat_template(as_dicts(messages))) == complete
 
     with running(loaded, Settings(name="small"), num_slots=1) as (address, engine):
-        submitted, real_submit = [], engine.submit
+        submitted, real_submit = [], engine.submit_all
 
-        def submit(ids, *args, **more):
-            submitted.append(ids)
-            return real_submit(ids, *args, **more)
+        def submit_all(prompts, *args, **more):
+            submitted.extend(prompts)
+            return real_submit(prompts, *args, **more)
 
-        monkeypatch.setattr(engine, "submit", submit)
+        monkeypatch.setattr(engine, "submit_all", submit_all)
         body = {"messages": as_dicts(messages[:-1]), "max_tokens": 1}
         assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
     assert submitted == [prompt_ids]

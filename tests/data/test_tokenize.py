@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,16 @@ def test_a_stopped_run_resumes(corpus, tmp_path, stop, after):
 
 def run_cli(corpus: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "tnllm", "data", "tokenize", str(corpus), "-o", str(out), "--shard-tokens", "50K"]
+
+
+def test_workers_never_see_ctrl_c():
+    """Blocked when they begin, so also while they import; the parent has it as before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with encode.ctrl_c_is_ours():
+            blocked = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+        assert blocked.result() == before | {signal.SIGINT}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from tnllm.cleaning.settings import SlurmSection
 from tnllm.cleaning.worker_counter import new_counter, use_counter
+from tnllm.data.encode import ctrl_c_is_ours
 from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.files import write_text_atomic
 from tnllm.progress import log
@@ -202,7 +202,8 @@ def _run_local(stage: Stage, workers: int, on_progress: OnProgress) -> None:
         return
     with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
         try:
-            running: set[Future[None]] = {pool.submit(executor.run_rank, rank) for rank in ranks}
+            with ctrl_c_is_ours():
+                running: set[Future[None]] = {pool.submit(executor.run_rank, rank) for rank in ranks}
             while running:
                 finished, running = wait(running, _POLL_S, FIRST_COMPLETED)
                 for future in finished:
@@ -241,8 +242,6 @@ def _repeated(show: Callable[[], None]) -> Iterator[None]:
 
 
 def _start_worker(counter: Any) -> None:
-    # Ctrl-C reaches every process of the terminal; only the parent handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = open(os.devnull, "w")
     use_counter(counter)
 

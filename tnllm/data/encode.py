@@ -10,8 +10,9 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Literal
 
@@ -117,10 +118,23 @@ def read_groups(
 _worker: tuple[Tokenizer, Options]
 
 
+@contextmanager
+def ctrl_c_is_ours() -> Iterator[None]:
+    """Processes that are spawned in this block never see Ctrl-C, which reaches every process of the terminal.
+
+    A handler of their own would come too late for the seconds in which they import.
+    """
+    # Starting its own process, it would unblock the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(path: Path, options: Options) -> None:
     global _worker
-    # Ctrl-C reaches every process of the terminal; only the parent handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker = (Tokenizer.load(path), options)
 
 
@@ -153,7 +167,8 @@ def encode_groups(
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer.path, options)) as pool:
         try:
             for group in groups:
-                pending.append((group, pool.submit(_encode_in_worker, group.texts, group.holds_first)))
+                with ctrl_c_is_ours():
+                    pending.append((group, pool.submit(_encode_in_worker, group.texts, group.holds_first)))
                 if len(pending) > 2 * workers:
                     done, future = pending.popleft()
                     yield done, future.result()
