@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def test_rows_arrive_with_their_names_and_steps_and_a_resume_continues_the_run(r
     assert [call["id"] for call in seen if call["what"] == "init" and "id" in call] == [identity] * 2
     assert [call["exit_code"] for call in seen if call["what"] == "finish" and call["package"] == "wandb"] == [0, 0]
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_one_of_two_ranks_writes(recipe, tmp_path, calls):
+    """As typed: each row once, whichever process computed what."""
+    command = [sys.executable, "-m", "tnllm", "train", str(recipe), "--nproc", "2", "--out", str(tmp_path / "run")]
+    command += [part for item in SETS for part in ("--set", item)]
+    path = os.pathsep.join([str(tmp_path / "packages"), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for package in ("wandb", "trackio"):
+        assert logged(calls(), package) == rows(tmp_path / "run")
+        assert [call["what"] for call in calls() if call["package"] == package].count("init") == 1
 
 
 def test_a_tracker_switched_on_later_gets_the_rows_before(recipe, tmp_path, calls):
