@@ -2,13 +2,13 @@
 
 import pytest
 
+from tests.training.sections import memory_of
 from tnllm import recipe
 from tnllm.errors import UserError
 from tnllm.files import format_count
 from tnllm.modeling.flops import count_parameters
 from tnllm.recipe import packaged_recipes, read_header
 from tnllm.training.config import load_recipe
-from tnllm.training.estimate import estimate_memory
 from tnllm.training.recipe_check import check_recipe
 
 NAMES = [path.stem for path in packaged_recipes()]
@@ -41,7 +41,7 @@ def test_large_recipes_fit_their_hardware(name: str) -> None:
     config = load_recipe(name)
     header = read_header(next(path for path in packaged_recipes() if path.stem == name))
     assert header["hardware"].startswith(f"{config.world_size} GPUs" if config.world_size > 1 else "one GPU")
-    assert estimate_memory(config).total < 0.92 * 80 * 2**30
+    assert memory_of(config).total < 0.92 * 80 * 2**30
 
 
 @pytest.mark.parametrize(("name", "baseline"), [("tiny", "tiny-transformer"), ("385m", "transformer-385m")])

@@ -12,6 +12,7 @@ from tnllm.bench.tables import compare_training, plot_training, print_training_h
 from tnllm.bench.train import Case, RandomLoader, Step, bench_training, run_config
 from tnllm.errors import UserError
 from tnllm.modeling.flops import count_parameters, flops_per_token
+from tnllm.training.sections import DataSection
 
 CPU = torch.device("cpu")
 CASES = [Case("tiny", kind, 32 * rows, 4 // rows) for rows in (1, 2) for kind in ("transnormer", "transformer")]
@@ -91,7 +92,7 @@ def test_recomputation_and_documents_pass_the_check():
 
 
 def test_documents_are_rows():
-    batch = RandomLoader(run_config(Case("tiny", "transnormer", 16, 3, packing="reset"), CPU, False)).batch(0, 3)
+    batch = RandomLoader(DataSection(seq_len=16, packing="reset"), rows=3, vocab_size=100).batch(0, 3)
     assert batch.tokens.shape == (1, 48) and batch.cu_seqlens.tolist() == [0, 16, 32, 48]
 
 

@@ -18,12 +18,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from tests.training.sections import memory_of
 from tnllm.errors import UserError
 from tnllm.modeling.config import PRESETS
 from tnllm.recipe import packaged_recipes
 from tnllm.training.config import FORMAT, describe_keys, load_recipe
 from tnllm.training.dry_run import dry_run_text
-from tnllm.training.estimate import estimate_memory
 from tnllm.training.recipe_check import check_recipe
 
 NAMES = ("tiny", "tiny-transformer", "demo", "sft", "385m", "1b")
@@ -117,7 +117,7 @@ def outcome(file: Path) -> tuple[str, str]:
     try:
         check_recipe(str(file))
         config = load_recipe(str(file))
-        estimate_memory(config)
+        memory_of(config)
         dry_run_text(config)
     except UserError as error:
         text = str(error)

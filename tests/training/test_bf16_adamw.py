@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from tests.training.sections import memory_of
 from tnllm.errors import UserError
 from tnllm.modeling.model import build_model
 from tnllm.training.bf16_adamw import _CHUNK, Bf16AdamW, _hash, round_randomly
 from tnllm.training.config import load_recipe
-from tnllm.training.estimate import estimate_memory
 from tnllm.training.loop import train
 from tnllm.training.optim import clip_and_step, make_optimizer
 from tnllm.training.sections import OptimizerSection
@@ -113,8 +113,7 @@ def test_a_run_learns_and_resumes_bit_for_bit(recipe, config, tmp_path):
 
 def test_half_the_memory(recipe):
     wide, narrow = (
-        estimate_memory(load_recipe(str(recipe), [f"train.weights={kind}"]), low_precision=True)
-        for kind in ("fp32", "bf16")
+        memory_of(load_recipe(str(recipe), [f"train.weights={kind}"]), low_precision=True) for kind in ("fp32", "bf16")
     )
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(narrow, part) * 2 == getattr(wide, part)

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
+from tests.training.sections import memory_of
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.model import build_model
 from tnllm.training.config import load_recipe
-from tnllm.training.estimate import GPUS, activation_bytes, estimate_cost, estimate_memory
+from tnllm.training.estimate import GPUS, activation_bytes, estimate_cost
 
 ROWS, LENGTH = 2, 256
 
@@ -135,7 +136,7 @@ def test_weights_gradients_and_optimizer_are_what_adamw_allocates() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model.loss(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64)).backward()
     optimizer.step()
-    memory = estimate_memory(config)
+    memory = memory_of(config)
     assert memory.weights == sum(p.nbytes for p in model.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -144,8 +145,8 @@ def test_weights_gradients_and_optimizer_are_what_adamw_allocates() -> None:
 
 def test_sharding_divides_and_tensor_ranks_share_the_work() -> None:
     sets = ["train.global_batch_tokens=2M", "data.seq_len=2000", "train.micro_batch_size=1"]
-    one = estimate_memory(load_recipe("7b", [*sets, "parallel.replicate=1", "parallel.shard=1"]))
-    many = estimate_memory(load_recipe("7b", [*sets, "parallel.replicate=1", "parallel.shard=8", "parallel.tensor=2"]))
+    one = memory_of(load_recipe("7b", [*sets, "parallel.replicate=1", "parallel.shard=1"]))
+    many = memory_of(load_recipe("7b", [*sets, "parallel.replicate=1", "parallel.shard=8", "parallel.tensor=2"]))
     assert many.weights == pytest.approx(one.weights / 16, rel=1e-6)
     assert many.optimizer == pytest.approx(one.optimizer / 16, rel=1e-6)
     assert many.activations < one.activations
@@ -154,7 +155,8 @@ def test_sharding_divides_and_tensor_ranks_share_the_work() -> None:
 
 def test_time_is_work_over_rate() -> None:
     config = load_recipe("7b")
-    cost = estimate_cost(config, GPUS["h100"], mfu=0.4)
+    work = config.model, config.data.seq_len, config.total_steps * config.train.global_batch_tokens
+    cost = estimate_cost(*work, GPUS["h100"], mfu=0.4, num_gpus=64)
     assert cost.seconds == pytest.approx(cost.flops / (0.4 * 989e12 * 64))
-    assert estimate_cost(config, GPUS["h100"], mfu=0.4, num_gpus=128).seconds == pytest.approx(cost.seconds / 2)
-    assert estimate_cost(config).seconds is None
+    assert estimate_cost(*work, GPUS["h100"], mfu=0.4, num_gpus=128).seconds == pytest.approx(cost.seconds / 2)
+    assert estimate_cost(*work).seconds is None

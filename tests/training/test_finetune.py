@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.sections import loaders_of, memory_of, model_of, tokenizer_of
 from tnllm.data.instruct_loader import InstructLoader
 from tnllm.errors import UserError
 from tnllm.modeling import load_model
@@ -18,11 +19,9 @@ from tnllm.modeling.lora import merge_adapter
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.training.config import load_recipe
-from tnllm.training.estimate import estimate_memory
-from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.loop import train
 from tnllm.training.mesh import config_mesh
-from tnllm.training.run_model import make_meta_model, make_model, weights_dtype
+from tnllm.training.run_model import make_meta_model, weights_dtype
 
 CHAT = """
 tokenizer: {path: TOKENIZER}
@@ -103,9 +102,9 @@ def test_a_run_learns_resumes_exactly_and_is_published(chat, base, tmp_path, set
 
 def test_the_first_loss_is_the_given_weights(chat, base):
     config = load_recipe(chat)
-    loader, _ = open_loaders(config, open_tokenizer(config))
+    loader, _ = loaders_of(config)
     batch = loader.batch(0, 4)
-    mine = make_model(config, torch.device("cpu"), low=False)
+    mine = model_of(config)
     assert config.model == load_model(base).config
     assert all(parameter.requires_grad for parameter in mine.parameters())
     given = load_model(base).loss(batch.tokens, batch.labels, batch.cu_seqlens)
@@ -131,9 +130,9 @@ def test_the_tokenizer_and_template_come_with_the_weights(chat, base, tmp_path):
     (tmp_path / "weights/generation_config.json").write_text(json.dumps({**settings, "chat_template": "<{prompt}>"}))
     sets = [f"train.init={tmp_path / 'weights'}", "tokenizer.path=null", "data.chat_template=null"]
     config = load_recipe(chat, sets)
-    tokenizer = open_tokenizer(config)
+    tokenizer = tokenizer_of(config)
     assert tokenizer.path == tmp_path / "weights/tokenizer.model"
-    loader, _ = open_loaders(config, tokenizer)
+    loader, _ = loaders_of(config)
     assert tokenizer.decode(loader.sources[0].ids[0].tolist()).lstrip().startswith("<")
 
 
@@ -141,7 +140,7 @@ def test_conversations_to_validate_on(chat, tmp_path):
     lines = (tmp_path / "talk.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "val.jsonl").write_text("".join(lines[:3]))
     config = load_recipe(chat, [f"data.val_path={tmp_path / 'val.jsonl'}"])
-    loader, validation = open_loaders(config, open_tokenizer(config))
+    loader, validation = loaders_of(config)
     assert sum(len(source.ids) for source in loader.sources) == len(lines)
     assert [len(source.ids) for source in validation.sources] == [3]
 
@@ -154,7 +153,7 @@ def test_conversations_are_mixed_by_weight(chat, tmp_path):
     def shares(first: str, second: str) -> tuple[InstructLoader, list[int]]:
         sources = f"{{path: {tmp_path}/a.jsonl{first}}}, {{path: {tmp_path}/b.jsonl{second}}}"
         config = load_recipe(chat, [f"data.path=[{sources}]", "data.val_fraction=0"])
-        loader, _ = open_loaders(config, open_tokenizer(config))
+        loader, _ = loaders_of(config)
         return loader, [int(loader._items(sample)[0] is loader.sources[-1]) for sample in range(400)]
 
     loader, drawn = shares(", weight: 3", ", weight: 1")
@@ -196,10 +195,10 @@ def test_bad_input_is_one_line(chat, tmp_path, sets, message):
 
 def test_an_adapter_saves_memory(chat):
     config, small = load_recipe(chat), load_recipe(chat, ["lora.rank=4"])
-    model = make_model(small, torch.device("cpu"), low=True)
+    model = model_of(small, low=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert lora_parameters(small.model, small.lora) == trained
-    wide, narrow = (estimate_memory(c, low_precision=True) for c in (config, small))
+    wide, narrow = (memory_of(c, low_precision=True) for c in (config, small))
     assert narrow.optimizer == 8 * trained < wide.optimizer
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     assert narrow.weights - 4 * trained == pytest.approx(frozen, rel=0.01)
@@ -218,7 +217,7 @@ def test_memory_of_a_rank_is_what_it_holds(axes):
     close_mesh(mesh)
     sizes = [(p.requires_grad, p.numel() * p.element_size()) for p in sharded.parameters()]
     trained = sum(size for learned, size in sizes if learned)
-    memory = estimate_memory(config, low_precision=True)
+    memory = memory_of(config, low_precision=True)
     # Rows do not divide evenly, and theta is unsharded and fp32 everywhere.
     assert memory.gradients == pytest.approx(trained, rel=0.01) and memory.optimizer == 2 * memory.gradients
     assert memory.weights == pytest.approx(sum(size for _, size in sizes), rel=0.01)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.sections import loaders_of
 from tnllm.errors import MissingExtra, RunError, Terminated, UserError
 from tnllm.modeling.weights import load_model
 from tnllm.tokenizer import train_tokenizer
 from tnllm.training.checkpoint import TrainState, list_checkpoints
 from tnllm.training.config import load_recipe
-from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.loop import train
 from tnllm.training.metrics import read_metrics
 from tnllm.training.run import Run
@@ -91,7 +91,7 @@ def test_epochs_end_a_run_and_resume_exactly(recipe, tmp_path, capfd):
         "schedule.warmup_steps=null",
     ]
     config = load_recipe(str(recipe), epochs)
-    loader, _ = open_loaders(config, open_tokenizer(config))
+    loader, _ = loaders_of(config)
     steps = math.ceil(0.2 * loader.num_rows / 8)
     train(config, tmp_path / "straight")
     assert [row["step"] for row in rows(tmp_path / "straight") if "loss" in row] == list(range(1, steps + 1))
@@ -127,7 +127,7 @@ def test_plans_know_the_epochs(recipe, capsys):
 def test_accumulation_equals_one_large_batch(recipe):
     def gradients(micro: int) -> list[torch.Tensor]:
         config = load_recipe(str(recipe), [f"train.micro_batch_size={micro}", "optimizer.grad_clip=0"])
-        loader, _ = open_loaders(config, open_tokenizer(config))
+        loader, _ = loaders_of(config)
         trainer = make_trainer(config, loader, torch.device("cpu"))
         total = 0
         batches = [loader.batch(first, micro) for first in range(0, 8, micro)]
@@ -235,7 +235,7 @@ def test_a_nan_never_reaches_the_weights(recipe, tmp_path, monkeypatch, policy):
 
 
 def test_a_refused_update_changes_nothing(config):
-    loader, _ = open_loaders(config, open_tokenizer(config))
+    loader, _ = loaders_of(config)
     trainer = make_trainer(config, loader, torch.device("cpu"))
     poison(trainer, at=3)
     state = TrainState()
@@ -268,7 +268,7 @@ def test_a_signal_saves_and_leaves(recipe, tmp_path, monkeypatch, number, error)
 
 
 def test_a_signal_within_a_step_gives_the_step_up(config):
-    loader, _ = open_loaders(config, open_tokenizer(config))
+    loader, _ = loaders_of(config)
     trainer = make_trainer(config, loader, torch.device("cpu"))
     before = [p.clone() for p in trainer.model.parameters()]
     signals, state, true = StopSignals(), TrainState(), trainer.loss_sum

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from tests.training.sections import memory_of
 from tnllm.errors import UserError
 from tnllm.training import memory
 from tnllm.training.config import load_recipe
-from tnllm.training.estimate import estimate_memory
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 def fit(monkeypatch, free_gib: float):
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(free_gib * 2**30))
     logged: list[str] = []
-    return memory.fit_memory(load_recipe("385m"), CPU, logged.append), logged
+    config = load_recipe("385m")
+    sections = config.model, config.lora, config.train, config.parallel, config.data.seq_len
+    return config.model_copy(update={"train": memory.fit_memory(*sections, CPU, logged.append)}), logged
 
 
 def test_a_recipe_that_fits_is_left_alone(monkeypatch):
@@ -27,7 +29,7 @@ def test_fewer_rows_at_a_time_learn_from_the_same_tokens(monkeypatch):
     assert config.train.micro_batch_size < 16
     assert config.train.global_batch_tokens == load_recipe("385m").train.global_batch_tokens
     assert config.accumulation_steps * config.train.micro_batch_size == 256
-    assert estimate_memory(config, low_precision=False).total < 22 * 2**30
+    assert memory_of(config, low_precision=False).total < 22 * 2**30
     assert logged == [
         f"train.micro_batch_size is {config.train.micro_batch_size} instead of 16, to fit into 20.24 GiB on cpu"
     ]

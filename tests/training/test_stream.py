@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.sections import loaders_of
 from tnllm.errors import UserError
 from tnllm.training.config import load_recipe
-from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.loop import train
 from tnllm.training.metrics import read_metrics
 
@@ -73,4 +73,4 @@ def test_what_does_not_go_together_is_said(recipe):
         load_recipe(str(recipe), [STREAM, "data.format=chat"])
     config = load_recipe(str(recipe), [STREAM])
     with pytest.raises(UserError, match=r"data.stream_gb is for tnllm train"):
-        open_loaders(config, open_tokenizer(config))
+        loaders_of(config)

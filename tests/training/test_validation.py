@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from tests.training.sections import loaders_of, tokenizer_of
 from tnllm.data.encode import Options
 from tnllm.data.loader import IGNORE
 from tnllm.data.tokenize import tokenize_corpus
 from tnllm.errors import UserError
 from tnllm.parallel.ranks import SingleProcess
 from tnllm.training.config import load_recipe
-from tnllm.training.loaders import open_loaders, open_tokenizer
 from tnllm.training.recipe_check import check_recipe
 from tnllm.training.validation import validate
 
@@ -34,7 +34,7 @@ def loss_sum(batch):
 @pytest.mark.parametrize("max_tokens", [None, 32, 160, 1000])
 def test_micro_batch_and_ranks_change_nothing(recipe, packing, max_tokens):
     config = load_recipe(str(recipe), [f"data.packing={packing}"])
-    _, loader = open_loaders(config, open_tokenizer(config))
+    _, loader = loaders_of(config)
     expected = validate(loss_sum, loader, 1, max_tokens)
     assert loader.num_rows > 5 and expected[0] > 0
     for rows in (2, 3, 4, 7, 1000):
@@ -45,7 +45,7 @@ def test_micro_batch_and_ranks_change_nothing(recipe, packing, max_tokens):
 
 def test_every_batch_has_one_shape(recipe):
     config = load_recipe(str(recipe))
-    _, loader = open_loaders(config, open_tokenizer(config))
+    _, loader = loaders_of(config)
     shapes = set()
 
     def shape(batch):
@@ -61,15 +61,15 @@ def test_a_validation_text_of_its_own(recipe, tmp_path):
     (tmp_path / "val.txt").write_text("The tide turned at noon, and the boats came home.\n" * 40)
     plain = load_recipe(str(recipe), ["data.val_fraction=0"])
     config = load_recipe(str(recipe), [f"data.val_path={tmp_path / 'val.txt'}"])
-    tokenizer = open_tokenizer(config)
-    (train, text), (expected, nothing) = open_loaders(config, tokenizer), open_loaders(plain, tokenizer)
+    tokenizer = tokenizer_of(config)
+    (train, text), (expected, nothing) = loaders_of(config), loaders_of(plain)
     assert nothing is None
     assert train.sources[0].stream.num_tokens == expected.sources[0].stream.num_tokens
     assert text.sources[0].stream.num_tokens == len(tokenizer.encode((tmp_path / "val.txt").read_text())) + 1
 
     tokenize_corpus([tmp_path / "val.txt"], tmp_path / "shards", tokenizer, Options(val_fraction=0.5), workers=1)
     config = load_recipe(str(recipe), [f"data.val_path={tmp_path / 'shards'}"])
-    _, split = open_loaders(config, tokenizer)
+    _, split = loaders_of(config)
     assert len(split.sources) == 2
     assert sum(source.stream.num_tokens for source in split.sources) == text.sources[0].stream.num_tokens
 

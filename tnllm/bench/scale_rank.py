@@ -83,7 +83,7 @@ def _run(
     if plan.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    environment = step_environment(run_config(case, plan), device, matmul_rate(device), plan.steps, plan.warmup)
+    environment = step_environment(run_config(case, plan).train, device, matmul_rate(device), plan.steps, plan.warmup)
     if plan.device == "cuda":
         environment["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     report(environment=environment)

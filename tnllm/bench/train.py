@@ -112,17 +112,25 @@ class RandomLoader:
     A step's rows are the same on any mesh; data rank `data_rank` of `data_size` reads its shard of them.
     """
 
-    def __init__(self, config: RunConfig, seed: int = 0, data_rank: int = 0, data_size: int = 1) -> None:
-        self.config, self._rank, self._rank_rows = config, data_rank, config.global_batch_rows // data_size
-        rows, length = config.global_batch_rows, config.data.seq_len
+    def __init__(
+        self,
+        data: DataSection,
+        rows: int,
+        vocab_size: int,
+        seed: int = 0,
+        data_rank: int = 0,
+        data_size: int = 1,
+    ) -> None:
+        self._packed, self._rows = data.packing == "reset", rows
+        self._rank, self._rank_rows = data_rank, rows // data_size
         generator = torch.Generator().manual_seed(seed)
         # Four batches in turn: a single one would soon be memorised, and its loss would not be a usual one.
-        self._ids = torch.randint(1, config.model.vocab_size, (4, rows, length + 1), generator=generator)
+        self._ids = torch.randint(1, vocab_size, (4, rows, data.seq_len + 1), generator=generator)
 
     def _batch(self, tokens: Tensor, labels: Tensor) -> Batch:
         cu_seqlens = None
         rows, length = tokens.shape
-        if self.config.data.packing == "reset":
+        if self._packed:
             cu_seqlens = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
         return Batch(tokens, labels, cu_seqlens, 0, labels.numel(), length, rows)
@@ -134,7 +142,7 @@ class RandomLoader:
 
     def batch(self, first_sample: int, num_rows: int) -> Batch:
         """`num_rows` rows from `first_sample` on; steps take the four batches in turn."""
-        step, row = divmod(first_sample, self.config.global_batch_rows)
+        step, row = divmod(first_sample, self._rows)
         ids = self._ids[step % len(self._ids), row : row + num_rows]
         return self._batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
@@ -167,7 +175,7 @@ class Step:
 def trainer(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Trainer:
     """The trainer's own model, optimizer and loss over random tokens."""
     rank, size = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_size)
-    loader = RandomLoader(config, 0, rank, size)
+    loader = RandomLoader(config.data, config.global_batch_rows, config.model.vocab_size, 0, rank, size)
     return make_trainer(config, loader, device, mesh)  # type: ignore[arg-type]
 
 
@@ -201,7 +209,7 @@ def bench_training(
     """
     peak = matmul_rate(device)
     config = run_config(cases[0], device, compiled, dtype)
-    environment = step_environment(config, device, peak, steps, warmup)
+    environment = step_environment(config.train, device, peak, steps, warmup)
     results: dict[str, Any] = {"environment": environment, "accuracy": [], "rows": []}
     passed = set()
     for preset, kind, mode in dict.fromkeys(_form(case) for case in cases):
@@ -228,13 +236,13 @@ def bench_training(
 
 
 def step_environment(
-    config: RunConfig, device: torch.device, peak: float | None, steps: int, warmup: int
+    train: TrainSection, device: torch.device, peak: float | None, steps: int, warmup: int
 ) -> dict[str, Any]:
     """Device, versions and settings that a step's time depends on; `peak`: the measured matrix product rate, FLOP/s."""
     environment = {
         **describe_device(device),
-        "dtype": str(compute_dtype(config.train, device)).removeprefix("torch."),
-        "compiled": config.train.compile == "on",
+        "dtype": str(compute_dtype(train, device)).removeprefix("torch."),
+        "compiled": train.compile == "on",
         "matmul_tflop_per_s": None if peak is None else peak / 1e12,
         "steps": steps,
         "warmup": warmup,
@@ -264,7 +272,7 @@ def check(case: Case, device: torch.device, compiled: bool, dtype: str) -> dict[
     step.model.load_state_dict(exact.state_dict())
     # Back again: bf16 weights were rounded.
     exact.load_state_dict(step.model.state_dict())
-    batch = RandomLoader(config, seed=1).batch(0, short.rows)
+    batch = RandomLoader(config.data, short.rows, small.vocab_size, seed=1).batch(0, short.rows)
     expected = exact.loss(batch.tokens, batch.labels, batch.cu_seqlens)
     expected.backward()
     with fastest_softmax(device):

@@ -35,7 +35,9 @@ def command(
         sets = [*sets, *fit_rows(recipe, sets)]
     config = load_recipe(recipe, sets)
     if seq_len is not None:
-        config = load_recipe(recipe, [*sets, *settings_at_length(config, seq_len)])
+        config = load_recipe(
+            recipe, [*sets, *settings_at_length(config.train, config.data.seq_len, config.data_ranks, seq_len)]
+        )
     answer = estimate(planned(config), gpu, memory_gib, tokens_per_s, mfu, gpus)
     if as_json:
         print(json.dumps(answer, indent=2))

@@ -96,7 +96,9 @@ def check(
     for name in recipes:
         try:
             report = check_recipe(name, sets)
-            scorer(load_recipe(name, sets))
+            config = load_recipe(name, sets)
+            if config.eval.tasks:
+                scorer(config.eval, config.prompt_template)
         except UserError as error:
             results.append({"recipe": name, "ok": False, "error": str(error)})
             if not as_json:

@@ -11,6 +11,7 @@ from tnllm.progress import log
 
 if TYPE_CHECKING:
     from tnllm.training.config import RunConfig
+    from tnllm.training.sections import EvalSection
 
 EPILOG = examples(
     "tnllm train recipes/tiny.yaml --set train.max_steps=50 --out runs/short",
@@ -63,7 +64,8 @@ def command(
     try:
         config = load_recipe(recipe, sets)
         ranks = int(os.environ["WORLD_SIZE"]) if is_rank else world_size or (config.world_size if dry_run else nproc)
-        sets += [f"{key}={size}" for key, size in fit_mesh(config, ranks).items()]
+        rows, micro = config.global_batch_rows, config.train.micro_batch_size
+        sets += [f"{key}={size}" for key, size in fit_mesh(config.parallel, rows, micro, ranks).items()]
         config = load_recipe(recipe, sets)
         if dry_run:
             from tnllm.training.dry_run import dry_run_text
@@ -86,19 +88,14 @@ def command(
         raise
 
 
-def scorer(config: "RunConfig") -> Any:
-    """Returns the scorer of eval.tasks, None without tasks. Raises for unknown names and missing data."""
-    section = config.eval
-    if not section.tasks:
-        return None
+def scorer(section: "EvalSection", template: str) -> Any:
+    """Returns the scorer of eval.tasks, which prompts with `template`. Raises for unknown names and missing data."""
     from tnllm.cli.evaluation_view import quiet_libraries
 
     log("eval.tasks: reading the questions")
     quiet_libraries(list(section.tasks), online=False)
     from tnllm.evaluation.during_training import task_scorer
-    from tnllm.training.run_model import chat_template
 
-    template = chat_template(config.data.chat_template, config.init_folder)
     return task_scorer(section.tasks, section.tasks_limit, section.tasks_data_dir, log, template)
 
 
@@ -113,7 +110,8 @@ def _train(config: "RunConfig", out: Path, is_rank: bool, how: dict[str, Any]) -
         if is_rank and config.world_size > 1:
             train_on_mesh(config, out, **how)
         else:
-            train(config, out, score=scorer(config), **how)
+            score = scorer(config.eval, config.prompt_template) if config.eval.tasks else None
+            train(config, out, score=score, **how)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the GPU is out of memory with train.micro_batch_size {config.train.micro_batch_size}; halve it, or set "

@@ -39,8 +39,8 @@ def train_llama(config: RunConfig, out: Path) -> None:
     Raises UserError for a model that Llama is not, MissingExtra without transformers, RunError if the loss is not finite.
     """
     device = pick_device(config.train.device, "train.device")
-    tokenizer = open_tokenizer(config)
-    loader, validation = open_loaders(config, tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer.path, config.data, None, config.model.vocab_size)
+    loader, validation = open_loaders(config.data, tokenizer, config.global_batch_rows, config.train.seed)
     config = config.with_epochs(loader.num_rows)
     model = make_llama(config.model, config.train.seed).to(device)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")

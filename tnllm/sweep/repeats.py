@@ -59,7 +59,8 @@ def measure(folder: Path) -> Iterator[dict[str, Any]]:
     if config.data.packing != "reset":
         raise UserError(f"{folder}: documents are not kept apart; repeats need data.packing=reset")
     device = pick_device(config.train.device, "train.device")
-    loader = open_loaders(config, open_tokenizer(config))[1]
+    tokenizer = open_tokenizer(config.tokenizer.path, config.data, config.init_folder, config.model.vocab_size)
+    loader = open_loaders(config.data, tokenizer, config.global_batch_rows, config.train.seed)[1]
     if loader is None:
         raise UserError(f"{folder}: the run has no validation set; set data.val_fraction")
     model = load_model(folder / "weights", device, torch.float32)

@@ -154,14 +154,21 @@ class RunConfig(Section):
         return None if self.train.init is None else _find_weights(self.train.init)
 
     @property
+    def prompt_template(self) -> str:
+        """The text around a prompt: data.chat_template, else that of the weights of train.init, else the default."""
+        from tnllm.training.run_model import chat_template
+
+        return chat_template(self.data.chat_template, self.init_folder)
+
+    @property
     def data_ranks(self) -> int:
         """Ranks that read different rows: replicate * shard."""
-        return self.parallel.replicate * self.parallel.shard
+        return self.parallel.data_ranks
 
     @property
     def world_size(self) -> int:
         """Number of ranks: the product of the mesh's axes."""
-        return self.data_ranks * self.parallel.sequence * self.parallel.tensor
+        return self.parallel.num_ranks
 
     @property
     def global_batch_rows(self) -> int:

@@ -16,7 +16,7 @@ from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
-from tnllm.training.estimate import GPUS, RESERVE, estimate_memory
+from tnllm.training.estimate import GPUS, RESERVE, Memory, estimate_memory
 from tnllm.training.loaders import corpus_tokens, open_tokenizer, planned
 from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.mesh import config_mesh
@@ -28,7 +28,8 @@ _MANY_PASSES = 100
 
 def dry_run_text(config: RunConfig) -> str:
     """A few lines of text: model (built on the meta device), batch, length, memory, data. Checks the tokenizer."""
-    tokenizer, corpus = open_tokenizer(config), corpus_tokens(config.data)
+    tokenizer = open_tokenizer(config.tokenizer.path, config.data, config.init_folder, config.model.vocab_size)
+    corpus = corpus_tokens(config.data)
     ends = config.train.describe_ends(corpus / config.train.global_batch_tokens if corpus else None)
     about, config = "about " if config.train.max_epochs else "", planned(config)
     parameters = sum(parameter.numel() for parameter in build_model(config.model, "meta").parameters())
@@ -42,7 +43,7 @@ def dry_run_text(config: RunConfig) -> str:
     adapter = (
         f", with an adapter of {format_count(lora_parameters(config.model, config.lora))}" if config.lora.rank else ""
     )
-    memory = estimate_memory(config)
+    memory = _memory(config)
     persistent = memory.weights + memory.gradients + memory.optimizer
     lines = {
         "model": f"{config.model.kind}, {format_count(parameters)} parameters ({parameters:,}){adapter}",
@@ -65,6 +66,11 @@ def dry_run_text(config: RunConfig) -> str:
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
 
+def _memory(config: RunConfig, low_precision: bool | None = None) -> Memory:
+    sections = config.model, config.lora, config.train, config.parallel, config.data.seq_len
+    return estimate_memory(*sections, low_precision=low_precision)
+
+
 def _passes(passes: float, corpus: float) -> str:
     text = f"about {passes:,.{0 if passes > 10 else 2}f} over about {format_count(corpus)} tokens"
     if passes > _MANY_PASSES:
@@ -77,10 +83,11 @@ def _this_machine(config: RunConfig, work: float) -> str:
     try:
         device = pick_device(config.train.device, "train.device")
         changes: list[str] = []
-        fitted = fit_memory(config, device, changes.append)
+        sections = config.model, config.lora, config.train, config.parallel, config.data.seq_len
+        fitted = fit_memory(*sections, device, changes.append)
     except UserError as error:
         return f"would not start: {error}"
-    needed = estimate_memory(fitted, low_precision=device.type == "cuda").total
+    needed = _memory(config.model_copy(update={"train": fitted}), low_precision=device.type == "cuda").total
     text = f"{device}: {format_bytes(needed)} of {format_bytes(free_bytes(device))} free"
     text += "".join(f"; {change}" for change in changes)
     if device.type == "cpu":
@@ -112,8 +119,10 @@ def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
         persistent = sum(part.numel() for part in sharded.parameters())
     finally:
         close_mesh(mesh)
-    memory = estimate_memory(config)
-    sent = communication(config)
+    memory = _memory(config)
+    sent = communication(
+        config.model, config.lora, config.data, config.train, config.parallel, config.accumulation_steps
+    )
     by_axis = ", ".join(f"{axis} {format_bytes(amount)}" for axis, amount in sent.items() if amount)
     return {
         "mesh": f"replicate {axes.replicate} * shard {axes.shard} * sequence {axes.sequence} * tensor {axes.tensor} "

@@ -1,8 +1,8 @@
 """Computed costs of a run: memory of one rank, FLOPs, days. Nothing is allocated.
 
 estimate(config, gpu="h100", mfu=0.4)             # everything, ready for JSON
-memory = estimate_memory(config)                  # bytes of one rank: weights, gradients, optimizer, ...
-cost = estimate_cost(config, tokens_per_s=4e5)    # FLOPs of the run and how long it takes
+memory = estimate_memory(model, lora, train, parallel, seq_len)     # bytes of one rank: weights, gradients, ...
+cost = estimate_cost(model, seq_len, tokens, tokens_per_s=4e5)      # FLOPs of the run and how long it takes
 GPUS["h100"].memory_gib
 
 Nothing here is measured. `activation_bytes` counts the tensors that autograd saves for the backward pass; its docstring
@@ -15,7 +15,7 @@ from typing import Any
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.checkpointing import MODES
-from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.flops import (
     count_parameters,
     flops_per_token,
@@ -25,6 +25,7 @@ from tnllm.modeling.flops import (
     state_bytes,
 )
 from tnllm.training.config import RunConfig
+from tnllm.training.sections import ParallelSection, TrainSection
 
 # Share of a card left for what is not counted: the CUDA context, workspaces and fragmentation.
 RESERVE = 0.08
@@ -72,8 +73,16 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.head
 
 
-def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_precision: bool | None = None) -> Memory:
-    """Memory of one rank for a forward and backward pass of `micro_batch_size` rows.
+def estimate_memory(
+    model: ModelConfig,
+    lora: LoraConfig,
+    train: TrainSection,
+    parallel: ParallelSection,
+    seq_len: int,
+    checkpointing: str | None = None,
+    low_precision: bool | None = None,
+) -> Memory:
+    """Memory of one rank for a forward and backward pass of `micro_batch_size` rows of `seq_len` tokens.
 
     Weights, gradients and AdamW's two moments are fp32 (or bf16: train.weights) and sharded over parallel.shard,
     parallel.sequence and parallel.tensor. `casts` are the low-precision copies that autocast makes of the weights, which
@@ -82,7 +91,6 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
     is frozen and kept in the compute type; only the adapter, sharded alike, has gradients and moments. `checkpointing` and
     `low_precision` (bf16) default to the recipe's; `train.dtype: auto` counts as bf16, as on a GPU.
     """
-    model, parallel, train = config.model, config.parallel, config.train
     checkpointing = checkpointing or train.activation_checkpointing
     if low_precision is None:
         low_precision = train.dtype != "fp32" and train.device != "cpu"
@@ -100,14 +108,14 @@ def estimate_memory(config: RunConfig, checkpointing: str | None = None, low_pre
     elif low_precision:
         casts = item * parameters // parallel.tensor
     trained, frozen = local, 0
-    if config.lora.rank:
-        adapter, casts = lora_parameters(config.model, config.lora), 0
+    if lora.rank:
+        adapter, casts = lora_parameters(model, lora), 0
         trained, frozen = -(-adapter // holders), item * local
         if holders * parallel.replicate > 1:
             root, two = root_parameters(model), min(2, model.num_layers)
             own = adapter // model.num_layers
             casts = two * item * ((parameters - root) // model.num_layers + 2 * own) + 4 * own + item * root
-    tokens = train.micro_batch_size * config.data.seq_len // parallel.sequence
+    tokens = train.micro_batch_size * seq_len // parallel.sequence
     return Memory(
         weights=frozen + kept * trained,
         gradients=kept * trained,
@@ -197,24 +205,25 @@ class Cost:
 
 
 def estimate_cost(
-    config: RunConfig,
+    model: ModelConfig,
+    seq_len: int,
+    tokens: int,
     gpu: Gpu | None = None,
     mfu: float | None = None,
     tokens_per_s: float | None = None,
-    num_gpus: int | None = None,
+    num_gpus: int = 1,
 ) -> Cost:
-    """FLOPs and time of the complete run, at `tokens_per_s` of all ranks together.
+    """FLOPs and time of training on `tokens` in rows of `seq_len`, at `tokens_per_s` of all ranks together.
 
-    Without that rate: at the share `mfu` of the peak of `num_gpus` (default: the recipe's ranks) of `gpu`.
+    Without that rate: at the share `mfu` of the peak of `num_gpus` of `gpu`.
     """
-    per_token = flops_per_token(config.model, config.data.seq_len)
-    tokens = config.total_steps * config.train.global_batch_tokens
+    per_token = flops_per_token(model, seq_len)
     if tokens_per_s is None and mfu is not None:
         assert gpu is not None, "mfu is a share of a GPU's peak"
-        tokens_per_s = mfu * gpu.peak_flops * (num_gpus or config.world_size) / per_token
+        tokens_per_s = mfu * gpu.peak_flops * num_gpus / per_token
     return Cost(
-        parameters=count_parameters(config.model),
-        state_bytes=state_bytes(config.model, config.data.seq_len),
+        parameters=count_parameters(model),
+        state_bytes=state_bytes(model, seq_len),
         flops_per_token=per_token,
         tokens=tokens,
         flops=per_token * tokens,
@@ -223,11 +232,11 @@ def estimate_cost(
     )
 
 
-def settings_at_length(config: RunConfig, seq_len: int) -> list[str]:
-    """`--set` items for rows of `seq_len` tokens, with as many tokens per pass and per step as before."""
-    rows = max(1, config.train.micro_batch_size * config.data.seq_len // seq_len)
-    unit = rows * seq_len * config.data_ranks
-    batch = -(-config.train.global_batch_tokens // unit) * unit
+def settings_at_length(train: TrainSection, before: int, data_ranks: int, seq_len: int) -> list[str]:
+    """`--set` items for rows of `seq_len` tokens instead of `before`, with as many tokens per pass and per step."""
+    rows = max(1, train.micro_batch_size * before // seq_len)
+    unit = rows * seq_len * data_ranks
+    batch = -(-train.global_batch_tokens // unit) * unit
     return [f"data.seq_len={seq_len}", f"train.micro_batch_size={rows}", f"train.global_batch_tokens={batch}"]
 
 
@@ -246,12 +255,14 @@ def estimate(
     model's own.
     """
     card = find_gpu(gpu) if gpu else None
-    cost = estimate_cost(config, card, mfu, tokens_per_s, num_gpus)
+    model, train, seq_len = config.model, config.train, config.data.seq_len
+    tokens = config.total_steps * train.global_batch_tokens
+    cost = estimate_cost(model, seq_len, tokens, card, mfu, tokens_per_s, num_gpus or config.world_size)
     rank: dict[str, dict[str, float]] = {}
     again: dict[str, float] = {}
     for mode in MODES:
-        again[mode] = recomputed_flops_per_token(config.model, config.data.seq_len, mode) / cost.flops_per_token
-        memory = estimate_memory(config, mode)
+        again[mode] = recomputed_flops_per_token(model, seq_len, mode) / cost.flops_per_token
+        memory = estimate_memory(model, config.lora, train, config.parallel, seq_len, mode)
         rank[mode] = {**{key: value / 2**30 for key, value in asdict(memory).items()}, "total": memory.total / 2**30}
     sizes = {name: known.memory_gib for name, known in GPUS.items()}
     if card is not None:
@@ -259,14 +270,14 @@ def estimate(
     if memory_gib is not None:
         sizes = {f"{memory_gib:g} GiB": memory_gib}
     return {
-        "kind": config.model.kind,
-        "softmax_layers": config.model.num_softmax,
+        "kind": model.kind,
+        "softmax_layers": model.num_softmax,
         "parameters": cost.parameters,
         "ranks": config.world_size,
-        "rows_per_pass": config.train.micro_batch_size,
-        "seq_len": config.data.seq_len,
+        "rows_per_pass": train.micro_batch_size,
+        "seq_len": seq_len,
         "rank_gib": rank,
-        "activation_checkpointing": config.train.activation_checkpointing,
+        "activation_checkpointing": train.activation_checkpointing,
         "again": again,
         "reserve": RESERVE,
         "fits": {
@@ -274,7 +285,7 @@ def estimate(
         },
         "state_gib": cost.state_bytes / 2**30,
         "flops_per_token": cost.flops_per_token,
-        "tokens": cost.tokens,
+        "tokens": tokens,
         "flops": cost.flops,
         "tokens_per_s": cost.tokens_per_s,
         "days": None if cost.seconds is None else cost.seconds / 86400,

@@ -20,7 +20,6 @@ from tnllm.modeling.model import LanguageModel
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.memory import peak_memory_gib
 from tnllm.training.run import Run
-from tnllm.training.run_model import chat_template
 from tnllm.training.validation import accuracy, validate
 
 Scorer = Callable[[LanguageModel, Tokenizer], dict[str, float]]
@@ -108,8 +107,7 @@ def _sample(run: Run) -> None:
     for prompt in config.eval.sample_prompts:
         asked, shown = prompt, prompt
         if config.data.format == "chat":
-            template = chat_template(config.data.chat_template, config.init_folder)
-            asked, shown = render(template, [("user", prompt)])[0].text, f"{prompt} -> "
+            asked, shown = render(config.prompt_template, [("user", prompt)])[0].text, f"{prompt} -> "
         count, seed = config.eval.sample_tokens, config.train.seed
         text = generate_text(run.trainer.model, run.tokenizer, asked, max_tokens=count, seed=seed)
         run.display.log(f"sample at step {run.state.step}: {shown}{text}")

@@ -1,7 +1,7 @@
 """The tokenizer and the data loaders of a run.
 
-    tokenizer = open_tokenizer(config)
-    train, validation = open_loaders(config, tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer.path, config.data, config.init_folder, config.model.vocab_size)
+    train, validation = open_loaders(config.data, tokenizer, config.global_batch_rows, seed=0)
     config = planned(config)                           # without opening any: train.max_epochs as steps
 
 Text is tokenized once into a cache, token shards are read as they are, conversations are tokenized and packed in memory.
@@ -33,24 +33,23 @@ from tnllm.training.sections import DataSection, DataSource
 DEFAULT_SOURCES = (DataSource(path=SAMPLE, weight=None),)
 
 
-def open_tokenizer(config: RunConfig) -> Tokenizer:
-    """The recipe's tokenizer; if it names none, that of train.init, of its first shard folder, or the packaged one.
+def open_tokenizer(given: str | None, data: DataSection, init: Path | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer `given` (tokenizer.path); without it that of the weights `init`, of the first shard folder, or ours.
 
-    Raises UserError if it has more pieces than the model's embedding has rows.
+    Raises UserError if it has more than `vocab_size` pieces, the rows of the model's embedding.
     """
-    sources = config.data.path or DEFAULT_SOURCES
-    first, folder, given = Path(sources[0].path), config.init_folder, config.tokenizer.path
+    first = Path((data.path or DEFAULT_SOURCES)[0].path)
     if given not in (None, *assets.TOKENIZERS):
         tokenizer = Tokenizer.load(assets.tokenizer_model(given))
-    elif folder is not None:
+    elif init is not None:
         # Weights and shards must be read with the tokenizer they were made with; a packaged one is for text.
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(init)
     elif is_shard_folder(first):
         tokenizer = Tokenizer.load(first)
     else:
         tokenizer = Tokenizer.load(assets.tokenizer_model(given))
     advice = f"set model.vocab_size={tokenizer.vocab_size} or use a smaller tokenizer"
-    tokenizer.check_vocabulary(config.model.vocab_size, advice)
+    tokenizer.check_vocabulary(vocab_size, advice)
     return tokenizer
 
 
@@ -58,16 +57,23 @@ AnyLoader = Loader | InstructLoader
 
 
 def open_loaders(
-    config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1, cache: Path | None = None
+    data: DataSection,
+    tokenizer: Tokenizer,
+    rows: int,
+    seed: int,
+    init: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    cache: Path | None = None,
 ) -> tuple[AnyLoader, AnyLoader | None]:
     """The training loader, shuffled, and the validation loader, in order (None if nothing is held out).
 
-    `rank` of `world_size`: which rows of a step this process reads. `cache`: a folder of this run alone, for
+    `rows` of a step over all ranks, in the order of `seed`; `rank` of `world_size`: which of them this process reads.
+    `init`: the weights that a run starts from, which may bring a chat template. `cache`: a folder of this run alone, for
     data.stream_gb; after use, close the training loader.
     """
-    data = config.data
     if data.format == "chat":
-        return _open_conversations(config, tokenizer, rank, world_size)
+        return _open_conversations(data, tokenizer, rows, seed, init, rank, world_size)
     options = Options(field=data.field, val_fraction=0 if data.val_path else data.val_fraction)
 
     def streams(path: str) -> tuple[TokenStream, TokenStream]:
@@ -81,7 +87,7 @@ def open_loaders(
         if cache is None:
             raise UserError("data.stream_gb is for tnllm train; set data.stream_gb=null here")
         disk_bytes = (data.stream_gb or 0) * 1e9
-        stream = ChunkStream(path, cache, tokenizer, options, data.seq_len, disk_bytes, config.train.seed)
+        stream = ChunkStream(path, cache, tokenizer, options, data.seq_len, disk_bytes, seed)
         return stream, stream.validation()
 
     train, held_out = [], []
@@ -92,8 +98,7 @@ def open_loaders(
     if data.val_path:
         held_out = [stream for path in data.val_path for stream in streams(path)]
     validated = [Source(stream) for stream in held_out if stream.num_tokens > 1]
-    rows = config.global_batch_rows
-    loader = Loader(train, data.seq_len, rows, config.train.seed, rank, world_size, packing=data.packing)
+    loader = Loader(train, data.seq_len, rows, seed, rank, world_size, packing=data.packing)
     if not validated:
         return loader, None
     return loader, Loader(
@@ -156,10 +161,9 @@ def fingerprint(loader: AnyLoader) -> str:
 
 
 def _open_conversations(
-    config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int
+    data: DataSection, tokenizer: Tokenizer, rows: int, seed: int, init: Path | None, rank: int, world_size: int
 ) -> tuple[InstructLoader, InstructLoader | None]:
-    data = config.data
-    template = chat_template(data.chat_template, config.init_folder)
+    template = chat_template(data.chat_template, init)
     split_template(template)
     sources = data.path or (DataSource(path=str(assets.sample_instructions()), weight=None),)
     files = [find_instruction_files(source.path) for source in sources]
@@ -174,7 +178,7 @@ def _open_conversations(
     if data.val_path:
         names = list(chain.from_iterable(find_instruction_files(path) for path in data.val_path))
         held_out = [(pack(read_conversations(names), tokenizer, template, data.seq_len), None)]
-    loader = InstructLoader(train, config.global_batch_rows, config.train.seed, rank, world_size)
+    loader = InstructLoader(train, rows, seed, rank, world_size)
     count, cut, dropped = (
         sum(numbers) for numbers in zip(*((len(p.ids), p.cut, p.dropped) for p in packed), strict=True)
     )

@@ -1,6 +1,6 @@
 """Memory of this machine: what is free, what was used, and a micro-batch that fits into it.
 
-config = fit_memory(config, device, display.log)   # fewer rows in a pass if the recipe's do not fit
+train = fit_memory(model, lora, train, parallel, seq_len, device, display.log)   # fewer rows in a pass, if they must
 """
 
 import os
@@ -13,37 +13,45 @@ import torch
 from tnllm.errors import UserError
 from tnllm.files import format_bytes
 from tnllm.modeling.checkpointing import MODES
-from tnllm.training.config import RunConfig
+from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.training.estimate import RESERVE, estimate_memory
+from tnllm.training.sections import ParallelSection, TrainSection
 
 MEMINFO = Path("/proc/meminfo")  # Linux; elsewhere all of the machine's memory counts as free
 
 
 def fit_memory(
-    config: RunConfig, device: torch.device, log: Callable[[str], None], free: float | None = None
-) -> RunConfig:
-    """The config, with a smaller train.micro_batch_size if the computed memory exceeds what is free on `device`.
+    model: ModelConfig,
+    lora: LoraConfig,
+    train: TrainSection,
+    parallel: ParallelSection,
+    seq_len: int,
+    device: torch.device,
+    log: Callable[[str], None],
+    free: float | None = None,
+) -> TrainSection:
+    """`train`, with a smaller micro_batch_size if the computed memory exceeds what is free on `device`.
 
     More passes make up for fewer rows, so an optimizer step sees the same tokens; only the order of fp32 sums
     changes. A change is reported through `log`. `free` is in bytes (None: `free_bytes(device)`). Raises UserError if not
     even one row fits.
     """
     free = (1 - RESERVE) * (free_bytes(device) if free is None else free)
-    rows = config.train.micro_batch_size
+    rows, low = train.micro_batch_size, device.type == "cuda"
     for size in (size for size in range(rows, 0, -1) if rows % size == 0):
-        fitted = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
-        needed = estimate_memory(fitted, low_precision=device.type == "cuda").total
+        fitted = train.model_copy(update={"micro_batch_size": size})
+        needed = estimate_memory(model, lora, fitted, parallel, seq_len, low_precision=low).total
         if needed <= free:
             if size < rows:
                 log(f"train.micro_batch_size is {size} instead of {rows}, to fit into {format_bytes(free)} on {device}")
             return fitted
-    modes = {mode: estimate_memory(fitted, mode, low_precision=device.type == "cuda").total for mode in MODES}
+    modes = {mode: estimate_memory(model, lora, fitted, parallel, seq_len, mode, low).total for mode in MODES}
     fits = next((mode for mode in MODES if modes[mode] <= free), None)
     advice = "lower data.seq_len or take a smaller model"
     if fits is not None:
         advice = f"set train.activation_checkpointing={fits}, which needs {format_bytes(modes[fits])}"
     raise UserError(
-        f"one row of {config.data.seq_len} tokens needs about {format_bytes(needed)}, and {format_bytes(free)} are free on "
+        f"one row of {seq_len} tokens needs about {format_bytes(needed)}, and {format_bytes(free)} are free on "
         f"{device}; {advice}"
     )
 

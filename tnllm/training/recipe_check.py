@@ -20,7 +20,6 @@ from tnllm.modeling.model import build_model
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import load_recipe
 from tnllm.training.loaders import open_tokenizer, planned
-from tnllm.training.run_model import chat_template
 from tnllm.training.sections import DataSection
 from tnllm.training.trackers import check_trackers
 
@@ -55,8 +54,8 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
     if config.lora.rank:
         add_lora(model, config.lora)
     if config.data.format == "chat":
-        split_template(chat_template(config.data.chat_template, config.init_folder))
-    tokenizer = open_tokenizer(config)
+        split_template(config.prompt_template)
+    tokenizer = open_tokenizer(config.tokenizer.path, config.data, config.init_folder, config.model.vocab_size)
     data = _check_data(config.data, tokenizer)
     config = planned(config)
     return Report(

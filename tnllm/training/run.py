@@ -48,7 +48,7 @@ from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.meter import NonFinitePolicy, StepTimer
 from tnllm.training.metrics import METRICS, MetricsLog, matmul_rate, repair_metrics
 from tnllm.training.profile import Profile
-from tnllm.training.run_model import chat_template, publish
+from tnllm.training.run_model import publish
 from tnllm.training.signals import StopSignals
 from tnllm.training.trackers import Trackers, check_trackers
 from tnllm.training.trainer import Trainer, Update, compute_dtype, make_trainer
@@ -159,9 +159,20 @@ def open_run(
         ranks.broadcast_from_main(lambda: stack.enter_context(only_writer(out, force_unlock)))
         ranks.broadcast_from_main(lambda: check_folder(out, resume))
         ranks.broadcast_from_main(lambda: check_trackers(config.log))
-        tokenizer = ranks.main_first(lambda: open_tokenizer(config))
+        tokenizer = ranks.main_first(
+            lambda: open_tokenizer(config.tokenizer.path, config.data, config.init_folder, config.model.vocab_size)
+        )
         loader, validation = ranks.main_first(
-            lambda: open_loaders(config, tokenizer, ranks.data_rank, ranks.data_size, out / "stream")
+            lambda: open_loaders(
+                config.data,
+                tokenizer,
+                config.global_batch_rows,
+                config.train.seed,
+                config.init_folder,
+                ranks.data_rank,
+                ranks.data_size,
+                out / "stream",
+            )
         )
         if isinstance(loader, Loader):
             stack.callback(loader.close)
@@ -171,7 +182,11 @@ def open_run(
         if ends:
             display.log(ends)
         signals = stack.enter_context(StopSignals(ranks.size > 1, config.train.max_time if ranks.main else None))
-        config = fit_memory(config, device, display.log, ranks.all_reduce_min(free_bytes(device) / _sharing(device)))
+        free = ranks.all_reduce_min(free_bytes(device) / _sharing(device))
+        fitted = fit_memory(
+            config.model, config.lora, config.train, config.parallel, config.data.seq_len, device, display.log, free
+        )
+        config = config.model_copy(update={"train": fitted})
         trainer = make_trainer(config, loader, device, mesh)
         checkpoint = ranks.broadcast_from_main(
             lambda: _prepare_folder(out, resume, trainer, tokenizer, allow_data_change, display.log)
@@ -239,7 +254,7 @@ def _publish(run: Run) -> str:
         # The last checkpoint holds full tensors; each rank has only its shards.
         model = load_model(out / "checkpoints" / step_name(run.state.step), "cpu", merge=False)
     chat, base = config.data.format == "chat", config.init_folder
-    template = chat_template(config.data.chat_template, base) if chat else None
+    template = config.prompt_template if chat else None
     publish(model, out, run.tokenizer.path, compute_dtype(config.train, run.trainer.device), base, template)
     how = "--chat" if chat else "--prompt '...'"
     return f"; try: tnllm generate --model {out} {how}"

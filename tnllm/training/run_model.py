@@ -1,6 +1,6 @@
 """The model of a run: how it starts (new weights, those of a folder, an adapter on them), and how it is published.
 
-model = make_model(config, device, low)       # train.init, train.weights, lora and recomputation applied
+model = make_model(config.model, lora, train, init, device, low)    # with lora and recomputation applied
 model = make_meta_model(config.model, config.lora, dtype)   # the same shapes on the meta device, for a mesh
 publish(model, out, tokenizer, dtype, base, template)   # weights/, and adapter/ if there is one
 """
@@ -16,26 +16,28 @@ from tnllm.modeling.config import LoraConfig, ModelConfig
 from tnllm.modeling.lora import add_lora, merge_lora, save_adapter
 from tnllm.modeling.model import LanguageModel, build_model
 from tnllm.modeling.weights import GENERATION, load_model, save_model
-from tnllm.training.config import RunConfig
 from tnllm.training.sections import TrainSection
 
 if TYPE_CHECKING:
     from tnllm.parallel.parallelize import ShardedModel
 
 
-def make_model(config: RunConfig, device: torch.device, low: bool) -> LanguageModel:
+def make_model(
+    config: ModelConfig, lora: LoraConfig, train: TrainSection, init: Path | None, device: torch.device, low: bool
+) -> LanguageModel:
     """Trainable weights on `device`, in fp32 or as train.weights says; with an adapter, the base weights are frozen.
 
-    `low`: products run in bf16. Frozen weights are then kept in bf16, since no updates are added to them.
+    `init`: the weights to start from (None: new ones). `low`: products run in bf16. Frozen weights are then kept in bf16,
+    since no updates are added to them.
     """
-    dtype = weights_dtype(config.train, config.lora, low)
-    if config.init_folder is None:
-        model = build_model(config.model, device, dtype, seed=config.train.seed)
+    dtype = weights_dtype(train, lora, low)
+    if init is None:
+        model = build_model(config, device, dtype, seed=train.seed)
     else:
-        model = load_model(config.init_folder, device, dtype).train().requires_grad_(True)
-    if config.lora.rank:
-        add_lora(model, config.lora, seed=config.train.seed)
-    model.set_activation_checkpointing(config.train.activation_checkpointing)
+        model = load_model(init, device, dtype).train().requires_grad_(True)
+    if lora.rank:
+        add_lora(model, lora, seed=train.seed)
+    model.set_activation_checkpointing(train.activation_checkpointing)
     return model
 
 

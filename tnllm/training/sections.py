@@ -315,3 +315,13 @@ class ParallelSection(Section):
     timeout_s: float = Field(
         600, gt=0, le=10**7, description="Seconds that a rank waits for the others before the run fails."
     )
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different rows."""
+        return self.replicate * self.shard
+
+    @property
+    def num_ranks(self) -> int:
+        """The product of the axes."""
+        return self.data_ranks * self.sequence * self.tensor

@@ -77,7 +77,7 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
     ranks, gradient_norm = SingleProcess(), None
     parameters: AnyModel
     if mesh is None:
-        model = parameters = make_model(config, device, low)
+        model = parameters = make_model(config.model, config.lora, config.train, config.init_folder, device, low)
         if compiled:
             model.compile_blocks()
     else:
