@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_choice, check_outputs, examples, length, lengths, write_outputs
+from tnllm.cli.options import DEVICE, check_choice, check_outputs, examples, length, lengths, write_outputs
 from tnllm.errors import UserError
 from tnllm.progress import log
 
@@ -28,7 +28,7 @@ def command(
     head_dim: int | None = typer.Option(None, min=1, help="Width of a head. Default 128 on a GPU, 64 on CPU."),
     dtype: str | None = typer.Option(None, help="bf16, fp16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
     providers: str | None = typer.Option(None, help=f"Among {_GPU_PROVIDERS}; on CPU {_CPU_PROVIDERS}."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     accuracy: bool = typer.Option(False, "--accuracy", help="Only errors against float64, by decay and length."),
     seconds: float = typer.Option(0.5, min=0.01, help="Time spent on each measurement."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),

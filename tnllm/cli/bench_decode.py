@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_choice, check_outputs, examples, lengths, write_outputs
+from tnllm.cli.options import DEVICE, check_choice, check_outputs, examples, lengths, write_outputs
 from tnllm.progress import log
 
 EPILOG = examples("tnllm bench-decode --preset 385m --json decode.json --plot decode.png")
@@ -25,7 +25,7 @@ def command(
         None, help="Tokens in the Transformer's cache, several with commas; none leaves it out. Default 1k,16k."
     ),
     dtype: str | None = typer.Option(None, help="bf16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
     compile_: bool = typer.Option(True, "--compile/--no-compile", help="Compile the Transformer's step (GPU only)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),

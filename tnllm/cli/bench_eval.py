@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from tnllm.cli.options import check_outputs, examples
+from tnllm.cli.options import DEVICE, check_outputs, examples
 from tnllm.errors import RunError, UserError
 from tnllm.progress import Progress, log
 
@@ -26,7 +26,7 @@ def command(
     questions: int | None = typer.Option(None, min=1, help="Only the first N questions."),
     plain: bool = typer.Option(True, help="Also score one request at a time, and compare."),
     batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     dtype: str = typer.Option("auto", help="auto (float32 on CPU, bfloat16 on a GPU), float32 or bfloat16."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
 ) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_outputs, counts, examples, write_outputs
+from tnllm.cli.options import DEVICE, check_outputs, counts, examples, write_outputs
 from tnllm.progress import log
 
 EPILOG = examples("tnllm bench-norm --widths 1024,4096 --step 385m --json norm.json")
@@ -14,7 +14,7 @@ def command(
     widths: str = typer.Option("1024,2048,4096,5120,8192", help="Channels of a row, several with commas."),
     rows: int | None = typer.Option(None, min=1, help="Rows. Default 32768 on a GPU, 2048 on CPU."),
     step: str | None = typer.Option(None, help="Also time a full training step of this preset with each norm."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
 ) -> None:
     """Check the norms against float64, then time them alone and in a training step."""

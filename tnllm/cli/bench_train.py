@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_choice, check_outputs, choices, examples, length, lengths, write_outputs
+from tnllm.cli.options import DEVICE, check_choice, check_outputs, choices, examples, length, lengths, write_outputs
 from tnllm.errors import RunError, UserError
 from tnllm.progress import log
 
@@ -34,7 +34,7 @@ def command(
     weights: str = typer.Option("fp32", help="fp32; or bf16: weights and moments kept in 8 bytes instead of 16."),
     steps: int | None = typer.Option(None, min=1, help="Steps timed. Default 10 on a GPU, 3 on CPU."),
     warmup: int | None = typer.Option(None, min=0, help="Steps before, after the first. Default 3 on a GPU, 1 on CPU."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from tnllm.cli.options import examples
+from tnllm.cli.options import DEVICE, OVERWRITE, examples
 from tnllm.errors import UserError
 from tnllm.files import check_output_file
 from tnllm.tables import print_json
@@ -47,7 +47,7 @@ def clean(
         None, "--keep-rejected/--drop-rejected", help="Keep rejected documents, with reasons. [default: by the recipe]"
     ),
     prune: bool = typer.Option(False, "--prune", help="Remove the intermediate files at the end."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Start over if the folder holds another run."),
+    overwrite: bool = OVERWRITE,
     as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
     keys: bool = typer.Option(False, "--keys", help="Print every key of a recipe with its meaning and stop."),
 ) -> None:
@@ -84,7 +84,7 @@ def dedup(
         None, help="Labelled pairs (TSV: two ids, perhaps a similarity); prints a score."
     ),
     workers: int | None = typer.Option(None, min=1, help="Processes. [default: cores]"),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Start over if the folder holds another run."),
+    overwrite: bool = OVERWRITE,
     as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
 ) -> None:
     """Drop exact and near duplicates only; texts stay as they are."""
@@ -115,7 +115,7 @@ def self_clean(
     inputs: list[str] = typer.Argument(..., help="A cleaning recipe, files, folders, or both."),
     out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to resume after a stop."),
     sets: list[str] = typer.Option([], "--set", help="Override a key: --set self_clean.drop_highest=0.05. Repeatable."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
 ) -> None:
     """Train a small model on a corpus, drop what it finds unlikely, repeat; needs no extra, so it runs on a GPU node."""
@@ -140,7 +140,7 @@ def score(
     label_field: str | None = typer.Option(
         None, help="Field with label 0 or 1: also print how well scores separate them."
     ),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     dtype: str = typer.Option("auto", help="auto, float32 or bfloat16."),
 ) -> None:
     """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""

@@ -15,7 +15,7 @@ from tnllm.cli.evaluation_view import (
     show_results,
     show_tasks,
 )
-from tnllm.cli.options import check_choice, examples, log_default_model
+from tnllm.cli.options import DEVICE, check_choice, examples, log_default_model, panel
 from tnllm.errors import CheckFailed, UserError
 from tnllm.files import check_output_file, check_output_folder
 from tnllm.progress import Progress, log
@@ -30,7 +30,7 @@ EXAMPLES = examples(
     "tnllm eval ppl book.txt",
 )
 app = typer.Typer(rich_markup_mode="rich", epilog=EXAMPLES)
-_PROMPT, _COMPUTE, _OUTPUT = "Prompts", "Computing", "Output"
+_prompt, _compute, _output = map(panel, ("Prompts", "Computing", "Output"))
 
 
 @app.callback(invoke_without_command=True, epilog=EXAMPLES)
@@ -48,60 +48,29 @@ def run(
     online: bool = typer.Option(False, "--online", help="Download each task's data from the Hugging Face hub instead."),
     include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
     limit: float | None = typer.Option(None, help="Only the first N questions of each task, or a share below 1."),
-    num_fewshot: int | None = typer.Option(
-        None,
-        "--num-fewshot",
-        "-n",
-        min=0,
-        help="Examples before each question. Default: the task's.",
-        rich_help_panel=_PROMPT,
+    num_fewshot: int | None = _prompt(
+        None, "--num-fewshot", "-n", min=0, help="Examples before each question. Default: the task's."
     ),
-    apply_chat_template: bool = typer.Option(
-        False, "--apply-chat-template", help="Put prompts into the model's turns.", rich_help_panel=_PROMPT
+    apply_chat_template: bool = _prompt(False, "--apply-chat-template", help="Put prompts into the model's turns."),
+    fewshot_as_multiturn: bool = _prompt(True, help="With a chat template: each example as separate turns."),
+    system_instruction: str | None = _prompt(None, help="Text before every prompt."),
+    gen_kwargs: str | None = _prompt(None, help="For tasks that generate, such as temperature=0.5,do_sample=True."),
+    seed: int = _prompt(1234, min=0, help="For randomly chosen examples and for sampling."),
+    batch_size: str = _compute("auto", help="auto, or the most texts computed together."),
+    batch_tokens: int | None = _compute(
+        None, min=1, help="Most tokens computed together. Default: 4096 on CPU, 32768 on a GPU."
     ),
-    fewshot_as_multiturn: bool = typer.Option(
-        True, help="With a chat template: each example as separate turns.", rich_help_panel=_PROMPT
+    share_prefix: bool = _compute(True, help="Read a prefix that prompts share once and fork its state."),
+    use_cache: bool = _compute(False, "--use-cache", help="Keep answers on disk, so that a stopped run resumes."),
+    cache_dir: Path | None = _compute(None, help="Where --use-cache keeps them. Default: ~/.cache/tnllm/eval."),
+    device: str = _compute("auto", help="auto, cpu, cuda or cuda:N."),
+    dtype: str = _compute("auto", help="auto (float32 on CPU), float32 or bfloat16."),
+    out: Path | None = _output(
+        None, "--out", "-o", "--output-path", help="Folder for results_*.json, as lm-eval writes it."
     ),
-    system_instruction: str | None = typer.Option(None, help="Text before every prompt.", rich_help_panel=_PROMPT),
-    gen_kwargs: str | None = typer.Option(
-        None, help="For tasks that generate, such as temperature=0.5,do_sample=True.", rich_help_panel=_PROMPT
-    ),
-    seed: int = typer.Option(
-        1234, min=0, help="For randomly chosen examples and for sampling.", rich_help_panel=_PROMPT
-    ),
-    batch_size: str = typer.Option("auto", help="auto, or the most texts computed together.", rich_help_panel=_COMPUTE),
-    batch_tokens: int | None = typer.Option(
-        None,
-        min=1,
-        help="Most tokens computed together. Default: 4096 on CPU, 32768 on a GPU.",
-        rich_help_panel=_COMPUTE,
-    ),
-    share_prefix: bool = typer.Option(
-        True, help="Read a prefix that prompts share once and fork its state.", rich_help_panel=_COMPUTE
-    ),
-    use_cache: bool = typer.Option(
-        False, "--use-cache", help="Keep answers on disk, so that a stopped run resumes.", rich_help_panel=_COMPUTE
-    ),
-    cache_dir: Path | None = typer.Option(
-        None, help="Where --use-cache keeps them. Default: ~/.cache/tnllm/eval.", rich_help_panel=_COMPUTE
-    ),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_COMPUTE),
-    dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16.", rich_help_panel=_COMPUTE),
-    out: Path | None = typer.Option(
-        None,
-        "--out",
-        "-o",
-        "--output-path",
-        help="Folder for results_*.json, as lm-eval writes it.",
-        rich_help_panel=_OUTPUT,
-    ),
-    log_samples: bool = typer.Option(
-        False, "--log-samples", help="With --out: every question, prompt and answer.", rich_help_panel=_OUTPUT
-    ),
-    subtasks: bool = typer.Option(False, "--subtasks", help="Show every subject.", rich_help_panel=_OUTPUT),
-    as_json: bool = typer.Option(
-        False, "--json", help="Print the results file instead of a table.", rich_help_panel=_OUTPUT
-    ),
+    log_samples: bool = _output(False, "--log-samples", help="With --out: every question, prompt and answer."),
+    subtasks: bool = _output(False, "--subtasks", help="Show every subject."),
+    as_json: bool = _output(False, "--json", help="Print the results file instead of a table."),
 ) -> None:
     """Score a model on tasks of lm-evaluation-harness, from local files or the hub."""
     if context.invoked_subcommand is not None:
@@ -218,7 +187,7 @@ def file_perplexity(
     field: str = typer.Option("text", help="Field or column that holds the text."),
     window: int | None = typer.Option(None, min=1, help="Also score independent windows of this many tokens."),
     batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
@@ -249,7 +218,7 @@ def check_against_harness(
     num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
     batch_size: int = typer.Option(8, min=1, help="Batch size of the hf model."),
     seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    device: str = DEVICE,
     dtype: str = typer.Option("float32", help="float32 or bfloat16, both ways."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tnllm.cli.options import examples, log_default_model
+from tnllm.cli.options import DEVICE, DTYPE, examples, log_default_model, panel
 from tnllm.cli.streaming import Meter, print_batch, print_objects, print_texts, stream_text, write_batch
 from tnllm.errors import UserError
 from tnllm.files import check_output_file, is_special, sha256_file
@@ -29,7 +29,7 @@ EPILOG = examples(
     "tnllm generate --prompt-file book.txt --max-tokens 0 --state-out book.state",
     'tnllm generate --state-in book.state --prompt "In short, "',
 )
-_SAMPLING, _INPUT, _OUTPUT, _STATE = "Sampling", "Input", "Output", "State"
+_sampling, _input, _output, _state = map(panel, ("Sampling", "Input", "Output", "State"))
 
 
 def command(
@@ -38,79 +38,48 @@ def command(
         help="Run, step or weights folder, hf://ORG/NAME, or a folder of convert --to hf. Default: the model that ships.",
     ),
     adapter: Path | None = typer.Option(None, help="A LoRA adapter's folder (PEFT's format) to merge into the model."),
-    prompt: str | None = typer.Option(
-        None, "--prompt", "-p", help='Text to continue; "" starts from nothing, - reads stdin.', rich_help_panel=_INPUT
+    prompt: str | None = _input(
+        None, "--prompt", "-p", help='Text to continue; "" starts from nothing, - reads stdin.'
     ),
-    prompt_file: str | None = typer.Option(
-        None, help="UTF-8 file to continue; - is stdin. One newline at its end is dropped.", rich_help_panel=_INPUT
+    prompt_file: str | None = _input(
+        None, help="UTF-8 file to continue; - is stdin. One newline at its end is dropped."
     ),
-    input: str | None = typer.Option(
-        None,
-        help='JSON Lines, {"prompt": ...} each, sampling options and an id are optional; - is stdin.',
-        rich_help_panel=_INPUT,
+    input: str | None = _input(
+        None, help='JSON Lines, {"prompt": ...} each, sampling options and an id are optional; - is stdin.'
     ),
-    chat: bool = typer.Option(
-        False, "--chat", help="Talk in turns; /save and /load by name, /reset, /exit.", rich_help_panel=_INPUT
-    ),
-    chat_template: str | None = typer.Option(
-        None, help=r"Turn format with {prompt}; \n is a newline. Default: the model's.", rich_help_panel=_INPUT
-    ),
-    max_tokens: int | None = typer.Option(
+    chat: bool = _input(False, "--chat", help="Talk in turns; /save and /load by name, /reset, /exit."),
+    chat_template: str | None = _input(None, help=r"Turn format with {prompt}; \n is a newline. Default: the model's."),
+    max_tokens: int | None = _sampling(
         None,
         "--max-tokens",
         "--max-new-tokens",
         help="Most tokens to generate; 0 only reads. Default: the model's, or 256.",
-        rich_help_panel=_SAMPLING,
     ),
-    temperature: float | None = typer.Option(
-        None, help="0 takes the most likely token. This and the rest default to the model's.", rich_help_panel=_SAMPLING
+    temperature: float | None = _sampling(
+        None, help="0 takes the most likely token. This and the rest default to the model's."
     ),
-    top_k: int | None = typer.Option(
-        None, help="Keep the k most likely tokens; 0 keeps all.", rich_help_panel=_SAMPLING
+    top_k: int | None = _sampling(None, help="Keep the k most likely tokens; 0 keeps all."),
+    top_p: float | None = _sampling(None, help="Keep the most likely tokens whose probabilities sum to this."),
+    min_p: float | None = _sampling(None, help="Drop tokens below this share of the top token's probability."),
+    repetition_penalty: float | None = _sampling(None, help="Above 1: tokens of prompt and text become less likely."),
+    presence_penalty: float | None = _sampling(None, help="-2 to 2, subtracted from the logits of generated tokens."),
+    frequency_penalty: float | None = _sampling(None, help="-2 to 2, subtracted once per occurrence."),
+    seed: int | None = _sampling(None, help="The same seed gives the same text; sample i of --n has seed + i."),
+    stop: list[str] = _sampling([], help=r"End before this text; \n is a newline. Repeatable."),
+    n: int | None = _sampling(None, help="Samples for each prompt."),
+    ignore_eos: bool = _sampling(False, "--ignore-eos", help="Continue after the end token."),
+    output: Path | None = _output(None, help="Write the results of --input here; run again to resume after a stop."),
+    json_: bool = _output(False, "--json", help="One JSON object per result; always so for --input."),
+    logprobs: int | None = _output(
+        None, help="With --json: log-probabilities, also those of the N most likely tokens."
     ),
-    top_p: float | None = typer.Option(
-        None, help="Keep the most likely tokens whose probabilities sum to this.", rich_help_panel=_SAMPLING
-    ),
-    min_p: float | None = typer.Option(
-        None, help="Drop tokens below this share of the top token's probability.", rich_help_panel=_SAMPLING
-    ),
-    repetition_penalty: float | None = typer.Option(
-        None, help="Above 1: tokens of prompt and text become less likely.", rich_help_panel=_SAMPLING
-    ),
-    presence_penalty: float | None = typer.Option(
-        None, help="-2 to 2, subtracted from the logits of generated tokens.", rich_help_panel=_SAMPLING
-    ),
-    frequency_penalty: float | None = typer.Option(
-        None, help="-2 to 2, subtracted once per occurrence.", rich_help_panel=_SAMPLING
-    ),
-    seed: int | None = typer.Option(
-        None, help="The same seed gives the same text; sample i of --n has seed + i.", rich_help_panel=_SAMPLING
-    ),
-    stop: list[str] = typer.Option(
-        [], help=r"End before this text; \n is a newline. Repeatable.", rich_help_panel=_SAMPLING
-    ),
-    n: int | None = typer.Option(None, help="Samples for each prompt.", rich_help_panel=_SAMPLING),
-    ignore_eos: bool = typer.Option(
-        False, "--ignore-eos", help="Continue after the end token.", rich_help_panel=_SAMPLING
-    ),
-    output: Path | None = typer.Option(
-        None, help="Write the results of --input here; run again to resume after a stop.", rich_help_panel=_OUTPUT
-    ),
-    json_: bool = typer.Option(
-        False, "--json", help="One JSON object per result; always so for --input.", rich_help_panel=_OUTPUT
-    ),
-    logprobs: int | None = typer.Option(
-        None, help="With --json: log-probabilities, also those of the N most likely tokens.", rich_help_panel=_OUTPUT
-    ),
-    echo: bool = typer.Option(False, "--echo", help="Put the prompt before the text.", rich_help_panel=_OUTPUT),
-    stream: bool = typer.Option(True, help="Show the text as it comes.", rich_help_panel=_OUTPUT),
-    state_in: Path | None = typer.Option(None, help="Continue from a saved state.", rich_help_panel=_STATE),
-    state_out: Path | None = typer.Option(
-        None, help="Save the state after the last token, to continue from.", rich_help_panel=_STATE
-    ),
+    echo: bool = _output(False, "--echo", help="Put the prompt before the text."),
+    stream: bool = _output(True, help="Show the text as it comes."),
+    state_in: Path | None = _state(None, help="Continue from a saved state."),
+    state_out: Path | None = _state(None, help="Save the state after the last token, to continue from."),
     batch_size: int = typer.Option(16, min=1, help="Samples decoded together."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
-    dtype: str = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32 or bfloat16."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
 ) -> None:
     """Generate text from a prompt, a file, standard input, a batch of prompts or a chat."""
     given = {

@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from tnllm.errors import UserError
 from tnllm.files import check_output_file
 from tnllm.progress import log
 
 CHARTS = (".png", ".svg", ".pdf")
+# Options that several commands share.
+DEVICE = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")
+DTYPE = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32 or bfloat16.")
+OVERWRITE = typer.Option(False, "--overwrite", help="Start over if the folder holds another run.")
 
 
 class OnError(StrEnum):
@@ -17,6 +24,11 @@ class OnError(StrEnum):
 
     stop = "stop"
     skip = "skip"
+
+
+def panel(title: str) -> Callable[..., Any]:
+    """`typer.Option` for the options below one heading of a command's help."""
+    return partial(typer.Option, rich_help_panel=title)
 
 
 def examples(*commands: str) -> str:

@@ -7,14 +7,14 @@ from pathlib import Path
 import typer
 
 from tnllm import hub
-from tnllm.cli.options import examples, log_default_model
+from tnllm.cli.options import DEVICE, DTYPE, examples, log_default_model, panel
 from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.progress import log
 
 EPILOG = examples("tnllm serve --model runs/first --port 8000")
 
 KEY_VARIABLE = "TNLLM_API_KEY"
-_LIMITS = "Limits"
+_limits = panel("Limits")
 
 
 def command(
@@ -30,21 +30,15 @@ def command(
     api_key: str | None = typer.Option(
         None, help=f"Key that clients must send; better given as the variable {KEY_VARIABLE}."
     ),
-    slots: int | None = typer.Option(
-        None, min=1, help="Texts decoded together. Default 32 on CPU, 256 on a GPU.", rich_help_panel=_LIMITS
-    ),
-    queue: int = typer.Option(512, min=1, help="Prompts that may wait; more get 429.", rich_help_panel=_LIMITS),
-    max_prompt_tokens: int = typer.Option(1 << 20, min=1, help="Longest prompt.", rich_help_panel=_LIMITS),
-    max_tokens: int = typer.Option(1 << 16, min=1, help="Most tokens of one text.", rich_help_panel=_LIMITS),
-    max_body_mib: float = typer.Option(8, min=0.001, help="Largest request body.", rich_help_panel=_LIMITS),
-    cache_gib: float = typer.Option(
-        0.25, min=0, help="For states of shared prefixes; 0 keeps none.", rich_help_panel=_LIMITS
-    ),
-    drain_seconds: int = typer.Option(
-        30, min=0, help="How long running requests may continue after SIGTERM or Ctrl-C.", rich_help_panel=_LIMITS
-    ),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
-    dtype: str = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32 or bfloat16."),
+    slots: int | None = _limits(None, min=1, help="Texts decoded together. Default 32 on CPU, 256 on a GPU."),
+    queue: int = _limits(512, min=1, help="Prompts that may wait; more get 429."),
+    max_prompt_tokens: int = _limits(1 << 20, min=1, help="Longest prompt."),
+    max_tokens: int = _limits(1 << 16, min=1, help="Most tokens of one text."),
+    max_body_mib: float = _limits(8, min=0.001, help="Largest request body."),
+    cache_gib: float = _limits(0.25, min=0, help="For states of shared prefixes; 0 keeps none."),
+    drain_seconds: int = _limits(30, min=0, help="How long running requests may continue after SIGTERM or Ctrl-C."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
 ) -> None:
     """Serve a model over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics and a page at /."""
     key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
