@@ -2,8 +2,8 @@
 
     python -m tnllm.sweep.llama recipes/evidence/15m-transformer.yaml --set optimizer.learning_rate=1e-3 --out runs/llama
 
-Data, batches, packing, optimizer, schedule, clipping, validation and the run folder's files are those of the recipe; only
-the model is the library's. Sizes come from the recipe's `model` section, which must be of kind transformer and without
+Data, batches, packing, step, optimizer, schedule, clipping, validation and the run folder's files are those of the recipe;
+only the model is the library's. Sizes come from the recipe's `model` section, which must be of kind transformer and without
 qk_norm, as Llama is. It has no checkpoints: a run that is stopped starts again. `trainer: llama` in a sweep file runs it.
 """
 
@@ -21,15 +21,17 @@ from tnllm.data.loader import IGNORE, Batch
 from tnllm.device import pick_device
 from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.modeling.config import ModelConfig
+from tnllm.training.checkpoint import TrainState
 from tnllm.training.config import RunConfig, load_recipe
 from tnllm.training.hooks import due
 from tnllm.training.loaders import fingerprint, open_loaders, open_tokenizer
 from tnllm.training.memory import peak_memory_gib
+from tnllm.training.meter import StepTimer
 from tnllm.training.metrics import METRICS, MetricsLog, write_metrics
-from tnllm.training.optim import clip_and_step, make_optimizer
+from tnllm.training.optim import make_optimizer
 from tnllm.training.run import write_environment
-from tnllm.training.schedule import learning_rate
-from tnllm.training.trainer import compute_dtype
+from tnllm.training.signals import StopSignals
+from tnllm.training.trainer import Trainer, compute_dtype, train_step
 from tnllm.training.validation import validate
 
 
@@ -46,48 +48,32 @@ def train_llama(config: RunConfig, out: Path) -> None:
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
     loss_sum = summed_loss(model, config.data.seq_len, compute_dtype(config.train, device), device, compiled)
     optimizer = make_optimizer(model, config.optimizer)
+    trainer = Trainer(config, model, model, optimizer, loader, device, loss_sum, compiled)
     out.mkdir(parents=True, exist_ok=True)
     write_environment(out, config.to_yaml(), device, 0, fingerprint(loader))
     write_metrics(out / METRICS, [])
     metrics = MetricsLog(out / METRICS)
-    rows, micro = config.global_batch_rows, config.train.micro_batch_size
-    batch_tokens = rows * config.data.seq_len
-    steps, started = 0, time.perf_counter()
-    for step in range(1, config.total_steps + 1):
-        first = (step - 1) * rows
-        batches = [loader.batch(sample, micro) for sample in range(first, first + rows, micro)]
-        labels = sum(batch.num_labels for batch in batches)
-        loss = torch.zeros((), device=device)
-        for batch in batches:
-            part = loss_sum(batch) / max(labels, 1)
-            part.backward()
-            loss += part.detach()
-        rate = learning_rate(config.schedule, config.optimizer.learning_rate, step - 1)
-        norm = clip_and_step(model, optimizer, rate, config.optimizer.grad_clip, loss)
-        steps += 1
-        last = step == config.total_steps
-        row: dict[str, Any] = {"step": step, "tokens": step * batch_tokens, "time": time.time()}
+    state, signals, timer = TrainState(), StopSignals(), StepTimer()
+    while state.step < config.total_steps:
+        update = train_step(trainer, state, signals)
+        assert update is not None, "no signal is caught here"
+        timer.add(update)
+        step, last = state.step, state.step == config.total_steps
+        row: dict[str, Any] = {"step": step, "tokens": state.tokens, "time": time.time()}
         if step == 1 or due(config.log.every_steps, step, last):
-            value = float(loss)
-            if not abs(value) < float("inf"):
-                raise RunError(f"step {step}: loss {value}; lower optimizer.learning_rate")
-            speed = steps * batch_tokens / (time.perf_counter() - started)
-            metrics.write(
-                {
-                    **row,
-                    "loss": value,
-                    "grad_norm": float(norm),
-                    "lr": rate,
-                    "tokens_per_s": speed,
-                    "mem_gib": peak_memory_gib(device),
-                    "skipped": 0,
-                }
-            )
-            steps, started = 0, time.perf_counter()
+            loss = float(update.loss)
+            if not abs(loss) < float("inf"):
+                raise RunError(f"step {step}: loss {loss}; lower optimizer.learning_rate")
+            row |= {"loss": loss, "grad_norm": float(update.norm), "lr": update.learning_rate}
+            row |= {"tokens_per_s": timer.steps_per_s() * config.train.global_batch_tokens}
+            metrics.write({**row, "mem_gib": peak_memory_gib(device), "skipped": 0})
+            timer.restart()
         if validation is not None and due(config.eval.every_steps, step, last):
-            value, bits = validate(loss_sum, validation, micro, config.eval.tokens)
-            metrics.write({**row, "val_loss": value, "val_bpb": bits})
-            steps, started = 0, time.perf_counter()
+            loss, bits = validate(loss_sum, validation, config.train.micro_batch_size, config.eval.tokens)
+            metrics.write(
+                {"step": step, "tokens": state.tokens, "val_loss": loss, "val_bpb": bits, "time": time.time()}
+            )
+            timer.restart()
     metrics.close()
 
 

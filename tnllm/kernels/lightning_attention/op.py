@@ -139,15 +139,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    need_state: bool = True,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k, v: Tensor, log_decay, initial_state=None, cu_seqlens: Tensor | None = None, need_state=True):
     return v.new_empty(v.shape), _new_state(q, v, cu_seqlens) if need_state else _no_state(q)
 
 
@@ -168,16 +160,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(do, dfinal, q: Tensor, k: Tensor, v: Tensor, log_decay, initial_state: Tensor | None, cu_seqlens):
     dinitial = _no_state(q) if initial_state is None else torch.empty_like(initial_state)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
 
