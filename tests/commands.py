@@ -35,7 +35,6 @@ NOT_RUN = {
     "--base 385m": "needs weights of 385M parameters",
     "convert 385m": "needs weights of 385M parameters",
     "sweep recipes/evidence": "hours on a GPU",
-    "bench-norm --widths": "minutes on a GPU",
     "bench-train --preset": "minutes on a GPU",
     "bench-scale": "needs two GPUs",
     "bench-decode --preset 385m": "minutes on a GPU",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tnllm.bench.norm import bench_norm, check
+from tests.bench.norm import bench_norm, check, main
 
 
 @pytest.mark.slow
@@ -14,6 +14,13 @@ def test_norms_and_steps():
     ]
     assert all(row["error"] < 1e-6 and row["fwd_ms"] > 0 for row in result["norms"])
     assert [row["norm"] for row in result["steps"]] == ["srmsnorm", "rmsnorm", "layernorm"]
+
+
+@pytest.mark.slow
+def test_the_table(capsys):
+    main(["--widths", "32", "--rows", "8"])
+    out = capsys.readouterr().out
+    assert "srmsnorm" in out and "layernorm" in out
 
 
 def test_the_check_detects_a_wrong_norm():

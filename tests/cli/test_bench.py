@@ -1,4 +1,4 @@
-"""`tnllm bench-attn`, `bench-norm`, `bench-train` and `bench-scale` as typed."""
+"""`tnllm bench-attn`, `bench-train` and `bench-scale` as typed."""
 
 import json
 
@@ -48,13 +48,6 @@ def test_bad_input(capfd, args, message):
     code, out, err = run(capfd, "bench-attn", *args)
     assert code == 2 and out == ""
     assert message in err and err.strip().splitlines()[-1].startswith("tnllm: ")
-
-
-@pytest.mark.slow
-def test_bench_norm(capfd):
-    code, out, _ = run(capfd, "bench-norm", "--device", "cpu", "--widths", "32", "--rows", "8")
-    assert code == 0 and "srmsnorm" in out and "layernorm" in out
-    assert run(capfd, "bench-norm", "--widths", "wide")[0] == 2
 
 
 @pytest.mark.slow

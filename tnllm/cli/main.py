@@ -25,16 +25,7 @@ PANELS = {
     "Model": ("train", "generate", "serve", "eval", "convert", "sweep"),
     "Data": ("data", "tokenizer"),
     "Find and check": ("recipes", "estimate", "doctor", "plot"),
-    "Measure": (
-        "bench-attn",
-        "bench-norm",
-        "bench-train",
-        "bench-scale",
-        "bench-decode",
-        "bench-stream",
-        "bench-eval",
-        "bench-serve",
-    ),
+    "Measure": ("bench-attn", "bench-train", "bench-scale", "bench-decode", "bench-eval", "bench-serve"),
 }
 
 

@@ -1,6 +1,8 @@
 """A million tokens in a row: does the state drift, does memory grow, where does the naive form overflow?
 
-    results = bench_stream("tiny", 1 << 20)
+    python -m tests.bench.stream --tokens 65536 --json stream.json     # default: 1048576, about ten minutes on a CPU
+
+It exits with 1 if float32 drifts from float64.
 
 Two measurements, both against float64 with the same weights, decays and tokens.
 
@@ -13,21 +15,25 @@ Two measurements, both against float64 with the same weights, decays and tokens.
    another rate.
 """
 
+import argparse
 import copy
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tnllm.bench.accuracy import relative_rms
+from tnllm.bench.report import environment_line, print_table, write_json
 from tnllm.device import describe_device
 from tnllm.kernels.lightning_attention import lightning_attention_step
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import LanguageModel, build_model
 from tnllm.modeling.state import State
+from tnllm.progress import log as log_line
 
 # Largest gap between float32's logits and float64's, over the logits' standard deviation, at any position. Sums of a few
 # hundred terms rounded at 2^-24 through a few layers; it must not grow with the position.
@@ -182,3 +188,39 @@ def _resident_bytes() -> int:
     """Resident memory of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(args)
+    results = bench_stream(given.preset, given.tokens, log_line)
+    print(environment_line(results["environment"]))
+    columns = [
+        ("tokens read", "{tokens:tokens}"), ("next logits", "{logits_gap:.1e}"), ("32 steps", "{steps_gap:.1e}"),
+        ("state", "{state_error:.1e}"), ("resident MiB", "{resident_mib:.0f}"), ("tokens/s", "{tokens_per_s:.0f}"),
+    ]  # fmt: skip
+    title = f"{given.preset}, float32 against float64: largest gap of logits over their standard deviation"
+    print_table(title, columns, results["model"])
+    columns = [
+        ("steps", "{tokens:tokens}"), ("decay", "{decay}"), ("log decay", "{log_decay:.3g}"), ("error", "{error:.1e}"),
+        ("plain form", "{plain_error:.1e}"), ("naive form", "{naive}"),
+    ]  # fmt: skip
+    rows = [{**row, "naive": _naive(row["naive_broken_at"])} for row in results["layer"]]
+    print_table("one layer, step by step: relative error of the latest outputs", columns, rows, ("decay", "naive form"))
+    if given.json is not None:
+        write_json(results, given.json)
+    if not results["passed"]:
+        log_line(f"float32 drifts from float64 by more than {results['limit']:g}; see the table")
+    return 0 if results["passed"] else 1
+
+
+def _naive(broken_at: int | None) -> str:
+    return "finite" if broken_at is None else f"not finite from token {broken_at}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

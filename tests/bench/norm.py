@@ -1,21 +1,25 @@
-"""SRMSNorm beside torch's fused RMSNorm and LayerNorm: alone, and in a full training step.
+"""SRMSNorm beside torch's fused RMSNorm and LayerNorm: alone, and in a full training step. On a GPU, else on the CPU:
 
-results = bench_norm([1024, 4096], rows=16384, dtype=torch.bfloat16, device=torch.device("cuda"), step_preset="385m")
+python -m tests.bench.norm --widths 1024,4096 --step 385m --json norm.json
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tnllm.bench.accuracy import relative_rms
+from tnllm.bench.report import environment_line, print_table, write_json
 from tnllm.bench.timing import copy_bandwidth, measure
 from tnllm.device import describe_device
 from tnllm.kernels.srms_norm import srms_norm, srms_norm_reference
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model
+from tnllm.progress import log as log_line
 
 # Relative RMS error against float64 that is still timed: one rounding of the result, and of the gradient.
 ERROR_LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
@@ -121,3 +125,36 @@ def _step(preset: str, norm: str, device: torch.device, log: Callable[[str], Non
 
     timing = measure(step, device, budget_s=4.0)
     return {"norm": norm, "step_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Command line: check the norms against float64, then time them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", default="1024,2048,4096,5120,8192")
+    parser.add_argument("--rows", type=int, help="default: 32768 on a GPU, 2048 on the CPU")
+    parser.add_argument("--step", help="also time a full training step of this preset with each norm")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(args)
+    on_gpu = torch.cuda.is_available()
+    results = bench_norm(
+        [int(width) for width in given.widths.split(",")],
+        given.rows or (32768 if on_gpu else 2048),
+        torch.bfloat16 if on_gpu else torch.float32,
+        torch.device("cuda" if on_gpu else "cpu"),
+        step_preset=given.step,
+        log=log_line,
+    )
+    print(environment_line(results["environment"]))
+    columns = [
+        ("width", "{width}"), ("norm", "{norm}"), ("error", "{error:.1e}"), ("fwd ms", "{fwd_ms:.4f}"),
+        ("share", "{fwd_share:.0%}"), ("fwd+bwd ms", "{fwd_bwd_ms:.4f}"), ("share", "{fwd_bwd_share:.0%}"),
+    ]  # fmt: skip
+    print_table(f"{results['rows']} rows; share of copy bandwidth", columns, results["norms"], left=("norm",))
+    for row in results["steps"]:
+        print(f"training step of {given.step} with {row['norm']:<10} {row['step_ms']:.2f} ms")
+    if given.json is not None:
+        write_json(results, given.json)
+
+
+if __name__ == "__main__":
+    main()
