@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from tnllm.errors import RunError, Terminated, UserError
 from tnllm.files import only_writer
@@ -51,6 +52,27 @@ def run(straight, tmp_path):
 
 def go(recipe, out, *sets, resume="auto", **how):
     train(load_recipe(str(recipe), [*SHORT, *sets]), out, resume=resume, **how)
+
+
+def sums(run, step):
+    """Size and SHA-256 of each file of a checkpoint."""
+    return json.loads((run / f"checkpoints/step-{step:08d}/manifest.json").read_bytes())
+
+
+@pytest.mark.parametrize("stop", [None, 4], ids=["at once", "resumed"])
+def test_a_recipe_gives_the_same_files_in_another_process(recipe, straight, tmp_path, stop):
+    """Byte for byte, the random state included: a process seeds torch's generator from the system unless told."""
+    torch.seed()
+    if stop:
+        go(recipe, tmp_path / "run", f"train.max_steps={stop}")
+        torch.seed()
+    go(recipe, tmp_path / "run")
+    assert steps(tmp_path / "run") == [2, 4, 6, 8]
+    for step in (2, 4, 6, 8):
+        ours = sums(tmp_path / "run", step)
+        # recipe.json has max_steps.
+        differ = {name for name, entry in sums(straight, step).items() if ours.pop(name) != entry}
+        assert differ <= ({"recipe.json"} if stop and step <= stop else set()) and not ours
 
 
 def test_a_second_writer_is_refused(recipe, run):

@@ -187,6 +187,8 @@ def open_run(
             config.model, config.lora, config.train, config.parallel, config.data.seq_len, device, display.log, free
         )
         config = config.model_copy(update={"train": fitted})
+        # Unseeded, torch's generator, which checkpoints hold, starts from a number of the system's.
+        torch.manual_seed(config.train.seed)
         trainer = make_trainer(config, loader, device, mesh)
         checkpoint = ranks.broadcast_from_main(
             lambda: _prepare_folder(out, resume, trainer, tokenizer, allow_data_change, display.log)
