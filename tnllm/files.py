@@ -211,8 +211,8 @@ def only_writer(
     inherits it (`pass_fds`) holds the lock too.
 
     Calls `on_wait` once before it waits for another writer, and raises UserError, which names that writer, if there still
-    is one after `wait_s`. A .lock left by another machine is
-    refused too, since that machine may still be writing; `force` ignores it. None: this command has no --force-unlock.
+    is one after `wait_s`. A .lock left by another machine is refused too, since that machine may still be writing; `force`
+    ignores it. None: this command has no --force-unlock.
     """
     folder = Path(folder)
     path, made = folder / LOCK, [item for item in (folder, *folder.parents) if not item.exists()]
@@ -260,6 +260,10 @@ def _take(path: Path) -> int | None:
         raise UserError("writing needs the file locks of Linux or macOS") from None
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UserError(
+                f"{path} is not a file, so {path.parent} cannot be locked; remove it, or choose another folder"
+            )
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:

@@ -17,7 +17,7 @@ from tnllm.cli.evaluation_view import (
 )
 from tnllm.cli.options import DEVICE, check_choice, examples, log_default_model, panel
 from tnllm.errors import CheckFailed, UserError
-from tnllm.files import check_output_file, check_output_folder
+from tnllm.files import check_output_file, check_output_folder, only_writer
 from tnllm.progress import Progress, log
 from tnllm.tables import print_json
 
@@ -87,7 +87,7 @@ def run(
     quiet_libraries(names, online)
 
     from tnllm.evaluation.harness import TransNormerLM
-    from tnllm.evaluation.run import Settings, evaluate, write_results
+    from tnllm.evaluation.run import Settings, evaluate, results_folder, write_results
     from tnllm.evaluation.tasks import choose, load_tasks
     from tnllm.modeling.weights import trained_length
 
@@ -104,6 +104,8 @@ def run(
             model, device, dtype, batch_size, None, batch_tokens, share_prefix, folder, seed,
             log=log, progress=progress.update,
         )  # fmt: skip
+        if out is not None and lm.rank == 0:
+            context.with_resource(only_writer(results_folder(out, str(lm.ready.folder))))
         results = evaluate(lm, loaded, settings)
     if results is None:
         return

@@ -22,6 +22,7 @@ app = typer.Typer(
 
 @app.command(epilog=examples("tnllm tokenizer train corpus/ --vocab-size 32000 -o my-tokenizer"))
 def train(
+    context: typer.Context,
     inputs: list[str] = typer.Argument(
         ..., help="Text, JSON Lines, parquet or WARC files, folders of them, or sample."
     ),
@@ -38,15 +39,16 @@ def train(
     """Train a BPE tokenizer with byte fallback: decoding gives back every text unchanged."""
     from tnllm.data.documents import LeftOut
     from tnllm.data.remote import find_sources, read_sources
-    from tnllm.files import check_output_folder, format_bytes, format_duration, write_bytes_atomic
+    from tnllm.files import check_output_folder, format_bytes, format_duration, only_writer, write_bytes_atomic
     from tnllm.progress import corpus_progress, log
     from tnllm.tokenizer import FILE_NAME, train_tokenizer
 
     target = out / FILE_NAME
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; choose another --out or add --overwrite")
     files = find_sources(inputs)
     check_output_folder(out, "--out")
+    context.with_resource(only_writer(out))
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; choose another --out or add --overwrite")
     on_bad = LeftOut() if on_error is OnError.skip else None
     advice = "fix it, or leave such documents out with --on-error skip"
     start = time.monotonic()
@@ -58,7 +60,6 @@ def train(
             log(f"corpus read; training {vocab_size} tokens")
 
         model = train_tokenizer(texts(), vocab_size, character_coverage=character_coverage, max_lines=max_lines)
-    out.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(target, model)
     seconds = format_duration(time.monotonic() - start)
     print(f"{target}: {vocab_size} tokens, {format_bytes(len(model))}, trained in {seconds}")

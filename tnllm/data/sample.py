@@ -9,7 +9,7 @@ from tnllm import assets
 from tnllm.data.compressed import read_bytes
 from tnllm.data.corpus import find_files
 from tnllm.errors import UserError
-from tnllm.files import check_output_folder, write_bytes_atomic
+from tnllm.files import check_output_folder, only_writer, write_bytes_atomic
 
 
 def write_sample(name: str, out: Path) -> list[Path]:
@@ -20,10 +20,10 @@ def write_sample(name: str, out: Path) -> list[Path]:
     check_output_folder(out, "--out")
     contents = {out / path.name.removesuffix(".xz"): path for path in find_files([name])}
     contents[out / "NOTICE"] = assets.folder() / "NOTICE"
-    for path in contents:
-        if path.exists():
-            raise UserError(f"{path} exists; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for path, source in contents.items():
-        write_bytes_atomic(path, read_bytes(source))
+    with only_writer(out):
+        for path in contents:
+            if path.exists():
+                raise UserError(f"{path} exists; choose another folder")
+        for path, source in contents.items():
+            write_bytes_atomic(path, read_bytes(source))
     return list(contents)

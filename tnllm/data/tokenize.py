@@ -75,7 +75,8 @@ def tokenize_corpus(
         print(f"waiting for another process that is writing {out}", file=sys.stderr, flush=True)
 
     try:
-        with only_writer(out, wait_s=math.inf, on_wait=tell_wait):
+        # The cache of tokens is shared: what another run is writing there is what this one needs.
+        with only_writer(out, wait_s=math.inf if outer_command else 0, on_wait=tell_wait):
             manifest = begin_folder(out, fresh, tokenizer, overwrite, outer_command)
             if manifest.complete:
                 return manifest

@@ -113,9 +113,14 @@ def _file_name(name: str) -> str:
     return re.sub(r"[\"<>:/|\\?*\[\]\s]+", "__", name).strip("_")[-100:]
 
 
+def results_folder(out: Path, model: str) -> Path:
+    """The folder below `out` for the results of `model`, the folder that was evaluated."""
+    return out / _file_name(model)
+
+
 def write_results(out: Path, results: dict[str, Any], log_samples: bool) -> Path:
     """Write results (and samples) as the harness names its files. Returns the results file."""
-    folder = out / results["model_name_sanitized"]
+    folder = results_folder(out, results["model_name"])
     folder.mkdir(parents=True, exist_ok=True)
     date = datetime.now().isoformat().replace(":", "-")
     samples = results.get("samples", {})
