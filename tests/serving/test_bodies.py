@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+from pydantic_core import from_json
 
 from tests.small_models import make_ready
 from tnllm.generation.samples import TokenLogprob
@@ -269,7 +270,7 @@ def test_the_structure_of_a_body_is_bounded_before_it_is_built():
         b"{" + b'"a":0,' * 100_000 + b'"b":0}',
         b'{"' + b"[" * 200_000 + b'":[' + b"{}," * 100_000 + b"{}]}",
     ):
-        with pytest.raises(RequestError, match=r"strings, arrays and objects; at most 100000"):
+        with pytest.raises(RequestError, match=r"the body has \d+ strings, arrays and objects; at most 100000"):
             bodies.read(content)
     with pytest.raises(RequestError, match="the body has 201 keys; at most 200"):
         bodies.read(json.dumps(dict.fromkeys(map(str, range(201)), 0)).encode())
@@ -282,6 +283,50 @@ def test_the_structure_of_a_body_is_bounded_before_it_is_built():
         RequestError, match="the body has 150000 values; at most 149998: send long prompts one at a time"
     ):
         bodies.read(numbers, most_tokens=49_998)
+
+
+LONG = ", ".join(map(str, range(20_000)))
+
+
+@pytest.mark.parametrize(
+    ("content", "is_sliced"),
+    [
+        (f'{{"prompt": [{LONG}], "n": 2}}', True),
+        (f'{{"n": 2, "prompt": [[{LONG}], [5], [{LONG}]]}}', True),
+        (f'{{"prompt": [5, "a", null, 1.5, "],[", "\\"[", {LONG}]}}', True),
+        (f'{{"user": "\\\\", "prompt": [{LONG}]}}', True),
+        (f'{{"prompt": "[{LONG}]"}}', False),
+        (f'{{"prompt": [{LONG}, {{"a": 5}}, {LONG}]}}', False),
+        (f'{{"stop": [{LONG}], "prompt": [{LONG}]}}', False),
+        (f'{{"prompt": [{LONG}], "prompt": [5]}}', False),
+        (f'{{"prompt": {{"prompt": [{LONG}]}}}}', False),
+        (f"[{LONG}]", False),
+        (f'{{"prompt": [{LONG}, ]}}', False),
+        (f'{{"prompt": [{LONG},, {LONG}]}}', False),
+        (f'{{"prompt": [{"," * 90_000}]}}', False),
+        (f'{{"prompt": [{LONG}, 05]}}', False),
+        (f'{{"prompt": [{LONG}}}', False),
+        (f'{{"prompt": [{" " * 90_000}]}}', False),
+        (f'{{"prompt": [{"5" * 90_000}]}}', False),
+    ],
+)
+def test_long_lists_are_parsed_in_slices_as_if_at_once(monkeypatch, content, is_sliced):
+    """No other thread, so not /health either, runs while a slice is parsed."""
+    sizes = []
+
+    def watched(part):
+        sizes.append(len(part))
+        return from_json(part)
+
+    def outcome(parse):
+        try:
+            return parse(content.encode())
+        except ValueError as error:
+            return str(error)
+
+    monkeypatch.setattr(bodies, "from_json", watched)
+    assert outcome(lambda part: bodies._parse(part, *bodies._structure(part)[1:])) == outcome(from_json)
+    assert (max(sizes) < 40_000) == is_sliced
 
 
 def test_the_time_to_refuse_does_not_grow_with_the_wrong_values():

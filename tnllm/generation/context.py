@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -119,7 +120,9 @@ def _hidden(model: LanguageModel, pieces: list[list[int]], state: State) -> tupl
     return hidden[0, cu_seqlens[1:].long() - 1], state
 
 
-def after_reading(prompt: Sequence[int], before: Context | None, state: State, logits: Tensor | None) -> Context:
+def after_reading(
+    prompt: Sequence[int] | np.ndarray, before: Context | None, state: State, logits: Tensor | None
+) -> Context:
     """The context after `prompt`, which follows `before`; `state` and `logits` [1, V] are those after its last token."""
     assert logits is not None
     if before is None:
@@ -127,8 +130,8 @@ def after_reading(prompt: Sequence[int], before: Context | None, state: State, l
         tail: tuple[int, ...] = ()
     else:
         seen, tail = before.seen.clone(), before.tail
-    seen[0, torch.tensor(list(set(prompt)), dtype=torch.int64, device=seen.device)] = True
-    return Context(state, logits, seen, (*tail, *prompt[-TAIL_TOKENS:])[-TAIL_TOKENS:])
+    seen[0, torch.from_numpy(np.asarray(prompt, dtype=np.int64)).to(seen.device)] = True
+    return Context(state, logits, seen, (*tail, *map(int, prompt[-TAIL_TOKENS:]))[-TAIL_TOKENS:])
 
 
 def weights_hash(model: LanguageModel) -> str:

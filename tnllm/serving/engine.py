@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,7 +108,7 @@ class _Job:
     """A prompt from submission until the last of its rows has ended."""
 
     index: int  # of the prompt in its request
-    ids: list[int]
+    ids: np.ndarray  # [T] int64
     params: SamplingParams
     request: Ticket
     client: str
@@ -133,6 +134,15 @@ class _Sample:
     job: _Job
     row: Row
     parked: Parked | None
+
+
+def _slices(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Parts of token ids, for work during which no other thread runs."""
+    return (ids[start : start + 32_768] for start in range(0, len(ids), 32_768))
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    return np.concatenate([np.array(part, dtype=np.int64) for part in _slices(ids)])
 
 
 class Engine:
@@ -245,8 +255,7 @@ class Engine:
         if params.max_tokens > self.max_new_tokens:
             raise UserError(f"max_tokens is {params.max_tokens}; this server gives at most {self.max_new_tokens}")
         vocab_size = self.loaded.tokenizer.vocab_size
-        # In slices, since no other thread runs during one.
-        for part in (ids[start : start + 32_768] for start in range(0, len(ids), 32_768)):
+        for part in _slices(ids):
             if not 0 <= min(part) <= max(part) < vocab_size:
                 bad = next(id for id in part if not 0 <= id < vocab_size)
                 raise UserError(f"token id {bad} is outside the vocabulary of {vocab_size}")
@@ -289,7 +298,7 @@ class Engine:
             raise UserError(f"the request has {len(prompts)} prompts; the queue of this server holds {self.queue_size}")
         ticket, now = Ticket(len(prompts) * params.n, deliver), time.monotonic()
         jobs = [
-            _Job(index, list(ids), params, ticket, client, prompt_logprobs, now) for index, ids in enumerate(prompts)
+            _Job(index, _array(ids), params, ticket, client, prompt_logprobs, now) for index, ids in enumerate(prompts)
         ]
         with self._wake:
             if self.stopping:
@@ -413,7 +422,7 @@ class Engine:
         """Append the log-probabilities of the tokens that follow the hidden states [share, M] of ids[done:]."""
         if not job.logprobs:
             job.logprobs.append(None)
-        following = job.ids[job.done + 1 : job.done + 1 + len(hidden)]
+        following = job.ids[job.done + 1 : job.done + 1 + len(hidden)].tolist()
         if following:
             model, tokenizer = self.loaded.model, self.loaded.tokenizer
             num_top = job.params.logprobs or 0

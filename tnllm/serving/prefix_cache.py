@@ -18,6 +18,7 @@ import numpy as np
 
 from tnllm.generation.context import Context
 
+Ids = Sequence[int] | np.ndarray
 # Earlier prompts that `branch` compares with, and how many tokens of each.
 _RECENT, _RECENT_TOKENS = 64, 1 << 16
 # A shorter prefix is prefilled again faster than its state is copied.
@@ -38,7 +39,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def longest(self, prompt: Sequence[int]) -> Context | None:
+    def longest(self, prompt: Ids) -> Context | None:
         """The context after the longest cached prefix of `prompt`, which may be all of it; None if there is none."""
         lengths = sorted(length for length in self._counts if length <= len(prompt))
         for key in reversed(list(self._keys(prompt, lengths))):
@@ -47,7 +48,7 @@ class PrefixCache:
                 return self._entries[key]
         return None
 
-    def put(self, prefix: Sequence[int], context: Context) -> None:
+    def put(self, prefix: Ids, context: Context) -> None:
         """Cache the context after `prefix`, unless it is too large or the prefix too short."""
         size = _nbytes(context)
         if len(prefix) < MIN_TOKENS or size > self.max_bytes:
@@ -66,14 +67,14 @@ class PrefixCache:
             if not self._counts[length]:
                 del self._counts[length]
 
-    def branch(self, prompt: Sequence[int]) -> int:
+    def branch(self, prompt: Ids) -> int:
         """Longest prefix, in tokens, that `prompt` shares with an earlier prompt, of which it is one from now on."""
         ids = np.array(prompt[:_RECENT_TOKENS], dtype=np.int64)
         shared = max((_common(ids, other) for other in self._recent), default=0)
         self._recent.append(ids)
         return shared if shared >= MIN_TOKENS else 0
 
-    def _keys(self, prompt: Sequence[int], lengths: Iterable[int]) -> Iterable[tuple[int, bytes]]:
+    def _keys(self, prompt: Ids, lengths: Iterable[int]) -> Iterable[tuple[int, bytes]]:
         """Keys of the prefixes of the given increasing lengths, in one pass over the tokens."""
         data = np.array(prompt, dtype="<i8")
         digest = hashlib.sha256(self._weights.encode())

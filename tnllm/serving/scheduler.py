@@ -16,7 +16,7 @@ however long it is. A sample that loses its slot is parked: its state moves to h
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -30,7 +30,7 @@ class Job(Protocol):
     """A prompt and what is asked of it."""
 
     client: str
-    ids: list[int]
+    ids: Sized
     done: int  # how many of them have been read
     cache_at: int  # a pass ends here, so that the context may be cached
 
