@@ -12,7 +12,8 @@ import time
 import psutil
 import pytest
 
-from tnllm.generation.context import read_metadata
+from tnllm.generation.context import read, read_metadata, save_context, weights_hash
+from tnllm.generation.loading import load
 
 OPTIONS = "--chat", "--max-tokens", "8", "--seed", "1", "--device", "cpu"
 
@@ -98,8 +99,9 @@ def test_messages_are_kept_with_a_talk_over_several_loads(run_generate, home):
     ("lines", "message"),
     [
         (["/save a"], "there is nothing to save yet"),
-        (["Hello", "/save ../a"], "a talk's name is letters, digits, - and _, at most 100, not '../a'"),
-        (["Hello", "/save"], "at most 100, not ''"),
+        (["Hello", "/save ../a"], "a talk's name is letters, digits, - and _, at most 60, not '../a'"),
+        (["Hello", "/save"], "at most 60, not ''"),
+        (["Hello", f"/save {'日' * 61}"], "at most 60, not"),
         (["/load other"], "there is no talk named other; none is saved yet"),
         (["Hello", "/save holidays", "/load holiday"], "there are holidays; did you mean 'holidays'?"),
         (["a\udcff"], "stdin holds bytes that are not UTF-8 (character 1)"),
@@ -110,6 +112,32 @@ def test_a_mistake_costs_one_line_on_a_terminal(typed, lines, message):
     assert code == 0
     assert f"tnllm: {message}" in err or message in err
     assert out.splitlines()[-1].strip()
+
+
+@pytest.mark.parametrize("messages", ["5", "{}", "[[1, 2]]", '[["user"]]', '[["evil", "x"]]', '["ab"]'])
+def test_the_messages_of_a_talk_are_checked(typed, home, small_weights, messages):
+    file = home / "data/tnllm/chats/a.state"
+    file.parent.mkdir(parents=True)
+    loaded = load(small_weights, "cpu")
+    [context] = read(loaded.model, [loaded.encode("Hello")])
+    save_context(file, context, weights_hash(loaded.model), messages=messages)
+    code, out, err = typed("/load a", "Still here")
+    assert code == 0 and "a.state is damaged: its messages cannot be read; remove it" in err
+    assert out.splitlines()[-1].strip()
+
+
+def test_files_that_cannot_be_read_or_written_cost_one_line(typed, home, monkeypatch):
+    chats = home / "data/tnllm/chats"
+    chats.mkdir(parents=True)
+    (chats / "bad.state").write_bytes(b"PK\3\4")
+    code, out, err = typed("Hello", "/load bad", "Still here")
+    assert code == 0 and "bad.state is damaged or not a state file" in err
+    assert out == typed("Hello", "Still here")[1]
+    (home / "file").touch()
+    monkeypatch.setenv("XDG_DATA_HOME", str(home / "file"))
+    code, out, err = typed("Hello", "/save a", "Still here")
+    assert code == 0 and "tnllm: /save: Not a directory: " in err
+    assert out == typed("Hello", "Still here")[1]
 
 
 def test_a_mistake_ends_a_script(run_generate):

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.small_models import small_model
-from tnllm.errors import RunError, UserError
+from tnllm.errors import UserError
 from tnllm.generation.context import load_context, read, save_context, weights_hash
 
 # Cutting a text elsewhere, or packing it beside others, changes only the order of fp32 sums. Logits have a standard
@@ -133,10 +133,10 @@ def test_states_of_other_models_and_other_files_are_refused(tmp_path, model):
     with pytest.raises(UserError, match="is not a state file"):
         load_context(tmp_path / "weights.safetensors", model, "")
     (tmp_path / "text").write_text("no tensors here")
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         load_context(tmp_path / "text", model, "")
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         load_context(path, model, "0123456789abcdef")
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_state_is_refused_in_one_line(tmp_path, model, change, fault):
     edited(path, lambda tensors, metadata: None)
     same(load_context(path, model, "0123456789abcdef"), context, atol=0)
     edited(path, change)
-    with pytest.raises(RunError, match=rf"a.state is damaged.*{fault}.*write it again") as error:
+    with pytest.raises(UserError, match=rf"a.state is damaged.*{fault}.*write it again") as error:
         load_context(path, model, "0123456789abcdef")
     assert "\n" not in str(error.value)
 
@@ -192,7 +192,7 @@ def test_a_key_value_cache_of_another_length_is_refused(tmp_path):
     save_context(path, context, "x")
     same(load_context(path, model, "x"), context, atol=0)
     edited(path, lambda tensors, _: tensors.update({"layers.0": tensors["layers.0"][:, :, :2].clone()}))
-    with pytest.raises(RunError, match=r"layers.0 is torch.float32 \[1, 2, 2, .*, not torch.float32 \[1, 2, "):
+    with pytest.raises(UserError, match=r"layers.0 is torch.float32 \[1, 2, 2, .*, not torch.float32 \[1, 2, "):
         load_context(path, model, "x")
 
 

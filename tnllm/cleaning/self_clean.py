@@ -31,7 +31,7 @@ from tnllm.data.encode import Options
 from tnllm.data.tokenize import tokenize_corpus
 from tnllm.errors import UserError
 from tnllm.files import read_json, write_text_atomic
-from tnllm.generation.loading import Ready, load
+from tnllm.generation.loading import LoadedModel, load
 from tnllm.progress import log
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import load_recipe
@@ -155,7 +155,7 @@ def _train(settings: SelfCleanSection, text: Path, folder: Path, device: str) ->
     return run
 
 
-def _score_shards(ready: Ready, kept: Path, folder: Path) -> None:
+def _score_shards(ready: LoadedModel, kept: Path, folder: Path) -> None:
     for shard in sorted(kept.glob("*.jsonl.gz")):
         if (folder / shard.name).exists():
             continue
@@ -212,7 +212,7 @@ def _select(
 
 def _round_report(
     number: int,
-    ready: Ready,
+    ready: LoadedModel,
     held_out: Path,
     folder: Path,
     limits: dict[str, tuple[float, float]],
@@ -249,7 +249,7 @@ def _round_report(
     }
 
 
-def _held_out_loss(ready: Ready, held_out: Path, folder: Path) -> dict[str, float]:
+def _held_out_loss(ready: LoadedModel, held_out: Path, folder: Path) -> dict[str, float]:
     """Nats a token and bits per byte over the held-out text."""
     path = folder / "held-out.json"
     if path.exists():

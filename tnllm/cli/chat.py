@@ -6,7 +6,7 @@ chat_loop(conversation, Talks(model))
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ def chat_loop(conversation: "Conversation", talks: "Talks") -> None:
         log(f"the commands are {COMMANDS}; {_QUOTES} begins and ends a message of several lines")
         log("Ctrl-C interrupts an answer or clears the line, Ctrl-D ends the chat")
     interrupted = False
-    with _history() if on_terminal else _no_history():
+    with _history() if on_terminal else nullcontext():
         while True:
             try:
                 message, is_block = _read_message(on_terminal)
@@ -76,11 +76,14 @@ def _is_command(message: str, conversation: "Conversation", talks: "Talks") -> b
     """Obey `message` if it is a command."""
     line = message.strip()
     word, _, name = line.partition(" ")
+    if word in ("/save", "/load"):
+        try:
+            path = talks.save(name, conversation) if word == "/save" else talks.load(name, conversation)
+        except OSError as error:
+            raise UserError(f"{word}: {error.strerror}: {error.filename}") from None
     if word == "/save":
-        path = talks.save(name, conversation)
         log(f"saved as {name.strip()}: {path}")
     elif word == "/load":
-        talks.load(name, conversation)
         log(f"loaded {name.strip()}: {conversation.num_turns} turns, the last one is")
         for role, text in conversation.messages[-2:]:
             log(f"{role}: {text}")
@@ -118,16 +121,11 @@ def _read_line(prompt: str) -> str:
         line = input(prompt)
         line.encode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"stdin is not {_name(error.encoding)} (byte {error.start}); convert it first") from None
+        raise UserError(f"stdin is not {error.encoding.upper()} (byte {error.start}); convert it first") from None
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"stdin holds bytes that are not {_name(sys.stdin.encoding)} (character {error.start})"
-        ) from None
+        encoding = sys.stdin.encoding.upper()
+        raise UserError(f"stdin holds bytes that are not {encoding} (character {error.start})") from None
     return line
-
-
-def _name(encoding: str) -> str:
-    return encoding.upper()
 
 
 @contextmanager
@@ -155,8 +153,3 @@ def _history() -> Iterator[None]:
             readline.write_history_file(file)
         except OSError as error:
             log(f"the history of this chat is not kept: {file}: {error.strerror}")
-
-
-@contextmanager
-def _no_history() -> Iterator[None]:
-    yield

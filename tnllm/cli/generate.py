@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tnllm.cli.options import DEVICE, DTYPE, examples, log_default_model, panel
-from tnllm.cli.streaming import Meter, print_batch, print_objects, print_texts, stream_text, write_batch
+from tnllm.cli.streaming import Meter, print_batch, print_results, stream_text, write_batch
 from tnllm.errors import UserError
 from tnllm.files import check_output_file, is_special, sha256_file
 from tnllm.progress import log
 
 if TYPE_CHECKING:
     from tnllm.generation.context import Context
-    from tnllm.generation.loading import Ready
+    from tnllm.generation.loading import LoadedModel
     from tnllm.generation.sampler import SamplingParams
     from tnllm.generation.samples import Piece, Result
 
@@ -91,23 +91,20 @@ def command(
     options = {key: value for key, value in given.items() if value is not None}
     flags = {"--prompt": prompt, "--prompt-file": prompt_file, "--input": input, "--chat": chat or None}
     source = _source({flag: value for flag, value in flags.items() if value is not None}, state_in)
-    several = n not in (None, 1)
+    is_batch, is_chat, several = source == "--input", source == "--chat", n not in (None, 1)
     for broken, message in (
-        (output and source != "--input", "--output is for --input; redirect stdout instead: tnllm generate ... > file"),
+        (output and not is_batch, "--output is for --input; redirect stdout instead: tnllm generate ... > file"),
         (
-            logprobs is not None and not json_ and source != "--input",
+            logprobs is not None and not (json_ or is_batch),
             "--logprobs needs --json or --input; plain text cannot show them",
         ),
         (
-            state_out and (source == "--input" or several),
+            state_out and (is_batch or several),
             "--state-out saves the state of one text; it cannot be combined with --input or --n",
         ),
+        (is_chat and (json_ or echo or several), "--chat cannot be combined with --json, --echo or --n"),
         (
-            source == "--chat" and (json_ or echo or several),
-            "--chat cannot be combined with --json, --echo or --n",
-        ),
-        (
-            chat_template and source != "--chat",
+            chat_template and not is_chat,
             "--chat-template is for --chat; write the complete text into the prompt instead",
         ),
     ):
@@ -127,7 +124,7 @@ def command(
     SamplingParams.of(options)
     file = prompt_file or input or ("-" if prompt == "-" else None)
     data = None if file is None else _read(file)
-    text = (prompt or "") if data is None or source == "--input" else _decode(data, file or "")
+    text = (prompt or "") if data is None or is_batch else _decode(data, file or "")
     if state_in is not None:
         read_metadata(state_in)
     _check_outputs(output, state_out, file, model, adapter)
@@ -136,9 +133,9 @@ def command(
     weights = weights_hash(ready.model) if state_in or state_out or output else ""
     context = load_context(state_in, ready.model, weights) if state_in else None
     run = _Run(ready, options, context, batch_size, echo, weights)
-    if source == "--input":
+    if is_batch:
         _batch(run, input or "", data or b"", output, state_in)
-    elif source == "--chat":
+    elif is_chat:
         _chat(run, _unescape(chat_template) if chat_template else ready.chat_template, state_out)
     else:
         context = _text(run, text, json_, stream, keep_context=state_out is not None)
@@ -150,7 +147,7 @@ def command(
 class _Run:
     """The loaded model and what text, batch and chat need besides; the clock of `meter` starts here."""
 
-    ready: "Ready"
+    ready: "LoadedModel"
     options: dict[str, Any]
     context: "Context | None"
     batch_size: int
@@ -195,14 +192,13 @@ def _chat(run: _Run, template: str, state_out: Path | None) -> None:
     from tnllm.generation.talks import Talks
 
     conversation = Conversation(run.ready, run.ready.params(**run.options), template, run.context)
+    has_ended = False
     try:
         chat_loop(conversation, Talks(run.ready.model, run.weights))
-    except BaseException:
-        if state_out is not None and conversation.messages:
+        has_ended = True
+    finally:
+        if state_out is not None and (has_ended or conversation.messages):
             _save_state(state_out, conversation.context(), run.weights)
-        raise
-    if state_out is not None:
-        _save_state(state_out, conversation.context(), run.weights)
 
 
 def _save_state(path: Path, context: "Context | None", weights: str) -> None:
@@ -221,12 +217,10 @@ def _text(run: _Run, text: str, as_json: bool, stream: bool, keep_context: bool)
         log("the prompt is empty: " + ("continuing from the state" if run.context else "starting from the begin token"))
     events = run.generate([run.ready.encode(text, start=run.context is None)], [params], keep_context)
     echo = text if run.echo else ""
-    if as_json:
-        result = print_objects(events, params.n, echo)[0]
-    elif params.n == 1 and stream:
+    if params.n == 1 and stream and not as_json:
         result = stream_text(events, echo)
     else:
-        result = print_texts(events, params.n, echo)[0]
+        result = print_results(events, params.n, echo, as_json)
     log(run.meter.summary(single=params.n == 1))
     return result.context
 
@@ -276,12 +270,12 @@ def _read(file: str) -> bytes:
 
 def _decode(data: bytes, file: str) -> str:
     name = "stdin" if file == "-" else file
+    if b"\0" in data[:4] or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{name} is UTF-16 or UTF-32, not UTF-8; convert it, for example with iconv")
     try:
         text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        what = "UTF-16, not UTF-8" if is_utf16 else f"not UTF-8 (byte {error.start})"
-        raise UserError(f"{name} is {what}; convert it, for example with iconv") from None
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it, for example with iconv") from None
     if not text:
         raise UserError(f'{name} is empty; to start from nothing give --prompt ""')
     return text

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnllm.files import format_duration
+from tnllm.files import format_duration, is_special
 from tnllm.progress import Progress, log
 from tnllm.tables import print_json
 
@@ -98,26 +98,23 @@ def in_order(events: "Events", samples: Sequence[int]) -> "Iterator[Result]":
                 expected = next(keys, None)
 
 
-def print_texts(events: "Events", samples: int, echo: str) -> "list[Result]":
-    """Print each sample when it is complete; if there are several, a line on stderr names each."""
-    results = []
-    for result in in_order(events, [samples]):
-        if samples > 1:
-            log(f"sample {result.sample + 1} of {samples}, seed {result.seed}:")
-        show(echo + result.text + "\n")
-        results.append(result)
-    return results
+def print_results(events: "Events", samples: int, echo: str, as_json: bool) -> "Result":
+    """Print each sample when it is complete, as text or a JSON object; returns the first.
 
-
-def print_objects(events: "Events", samples: int, echo: str) -> "list[Result]":
-    """Print one JSON object per sample."""
+    Before each of several texts a line on stderr names it.
+    """
     from tnllm.generation.jsonl import result_object
 
     results = []
     for result in in_order(events, [samples]):
-        print_json(result_object(result, echo))
         results.append(result)
-    return results
+        if as_json:
+            print_json(result_object(result, echo))
+            continue
+        if samples > 1:
+            log(f"sample {result.sample + 1} of {samples}, seed {result.seed}:")
+        show(echo + result.text + "\n")
+    return results[0]
 
 
 def print_batch(events: "Events", requests: "Sequence[Request]", echo: bool) -> None:
@@ -150,7 +147,7 @@ def write_batch(
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
                 written += 1
     except BaseException:
-        if written < total:
+        if written < total and not is_special(output):
             log(f"stopped after {written} of {total} results; run the same command again to resume")
         raise
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tnllm.errors import RunError, UserError
+from tnllm.errors import UserError
 from tnllm.files import write_bytes_atomic
 from tnllm.generation.text import TAIL_TOKENS
 from tnllm.modeling.cache import is_cache
@@ -174,7 +174,7 @@ def read_metadata(path: Path | str) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise RunError(f"state file {path} is damaged or not a state file ({error}); write it again") from None
+        raise UserError(f"state file {path} is damaged or not a state file ({error}); write it again") from None
     if metadata.get("format") != _FORMAT or "weights" not in metadata:
         raise UserError(f"{path} is not a state file this version can read; write one with --state-out")
     return metadata
@@ -183,8 +183,7 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 def load_context(path: Path | str, model: LanguageModel, weights: str) -> Context:
     """Read a context back onto the model's device.
 
-    Raises UserError for a missing file, another kind of file or the context of another model, RunError for a
-    damaged file.
+    Raises UserError for a missing or damaged file, another kind of file and the context of another model.
     """
     metadata = read_metadata(path)
     if metadata["weights"] != weights:
@@ -196,9 +195,9 @@ def load_context(path: Path | str, model: LanguageModel, weights: str) -> Contex
         tensors = load_file(path)
         tail = json.loads(metadata["tail"])
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise RunError(f"state file {path} is damaged ({type(error).__name__}: {error}); write it again") from None
+        raise UserError(f"state file {path} is damaged ({type(error).__name__}: {error}); write it again") from None
     for fault in _faults(tensors, tail, metadata, model):
-        raise RunError(f"state file {path} is damaged: {fault}; write it again")
+        raise UserError(f"state file {path} is damaged: {fault}; write it again")
     tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     layers = [tensors[f"layers.{index}"] for index in range(model.config.num_layers)]
     return Context(State(layers, tensors["position"]), tensors["logits"], tensors["seen"].view(torch.bool), tuple(tail))

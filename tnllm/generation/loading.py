@@ -89,9 +89,6 @@ def load(
     return LoadedModel(folder, weights, tokenizer, sampling, eos_ids, bos_id, add_bos, template)
 
 
-# The former name.
-Ready = LoadedModel
-
 # The keys that generation_config.json and SamplingParams share.
 _OWN = {"n", "seed", "stop", "logprobs", "max_tokens", "ignore_eos"}
 _SAMPLING = {field.name for field in fields(SamplingParams)} - _OWN

@@ -9,6 +9,9 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from tnllm.errors import UserError, did_you_mean
 from tnllm.files import check_output_file
@@ -17,6 +20,7 @@ from tnllm.generation.conversation import Conversation
 from tnllm.modeling.model import LanguageModel
 
 _SUFFIX = ".state"
+_Messages = TypeAdapter(list[tuple[Literal["user", "assistant"], str]])
 
 
 def default_folder() -> Path:
@@ -52,7 +56,7 @@ class Talks:
         self._own = path.stem
         return path
 
-    def load(self, name: str, conversation: Conversation) -> None:
+    def load(self, name: str, conversation: Conversation) -> Path:
         """Continue a saved talk. Raises UserError for an unknown name and for the talk of another model."""
         path = self._path(name)
         if not path.is_file():
@@ -61,16 +65,18 @@ class Talks:
             raise UserError(f"there is no talk named {path.stem}; {saved}{did_you_mean(path.stem, names)}")
         context = load_context(path, self._model, self._hash())
         try:
-            messages = [(str(role), str(text)) for role, text in json.loads(read_metadata(path).get("messages", "[]"))]
-        except (TypeError, ValueError):
+            messages = _Messages.validate_json(read_metadata(path).get("messages", "[]"))
+        except ValueError:
             raise UserError(f"{path} is damaged: its messages cannot be read; remove it") from None
         conversation.restore(context, messages)
         self._own = path.stem
+        return path
 
     def _path(self, name: str) -> Path:
         name = name.strip()
-        if not re.fullmatch(r"\w[\w-]{0,99}", name):
-            raise UserError(f"a talk's name is letters, digits, - and _, at most 100, not {name!r}")
+        # A file's name has at most 255 bytes, and a letter up to 4.
+        if not re.fullmatch(r"\w[\w-]{0,59}", name):
+            raise UserError(f"a talk's name is letters, digits, - and _, at most 60, not {name!r}")
         return self._folder / f"{name}{_SUFFIX}"
 
     def _hash(self) -> str:

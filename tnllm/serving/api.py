@@ -14,6 +14,7 @@ import codecs
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
@@ -119,12 +120,8 @@ class _Request(BaseModel):
         return self
 
     def _sampling(self, loaded: LoadedModel, more: dict[str, Any], most_tokens: int | None) -> SamplingParams:
-        names = (
-            "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "seed",
-        )  # fmt: skip
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        given |= {"n": self.n, "ignore_eos": self.ignore_eos, "stop": tuple(self.stop or ()), **more}
+        names = {field.name for field in fields(SamplingParams)} - {"logprobs"}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None} | more
         for name in ("max_tokens", "seed"):
             if given.get(name) == -1:
                 del given[name]
@@ -231,7 +228,7 @@ class ChatRequest(_Request):
             more["max_tokens"] = self.max_completion_tokens
         params = self._sampling(loaded, more, most_tokens)
         # As in `tnllm generate --chat`: an answer ends where the model starts to speak for the user.
-        return SamplingParams(**{**params.__dict__, "stop": (*params.stop, *stop_strings(loaded.chat_template))})
+        return replace(params, stop=(*params.stop, *stop_strings(loaded.chat_template)))
 
 
 _R = TypeVar("_R", bound=_Request)

@@ -95,7 +95,7 @@ def _structure(content: bytes) -> tuple[int, np.ndarray, np.ndarray]:
     # With this bit [ is {, and ] is }.
     folded = data | 0x20
     opening = outside & (folded == ord("{"))
-    parts = np.count_nonzero(quotes) // 2 + np.count_nonzero(opening)
+    parts = int(quotes.sum()) // 2 + int(opening.sum())
     closing = outside & (folded == ord("}"))
     return parts, np.flatnonzero(outside & (data == ord(","))), np.flatnonzero(opening | closing)
 
@@ -112,7 +112,7 @@ def _parse(content: bytes, commas: np.ndarray, brackets: np.ndarray) -> Any:
                 lists[name] = _parse_list(content, start, after - 1, commas)
                 rest += [content[end:start], f'"{name}"'.encode()]
                 end = after
-        value = from_json(b"".join([*rest, content[end:]])) if lists else None
+        value: Any = from_json(b"".join([*rest, content[end:]])) if lists else None
     except ValueError:
         # Positions in the message shall be those of the body.
         return from_json(content)
@@ -180,7 +180,12 @@ def _is_begun(value: Any, values: Mapping[str, Any]) -> bool:
 
 
 def _penalties_reach_far_back(value: Any, values: Mapping[str, Any]) -> bool:
-    return value == -1 or not (values.get("presence_penalty") or values.get("frequency_penalty"))
+    penalties = (
+        values.get("presence_penalty"),
+        values.get("frequency_penalty"),
+        values.get("repetition_penalty", 1) != 1,
+    )
+    return value == -1 or not any(penalties)
 
 
 _BOOLEAN = {"type": ["boolean", "null"]}
@@ -198,7 +203,7 @@ REQUEST: dict[str, Neutral] = {
         "parallel_tool_calls reasoning_effort verbosity include_reasoning cache_prompt request_id priority use_cache "
         "mirostat_tau mirostat_eta xtc_threshold dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers "
         "dynatemp_exponent spaces_between_special_tokens return_progress timings_per_token id_slot add_special_tokens "
-        "chat_template_content_format stream_interval",
+        "chat_template_content_format chat_template_kwargs reasoning stream_interval",
         _NEVER,
     ),
     **_names("tools functions", Neutral(_not_called, {"type": ["array", "null"]})),
@@ -206,7 +211,7 @@ REQUEST: dict[str, Neutral] = {
     **_names(
         "top_a typical min_tokens min_length n_probs n_keep n_discard mirostat dry_multiplier xtc_probability "
         "dynatemp_range top_n_sigma smoothing_factor no_repeat_ngram_size n_indent epsilon_cutoff eta_cutoff "
-        "penalty_alpha",
+        "penalty_alpha t_max_predict_ms min_keep n_cache_reuse",
         _one_of(0, -1),
     ),
     **_names(
@@ -227,7 +232,8 @@ REQUEST: dict[str, Neutral] = {
         {"type": ["integer", "null"]},
     ),
     "suffix": _one_of(""),
-    "repeat_last_n": Neutral(_penalties_reach_far_back, {}),
+    **_names("repeat_last_n penalty_last_n repetition_penalty_range", Neutral(_penalties_reach_far_back, {})),
+    "thinking": _one_of({"type": "disabled"}),
     "do_sample": Neutral(
         lambda value, values: isinstance(value, bool) and value == (values.get("temperature") != 0), _BOOLEAN
     ),

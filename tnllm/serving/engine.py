@@ -34,7 +34,7 @@ from tnllm.generation.slots import Parked, Slots
 from tnllm.modeling.flops import state_bytes
 from tnllm.modeling.packing import pack
 from tnllm.modeling.state import State
-from tnllm.serving.metrics import Metrics, Snapshot
+from tnllm.serving.metrics import Metrics
 from tnllm.serving.prefix_cache import PrefixCache
 from tnllm.serving.scheduler import Scheduler
 
@@ -171,7 +171,7 @@ class Engine:
         self.slots = Slots(model, loaded.tokenizer, num_slots)
         self.weights = weights_hash(model)
         self.cache = PrefixCache(self.weights, cache_bytes)
-        self.metrics = Metrics(self._snapshot)
+        self.metrics = Metrics(self._gauges)
         self._ends = frozenset(loaded.eos_ids)
         self._wake = threading.Condition()
         row_bytes = self.slots.nbytes // num_slots + state_bytes(model.config, _CACHE_TOKENS)
@@ -228,17 +228,17 @@ class Engine:
         with self._wake:
             return self.scheduler.num_waiting
 
-    def _snapshot(self) -> Snapshot:
+    def _gauges(self) -> dict[str, int]:
         with self._wake:
-            return Snapshot(
-                requests_waiting=self.scheduler.num_waiting,
-                requests_active=self.scheduler.num_active,
-                slots=self.num_slots,
-                slots_free=self.slots.free,
-                samples_parked=self.scheduler.num_parked,
-                prefix_cache_bytes=self.cache.num_bytes,
-                prefix_cache_entries=len(self.cache),
-            )
+            return {
+                "requests_waiting": self.scheduler.num_waiting,
+                "requests_active": self.scheduler.num_active,
+                "slots": self.num_slots,
+                "slots_free": self.slots.free,
+                "samples_parked": self.scheduler.num_parked,
+                "prefix_cache_bytes": self.cache.num_bytes,
+                "prefix_cache_entries": len(self.cache),
+            }
 
     @property
     def stopping(self) -> bool:

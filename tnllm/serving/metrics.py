@@ -1,6 +1,6 @@
 """What an engine has done and is doing, as Prometheus text (exposition format 0.0.4).
 
-metrics = Metrics(lambda: Snapshot(requests_waiting=3, ...))
+metrics = Metrics(lambda: {"requests_waiting": 3, ...})
 metrics.generated_tokens += 8
 print(metrics.text())
 """
@@ -11,7 +11,6 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import accumulate
 
 from tnllm.errors import MissingExtra
@@ -25,17 +24,32 @@ except ImportError:
 _BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """An engine's gauges at one moment."""
-
-    requests_waiting: int
-    requests_active: int
-    slots: int
-    slots_free: int
-    samples_parked: int
-    prefix_cache_bytes: int
-    prefix_cache_entries: int
+# What the engine counts at the moment.
+_GAUGES = {
+    "requests_waiting": "Prompts in the queue.",
+    "requests_active": "Prompts being read and samples being decoded.",
+    "slots": "Samples that can be decoded together.",
+    "slots_free": "Free slots.",
+    "samples_parked": "Samples that lost their slot to others and will continue.",
+    "prefix_cache_bytes": "Bytes of cached contexts.",
+    "prefix_cache_entries": "Cached contexts.",
+}
+# Attributes of Metrics.
+_COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens read."),
+    "cached_tokens": ("cached_tokens", "Prompt tokens found in the prefix cache."),
+    "generated_tokens": ("generated_tokens", "Tokens generated."),
+    "refused": ("requests_refused", "Requests refused because the queue was full."),
+    "cancelled": ("requests_cancelled", "Requests whose client disconnected."),
+    "parks": ("parks", "Times a sample lost its slot to others."),
+    "failed": ("samples_failed", "Samples that ended with an error."),
+}
+_HISTOGRAMS = {
+    "queue_s": ("queue_seconds", "From submission to the start of reading."),
+    "first_token_s": ("first_token_seconds", "From submission to the first token."),
+    "step_s": ("step_seconds", "Between two synchronisations with the device: a few tokens of every row."),
+    "request_s": ("request_seconds", "From submission to the end of the last sample."),
+}
 
 
 class Histogram:
@@ -63,8 +77,9 @@ class Histogram:
 class Metrics:
     """Written by the engine's thread, read by any."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, gauges: Callable[[], dict[str, int]]) -> None:
+        """`gauges` gives the values of this moment by name."""
+        self._gauges = gauges
         self.started = time.time()  # seconds since 1970
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.refused = self.cancelled = self.failed = self.parks = 0
@@ -74,8 +89,8 @@ class Metrics:
     def retry_after_s(self) -> int:
         """Seconds after which a request that is refused now may try again: about when a slot is free; 1 to 60."""
         mean = self.request_s.total / self.request_s.count if self.request_s.count else 1.0
-        now = self._snapshot()
-        return min(60, max(1, math.ceil(mean * now.requests_waiting / now.slots)))
+        now = self._gauges()
+        return min(60, max(1, math.ceil(mean * now["requests_waiting"] / now["slots"])))
 
     def text(self) -> str:
         """Every metric."""
@@ -88,35 +103,14 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What a prometheus_client registry asks of a collector."""
-        now = self._snapshot()
-        for name, help, value in (
-            ("requests_waiting", "Prompts in the queue.", now.requests_waiting),
-            ("requests_active", "Prompts being read and samples being decoded.", now.requests_active),
-            ("slots", "Samples that can be decoded together.", now.slots),
-            ("slots_free", "Free slots.", now.slots_free),
-            ("samples_parked", "Samples that lost their slot to others and will continue.", now.samples_parked),
-            ("prefix_cache_bytes", "Bytes of cached contexts.", now.prefix_cache_bytes),
-            ("prefix_cache_entries", "Cached contexts.", now.prefix_cache_entries),
-        ):
-            yield GaugeMetricFamily(f"tnllm_{name}", help, value)
-        for name, help, value in (
-            ("prompt_tokens", "Prompt tokens read.", self.prompt_tokens),
-            ("cached_tokens", "Prompt tokens found in the prefix cache.", self.cached_tokens),
-            ("generated_tokens", "Tokens generated.", self.generated_tokens),
-            ("requests_refused", "Requests refused because the queue was full.", self.refused),
-            ("requests_cancelled", "Requests whose client disconnected.", self.cancelled),
-            ("parks", "Times a sample lost its slot to others.", self.parks),
-            ("samples_failed", "Samples that ended with an error.", self.failed),
-        ):
-            yield CounterMetricFamily(f"tnllm_{name}", help, value)
+        for name, value in self._gauges().items():
+            yield GaugeMetricFamily(f"tnllm_{name}", _GAUGES[name], value)
+        for attribute, (name, help) in _COUNTERS.items():
+            yield CounterMetricFamily(f"tnllm_{name}", help, getattr(self, attribute))
         finished = CounterMetricFamily("tnllm_samples_finished", "Samples that ended, by reason.", labels=["reason"])
         for reason, count in sorted(self.finished.items()):
             finished.add_metric([reason], count)
         yield finished
-        for name, help, histogram in (
-            ("queue_seconds", "From submission to the start of reading.", self.queue_s),
-            ("first_token_seconds", "From submission to the first token.", self.first_token_s),
-            ("step_seconds", "Between two synchronisations with the device: a few tokens of every row.", self.step_s),
-            ("request_seconds", "From submission to the end of the last sample.", self.request_s),
-        ):
+        for attribute, (name, help) in _HISTOGRAMS.items():
+            histogram = getattr(self, attribute)
             yield HistogramMetricFamily(f"tnllm_{name}", help, histogram.buckets(), histogram.total)

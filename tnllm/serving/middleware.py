@@ -142,8 +142,8 @@ async def read_json_body(request: Request, limit: int) -> bytes:
     # A web page elsewhere may send any other type without a CORS preflight.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise RequestError("the body must be JSON; send it with 'Content-Type: application/json'", status=415)
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
+    encoding = request.headers.get("content-encoding", "")
+    if encoding.lower() not in ("", "identity"):
         message = f"Content-Encoding is {shown(encoding)}; send the body as it is, without one"
         raise RequestError(message, status=415, headers={"Accept-Encoding": "identity"})
     declared = request.headers.get("content-length", "0")

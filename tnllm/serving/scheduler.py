@@ -16,9 +16,11 @@ however long it is. A sample that loses its slot is parked: its state moves to h
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
+
+import numpy as np
 
 # Tokens between two changes of who has a slot that several want equally. Most texts end sooner and are never parked.
 TURN_TOKENS = 256
@@ -30,7 +32,7 @@ class Job(Protocol):
     """A prompt and what is asked of it."""
 
     client: str
-    ids: Sized
+    ids: np.ndarray
     done: int  # how many of them have been read
     cache_at: int  # a pass ends here, so that the context may be cached
 
