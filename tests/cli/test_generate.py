@@ -379,8 +379,9 @@ def test_text_that_is_not_utf8(run, tmp_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     fails(run("--prompt-file", tmp_path / "latin.txt"), "latin.txt is not UTF-8 (byte 3); convert it")
     fails(run("--chat", stdin=b"\xff\n"), "stdin is not UTF-8 (byte 0)")
-    (tmp_path / "wide.txt").write_text("café", "utf-16")
-    fails(run("--prompt-file", tmp_path / "wide.txt"), "wide.txt is UTF-16, not UTF-8")
+    for encoding in "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be":
+        (tmp_path / "wide.txt").write_text("café", encoding)
+        fails(run("--prompt-file", tmp_path / "wide.txt"), "wide.txt is UTF-16 or UTF-32, not UTF-8")
     for flag in "--prompt", "--stop":
         # What Python makes of bytes on the command line that are not in the terminal's encoding.
         fails(
