@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from tnllm import tables
-from tnllm.errors import MissingExtra
-from tnllm.files import format_bytes, write_text_atomic
+from tnllm.files import format_bytes, write_bytes_atomic, write_text_atomic
+from tnllm.training.plot import COLORS, new_figure, picture
 
 Row = dict[str, Any]
 # How a cell is made of a row: a format string, or a function.
 Form = str | Callable[[Row], str]
 # Names and (x, y) points.
 Lines = list[tuple[str, list[tuple[float, float | None]]]]
-# Wong's palette: distinguishable with every kind of colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLORS = (*COLORS, "#000000")
 _MARKERS = "osD^vP*"
 
 
@@ -142,24 +141,15 @@ def lines(rows: Sequence[Row], name: Form, x: str, y: str) -> Lines:
 
 def draw(title: str, panels: Sequence[Panel], path: Path) -> None:
     """Write the panels that have points side by side as PNG, SVG or PDF, by the suffix of `path`. Raises MissingExtra."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtra("plot", "matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = [panel for panel in panels if any(y for _, points in panel.lines for _, y in points)] or panels[:1]
-    size = (4.6 * len(panels), 4.2)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        _draw_panel(axis, panel)
-        names = [name for name, _ in panel.lines]
-        if axis.lines and (panel is panels[0] or names != [name for name, _ in panels[0].lines]):
-            axis.legend(frameon=False, fontsize=8.5)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    with new_figure(4.6 * len(panels), 4.2) as figure:
+        for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw_panel(axis, panel)
+            names = [name for name, _ in panel.lines]
+            if axis.lines and (panel is panels[0] or names != [name for name, _ in panels[0].lines]):
+                axis.legend(fontsize=8.5)
+        figure.suptitle(title, fontsize=10)
+        write_bytes_atomic(path, picture(figure, path.suffix))
 
 
 def _draw_panel(axis: Any, panel: Panel) -> None:
@@ -171,7 +161,7 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
             axis.plot(
                 *zip(*points, strict=True),
                 label=name,
-                color=_COLOURS[index % 7],
+                color=_COLORS[index % 7],
                 marker=_MARKERS[index % 7],
                 markersize=4.5,
                 linewidth=2.2 if own else 1.4,
@@ -193,5 +183,3 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         if panel.form:
             axis.yaxis.set_major_formatter(lambda value, _: format(value, panel.form))
     axis.minorticks_off()
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)

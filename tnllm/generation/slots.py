@@ -41,6 +41,20 @@ class Parked:
     counts: Tensor | None = None  # [1, V] int32, of the tokens generated, where a penalty asks for them
 
 
+@dataclass(frozen=True)
+class _Active:
+    """The slots of the active rows, as views: made once they change, since a view costs an operator each step."""
+
+    options: Options
+    num_top: int | None  # most likely tokens to report, where a row asks for log-probabilities
+    logits: Tensor
+    padding: Tensor | None  # logits of ids that the tokenizer does not have
+    seen: Tensor
+    counts: Tensor | None
+    tokens: Tensor
+    position: Tensor
+
+
 class Slots:
     """Decodes up to `num_slots` rows together."""
 
@@ -64,7 +78,7 @@ class Slots:
         self._logits = torch.zeros(num_slots, vocab_size, dtype=dtype, device=model.device)
         self._seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=model.device)
         self._counts: Tensor | None = None  # [slots, V]; allocated for the first row that needs it
-        self._options: Options | None = None  # of the active rows; None after a row joined or left
+        self._active: _Active | None = None  # None after a row joined or left
         self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=model.device)  # sampled last
         # Whether a token is fed to the model before the host has seen it: the device computes while the host processes
         # tokens, and results of rows that have ended are discarded. A kept context holds its last token, too.
@@ -107,7 +121,7 @@ class Slots:
                 self._counts = torch.zeros_like(self._seen, dtype=torch.int32)
             self._counts[slot].copy_(torch.zeros(()) if parked.counts is None else parked.counts[0])
         self.rows.append(row)
-        self._options = self._latest = None
+        self._active = self._latest = None
 
     @torch.no_grad()
     def park(self, row: Row) -> Parked:
@@ -135,7 +149,7 @@ class Slots:
         if not self.rows and self._state.grows:
             # One long text has made every slot's cache as long.
             self._state = self._model.init_state(self.num_slots)
-        self._options = self._latest = None
+        self._active = self._latest = None
 
     @torch.no_grad()
     def decode(self, eos_ids: frozenset[int]) -> list[tuple[Row, list[Piece] | RunError]]:
@@ -179,37 +193,48 @@ class Slots:
 
     def _sample(self) -> list[Tensor]:
         """The next token of each row, on the device: tokens [B], whether the logits were finite [B], log-probabilities."""
-        rows, count = self.rows, len(self.rows)
-        if self._options is None:
-            self._options = Options.of([row.params for row in rows], [row.seed for row in rows], self._model.device)
-        options = self._options
-        num_top = max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None)
-        plain = not (options.draws or options.repetition or options.counts) and num_top is None
+        active = self._views()
+        options, logits = active.options, active.logits
+        plain = not (options.draws or options.repetition or options.counts) and active.num_top is None
         if plain and self._latest is not None and self._latest.top_token is not None:
             # The graph has computed the argmax.
+            count = len(self.rows)
             column = [self._latest.top_token[:count].clone(), self._latest.top_logit[:count].isfinite()]
         else:
-            logits = self._logits[:count]
             # A NaN or +inf anywhere in a row reaches its maximum; -inf does not, and is harmless.
             finite = logits.amax(dim=-1).isfinite()
-            # Ids from the tokenizer's size on are padding of the vocabulary.
-            logits[:, self._tokenizer.vocab_size :] = -torch.inf
-            counts = None if self._counts is None else self._counts[:count]
-            tokens = sample_ids(logits, options, self._state.position[:count], self._seen[:count], counts)
+            if active.padding is not None:
+                active.padding.fill_(-torch.inf)
+            tokens = sample_ids(logits, options, active.position, active.seen, active.counts)
             column = [tokens, finite]
-            if num_top is not None:
-                column += log_probabilities(logits, tokens, num_top)
-        self._tokens[:count].copy_(column[0])
+            if active.num_top is not None:
+                column += log_probabilities(logits, tokens, active.num_top)
+        active.tokens.copy_(column[0])
         return column
+
+    def _views(self) -> _Active:
+        if self._active is None:
+            rows, count = self.rows, len(self.rows)
+            logits, own = self._logits[:count], self._tokenizer.vocab_size
+            self._active = _Active(
+                Options.of([row.params for row in rows], [row.seed for row in rows], self._model.device),
+                max((row.params.logprobs for row in rows if row.params.logprobs is not None), default=None),
+                logits,
+                logits[:, own:] if own < logits.shape[1] else None,
+                self._seen[:count],
+                None if self._counts is None else self._counts[:count],
+                self._tokens[:count],
+                self._state.position[:count],
+            )
+        return self._active
 
     def _read(self) -> None:
         """Feed each active row its latest token."""
-        count = len(self.rows)
-        tokens = self._tokens[:count]
-        self._seen[:count].scatter_(1, tokens[:, None], True)
-        if self._counts is not None:
-            ones = torch.ones_like(tokens[:, None], dtype=torch.int32)
-            self._counts[:count].scatter_add_(1, tokens[:, None], ones)
+        active, count = self._views(), len(self.rows)
+        tokens = active.tokens
+        active.seen.scatter_(1, tokens[:, None], True)
+        if active.counts is not None:
+            active.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
         self._latest = self._captured(count, max(row.left for row in self.rows))
         if self._latest is not None:
             logits = self._latest(self._tokens[: self._latest.batch])[:count]
@@ -217,7 +242,7 @@ class Slots:
             # A view of every layer costs an operator each, and a generation of one row needs none.
             full = count == self.num_slots
             logits = self._model.step(tokens, self._state if full else self._first(count))
-        self._logits[:count].copy_(logits)
+        active.logits.copy_(logits)
 
     def _captured(self, count: int, num_steps: int) -> CapturedStep | None:
         """A captured step of which at most half is padding; None if capturing does not pay off for `num_steps` steps."""

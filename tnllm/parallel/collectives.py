@@ -33,48 +33,29 @@ def _(x: Tensor, group: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-class _SumBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+class _Sum(torch.autograd.Function):
+    """Sums x over the group in the passes that are named."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0], ctx.group), None
-
-
-class _SumForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        return _all_reduce(x, group)
+    def forward(ctx: Any, x: Tensor, group: str, in_forward: bool, in_backward: bool) -> Tensor:
+        ctx.group = group if in_backward else None
+        return _all_reduce(x, group) if in_forward else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _SumBoth(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0] if ctx.group is None else _all_reduce(grads[0], ctx.group), None, None, None
 
 
 def sum_backward(x: Tensor, group: str) -> Tensor:
     """x itself, if each rank computes a part of what follows: the gradients of the parts are summed."""
-    return _SumBackward.apply(x, group)
+    return _Sum.apply(x, group, False, True)
 
 
 def sum_forward(x: Tensor, group: str) -> Tensor:
     """The sum of x over ranks, if each rank then computes the same: each rank's x gets the full gradient."""
-    return _SumForward.apply(x, group)
+    return _Sum.apply(x, group, True, False)
 
 
 def sum_both(x: Tensor, group: str) -> Tensor:
     """The sum of x over ranks, if each rank then computes a part of what follows."""
-    return _SumBoth.apply(x, group)
+    return _Sum.apply(x, group, True, True)

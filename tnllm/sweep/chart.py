@@ -8,31 +8,23 @@ a bar at the mean for each choice. `x: parameters` draws the best cell of each r
 and the power law through them; `x: repeats` the loss by distance of tnllm.sweep.repeats. Any other x is a key of the grid.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from tnllm.errors import MissingExtra
 from tnllm.sweep.plan import Chart, Row
 from tnllm.sweep.table import summarize
-from tnllm.training.plot import COLORS, STYLE
+from tnllm.training.plot import COLORS, new_figure, picture
 
 
 def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row], repeats: Sequence[Row] = ()) -> bytes | None:
     """The chart as bytes of a PNG file; None where no cell of its groups is done. Needs the extra `plot`."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("plot", "matplotlib") from None
     done = [row for row in rows if row["group"] in chart.groups and row["status"] == "done"]
     started = [row for row in curves if _group(row) in chart.groups] if chart.x == "tokens" else []
     if not done and not started:
         return None
-    with rc_context(STYLE):
-        height = max(2.0, 0.26 * len(summarize(done)) + 1.0) if chart.x == "cell" else 4.2
-        figure = Figure(figsize=(6.5, height), layout="constrained")
+    height = max(2.0, 0.26 * len(summarize(done)) + 1.0) if chart.x == "cell" else 4.2
+    with new_figure(6.5, height) as figure:
         axes = figure.subplots()
         axes.set_title(chart.title, loc="left")
         if chart.x == "cell":
@@ -49,9 +41,7 @@ def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row], repeats: Sequ
             return None
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160)
-    return buffer.getvalue()
+        return picture(figure)
 
 
 def alone_speeds(rows: Sequence[Row]) -> dict[str, float]:

@@ -6,6 +6,8 @@ write_bytes_atomic(path, draw(runs, x="tokens", suffix=".png"))
 
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,7 @@ FORMATS = (".png", ".pdf", ".svg")
 # Okabe and Ito's colours, told apart by colour-blind readers; black is kept for text.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":", "-.")
-# matplotlib's settings for charts of runs and of sweeps.
+# matplotlib's settings for every chart.
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -30,6 +32,26 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.hashsalt": "tnllm",
 }
+
+
+@contextmanager
+def new_figure(width: float, height: float) -> Iterator[Any]:
+    """A matplotlib figure of that size in inches, in the style of every chart. Raises MissingExtra without matplotlib."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("plot", "matplotlib") from None
+    with rc_context(STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def picture(figure: Any, suffix: str = ".png", dpi: int = 160) -> bytes:
+    """The figure as bytes of a .png, .pdf or .svg file; without a date in it, the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    figure.savefig(buffer, format=suffix[1:], dpi=dpi, metadata=dates.get(suffix))
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -89,17 +111,11 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
     `span`: time constant of the smoothed training loss in logged rows (0: none; None: a third of the square root of the
     longest run's rows). Raises MissingExtra without matplotlib.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("plot", "matplotlib") from None
     assert suffix in FORMATS, suffix
     if span is None:
         span = round(math.sqrt(max(len(run.train) for run in runs)) / 3)
     scale, label = _axis(runs, x)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6.5, 6.2), layout="constrained")
+    with new_figure(6.5, 6.2) as figure:
         loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=[2.6, 1, 1])
         for index, run in enumerate(runs):
             color, style = COLORS[index % len(COLORS)], _STYLES[index // len(COLORS) % len(_STYLES)]
@@ -115,11 +131,7 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
         speed.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         speed.yaxis.set_major_formatter(lambda value, _: _short(value))
         figure.align_ylabels()
-        buffer = io.BytesIO()
-        # Without a date in it, the same runs give the same bytes.
-        dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=dates.get(suffix))
-    return buffer.getvalue()
+        return picture(figure, suffix, dpi=200)
 
 
 def _draw_run(
