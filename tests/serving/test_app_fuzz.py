@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import httpx
 import pytest
@@ -120,6 +121,8 @@ def test_every_kind_of_answer_is_as_described(app):
     for operations in document["paths"].values():
         for operation in operations.values():
             assert {"200", "default", "500", "503"} <= set(operation["responses"])
+    named = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert named and named <= set(document["components"]["schemas"])
     ranges = document["components"]["schemas"]["CompletionRequest"]["properties"]
     assert ranges["max_tokens"]["anyOf"][0] == {"type": "integer", "minimum": -1, "maximum": 8}
     assert ranges["model"]["anyOf"] == [{"type": "string", "enum": ["small"]}, {"type": "null"}]

@@ -13,13 +13,19 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from tnllm.serving import bodies
+from tnllm.serving import api, bodies
 from tnllm.serving.api import ChatRequest, CompletionRequest
 from tnllm.serving.engine import Engine
 from tnllm.serving.schemas import Error
 
 _REFERENCE = "#/components/schemas/{model}"
 _REQUESTS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest)
+# Every body that the API declares, so that a new route needs no line here.
+_BODIES = [
+    kind
+    for name, kind in vars(api).items()
+    if isinstance(kind, type(BaseModel)) and kind.__module__ == api.__name__ and not name.startswith("_")
+]
 _ERRORS = {
     400: "A key or value that is not allowed.",
     401: "A wrong or missing API key.",
@@ -64,7 +70,7 @@ def described(answer: type[BaseModel] | None, request: type[BaseModel] | None = 
 def add_openapi(app: FastAPI, engine: Engine, name: str) -> None:
     """Make /openapi.json say what this engine takes; `name` is the model's."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _, definitions = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REFERENCE)
+    _, definitions = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REFERENCE)
     for operations in document["paths"].values():
         for operation in operations.values():
             schema = operation["responses"]["200"]["content"].get("application/json", {}).get("schema", {})
