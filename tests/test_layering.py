@@ -30,6 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "generation": {"modeling"},
     "convert": {"modeling", "kernels"},
     "serving": {"generation", "modeling"},
+    # Plug-ins of other programs; vLLM's shards the model as the trainer does and reads what is exported.
+    "engines": {"parallel", "convert", "modeling", "kernels"},
     "training": {"parallel", "data", "generation", "modeling"},
     "evaluation": {"data", "generation", "modeling"},
     # Self-cleaning trains the model it scores with.

@@ -71,6 +71,8 @@ def all_attention() -> None:
     far = torch.zeros(1, 1024, 3, 128, dtype=torch.bfloat16).as_strided((1, 1024, 3, 128), (1 << 31, 384, 128, 1))
     attention(*far.chunk(3, dim=2))
     step.triton_step(q[:, 0], q[:, 0], v[:, 0], torch.zeros(2), torch.zeros(1, 2, 192, 64))
+    row, fresh = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.bool)
+    step.triton_step(q[:, 0], q[:, 0], v[:, 0], torch.zeros(2), torch.zeros(3, 2, 192, 64), row, fresh)
 
 
 def all_fused() -> None:

@@ -150,6 +150,20 @@ def test_step(D, E):
     assert not slots[0].any() and not slots[4].any()
 
 
+def test_step_by_row():
+    """States stay where they are: sequence b has row rows[b], and a fresh one ignores what its row held."""
+    _, _, q, k, v, g, _, _ = make(3, 1, 2, 32, 64, torch.float32)
+    states = torch.randn(5, 2, 32, 64, device=DEVICE)
+    rows = torch.tensor([[4, 1], [0, 1], [2, 1]], device=DEVICE, dtype=torch.int32)[:, 0]
+    before, fresh = states.clone(), torch.tensor([False, True, False], device=DEVICE)
+    states[0] = torch.nan
+    o = step.triton_step(q[:, 0], k[:, 0], v[:, 0], g, states, rows, fresh)
+    expected = before[rows.long()].masked_fill(fresh[:, None, None, None], 0.0)
+    expected_o = step.triton_step(q[:, 0], k[:, 0], v[:, 0], g, expected)
+    assert torch.equal(o, expected_o) and torch.equal(states[rows.long()], expected)
+    assert torch.equal(states[[1, 3]], before[[1, 3]])
+
+
 @pytest.mark.parametrize("num_sms", [4, 30, 132])
 @pytest.mark.parametrize("num_programs", [1, 16, 64, 131, 133, 256, 4000])
 @pytest.mark.parametrize("T", [1, 100, 4096, 65537, 2**20])
