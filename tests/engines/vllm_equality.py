@@ -45,8 +45,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 # Each choice of a configuration that changes the function, in models of random weights.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "mix, untied": {},
-    "lrpe-d, value silu, tied": {"position": "lrpe-d", "value_activation": "silu", "tie_embeddings": True},
+    "released, head of its own": {},
+    "lrpe-d, activated values": {"position": "lrpe-d", "value_activation": "silu"},
     "lrpe, 1+elu, rmsnorm": {"position": "lrpe", "activation": "1+elu", "norm": "rmsnorm"},
     "decay, linear slopes, SwiGLU": {"position": "decay", "decay_slopes": "linear", "glu_activation": "silu"},
     "ape, layernorm, no gate": {"position": "ape", "norm": "layernorm", "gate": "none", "max_position": 128},
