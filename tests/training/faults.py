@@ -18,13 +18,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
 PARTS = ("stops", "disks", "damages", "kills")
 RECIPE = """
 model: {preset: tiny, vocab_size: 320, model_dim: 32, num_heads: 2, num_layers: 2, glu_dim: 48}
@@ -53,21 +51,42 @@ def make_recipe(folder: Path, steps: int) -> Path:
     return path
 
 
-def command(recipe: Path, out: Path, *more: str, resume: str = "auto") -> list[str]:
-    """As a person types it."""
-    return [sys.executable, "-m", "tnllm", "train", str(recipe), "--out", str(out), "--resume", resume, *more]
+class Training:
+    """`tnllm train` in a process of its own, forked after the imports, which would take most of the time."""
+
+    def __init__(self, recipe: Path, out: Path, home: Path, *more: str, resume: str = "auto") -> None:
+        import tnllm.training.launch  # noqa: F401 - before the fork
+        from tnllm.cli.main import main
+
+        reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(writer)
+            self.stderr = os.fdopen(reader, encoding="utf-8")
+            return
+        code: Any = 1
+        try:
+            os.dup2(writer, 2)
+            os.environ["HOME"] = str(home)  # a token cache of its own
+            sys.argv[1:] = ["train", str(recipe), "--out", str(out), "--resume", resume, *more]
+            main(sys.argv[1:])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os._exit(code)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> tuple[int, str]:
+        """Exit code and what is left of stderr."""
+        shown = self.stderr.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), shown
 
 
-def environment(home: Path) -> dict[str, str]:
-    """One thread, and a token cache of its own."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home)}
-
-
-def finish(recipe: Path, out: Path, home: Path, *more: str, resume: str = "auto") -> tuple[int, str]:
+def finish(*run: Any, **how: str) -> tuple[int, str]:
     """Run to the end; exit code and stderr."""
-    words = command(recipe, out, *more, resume=resume)
-    done = subprocess.run(words, env=environment(home), capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr
+    return Training(*run, **how).wait()
 
 
 def measured(out: Path) -> list[tuple[Any, ...]]:
@@ -100,20 +119,16 @@ def as_undisturbed(out: Path, straight: Path) -> bool:
 
 def kill_once(recipe: Path, out: Path, home: Path, draw: random.Random) -> str | None:
     """Start or resume, SIGKILL at a random moment; what the run was doing then (None: it had finished)."""
-    process = subprocess.Popen(command(recipe, out), env=environment(home), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    process = Training(recipe, out, home)
     stepping = draw.random() < 0.85
     if stepping:
         for line in process.stderr:
             if line.startswith("step"):
                 break
-        # What is printed from here on must not fill the pipe, or the run would stand still.
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        time.sleep(draw.uniform(0, 0.6))
-    else:
-        time.sleep(draw.uniform(0.2, 3.0))
-    process.send_signal(signal.SIGKILL)
-    if process.wait() != -signal.SIGKILL:
+    # A second of lines does not fill the pipe, which would stop the run.
+    time.sleep(draw.uniform(0, 0.6))
+    process.send(signal.SIGKILL)
+    if process.wait()[0] != -signal.SIGKILL:
         return None
     if list((out / "checkpoints").glob("*.tmp-*")):
         return "writing a checkpoint"
@@ -157,8 +172,9 @@ def kills(folder: Path, count: int, seed: int, say: Any) -> dict[str, Any]:
 
 def stops(folder: Path, count: int, say: Any) -> list[dict[str, Any]]:
     """SIGTERM in a run that validates after every step, a second writer while it stands still, and a step back."""
-    # A step of one pass is never given up, so that a signal within it finds its validation due.
-    often = [f"--set={item}" for item in ("eval.every_steps=1", "train.micro_batch_size=16", "checkpoint.keep=20")]
+    # Steps of one long pass, so that most signals come within one: it ends, and its validation is due.
+    sets = ("train.global_batch_tokens=4096", "train.micro_batch_size=128", "train.max_steps=40", "checkpoint.keep=20")
+    often = [f"--set={item}" for item in (*sets, "eval.every_steps=1", "eval.tokens=32")]
     recipe = make_recipe(folder, steps=240)
     code, shown = finish(recipe, folder / "often", folder, *often)
     assert code == 0, shown
@@ -172,22 +188,19 @@ def stops(folder: Path, count: int, say: Any) -> list[dict[str, Any]]:
     for number in range(count):
         out, owed = folder / f"stopped-{number}", 0
         for stop in range(4):
-            process = subprocess.Popen(
-                command(recipe, out, *often), env=environment(folder), stderr=subprocess.PIPE, text=True
-            )
-            assert process.stderr is not None
+            process = Training(recipe, out, folder, *often)
             for line in process.stderr:
                 if line.startswith("step"):
                     break
             time.sleep(draw.uniform(0, 0.1))
-            process.send_signal(signal.SIGSTOP)
+            process.send(signal.SIGSTOP)
             if stop == 0:
                 code, shown = finish(recipe, out, folder)
                 refused = code == 2 and f"is being written by pid {process.pid} on" in shown
                 add("second writer", refused, shown.strip().splitlines()[-1])
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGCONT)
-            process.communicate()
+            process.send(signal.SIGTERM)
+            process.send(signal.SIGCONT)
+            process.wait()
             state = out / "checkpoints" / (out / "latest").read_text().strip() / "state.json"
             owed += bool(json.loads(state.read_text())["owed"])
         code, shown = finish(recipe, out, folder, *often)
@@ -255,10 +268,8 @@ def disks(folder: Path, say: Any) -> list[dict[str, Any]]:
         try:
             out = disk / "run"
             # Ends at a step that validates anyway, so that there is a checkpoint to go on from.
-            done = subprocess.run(
-                [*command(recipe, out), "--set", "train.max_steps=8"], env=environment(folder), capture_output=True
-            )
-            assert done.returncode == 0, done.stderr
+            code, shown = finish(recipe, out, folder, "--set", "train.max_steps=8")
+            assert code == 0, shown
             if name == "full disk":
                 fill(disk, leave=200_000)
             else:
@@ -295,6 +306,7 @@ def main() -> None:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    os.environ["OMP_NUM_THREADS"] = "1"
     started = time.time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

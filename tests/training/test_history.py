@@ -94,6 +94,17 @@ def test_an_earlier_step_is_a_new_history_that_auto_follows(recipe, run, straigh
     assert [row for row in rows(run) if "loss" in row] == [row for row in rows(straight) if "loss" in row]
 
 
+def test_an_abandoned_step_is_continued_in_a_new_folder_only(recipe, run, straight, tmp_path):
+    """Into the run itself, its weights would follow the rows and checkpoints of the history that replaced it."""
+    go(recipe, run, "optimizer.learning_rate=1e-3", resume=str(run / "checkpoints/step-00000004"))
+    abandoned, before = run / "abandoned/after-step-00000004/step-00000006", rows(run)
+    with pytest.raises(UserError, match=r"holds another history than --resume .*/step-00000006; choose another --out"):
+        go(recipe, run, resume=str(abandoned))
+    assert steps(run) == [2, 4, 6, 8] and rows(run) == before
+    go(recipe, tmp_path / "new", resume=str(abandoned))
+    assert sums(tmp_path / "new", 8) == sums(straight, 8)
+
+
 def test_going_back_survives_a_kill(recipe, run):
     (run / "rolling-back").write_text("step-00000004")  # as a process leaves it that dies while it moves
     shutil.move(run / "checkpoints/step-00000008", run / "elsewhere")
@@ -102,7 +113,7 @@ def test_going_back_survives_a_kill(recipe, run):
 
 
 def test_another_run_is_continued_in_a_new_folder_only(recipe, run, straight, tmp_path):
-    with pytest.raises(UserError, match=r"holds another run than --resume .*; choose another --out"):
+    with pytest.raises(UserError, match=r"holds another history than --resume .*; choose another --out"):
         go(recipe, run, resume=str(straight))
     go(recipe, tmp_path / "new", "train.max_steps=10", resume=str(straight))
     assert steps(tmp_path / "new") == [8, 10] and steps(straight) == [2, 4, 6, 8]
@@ -201,18 +212,23 @@ def test_an_end_before_the_checkpoint_publishes_nothing(recipe, run):
     assert not (run / "weights").exists() and steps(run) == [2, 4, 6, 8]
 
 
+BAD_STEPS = (b'{"step": "x"}', b'{"step": -1}', b'{"step": true}')
+
+
 def test_a_damaged_row_costs_itself(recipe, run, straight, capfd):
     lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
-    (run / "metrics.jsonl").write_bytes(b"\n".join([*lines[:2], b"\xff{", b"", b"[1]", b'{"step": "x"}', *lines[2:]]))
+    (run / "metrics.jsonl").write_bytes(b"\n".join([*lines[:2], b"\xff{", b"", b"[1]", *BAD_STEPS, *lines[2:]]))
     go(recipe, run, "train.max_steps=9")
     assert (
-        "had 4 damaged or blank lines, which are left out; metrics.damaged.jsonl is as it was" in capfd.readouterr().err
+        "had 6 damaged or blank lines, which are left out; metrics.damaged.jsonl is as it was" in capfd.readouterr().err
     )
     assert rows(run)[:-2] == rows(straight)
     assert b"\xff{" in (run / "metrics.damaged.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"/etc/passwd": [1, "x"]}', '{"a": 1}', "[" * 100_000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{}", '{"/etc/passwd": [1, "x"]}', '{"a": 1}', '{"a": [1e999, ""]}', "[" * 100_000, "\x00"]
+)
 def test_a_damaged_manifest_is_skipped(run, text):
     (run / "checkpoints/step-00000008/manifest.json").write_text(text)
     said: list[str] = []

@@ -156,6 +156,9 @@ def _require_equal(checked: tuple[float, float, float], target: Path, log: Calla
 def _check_target(source: Source, path: Path, target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give a new folder")
+    if target.is_mount():
+        # It would only fail at the end, when the complete folder is renamed to it.
+        raise UserError(f"{target} is a mount point, which cannot be replaced; give a new folder inside it")
     inputs = {path.resolve(), source.folder.resolve()}
     if target.resolve() in {folder for each in inputs for folder in (each, *each.parents)}:
         raise UserError(f"{target} holds the source; give another folder")

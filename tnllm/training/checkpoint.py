@@ -240,7 +240,7 @@ def verify_checkpoint(folder: Path) -> None:
     try:
         sums = json.loads(manifest.read_bytes())
         entries = [(Path(name), int(size), str(digest)) for name, (size, digest) in sums.items()]
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise RunError(f"{manifest} is damaged") from None
     outside = any(name.is_absolute() or ".." in name.parts for name, _, _ in entries)
     if outside or not {STATE, CONFIG} <= {str(name) for name, _, _ in entries}:

@@ -27,14 +27,16 @@ _MOST_CHANGES = 8
 
 
 def check_folder(out: Path, resume: str | None) -> None:
-    """Raise UserError if `out` holds a run and `resume` is not of it."""
+    """Raise UserError if `out` holds a run, and `resume` is neither it nor one of its checkpoints."""
     if not (out / METRICS).exists() and not list_checkpoints(out):
         return
     if resume is None:
         raise UserError(f"{out} holds a run already; add --resume auto to resume it, or choose another --out")
-    if resume != "auto" and not Path(resume).resolve().is_relative_to(out.resolve()):
+    given, ours = Path(resume).resolve(), out.resolve()
+    # Below abandoned/ are steps of another history than the rows and checkpoints that would stay.
+    if resume != "auto" and given != ours and not given.is_relative_to(ours / "checkpoints"):
         raise UserError(
-            f"{out} holds another run than --resume {resume}; choose another --out, or --resume auto to resume that one"
+            f"{out} holds another history than --resume {resume}; choose another --out, or --resume auto to resume this one"
         )
 
 
