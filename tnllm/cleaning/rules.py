@@ -8,6 +8,7 @@ count words. Written Chinese does not separate words, so its figures count chara
 words are function characters (modern and classical), and its terminal marks are 。！？. The Chinese limits are our own.
 """
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -137,34 +138,25 @@ def check(values: Mapping[str, float], limits: Mapping[str, Range]) -> tuple[str
 
 def _words(text: str) -> dict[str, float]:
     words = text.split()
-    number = length = longest = letters = 0
-    plain = set()
-    # Each distinct word is looked at once, and most are letters only.
-    for word, count in Counter(words).items():
-        size = len(word)
-        if word.isalpha():
-            letters += count
-        else:
-            if any(map(str.isalpha, word)):
-                letters += count
-            elif not _LETTERS.search(word):
-                continue
-            word = word.strip(".,;:!?\"'()[]")
-        number += count
-        length += count * size
-        if size > longest:
-            longest = size
-        if len(word) <= _MAX_STOP_CHARS:
-            plain.add(word.lower())
+    counts = Counter(words)
+    # Each distinct word is looked at once; most are letters only.
+    plain = list(filter(str.isalpha, counts))
+    rest = counts.keys() - set(plain)
+    mixed = [word for word in rest if any(map(str.isalpha, word))]
+    counted = [*plain, *mixed, *filter(_LETTERS.search, rest.difference(mixed))]
+    times, sizes = list(map(counts.__getitem__, counted)), list(map(len, counted))
+    number = sum(times)
+    short = {word.lower() for word in plain if len(word) <= _MAX_STOP_CHARS}
+    short |= {word.strip(".,;:!?\"'()[]").lower() for word in mixed}
     values = {
         "length": float(number),
-        "mean_word_length": length / max(number, 1),
-        "longest_word": float(longest),
-        "letters": letters / len(words),
-        "stop_words": float(len(_STOP_EN & plain)),
+        "mean_word_length": sum(map(operator.mul, times, sizes)) / max(number, 1),
+        "longest_word": float(max(sizes, default=0)),
+        "letters": sum(times[: len(plain) + len(mixed)]) / len(words),
+        "stop_words": float(len(_STOP_EN & short)),
     }
-    sizes = np.fromiter(map(len, words), np.int64, len(words)) + 1
-    return values | _repetition(word_hashes(words), sizes, len(text), unit=1)
+    lengths = np.fromiter(map(len, words), np.int64, len(words)) + 1
+    return values | _repetition(word_hashes(words), lengths, len(text), unit=1)
 
 
 def _chinese(text: str) -> dict[str, float]:
@@ -198,12 +190,18 @@ def _repetition(tokens: np.ndarray, sizes: np.ndarray, chars: int, unit: int) ->
         length = n
         if len(starts) < 2:
             break
-        _, first, group, counts = np.unique(
-            splitmix64(sums), return_index=True, return_inverse=True, return_counts=True
-        )
-        repeated = counts[group] > 1
-        if not repeated.any():
+        hashes = splitmix64(sums)
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        same = hashes[1:] == hashes[:-1]
+        if not same.any():
             break
+        # Of equal n-grams, which lie together now, the first in the text comes first.
+        runs = np.flatnonzero(np.concatenate([[True], ~same]))
+        counts = np.diff(np.append(runs, len(order)))
+        first = order[runs]
+        repeated = np.empty(len(order), bool)
+        repeated[order] = np.repeat(counts > 1, counts)
         if words <= 4:
             best = int(counts.argmax())
             begin = starts[first[best]]
