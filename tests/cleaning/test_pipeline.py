@@ -158,11 +158,11 @@ def test_bad_input_is_counted_and_located(tmp_path):
     for where, why in (
         ("a.jsonl:2", "invalid JSON"),
         ("a.jsonl:3", "no field 'text' (fields: body"),
-        ("a.jsonl:4", "a JSON list"),
+        ("a.jsonl:4", "a list"),
         ("a.jsonl:5", "not UTF-8 (byte 14"),
         ("b.jsonl.gz", "is cut short or damaged after line"),
         ("d.jsonl:1", "the line is longer than allowed"),
-        ("e.jsonl:2", "field 'text' is a NoneType"),
+        ("e.jsonl:2", "field 'text' is null"),
     ):
         assert f"{where}: {why}" in named or f"{where} {why}" in named, where
     assert report["documents_out"] == 2

@@ -82,7 +82,7 @@ def test_separation_is_the_area_under_the_curve():
             "web.jsonl:7: invalid JSON",
         ),
         (["dedup", "CORPUS", "-o", "OUT", "--threshold", "2"], "--threshold is 2.0: input should be less than"),
-        (["dedup", "CORPUS", "-o", "OUT", "--truth", "nowhere.tsv"], "no labelled pairs at nowhere.tsv"),
+        (["dedup", "CORPUS", "-o", "OUT", "--truth", "nowhere.tsv"], "--truth is nowhere.tsv, which cannot be read"),
         (["inspect", "CORPUS", "--reason", "rules"], "--reason is for the folder of a cleaning run"),
         (["self-clean", "CORPUS", "-o", "OUT", "--set", "self_clean.rounds=0"], "self_clean.rounds is 0"),
     ],
@@ -103,3 +103,24 @@ def test_help_ends_with_an_example(tnllm, command):
 def test_every_key_is_shown(tnllm):
     code, stdout, _ = tnllm("data", "clean", "--keys")
     assert code == 0 and "threshold: 0.8" in stdout and "dup_5gram" in stdout
+
+
+def test_pairs_never_replace_an_input_and_a_bad_truth_stops_before_the_work(tnllm, tmp_path):
+    """A file in an input folder, by its other name; labelled pairs that are none."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one two three"}\n')
+    (tmp_path / "hard.jsonl").hardlink_to(folder / "a.jsonl")
+    (tmp_path / "words.tsv").write_text("a b x\n")
+    (tmp_path / "bytes.tsv").write_bytes(b"\xff\xfe")
+    for option, message in (
+        (["--pairs", folder / "a.jsonl"], "which is also the input"),
+        (["--pairs", tmp_path / "hard.jsonl"], "which is also the input"),
+        (["--truth", tmp_path / "words.tsv"], "words.tsv:1: 'a b x'; expected two ids"),
+        (["--truth", tmp_path / "bytes.tsv"], "which is not UTF-8 text"),
+        (["--truth", folder], "which cannot be read"),
+    ):
+        code, _, stderr = tnllm("data", "dedup", folder, "-o", tmp_path / "out", *option)
+        assert code == 2 and message in stderr
+    assert not (tmp_path / "out").exists()
+    assert (folder / "a.jsonl").read_text() == '{"text": "one two three"}\n'

@@ -289,3 +289,68 @@ def test_the_text_that_is_asked_for_is_the_text_that_is_kept(tmp_path):
     (kept,) = read_folder(tmp_path / "out" / "clean")
     assert (kept["text"], kept["id"], kept["source"]) == ("the text", "u", "s") and "rejected" not in kept
     assert sorted(name.split()[0] for name in report["lost_fields"]) == ["id", "text"]
+
+
+@pytest.mark.parametrize("group", [0, 1, 3])
+def test_a_damaged_page_of_another_column_costs_that_column(tmp_path, group):
+    """In the first, a middle and the last row group; the texts of these rows are all kept."""
+    path = tmp_path / "other.parquet"
+    columns = {"text": TEXTS, "number": range(40), "note": [text * 3 for text in TEXTS]}
+    pq.write_table(pa.table(columns), path, row_group_size=10, write_page_checksum=True)
+    damage(path, column=2, group=group)
+    documents = list(read_documents([path]))
+    assert [document.text for document in documents] == TEXTS
+    assert [document.record["number"] for document in documents] == list(range(40))
+    lost = [number for number, document in enumerate(documents) if document.lost]
+    assert lost == list(range(group * 10, group * 10 + 10))
+    _, report = cleaned(path, tmp_path / "out")
+    assert report["lost_fields"] == {f"note of {path}: in a damaged part of the file": 10}
+
+
+def test_text_that_is_not_utf8_in_a_column_costs_its_row(tmp_path):
+    path = tmp_path / "bytes.parquet"
+    data = pa.array([b"first text", b"\xff\xfe", b"third text"], pa.binary())
+    text = pa.StringArray.from_buffers(3, data.buffers()[1], data.buffers()[2])
+    pq.write_table(pa.table({"text": text, "other": ["a", "b", "c"]}), path)
+    bad: list[BadDocument] = []
+    assert [document.text for document in read_documents([path], on_bad=bad.append)] == ["first text", "third text"]
+    assert [str(item) for item in bad] == [f"{path}:2: field 'text' is a string that is not UTF-8"]
+
+
+def test_an_encrypted_file_is_not_called_damaged(tmp_path):
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key, name):
+            return key.hex()
+
+        def unwrap_key(self, key, name):
+            return bytes.fromhex(key)
+
+    factory = encryption.CryptoFactory(lambda config: Keys())
+    for plain in (True, False):
+        how = encryption.EncryptionConfiguration(footer_key="k", column_keys={"k": ["text"]}, plaintext_footer=plain)
+        path = tmp_path / f"{plain}.parquet"
+        properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), how)
+        table = pa.table({"text": TEXTS})
+        with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+            writer.write_table(table)
+        bad: list[BadDocument] = []
+        assert list(read_documents([path], on_bad=bad.append)) == []
+        assert "encrypted" in str(bad[0]) and "the file is damaged" not in str(bad[0])
+
+
+def test_an_empty_gz_is_no_empty_text(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(RunError, match=r"a.jsonl.gz is cut short or damaged after line 0: the file is empty"):
+        list(read_documents([tmp_path / "a.jsonl.gz"]))
+
+
+def test_files_of_other_kinds_in_a_folder_are_counted(tmp_path, capsys):
+    for name in ("a.jsonl", "b.csv", "c.csv", "d.jsonl.lz4", "LICENSE"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    (tmp_path / "gone").symlink_to("nowhere")
+    assert find_files([tmp_path]) == [tmp_path / "a.jsonl"]
+    said = capsys.readouterr().err
+    assert f"files of {tmp_path} that are of other kinds: .csv (2), " in said
+    assert ".lz4 (1)" in said and "LICENSE (1)" in said and f"{tmp_path / 'gone'} is a link to nothing" in said

@@ -58,7 +58,7 @@ def test_parquet(tmp_path):
     found = list(read_documents([path], on_bad=bad.append))
     assert [document.text for document in found] == TEXTS
     assert found[1].record == {"id": 1}
-    assert [str(item) for item in bad] == [f"{path}:5: field 'text' is a NoneType, not text"]
+    assert [str(item) for item in bad] == [f"{path}:5: field 'text' is null, not text"]
     with pytest.raises(UserError, match=r"no column 'body' \(columns: text, id; choose one of them\)"):
         texts_of(path, field="body")
     path.write_bytes(path.read_bytes()[:-20])
@@ -93,8 +93,8 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
         (b'{"text": "cut', "invalid JSON (Unterminated string starting at, column 10)"),
         (b'{"body": "x", "id": 1}', "no field 'text' (fields: body, id; choose one of them)"),
         (b"[" * 100_000, "JSON that cannot be read (maximum recursion depth exceeded"),
-        (b'{"text": 5}', "field 'text' is a int, not text"),
-        (b'["x"]', "a JSON list where an object is expected"),
+        (b'{"text": 5}', "field 'text' is a number, not text"),
+        (b'["x"]', "a list where an object is expected"),
         (b'{"text": "caf\xe9"}', "not UTF-8 (byte 14 of the line)"),
         (b'{"text": "\\ud800"}', "field 'text' holds a lone surrogate, which is not Unicode text"),
     ],

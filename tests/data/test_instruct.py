@@ -60,9 +60,9 @@ def messages(*roles):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ([1], 'f:1: a JSON list; expected {"instruction"'),
+        ([1], 'f:1: a list; expected {"instruction"'),
         ({"text": "a"}, "f:1: fields text; expected"),
-        ({"instruction": "a", "output": 3}, "f:1: 'output' is a int; expected text"),
+        ({"instruction": "a", "output": 3}, "f:1: 'output' is a number; expected text"),
         ({"instruction": "a"}, "f:1: 'output' is missing; expected text"),
         ({"messages": "hi"}, "expected a list of messages"),
         (messages("user", "robot"), "role is 'robot'; allowed: system, user"),

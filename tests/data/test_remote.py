@@ -2,13 +2,11 @@
 
 import gzip
 import json
-import threading
-from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
 
+from tests.web import serving
 from tnllm import assets
 from tnllm.data import remote
 from tnllm.data.corpus import find_files
@@ -46,50 +44,8 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def server():
-    """A web server of `server.files`; `server.fails` counts how many transfers break off in the middle."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(with_body=False)
-
-        def do_GET(self):
-            self.answer(with_body=True)
-
-        def answer(self, with_body):
-            server = self.server
-            if self.path == "/":
-                data = "".join(f'<a href="{name}">{name}</a>' for name in server.files).encode()
-            elif self.path.lstrip("/") not in server.files:
-                self.send_error(404)
-                return
-            else:
-                data = server.files[self.path.lstrip("/")]
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            if server.etags:
-                self.send_header("ETag", f'"{hash(data)}"')
-            if server.dates:
-                self.send_header("Last-Modified", formatdate(server.dates, usegmt=True))
-            self.end_headers()
-            if with_body and self.path != "/" and server.fails:
-                server.fails -= 1
-                self.wfile.write(data[: len(data) // 2])
-                self.close_connection = True
-            elif with_body:
-                server.requests.append(self.path)
-                self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.fails, server.etags, server.dates, server.requests = dict(FILES), 0, True, 0, []
-        server.url = f"http://127.0.0.1:{server.server_port}/"
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(FILES) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def same_shards(first, second):
@@ -176,14 +132,37 @@ def test_what_is_here_completely_needs_no_network(tmp_path, corpus, tokenizer, m
 def test_a_broken_transfer_is_tried_again(tmp_path, server, capsys, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     [file] = find_sources([f"{server.url}a.jsonl"])
-    server.fails = 2
+    server.faults = ["cut", "cut"]
     with local_copy(file, tmp_path) as path:
         assert path.read_bytes() == FILES["a.jsonl"]
     assert capsys.readouterr().err.count("; trying again") == 2
-    server.fails = 99
+    server.faults = ["cut"] * 99
     with pytest.raises(RunError, match=r"^http://.*/a.jsonl cannot be read: "), local_copy(file, tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+# Requests ask for the file's state, the file, and its state again; after a failure fsspec asks twice.
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("fault", [500, 503, 403, 429, "drop", "redirect"])
+def test_a_server_that_fails_once_is_asked_again(tmp_path, server, monkeypatch, fault, before):
+    """At any of the requests that a file takes, its listing included."""
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    server.faults = ["fine"] * before + [fault, fault]
+    [file] = find_sources([f"{server.url}a.jsonl"])
+    with local_copy(file, tmp_path) as path:
+        assert path.read_bytes() == FILES["a.jsonl"]
+    assert fault in server.failed
+
+
+@pytest.mark.parametrize(("fault", "error"), [(500, RunError), (403, RunError), (404, UserError), ("drop", RunError)])
+def test_a_server_that_goes_on_failing_is_one_line(tmp_path, server, monkeypatch, fault, error):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    [file] = find_sources([f"{server.url}a.jsonl"])
+    server.faults = [fault] * 99
+    with pytest.raises(error, match=r"http://.*/a.jsonl") as raised, local_copy(file, tmp_path):
+        pass
+    assert type(raised.value) is error and list(tmp_path.iterdir()) == []
 
 
 def test_messages_name_the_url(tmp_path, server, tokenizer, capsys):

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.web import serving
 from tnllm import assets
+from tnllm.data import remote
 from tnllm.data.corpus import read_documents
 from tnllm.data.encode import Options
 from tnllm.data.loader import Loader, Source
@@ -225,11 +227,44 @@ def test_a_url_is_the_same_as_its_files(tmp_path, corpus, tokenizer, opened):
     storage = fsspec.filesystem("memory")
     for path in corpus.iterdir():
         storage.pipe_file(f"/stream/{path.name}", path.read_bytes())
-    remote = opened("memory://stream/", tmp_path / "remote", tokenizer)
+    web = opened("memory://stream/", tmp_path / "remote", tokenizer)
     local = opened(corpus.as_uri(), tmp_path / "local", tokenizer)
-    assert same(rows_of(remote, 0, 100), rows_of(local, 0, 100))
-    closed(remote)
-    assert not list(remote.folder.glob("*.tmp-*"))
+    assert same(rows_of(web, 0, 100), rows_of(local, 0, 100))
+    closed(web)
+    assert not list(web.folder.glob("*.tmp-*"))
+
+
+def test_a_web_server_with_faults_gives_the_rows_of_its_files(tmp_path, corpus, tokenizer, opened, monkeypatch):
+    """Transfers that break off, refused and redirected requests; then a stop, and another machine without the chunks."""
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    local = opened(corpus, tmp_path / "local", tokenizer)
+    whole, later = rows_of(local, 0, 150), rows_of(local, 100, 50)
+    with serving({path.name: path.read_bytes() for path in corpus.iterdir()}) as server:
+        stream = opened(server.url, tmp_path / "remote", tokenizer)
+        server.faults = ["cut", 500, "redirect", "drop", 403, "cut", 503, "redirect"]
+        assert same(rows_of(stream, 0, 150), whole)
+        assert server.faults == []
+        saved = Loader([Source(stream)], SEQ_LEN, 2).positions(100)
+        closed(stream)
+        again = opened(server.url, tmp_path / "elsewhere", tokenizer)
+        loader = Loader([Source(again)], SEQ_LEN, 2)
+        loader.restore(saved)
+        server.faults = ["redirect", "cut"]
+        assert same(loader.batch(100, 50), later)
+        closed(again)
+
+
+def test_a_file_that_changed_on_its_server_is_refused(tmp_path, corpus, tokenizer, opened, monkeypatch):
+    """In the run that listed it, in a run that takes up its folder, and not before its bytes are needed."""
+    with serving({path.name: path.read_bytes() for path in corpus.iterdir()}) as server:
+        stream = opened(server.url, tmp_path / "run", tokenizer)
+        stream.read(0, 5)
+        server.files["a.jsonl"] = server.files["a.jsonl"].replace(b"w1", b"w2")
+        with pytest.raises(RunError, match=r"http://.*a.jsonl changed since it was found: it was ETag .*, and is ETag"):
+            stream.read(60 * stream.num_tokens, 5)
+        closed(stream)
+        with pytest.raises(UserError, match=r"another content of http://.*a.jsonl \(.*ETag.*\); remove that folder"):
+            opened(server.url, tmp_path / "run", tokenizer)
 
 
 def test_bad_records_are_left_out_and_named(tmp_path, corpus, tokenizer, opened, capsys):

@@ -42,7 +42,8 @@ _BLANKS = re.compile(r"(?<![ \t])(?:[ \t]++$|(?<=\S)[ \t]{3,}+(?=\S))", re.MULTI
 _ANYWHERE = [
     (words.split("|"), re.compile(pattern, re.IGNORECASE))
     for words, pattern in {
-        "cookie": r"\b(?:uses?|using|accept(?: all)?|about|our|these) cookies\b|\bcookie (?:policy|settings|consent|notice)\b",
+        "cookie": r"\b(?:uses?|using|accept(?: all)?|about|our|these) cookies\b"
+        r"|\bcookie (?:policy|settings|consent|notice)\b",
         "privacy policy|terms ": r"\bprivacy policy\b|\bterms (?:of use|of service|and conditions|& conditions)\b",
         "all rights reserved": r"\ball rights reserved\b",
         "javascript": r"\b(?:enable|turn on|requires?|activate) javascript\b"

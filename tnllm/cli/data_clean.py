@@ -101,14 +101,15 @@ def dedup(
         first = error.errors()[0]
         flag = str(first["loc"][-1]).replace("_", "-")
         raise UserError(f"--{flag} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
-    if truth is not None and not truth.is_file():
-        raise UserError(f"no labelled pairs at {truth}")
+    known = set(_read_pairs(truth, threshold)) if truth is not None else None
     if pairs is not None:
-        read = [*map(Path, settings.input.path), *([truth] if truth is not None else [])]
-        check_output_file(pairs, "--pairs", read)
+        from tnllm.data.remote import find_sources, local_files
+
+        read = local_files(find_sources(inputs, out))
+        check_output_file(pairs, "--pairs", [*read, truth] if truth is not None else read)
     _run(settings, out, workers, Executor.local, as_json, overwrite=overwrite)
     if pairs is not None or truth is not None:
-        _list_pairs(out, pairs, truth, threshold)
+        _list_pairs(out, pairs, truth, known)
 
 
 def self_clean(
@@ -268,7 +269,7 @@ def _watching() -> Iterator[Any]:
         yield watch
 
 
-def _list_pairs(out: Path, path: Path | None, truth: Path | None, threshold: float) -> None:
+def _list_pairs(out: Path, path: Path | None, truth: Path | None, known: set[frozenset[str]] | None) -> None:
     from tnllm.cleaning.dedup import near_pairs
     from tnllm.files import write_text_atomic
 
@@ -276,8 +277,7 @@ def _list_pairs(out: Path, path: Path | None, truth: Path | None, threshold: flo
     if path is not None:
         write_text_atomic(path, "".join(f"{a}\t{b}\t{similarity:.4f}\n" for a, b, similarity in pairs))
         print(f"{path}: {len(pairs):,} pairs")
-    if truth is not None:
-        known = set(_read_pairs(truth, threshold))
+    if truth is not None and known is not None:
         listed = {frozenset((a, b)) for a, b, _ in pairs}
         hits = len(listed & known)
         precision, recall = hits / max(len(listed), 1), hits / max(len(known), 1)
@@ -289,13 +289,25 @@ def _list_pairs(out: Path, path: Path | None, truth: Path | None, threshold: flo
 
 def _read_pairs(path: Path, threshold: float) -> Iterator[frozenset[str]]:
     """Labelled pairs; of those with a similarity, the ones that reach the threshold."""
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--truth is {path}, which cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"--truth is {path}, which is not UTF-8 text; give lines of two ids, perhaps a similarity"
+        ) from None
+    for number, line in enumerate(lines, 1):
         cells = line.split()
         if number == 1 and cells[:1] == ["id1"]:
             continue
-        if len(cells) not in (2, 3):
-            raise UserError(f"{path}:{number}: expected two ids and optionally a similarity, not {len(cells)} columns")
-        if len(cells) == 2 or float(cells[2]) >= threshold:
+        try:
+            similarity = [float(cell) for cell in cells[2:]] or [threshold]
+        except ValueError:
+            similarity = []
+        if len(cells) not in (2, 3) or not similarity:
+            raise UserError(f"{path}:{number}: {line[:80]!r}; expected two ids and optionally a similarity")
+        if similarity[0] >= threshold:
             yield frozenset(cells[:2])
 
 

@@ -94,6 +94,9 @@ def decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
     """Wrap an open file in the decompressor that its name asks for."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
+        # gzip's reader takes an empty file for an empty text.
+        if not stored_size(path):
+            raise EOFError("the file is empty")
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if suffix == ".xz":
         # The format allows zero bytes between streams and at the end.

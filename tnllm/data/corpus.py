@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tnllm import assets
 from tnllm.data import compressed
 from tnllm.data.compressed import Line, Span, read_lines, stored_size
-from tnllm.data.documents import BadDocument, Document, UnreadableFile
+from tnllm.data.documents import BadDocument, Document, UnreadableFile, json_type
 from tnllm.data.folders import files_below
 from tnllm.data.parquet import read_rows
 from tnllm.data.warc import read_archive
@@ -173,7 +173,7 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[D
             yield BadDocument(where, f"JSON that cannot be read ({error})")
             continue
         if not isinstance(record, dict):
-            yield BadDocument(where, f"a JSON {type(record).__name__} where an object is expected")
+            yield BadDocument(where, f"{json_type(record)} where an object is expected")
             continue
         # Only an escape can spell a lone surrogate: the bytes are UTF-8.
         lost = _not_unicode(record, name) if b"\\ud" in line or b"\\uD" in line else {}
@@ -191,7 +191,7 @@ def _from_record(
         return BadDocument(where, f"no field {name!r} (fields: {fields}; choose one of them)")
     text = record.pop(name)
     if not isinstance(text, str):
-        return BadDocument(where, f"field {name!r} is a {type(text).__name__}, not text")
+        return BadDocument(where, f"field {name!r} is {json_type(text)}, not text")
     if not _is_unicode(text):
         return BadDocument(where, f"field {name!r} holds a lone surrogate, which is not Unicode text")
     return Document(text, path, line, position, record, lost)

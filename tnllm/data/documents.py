@@ -56,6 +56,12 @@ class BadDocument:
         return self.reason if self.reason.startswith(self.where) else f"{self.where}: {self.reason}"
 
 
+def json_type(value: Any) -> str:
+    """What JSON calls a value, with its article."""
+    names = {bool: "a boolean", str: "text", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
 class LeftOut:
     """Counts what could not be read and names the first ten on stderr; `count` says how many there were before."""
 

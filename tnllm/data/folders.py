@@ -5,21 +5,26 @@ refuse_replacing(files, Path("out"))        # UserError if a file is `out` or li
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tnllm.errors import UserError
 from tnllm.progress import log
 
+_MAX_KINDS = 5
+
 
 def files_below(folder: Path, is_wanted: Callable[[Path], bool], leave_out: Path | None = None) -> list[Path]:
     """The wanted files below `folder`, sorted by path; hidden ones and the folder `leave_out` are skipped.
 
     Linked folders are followed, after all others; one that is reached a second time, as in a loop of links, adds nothing.
-    A link to nothing, a second name of a file, and what may not be read are named on stderr.
+    A link to nothing, a second name of a file, and what may not be read are named on stderr; files that are not wanted are
+    counted there by the end of their names.
     """
     seen_folders = {os.path.realpath(leave_out)} if leave_out is not None else set()
     seen_files: dict[str, Path] = {}
+    others: Counter[str] = Counter()
     pending = [folder]
     while pending:
         for base, names, files in os.walk(pending.pop(0), onerror=_name_unreadable):
@@ -33,8 +38,13 @@ def files_below(folder: Path, is_wanted: Callable[[Path], bool], leave_out: Path
             pending += [Path(base, name) for name in visible if os.path.islink(os.path.join(base, name))]
             names[:] = visible
             for path in (Path(base, name) for name in sorted(files) if not name.startswith(".")):
-                if is_wanted(path) and (why := _why_left_out(path, seen_files)):
+                if path.exists() and not is_wanted(path):
+                    others[path.suffix or path.name] += 1
+                elif why := _why_left_out(path, seen_files):
                     log(f"left out: {path} {why}")
+    if seen_files and others:
+        kinds = ", ".join(f"{kind} ({count:,})" for kind, count in others.most_common(_MAX_KINDS))
+        log(f"left out: files of {folder} that are of other kinds: {kinds}{', ...' * (len(others) > _MAX_KINDS)}")
     return sorted(seen_files.values())
 
 

@@ -31,6 +31,7 @@ import numpy as np
 from tnllm import chat_template
 from tnllm.data import compressed
 from tnllm.data.compressed import read_bytes
+from tnllm.data.documents import json_type
 from tnllm.data.folders import files_below
 from tnllm.errors import UserError
 from tnllm.progress import log
@@ -148,7 +149,7 @@ def parse_record(
     `on_unread` gets each key that is not read, with `where`; harmless ones apart.
     """
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}; {_SHAPES}")
+        raise UserError(f"{where}: {json_type(record)}; {_SHAPES}")
     _refuse_keys(record, where)
     for key in ("messages", "conversations"):
         if key in record:
@@ -222,7 +223,7 @@ def _texts(record: dict[str, Any], keys: Sequence[str], where: str, optional: Se
     for key in keys:
         value = record.get(key, "" if key in optional else None)
         if not isinstance(value, str) and not (value is None and key in optional):
-            actual = "missing" if key not in record else f"a {type(value).__name__}"
+            actual = "missing" if key not in record else json_type(value)
             raise UserError(f"{where}: {key!r} is {actual}; expected text")
     return [record.get(key) or "" for key in keys]
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,18 +49,19 @@ def read_rows(path: Path, needed: str | None = None, more: Sequence[str] | None 
         try:
             file = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
             names = file.schema_arrow.names
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UnreadableFile(f"{path} is not a complete parquet file: {_cause(error)}") from None
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            what = "is encrypted, or damaged" if _is_encrypted(error) else "is not a complete parquet file"
+            raise UnreadableFile(f"{path} {what}: {_cause(error)}") from None
         if needed is not None and names.count(needed) != 1:
             count = "no column" if needed not in names else "more than one column"
             yield BadDocument(
                 str(path), f"{count} {needed!r} (columns: {', '.join(names[:8]) or 'none'}; choose one of them)"
             )
             return
-        columns = None if more is None else [name for name in (needed, *more) if name is not None]
+        columns = names if more is None else [name for name in dict.fromkeys((needed, *more)) if name in names]
         first = 1
         for group in range(file.num_row_groups):
-            yield from _read_group(pyarrow, file, path, group, first, columns)
+            yield from _read_group(pyarrow, file, path, group, first, columns, needed)
             first += file.metadata.row_group(group).num_rows
 
 
@@ -79,31 +81,58 @@ def _cause(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def _is_encrypted(error: BaseException) -> bool:
+    return "crypt" in str(error).lower()
+
+
 def _read_group(
-    pyarrow: ModuleType, file: Any, path: Path, group: int, first: int, columns: Sequence[str] | None
+    pyarrow: ModuleType, file: Any, path: Path, group: int, first: int, columns: Sequence[str], needed: str | None
 ) -> Iterator[Row | BadDocument]:
-    """The rows of one row group, which begins with row `first`; where it is damaged, one BadDocument for the rest of it."""
+    """The rows of one row group, which begins with row `first`; where it is damaged, one BadDocument for the rest of it.
+
+    Where damage is in other columns than `needed`, these columns are lost from there on, and the rows stay.
+    """
     about = file.metadata.row_group(group)
-    end = first + about.num_rows
+    start, end = first, first + about.num_rows
     size = max(1, min(_BATCH_ROWS, _BATCH_BYTES * about.num_rows // max(about.total_byte_size, 1)))
-    batches = file.iter_batches(size, row_groups=[group], columns=columns)
+
+    def batches(columns: Sequence[str]) -> Iterator[Any]:
+        return file.iter_batches(size, row_groups=[group], columns=columns)
+
+    def is_readable(column: str) -> bool:
+        try:
+            return sum(batch.num_rows for batch in batches([column])) == about.num_rows
+        except unreadable:
+            return False
+
+    unreadable = (pyarrow.ArrowException, OSError, ValueError)
+    reader, reading = batches(columns), list(columns)
     while first < end:
         try:
-            batch = next(batches, None)
+            batch = next(reader, None)
             if batch is None:
                 raise ValueError("it holds fewer rows than it says")
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            where = f"{path}:{first}"
-            yield BadDocument(where, f"the file is damaged; rows {first} to {end - 1} are lost: {_cause(error)}", True)
+        except unreadable as error:
+            cause = _cause(error)
+            readable = list(filter(is_readable, reading))
+            if needed in readable and readable != reading:
+                reader, reading = islice(batches(readable), (first - start) // size, None), readable
+                continue
+            is_damage = not (isinstance(error, NotImplementedError) or _is_encrypted(error))
+            why = "the file is damaged" if is_damage else "encrypted, or not supported"
+            yield BadDocument(f"{path}:{first}", f"{why}; rows {first} to {end - 1} are lost: {cause}", True)
             return
-        yield from _rows(pyarrow, batch, first, file.metadata.num_rows, columns)
+        lost = {column: "in a damaged part of the file" for column in columns if column not in reading}
+        yield from _rows(pyarrow, batch, first, file.metadata.num_rows, columns, lost)
         first += batch.num_rows
 
 
-def _rows(pyarrow: ModuleType, batch: Any, first: int, total: int, columns: Sequence[str] | None) -> Iterator[Row]:
-    rows = [Row(first + index, (first + index) / total, {}, {}) for index in range(batch.num_rows)]
+def _rows(
+    pyarrow: ModuleType, batch: Any, first: int, total: int, columns: Sequence[str], lost: dict[str, str]
+) -> Iterator[Row]:
+    rows = [Row(first + index, (first + index) / total, {}, dict(lost)) for index in range(batch.num_rows)]
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if columns is not None and name not in columns:
+        if name not in columns:
             continue
         held = _python_values(pyarrow, column)
         for index, row in enumerate(rows):
@@ -134,6 +163,8 @@ def _python_values(pyarrow: ModuleType, column: Any) -> list[tuple[Any, str]]:
     for scalar in column:
         try:
             held.append((_plain(scalar.as_py()), ""))
+        except UnicodeDecodeError:
+            held.append((None, f"a {column.type} that is not UTF-8"))
         except not_held:
             held.append((None, f"a {column.type} that JSON or Python cannot hold"))
     return held

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tnllm.data.compressed import stored_size
@@ -30,6 +30,7 @@ from tnllm.progress import Report, Status, log
 _VERSIONS = ("ETag", "etag", "blob_id", "sha256", "md5Hash", "Content-MD5", "Digest", "generation")
 _DATES = ("LastModified", "Last-Modified", "last_modified", "last_commit", "updated", "mtime", "created")
 _TRIES = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ def open_url(url: str) -> tuple[Any, str]:
 
 def _find_remote(url: str) -> list[RemoteFile]:
     storage, path = open_url(url)
-    with network(url):
+
+    def find() -> list[RemoteFile]:
         if "*" in path:
             paths = storage.glob(path)
         elif url.endswith("/") or storage.info(path).get("type") == "directory":
@@ -204,6 +206,8 @@ def _find_remote(url: str) -> list[RemoteFile]:
         if not wanted:
             raise UserError(f"{url} holds no corpus file; allowed: {ALLOWED}")
         return [_described(storage, urls[item], item) for item in wanted]
+
+    return _tried(url, find)
 
 
 def _is_corpus_file(name: str) -> bool:
@@ -225,21 +229,30 @@ def _download(file: RemoteFile, path: Path) -> None:
     """Fetch a file. Raises RunError if it is not what it was, or cannot be read after a few tries."""
     storage, inner = open_url(file.url)
     log(f"reading {file.url}" + (f" ({format_bytes(file.size)})" if file.size else ""))
-    with network(file.url):
+
+    def fetch() -> None:
+        check_unchanged(file)
+        storage.get_file(inner, str(path))
+        if file.size and path.stat().st_size != file.size:
+            raise OSError(f"the transfer ended after {path.stat().st_size:,} of {file.size:,} bytes")
+        check_unchanged(file)
+
+    _tried(file.url, fetch)
+
+
+def _tried(url: str, work: Callable[[], T]) -> T:
+    """`work()`, again if the network fails, a few times; the last failure is shown."""
+    with network(url):
         for left in reversed(range(_TRIES)):
             try:
-                check_unchanged(file)
-                storage.get_file(inner, str(path))
-                if file.size and path.stat().st_size != file.size:
-                    raise OSError(f"the transfer ended after {path.stat().st_size:,} of {file.size:,} bytes")
-                break
-            # Each storage's library has exceptions of its own; the last one is shown.
+                return work()
+            # Each storage's library has exceptions of its own.
             except Exception as error:
-                if not left or isinstance(error, UserError) or _is_missing(error):
+                if not left or isinstance(error, (UserError, ImportError)) or _is_missing(error):
                     raise
-                log(f"{file.url}: {error}; trying again")
+                log(f"{url}: {error}; trying again")
                 time.sleep(2.0 ** (_TRIES - left) / 4)
-        check_unchanged(file)
+    raise AssertionError
 
 
 def _compare(file: RemoteFile, now: RemoteFile) -> None:
