@@ -10,7 +10,7 @@ import pytest
 
 from tests.small_models import small_model
 from tnllm import assets
-from tnllm.data.corpus import read_documents
+from tnllm.data.remote import read_documents
 from tnllm.modeling.weights import save_model
 from tnllm.tokenizer import train_tokenizer
 

@@ -7,7 +7,8 @@ sample that ships), so two documents share next to nothing; every tenth is an ex
 tenth a near copy with a hundredth of its words replaced. DIR needs about three times the size on disk and is left as it is
 afterwards; a temporary folder is used where none is given. Each stage runs in a process of its own: its processor time is
 the system's count for it and its workers, its peak memory that of matching and grouping, which alone need more of it for
-more documents. --save writes table.md, steps.csv and steps.png.
+more documents. `--memory 250000 1000000` measures only that, of random signatures of so many documents. --save writes
+table.md, steps.csv and steps.png.
 """
 
 import argparse
@@ -25,14 +26,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.cleaning.noise import SEED, edit
 from tnllm import assets
-from tnllm.cleaning.dedup import MATCH_TASKS, shingles
+from tnllm.cleaning.dedup import MATCH_TASKS, Group, Match, shingles
 from tnllm.cleaning.executor import run_stages
 from tnllm.cleaning.pipeline import open_run
 from tnllm.cleaning.records import read_folder
 from tnllm.cleaning.settings import CleanSettings, DedupSection
-from tnllm.data.corpus import find_files, read_documents
+from tnllm.data.corpus import find_files
+from tnllm.data.remote import read_documents
 from tnllm.data.shards import read_manifest
 from tnllm.data.tokenize import tokenize_corpus
 from tnllm.progress import log
@@ -117,6 +121,47 @@ def tokenize(folder: Path, out: Path, workers: int) -> None:
     """All of a folder with the large tokenizer."""
     tokenizer = Tokenizer.load(assets.tokenizer_model("tnllm-64k"))
     tokenize_corpus(find_files([folder]), out, tokenizer, workers=workers)
+
+
+def make_signatures(folder: Path, documents: int) -> None:
+    """Signatures of documents that share nothing, a fifth of them written twice, in files of 50,000."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number, first in enumerate(range(0, documents, _WINDOW)):
+        count = min(_WINDOW, documents - first)
+        values = rng.integers(0, 1 << 32, (DedupSection().num_hashes, count), np.uint32)
+        exact = rng.integers(0, 1 << 62, count).astype(np.uint64)
+        copies = count // 5
+        values[:, count - copies :], exact[count - copies :] = values[:, :copies], exact[:copies]
+        np.save(folder / f"{number:05d}.npy", values)
+        np.save(folder / f"{number:05d}.exact.npy", exact)
+
+
+def matched(folder: Path, task: int) -> None:
+    """One task of matching."""
+    Match(folder / "signatures", folder / "pairs", DedupSection(memory_mb=1e6)).run(None, task, MATCH_TASKS)
+
+
+def grouped(folder: Path) -> None:
+    """Grouping by the estimate of the signatures: of no texts there is none to verify by."""
+    settings = DedupSection(verify="estimate")
+    Group(folder / "signatures", folder / "pairs", folder, folder / "groups.npz", settings).run()
+
+
+def memory(folder: Path, sizes: list[int]) -> Iterator[str]:
+    """Markdown: peak memory and time of matching and grouping by the number of documents, without a limit of memory."""
+    base = measured(nothing)[1]
+    yield "| documents | matching, GiB | bytes a document | grouping, GiB | bytes a document | core seconds |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for documents in sizes:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            make_signatures(Path(temporary) / "signatures", documents)
+            tasks = [measured(matched, Path(temporary), task) for task in range(MATCH_TASKS)]
+            seconds, peak = sum(spent for spent, _ in tasks), max(gib for _, gib in tasks)
+            more_seconds, group_peak = measured(grouped, Path(temporary))
+        each, group_each = ((gib - base) * 2**30 / documents for gib in (peak, group_peak))
+        sizes_of = f"{peak:.2f} | {each:.0f} | {group_peak:.2f} | {group_each:.0f}"
+        yield f"| {documents:,} | {sizes_of} | {seconds:.0f}, {more_seconds:.0f} |"
 
 
 def nothing() -> None:
@@ -238,10 +283,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--memory", type=int, nargs="+", metavar="DOCUMENTS", help="only this, of random signatures")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        if given.memory:
+            for line in memory(folder, given.memory):
+                print(line, flush=True)
+            return
         source = folder / "input.jsonl"
         log(f"making {given.gigabytes:g} GB of text in {folder}")
         make_input(given.corpus, source, given.gigabytes)

@@ -24,7 +24,8 @@ from typing import Any
 from tnllm import assets
 from tnllm.cleaning.hashing import counts_characters
 from tnllm.cleaning.records import RecordWriter, read_records
-from tnllm.data.corpus import find_files, read_documents
+from tnllm.data.corpus import find_files
+from tnllm.data.remote import read_documents
 from tnllm.files import write_bytes_atomic
 
 SEED = 20261124

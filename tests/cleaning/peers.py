@@ -40,7 +40,7 @@ from tnllm.cleaning.dedup import Drop, Group, Match, Sign, num_bands
 from tnllm.cleaning.hashing import counts_characters
 from tnllm.cleaning.settings import CleanSettings
 from tnllm.cleaning.steps import Personal, Repair, Rules, Writer
-from tnllm.data.corpus import read_documents
+from tnllm.data.remote import read_documents
 
 Rows = list[dict[str, Any]]
 

@@ -20,7 +20,8 @@ from tnllm.cleaning.language import identify
 from tnllm.cleaning.repair import remove_boilerplate, repair
 from tnllm.cleaning.rules import check, figures
 from tnllm.cleaning.settings import CleanSettings
-from tnllm.data.corpus import find_files, read_documents
+from tnllm.data.corpus import find_files
+from tnllm.data.remote import read_documents
 
 _KINDS = ("shuffled", "gibberish", "lost encoding", "boilerplate page", "keywords", "repetition", "fragment")
 _SETTINGS = CleanSettings()

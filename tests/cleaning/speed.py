@@ -28,8 +28,9 @@ from tnllm.cleaning.pipeline import open_run
 from tnllm.cleaning.records import read_folder
 from tnllm.cleaning.settings import CleanSettings
 from tnllm.cleaning.steps import Step, Writer
-from tnllm.data.corpus import find_files, read_documents
+from tnllm.data.corpus import find_files
 from tnllm.data.encode import Options, _encode
+from tnllm.data.remote import read_documents
 from tnllm.tokenizer import Tokenizer
 
 _CHUNK = 2000

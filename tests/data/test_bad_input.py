@@ -13,11 +13,12 @@ from tnllm import assets
 from tnllm.cleaning.records import read_folder
 from tnllm.cleaning.run import clean
 from tnllm.cleaning.settings import only_dedup
-from tnllm.data.corpus import find_files, read_documents
+from tnllm.data.corpus import find_files
 from tnllm.data.documents import BadDocument
 from tnllm.data.encode import Options
 from tnllm.data.folders import refuse_replacing
 from tnllm.data.inspect import inspect_corpus
+from tnllm.data.remote import read_documents
 from tnllm.data.tokenize import tokenize_corpus
 from tnllm.errors import RunError, UserError
 from tnllm.evaluation.datasets import read_rows

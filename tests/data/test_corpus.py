@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnllm.data.corpus import find_files, kind_of, read_documents
+from tnllm.data.corpus import find_files, kind_of
 from tnllm.data.documents import BadDocument
+from tnllm.data.remote import read_documents
 from tnllm.errors import RunError, UserError
 
 zstandard = pytest.importorskip("zstandard")

@@ -15,9 +15,9 @@ import torch
 from tests.web import serving
 from tnllm import assets
 from tnllm.data import remote
-from tnllm.data.corpus import read_documents
 from tnllm.data.encode import Options
 from tnllm.data.loader import Loader, Source
+from tnllm.data.remote import read_documents
 from tnllm.data.stream import INDEX, ChunkStream
 from tnllm.errors import RunError, UserError
 from tnllm.tokenizer import Tokenizer

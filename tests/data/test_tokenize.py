@@ -15,8 +15,8 @@ import pytest
 
 from tnllm import assets, files
 from tnllm.data import encode, tokenize
-from tnllm.data.corpus import read_documents
 from tnllm.data.encode import Options
+from tnllm.data.remote import read_documents
 from tnllm.data.shards import MANIFEST, TokenStream, read_manifest, verify_hashes
 from tnllm.data.tokenize import prepare, tokenize_corpus
 from tnllm.errors import RunError, UserError

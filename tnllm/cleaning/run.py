@@ -16,7 +16,7 @@ from tnllm.cleaning.self_clean import self_clean
 from tnllm.cleaning.settings import CleanSettings
 from tnllm.data.documents import LeftOut
 from tnllm.data.folders import refuse_replacing
-from tnllm.data.remote import RemoteFile, find_sources, read_sources
+from tnllm.data.remote import RemoteFile, find_sources, read_documents
 from tnllm.errors import MissingExtra, UserError
 from tnllm.files import LOCK, check_output_folder, only_writer, write_text_atomic
 from tnllm.progress import log
@@ -113,7 +113,7 @@ def _import_corpus(settings: CleanSettings, files: list[Path | RemoteFile], fold
     chosen = settings.input
     left_out = LeftOut() if chosen.on_error == "skip" else None
     advice = "fix it, or set input.on_error to skip"
-    documents = read_sources(files, chosen.field, chosen.split_on, left_out, advice=advice)
+    documents = read_documents(files, chosen.field, chosen.split_on, left_out, advice=advice)
     lost_fields: Counter[str] = Counter()
     number, document = 0, next(documents, None)
     while document is not None:

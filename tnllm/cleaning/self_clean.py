@@ -25,9 +25,9 @@ from tnllm import assets
 from tnllm.cleaning.records import REJECTED, RecordWriter, read_folder, read_records
 from tnllm.cleaning.score import Score, score_texts
 from tnllm.cleaning.settings import CleanSettings, SelfCleanSection
-from tnllm.data.corpus import find_files, read_documents
 from tnllm.data.documents import LeftOut
 from tnllm.data.encode import Options
+from tnllm.data.remote import find_sources, read_documents
 from tnllm.data.tokenize import tokenize_corpus
 from tnllm.errors import UserError
 from tnllm.files import read_json, write_text_atomic
@@ -93,7 +93,7 @@ def _hold_out(settings: SelfCleanSection, source: Path, work: Path) -> Path:
     limit = int(settings.held_out_fraction * 2**64)
     with RecordWriter(path) as writer:
         if settings.held_out:
-            for document in read_documents(find_files(settings.held_out), on_bad=LeftOut(), more=()):
+            for document in read_documents(find_sources(settings.held_out), on_bad=LeftOut(), more=()):
                 writer.write({"text": document.text})
         else:
             for text in _texts(source):
@@ -109,7 +109,7 @@ def _training_text(folder: Path, kept: Path, seed: tuple[str, ...], held_out: Pa
     path = folder / "train.jsonl.gz"
     if not path.exists():
         excluded = {_text_hash(record["text"]) for record in read_records(held_out)}
-        seeds = (document.text for document in read_documents(find_files(seed), on_bad=LeftOut(), more=()))
+        seeds = (document.text for document in read_documents(find_sources(seed), on_bad=LeftOut(), more=()))
         texts = seeds if seed else _texts(kept)
         with RecordWriter(path) as writer:
             for text in texts:

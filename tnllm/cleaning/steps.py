@@ -8,7 +8,6 @@ lost.
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
@@ -32,10 +31,9 @@ from tnllm.cleaning.settings import (
     RulesSection,
 )
 from tnllm.cleaning.worker_counter import advance
-from tnllm.data.corpus import read_file
 from tnllm.data.documents import BadDocument
 from tnllm.data.documents import Document as CorpusDocument
-from tnllm.data.remote import from_source, local_copy, named_by_url
+from tnllm.data.remote import read_source
 from tnllm.errors import RunError, UserError
 
 # Names a task counts one by one.
@@ -125,19 +123,17 @@ class Reader(Step):
         """Each document with the reading position after it; 0 after what could not be read."""
         settings = self.settings
         max_line_bytes = int(settings.max_line_mb * 2**20)
-        with TemporaryDirectory() as folder, local_copy(piece.file, Path(folder)) as path:
-            for item in read_file(path, settings.field, settings.split_on, piece.span, max_line_bytes):
-                if isinstance(item, CorpusDocument):
-                    item = from_source(item, piece.file)
-                    name, fields, lost = named_fields(item, settings.id_field, settings.source_field)
-                    for field, why in lost.items():
-                        self._count_name("lost", f"{field} of {piece.file}: {why}")
-                    yield Document(item.text, name, metadata=fields), item.position
-                elif settings.on_error == "stop":
-                    advice = "fix it, or set input.on_error to skip"
-                    raise (RunError if item.is_damage else UserError)(f"{item}; {advice}")
-                else:
-                    yield self._bad(named_by_url(item, piece.file, path)), 0
+        for item in read_source(piece.file, None, settings.field, settings.split_on, piece.span, max_line_bytes):
+            if isinstance(item, CorpusDocument):
+                name, fields, lost = named_fields(item, settings.id_field, settings.source_field)
+                for field, why in lost.items():
+                    self._count_name("lost", f"{field} of {piece.file}: {why}")
+                yield Document(item.text, name, metadata=fields), item.position
+            elif settings.on_error == "stop":
+                advice = "fix it, or set input.on_error to skip"
+                raise (RunError if item.is_damage else UserError)(f"{item}; {advice}")
+            else:
+                yield self._bad(item), 0
 
     def _bad(self, item: BadDocument) -> Document:
         self._count_name("unreadable", str(item))

@@ -147,7 +147,7 @@ def score(
     """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""
     from tnllm.cleaning.score import score_texts
     from tnllm.data.documents import LeftOut
-    from tnllm.data.remote import find_sources, local_files, read_sources
+    from tnllm.data.remote import find_sources, local_files, read_documents
     from tnllm.files import write_text_atomic
     from tnllm.generation.loading import load
     from tnllm.progress import corpus_progress, log
@@ -162,7 +162,7 @@ def score(
     waiting: list[tuple[str, Any]] = []
 
     def texts(report: Any) -> Iterator[str]:
-        for document in read_sources(files, field, on_bad=LeftOut(), report=report, more=columns):
+        for document in read_documents(files, field, on_bad=LeftOut(), report=report, more=columns):
             if document.text.strip():
                 name = str(document.record.get(id_field, document.where))
                 waiting.append((name, document.record.get(label_field or "")))

@@ -195,7 +195,8 @@ def file_perplexity(
 ) -> None:
     """Perplexity of a file: each document read in full, its state carried from start to end."""
     from tnllm.cli.evaluation_view import show_perplexity
-    from tnllm.data.corpus import find_files, read_documents
+    from tnllm.data.corpus import find_files
+    from tnllm.data.remote import read_documents
     from tnllm.evaluation.perplexity import perplexity
     from tnllm.generation.loading import load
 

@@ -38,7 +38,7 @@ def train(
 ) -> None:
     """Train a BPE tokenizer with byte fallback: decoding gives back every text unchanged."""
     from tnllm.data.documents import LeftOut
-    from tnllm.data.remote import find_sources, read_sources
+    from tnllm.data.remote import find_sources, read_documents
     from tnllm.files import check_output_folder, format_bytes, format_duration, only_writer, write_bytes_atomic
     from tnllm.progress import corpus_progress, log
     from tnllm.tokenizer import FILE_NAME, train_tokenizer
@@ -55,7 +55,7 @@ def train(
     with corpus_progress("read") as report:
 
         def texts() -> Iterator[str]:
-            for document in read_sources(files, field, on_bad=on_bad, report=report, more=(), advice=advice):
+            for document in read_documents(files, field, on_bad=on_bad, report=report, more=(), advice=advice):
                 yield document.text
             log(f"corpus read; training {vocab_size} tokens")
 

@@ -1,7 +1,8 @@
-"""Documents of a corpus, read one at a time from text, JSON Lines, parquet and WARC files, compressed or not.
+"""Corpus files, and the documents of one, read one at a time: text, JSON Lines, parquet and WARC, compressed or not.
 
-for document in read_documents(find_files(["books/", "web.jsonl.zst"]), field="text"):
-    document.text, document.where          # "web.jsonl.zst:17"
+for path in find_files(["books/", "web.jsonl.zst"]):
+    for item in read_file(path, field="text"):
+        item                    # a Document, or a BadDocument that says why; `remote.read_documents` reads many files
 
 A text file is one document, unless `split_on` is "blank-line" (a document per block of lines) or "line". A JSON Lines
 record, a parquet row and a page of a WARC or WET archive are one document each, with the text in `field`. A text file of
@@ -10,7 +11,7 @@ UTF-8; a byte order mark is dropped and nothing else is changed, except that a W
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ from tnllm.data.documents import BadDocument, Document, UnreadableFile, json_typ
 from tnllm.data.folders import files_below
 from tnllm.data.parquet import read_rows
 from tnllm.data.warc import read_archive
-from tnllm.errors import RunError, UserError
-from tnllm.progress import Report, Status, log
+from tnllm.errors import UserError
+from tnllm.progress import log
 
 TEXT = (".txt", ".text", ".md")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -89,36 +90,6 @@ def _meant(given: str | Path) -> Path:
 
 def _is_corpus_file(path: Path) -> bool:
     return path.suffix.lower() != ".json" and kind_of(path) is not None
-
-
-def read_documents(
-    files: Sequence[Path],
-    field: str = "text",
-    split_on: SplitOn = "none",
-    on_bad: Callable[[BadDocument], None] | None = None,
-    report: Report = lambda status: None,
-    more: Sequence[str] | None = None,
-    advice: str = "fix it",
-) -> Iterator[Document]:
-    """Every document of `files` in order, empty ones included; `report` is called after each.
-
-    What cannot be read (invalid JSON, a missing or non-string field, text that is not UTF-8, the rest of a damaged file)
-    goes to `on_bad` and reading continues; without `on_bad` it raises UserError, or RunError for damage, with file, line
-    and `advice`. `more`: see `read_file`.
-    """
-    total = sum(map(stored_size, files))
-    before = count = 0
-    for file in files:
-        for item in read_file(file, field, split_on, more=more):
-            if isinstance(item, Document):
-                count += 1
-                report(Status(before + item.position, total, count))
-                yield item
-            elif on_bad is None:
-                raise (RunError if item.is_damage else UserError)(f"{item}; {advice}")
-            else:
-                on_bad(item)
-        before += stored_size(file)
 
 
 def read_file(

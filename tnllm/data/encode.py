@@ -18,9 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-from tnllm.data.corpus import SplitOn, read_documents
+from tnllm.data.corpus import SplitOn
 from tnllm.data.documents import BadDocument, LeftOut
-from tnllm.data.remote import RemoteFile, local_copy, named_by_url
+from tnllm.data.remote import RemoteFile, read_documents
 from tnllm.data.shards import Manifest, token_dtype
 from tnllm.tokenizer import Tokenizer
 
@@ -83,29 +83,27 @@ def read_groups(
 
     def on_bad(bad: BadDocument) -> None:
         if seen >= to_skip:
-            left_out(named_by_url(bad, files[number], path))
+            left_out(bad)
             skipped["bad"] = left_out.count
 
     base = sum(file["bytes"] for file in manifest.inputs[:first_file])
     texts: list[str] = []
     size = 0
     for number in range(first_file, len(files)):
-        seen = 0
-        position = 0
-        chosen = on_bad if on_error == "skip" else None
-        with local_copy(files[number], folder) as path:
-            for document in read_documents([path], options.field, options.split_on, chosen, more=(), advice=advice):
-                seen, position = seen + 1, document.position
-                if seen <= to_skip:
-                    continue
-                if not document.text.strip():
-                    skipped["empty"] += 1
-                    continue
-                texts.append(document.text)
-                size += len(document.text)
-                if size >= _GROUP_CHARS:
-                    yield Group(texts, (number, seen), dict(skipped), base + position, at_start)
-                    texts, size, at_start = [], 0, False
+        seen = position = 0
+        reading = (options.field, options.split_on, on_bad if on_error == "skip" else None)
+        for document in read_documents([files[number]], *reading, more=(), advice=advice, folder=folder):
+            seen, position = seen + 1, document.position
+            if seen <= to_skip:
+                continue
+            if not document.text.strip():
+                skipped["empty"] += 1
+                continue
+            texts.append(document.text)
+            size += len(document.text)
+            if size >= _GROUP_CHARS:
+                yield Group(texts, (number, seen), dict(skipped), base + position, at_start)
+                texts, size, at_start = [], 0, False
         base += manifest.inputs[number]["bytes"]
         if texts and isinstance(files[number], RemoteFile):
             # The next transfer may fail or be stopped; what was read here is then kept.

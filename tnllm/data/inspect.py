@@ -15,7 +15,7 @@ import numpy as np
 
 from tnllm.data.compressed import stored_size
 from tnllm.data.documents import BadDocument
-from tnllm.data.remote import RemoteFile, read_sources
+from tnllm.data.remote import RemoteFile, read_documents
 from tnllm.data.shards import SPLITS, TokenStream, read_manifest, verify_hashes
 from tnllm.errors import UserError
 from tnllm.progress import Report
@@ -51,7 +51,7 @@ def inspect_corpus(
     scripts = dict.fromkeys(_SCRIPTS, 0)
     samples: list[str] = []
     text_bytes = empty = 0
-    for document in read_sources(files, field, on_bad=on_bad, report=report, more=()):
+    for document in read_documents(files, field, on_bad=on_bad, report=report, more=()):
         text = document.text
         lengths.append(len(text))
         text_bytes += len(text.encode())
@@ -115,7 +115,7 @@ def compression(tokenizer: Tokenizer, files: Sequence[Path | RemoteFile], field:
     """Bytes and characters per token over a corpus, and the speed of encoding it in one process."""
     num_bytes = num_chars = num_tokens = 0
     elapsed_s = 0.0
-    for document in read_sources(files, field, more=()):
+    for document in read_documents(files, field, more=()):
         start = time.perf_counter()
         num_tokens += len(tokenizer.encode(document.text))
         elapsed_s += time.perf_counter() - start

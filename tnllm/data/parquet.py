@@ -58,7 +58,8 @@ def read_rows(path: Path, needed: str | None = None, more: Sequence[str] | None 
                 str(path), f"{count} {needed!r} (columns: {', '.join(names[:8]) or 'none'}; choose one of them)"
             )
             return
-        columns = names if more is None else [name for name in dict.fromkeys((needed, *more)) if name in names]
+        wanted = names if more is None else dict.fromkeys((needed, *more))
+        columns = [name for name in wanted if name is not None and name in names]
         first = 1
         for group in range(file.num_row_groups):
             yield from _read_group(pyarrow, file, path, group, first, columns, needed)

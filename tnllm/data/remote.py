@@ -1,9 +1,8 @@
-"""Corpus files at URLs: http(s)://, hf://, s3://, gs:// and whatever else fsspec reads. A file:// URL is a local path.
+"""Documents of local files and of URLs: http(s)://, hf://, s3://, gs:// and whatever else fsspec reads.
 
 files = find_sources(["s3://bucket/corpus/", "more.jsonl"])
-for file in files:
-    with local_copy(file, Path("tokens")) as path:      # one file at a time is on the disk
-        ...
+for document in read_documents(files, field="text"):    # one remote file at a time is on the disk
+    document.text, document.where                       # "s3://bucket/corpus/web.jsonl.zst:17"
 
 A remote file is what it was when it was found: if its ETag (or its date, where a server gives no ETag) or its size is
 another one later, it is refused, so that a stopped run never continues with other text.
@@ -12,7 +11,7 @@ another one later, it is refused, so that a stopped run never continues with oth
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tnllm.data.compressed import stored_size
-from tnllm.data.corpus import ALLOWED, SplitOn, find_files, kind_of, read_documents
+from tnllm.data.corpus import ALLOWED, SplitOn, find_files, kind_of, read_file
 from tnllm.data.documents import BadDocument, Document
 from tnllm.errors import MissingExtra, RunError, UserError
 from tnllm.files import format_bytes
@@ -133,7 +132,7 @@ def check_unchanged(file: RemoteFile, only_local: bool = False) -> None:
         _compare(file, _described(storage, path, file.url))
 
 
-def read_sources(
+def read_documents(
     files: Sequence[Path | RemoteFile],
     field: str = "text",
     split_on: SplitOn = "none",
@@ -141,29 +140,47 @@ def read_sources(
     report: Report = lambda status: None,
     more: Sequence[str] | None = None,
     advice: str = "fix it",
+    folder: Path | None = None,
 ) -> Iterator[Document]:
-    """`read_documents` of local and remote files; a remote one is in a temporary folder while it is read."""
+    """Every document of `files` in order, empty ones included; `report` is called after each.
+
+    What cannot be read (invalid JSON, a missing or non-string field, text that is not UTF-8, the rest of a damaged file)
+    goes to `on_bad` and reading continues; without `on_bad` it raises UserError, or RunError for damage, with file, line
+    and `advice`. `more`: see `read_file`; `folder`: see `read_source`.
+    """
     total = sum(stored_size(file) if isinstance(file, Path) else file.size for file in files)
     before = count = 0
     for file in files:
-        with TemporaryDirectory() as folder, local_copy(file, Path(folder)) as path:
-            named = (lambda bad, at=(file, path): on_bad(named_by_url(bad, *at))) if on_bad else None
-            for document in read_documents([path], field, split_on, named, more=more, advice=advice):
-                count += 1
-                report(Status(before + document.position, total, count))
-                yield from_source(document, file)
-            before += stored_size(path)
+        position = 0
+        for item in read_source(file, folder, field, split_on, more=more):
+            if isinstance(item, Document):
+                count, position = count + 1, item.position
+                report(Status(before + position, total, count))
+                yield item
+            elif on_bad is None:
+                raise (RunError if item.is_damage else UserError)(f"{item}; {advice}")
+            else:
+                on_bad(item)
+        before += max(position, stored_size(file) if isinstance(file, Path) else file.size)
 
 
-def from_source(document: Document, file: Path | RemoteFile) -> Document:
-    """A document of a file's local copy, named by the file."""
-    return replace(document, url=file.url) if isinstance(file, RemoteFile) else document
+def read_source(
+    file: Path | RemoteFile, folder: Path | None, *how: Any, **more: Any
+) -> Iterator[Document | BadDocument]:
+    """`read_file` of a local or remote file, named as a person gave it.
 
-
-def named_by_url(bad: BadDocument, file: Path | RemoteFile, path: Path) -> BadDocument:
-    """`bad` of `path`, which is the copy of `file`, under the name that a person gave."""
-    where, reason = (text.replace(str(path), str(file)) for text in (bad.where, bad.reason))
-    return BadDocument(where, reason, bad.is_damage)
+    A remote one is in `folder` (None: a temporary one) while it is read.
+    """
+    temporary = TemporaryDirectory() if folder is None else nullcontext(folder)
+    with temporary as base, local_copy(file, Path(base)) as path:
+        for item in read_file(path, *how, **more):
+            if isinstance(file, Path):
+                yield item
+            elif isinstance(item, Document):
+                yield replace(item, url=file.url)
+            else:
+                where, reason = (text.replace(str(path), file.url) for text in (item.where, item.reason))
+                yield BadDocument(where, reason, item.is_damage)
 
 
 def local_files(files: Sequence[Path | RemoteFile]) -> list[Path]:
