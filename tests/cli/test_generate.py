@@ -263,6 +263,16 @@ def test_a_weight_file_is_not_replaced_by_a_state(run, weights):
     assert (weights / "model.safetensors").read_bytes() == before
 
 
+def test_a_state_is_continued_in_place_but_not_replaced_by_results(run, tmp_path):
+    state, lines = tmp_path / "s", tmp_path / "in.jsonl"
+    lines.write_text(LINES)
+    for given in ("-p", "a"), ("--state-in", state):
+        assert run(*given, "--max-tokens", "1", "--state-out", state)[0] == 0
+    before = state.read_bytes()
+    fails(run("--state-in", state, "--input", lines, "--output", state), "which is also the input")
+    assert state.read_bytes() == before
+
+
 def test_a_batch_can_go_to_a_pipe(run, tmp_path):
     (tmp_path / "in.jsonl").write_text(LINES)
     os.mkfifo(tmp_path / "pipe")

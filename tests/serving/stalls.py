@@ -24,13 +24,13 @@ def bodies(size: int) -> dict[str, bytes]:
     return {
         "a million ids": f'{{"max_tokens":1,"prompt":{ids}}}'.encode(),
         "wrong ids, 2 MiB": filled('{"prompt":[', "1.5,", "]}", 2 << 20),
-        "numbers": filled('{"prompt":[5,"a",', "1,", "]}"),
-        "lists": filled('{"prompt":[', "[],", "]}"),
-        "keys": b"{" + b",".join(b'"%x":0' % number for number in range(size // 12)) + b"}",
+        "4 million numbers": filled('{"prompt":[5,"a",', "1,", "]}"),
+        "2.8 million empty lists": filled('{"prompt":[', "[],", "]}"),
+        "700,000 keys": b"{" + b",".join(b'"%x":0' % number for number in range(size // 12)) + b"}",
         "a long key": filled('{"', "a", '":1}'),
-        "messages": filled('{"messages":[', '{"role":"user","content":""},', "]}"),
-        "text": filled('{"max_tokens":1,"prompt":"', "Once upon a time there was a king. ", '"}'),
-        "letters": filled('{"max_tokens":1,"prompt":"', "a", '"}'),
+        "290,000 messages": filled('{"messages":[', '{"role":"user","content":""},', "]}"),
+        "one text of sentences": filled('{"max_tokens":1,"prompt":"', "Once upon a time there was a king. ", '"}'),
+        "one text of a letter": filled('{"max_tokens":1,"prompt":"', "a", '"}'),
     }
 
 

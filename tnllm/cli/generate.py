@@ -127,7 +127,10 @@ def command(
     text = (prompt or "") if data is None or is_batch else _decode(data, file or "")
     if state_in is not None:
         read_metadata(state_in)
-    _check_outputs(output, state_out, file, model, adapter)
+    # A state may be continued in place.
+    read = [file if file != "-" else "/dev/stdin", state_in if is_batch else None]
+    read += [path for folder in (model, adapter) if folder for path in Path(folder).glob("*")]
+    _check_output(output or state_out, is_batch, [Path(path) for path in read if path])
     log_default_model(model)
     ready = load(model, device, dtype, adapter)
     weights = weights_hash(ready.model) if state_in or state_out or output else ""
@@ -234,19 +237,14 @@ def _source(given: dict[str, object], state_in: Path | None) -> str:
     return next(iter(given), "--prompt")
 
 
-def _check_outputs(
-    output: Path | None, state_out: Path | None, file: str | None, model: str | None, adapter: Path | None
-) -> None:
+def _check_output(path: Path | None, is_batch: bool, inputs: list[Path]) -> None:
     """Raise UserError for a file that cannot be written, and for one that is read too."""
     from tnllm.generation.jsonl import part_path
 
-    inputs = [] if file is None else [Path("/dev/stdin" if file == "-" else file)]
-    inputs += [path for folder in (model, adapter) if folder for path in Path(folder).glob("*")]
-    for flag, path in (("--output", output), ("--state-out", state_out)):
-        if path is not None:
-            check_output_file(path, flag, inputs)
-    if output is not None and not is_special(output):
-        check_output_file(part_path(output), "--output, until it is complete,", inputs)
+    if path is not None:
+        check_output_file(path, "--output" if is_batch else "--state-out", inputs)
+        if is_batch and not is_special(path):
+            check_output_file(part_path(path), "--output, until it is complete,", inputs)
 
 
 def _check_text(flag: str, text: str | None) -> None:

@@ -148,17 +148,11 @@ class CompletionRequest(_Request):
 
     prompt: _Prompt = Field(description="a text, several, or token ids")
     echo: bool = Field(False, description="Put the prompt before the text.")
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None = Field(
-        None, description="Log-probabilities, also of this many most likely tokens."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_logprobs(cls, values: Any) -> Any:
-        """False is what the chat's key of this name says for none."""
-        if isinstance(values, dict) and values.get("logprobs") is False:
-            return {key: value for key, value in values.items() if key != "logprobs"}
-        return values
+    # False is what the chat's key of this name says for none.
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None,
+        BeforeValidator(lambda value: None if value is False else value),
+    ] = Field(None, description="Log-probabilities, also of this many most likely tokens.")
 
     def prompts(self, loaded: LoadedModel, most_tokens: int | None = None) -> list[list[int]]:
         """Token ids of each prompt. Raises RequestError, for too long a text without reading it."""

@@ -32,7 +32,6 @@ class PrefixCache:
         """`weights` is `weights_hash(model)`: contexts of other weights are never a hit."""
         self._weights, self.max_bytes = weights, max_bytes
         self._entries: OrderedDict[tuple[int, bytes], Context] = OrderedDict()
-        self._counts: dict[int, int] = {}  # entries of each length
         self._recent: deque[np.ndarray] = deque(maxlen=_RECENT)
         self.num_bytes = 0
 
@@ -41,7 +40,7 @@ class PrefixCache:
 
     def longest(self, prompt: Ids) -> Context | None:
         """The context after the longest cached prefix of `prompt`, which may be all of it; None if there is none."""
-        lengths = sorted(length for length in self._counts if length <= len(prompt))
+        lengths = sorted({length for length, _ in self._entries if length <= len(prompt)})
         for key in reversed(list(self._keys(prompt, lengths))):
             if key in self._entries:
                 self._entries.move_to_end(key)
@@ -58,14 +57,9 @@ class PrefixCache:
             self._entries.move_to_end(key)
             return
         self._entries[key] = context
-        self._counts[key[0]] = self._counts.get(key[0], 0) + 1
         self.num_bytes += size
         while self.num_bytes > self.max_bytes:
-            (length, _), oldest = self._entries.popitem(last=False)
-            self.num_bytes -= _nbytes(oldest)
-            self._counts[length] -= 1
-            if not self._counts[length]:
-                del self._counts[length]
+            self.num_bytes -= _nbytes(self._entries.popitem(last=False)[1])
 
     def branch(self, prompt: Ids) -> int:
         """Longest prefix, in tokens, that `prompt` shares with an earlier prompt, of which it is one from now on."""
