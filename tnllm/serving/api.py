@@ -157,7 +157,9 @@ class CompletionRequest(_Request):
     def prompts(self, loaded: LoadedModel, most_tokens: int | None = None) -> list[list[int]]:
         """Token ids of each prompt. Raises RequestError, for too long a text without reading it."""
         given = self.prompt if isinstance(self.prompt, list) and type(self.prompt[0]) is not int else [self.prompt]
-        check_text_length(loaded, [one for one in given if isinstance(one, str)], most_tokens, "prompt", total=False)
+        for one in given:
+            if isinstance(one, str):
+                check_text_length(loaded, one, most_tokens, "prompt")
         return [loaded.encode(one) if isinstance(one, str) else one for one in given]
 
     def params(self, loaded: LoadedModel, most_tokens: int | None = None) -> SamplingParams:
@@ -210,7 +212,7 @@ class ChatRequest(_Request):
 
     def prompts(self, loaded: LoadedModel, most_tokens: int | None = None) -> list[list[int]]:
         """Token ids of the conversation, in the model's turn format. Raises RequestError."""
-        check_text_length(loaded, [text for _, text in self.messages], most_tokens, "messages", total=True)
+        check_text_length(loaded, "".join([text for _, text in self.messages]), most_tokens, "messages")
         return [message_ids(loaded, self.messages)]
 
     def params(self, loaded: LoadedModel, most_tokens: int | None = None) -> SamplingParams:
@@ -237,16 +239,11 @@ def validated(kind: type[_R], content: bytes, most_tokens: int | None = None) ->
         raise bodies.explained(error, kind) from None
 
 
-def check_text_length(loaded: LoadedModel, texts: list[str], most_tokens: int | None, param: str, total: bool) -> None:
-    """Raise RequestError for a text, or a `total`, that must have more than `most_tokens` tokens, before it is read."""
-    lengths = [sum(map(len, texts))] if total else list(map(len, texts))
-    if most_tokens is None or max(lengths, default=0) <= most_tokens:
+def check_text_length(loaded: LoadedModel, text: str, most_tokens: int | None, param: str) -> None:
+    """Raise RequestError for a very long text that must have more than `most_tokens` tokens, before all of it is read."""
+    if most_tokens is None or len(text) <= max(2 * most_tokens, 1 << 17):
         return
-    longest = max(map(len, loaded.tokenizer.token_bytes))
-    sizes = [len(text.encode(errors="surrogatepass")) for text in texts]
-    least = max([sum(sizes)] if total else sizes) // longest
-    if least <= most_tokens and max(lengths) > max(2 * most_tokens, 1 << 17):
-        least = max(_least_tokens(loaded, part, most_tokens) for part in (["".join(texts)] if total else texts))
+    least = _least_tokens(loaded, text, most_tokens)
     if least > most_tokens:
         message = f"{param} has {least} or more tokens; this server takes at most {most_tokens}"
         raise RequestError(message, param, "context_length_exceeded")
@@ -300,14 +297,6 @@ class Answer:
     @property
     def num_choices(self) -> int:
         return len(self._prompts) * self._params.n
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it has so many log-probabilities that writing it takes long."""
-        if self._params.logprobs is None:
-            return False
-        tokens = _echoed(self._request, self._prompts, self._params) + self.completion_tokens
-        return tokens * (self._params.logprobs + 1) > 20_000
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
@@ -479,7 +468,8 @@ class ChatAnswer(Answer):
 
 def check_size(request: "_Request", prompts: list[list[int]], params: SamplingParams) -> None:
     """Raise RequestError for more choices, log-probabilities or repeated tokens than one answer may have."""
-    choices, echoed = len(prompts) * params.n, _echoed(request, prompts, params)
+    choices = len(prompts) * params.n
+    echoed = params.n * sum(map(len, prompts)) if isinstance(request, CompletionRequest) and request.echo else 0
     if choices > MAX_SAMPLES:
         message = f"{len(prompts)} prompts times n = {params.n} are {choices} choices; at most {MAX_SAMPLES}"
         raise RequestError(message, "n" if params.n > 1 else "prompt")
@@ -489,8 +479,3 @@ def check_size(request: "_Request", prompts: list[list[int]], params: SamplingPa
     if scored > MAX_SIZE:
         message = f"the answer may have {scored} log-probabilities (its tokens times logprobs + 1); at most {MAX_SIZE}"
         raise RequestError(message, "logprobs")
-
-
-def _echoed(request: "_Request", prompts: list[list[int]], params: SamplingParams) -> int:
-    """Tokens of prompts in the answer."""
-    return params.n * sum(map(len, prompts)) if isinstance(request, CompletionRequest) and request.echo else 0

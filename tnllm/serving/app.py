@@ -80,7 +80,7 @@ class _Submission:
         answer = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
         self.answer: Answer = answer(loaded, name, fingerprint, body, prompts, params)
         echoes = isinstance(body, CompletionRequest) and body.echo and params.logprobs is not None
-        self._samples = params.n
+        self._samples, self._has_logprobs = params.n, params.logprobs is not None
         try:
             ticket = engine.submit_all(prompts, params, client=client, prompt_logprobs=echoes, deliver=self._deliver)
         except Busy:
@@ -135,7 +135,8 @@ class _Submission:
             choices = [
                 self.answer.full_choice(choice, results[choice], prompts[choice].logprobs) for choice in sorted(results)
             ]
-            return encode_json(self.answer.body(choices), self.answer.is_large)
+            # With log-probabilities it may be long.
+            return encode_json(self.answer.body(choices), yielding=self._has_logprobs)
 
         # A long prompt or text that is sent with its log-probabilities takes seconds.
         return await run_in_threadpool(encoded)
@@ -184,9 +185,8 @@ def _error(error: UserError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of an error."""
     if isinstance(error, Busy):
         headers = {"Retry-After": str(error.retry_after_s)}
-        if error.stopping:
-            return 503, error_body(str(error), "service_unavailable", "shutting_down"), headers
-        return 429, error_body(str(error), "rate_limit_error", "queue_full"), headers
+        busy = ("service_unavailable", "shutting_down") if error.stopping else ("rate_limit_error", "queue_full")
+        return 503 if error.stopping else 429, error_body(str(error), *busy), headers
     if isinstance(error, RunError):
         return 500, error_body(str(error), "server_error"), {}
     if isinstance(error, RequestError):

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -265,17 +266,9 @@ class Engine:
                 f"{config.max_position} positions"
             )
 
-    def submit(
-        self,
-        ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        client: str = "",
-        prompt_logprobs: bool = False,
-        deliver: Callable[[list[Event]], None] | None = None,
-    ) -> Ticket:
+    def submit(self, ids: Sequence[int], params: SamplingParams, **more: Any) -> Ticket:
         """`submit_all` of one prompt."""
-        return self.submit_all([ids], params, client=client, prompt_logprobs=prompt_logprobs, deliver=deliver)
+        return self.submit_all([ids], params, **more)
 
     def submit_all(
         self,
