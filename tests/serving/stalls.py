@@ -22,7 +22,7 @@ def bodies(size: int) -> dict[str, bytes]:
 
     ids = json.dumps([random.Random(1).randrange(3, 300) for _ in range(1_000_000)], separators=(",", ":"))
     return {
-        "a million ids": f'{{"max_tokens":1,"prompt":{ids}}}'.encode(),
+        "a million ids, accepted": f'{{"max_tokens":1,"prompt":{ids}}}'.encode(),
         "wrong ids, 2 MiB": filled('{"prompt":[', "1.5,", "]}", 2 << 20),
         "4 million numbers": filled('{"prompt":[5,"a",', "1,", "]}"),
         "2.8 million empty lists": filled('{"prompt":[', "[],", "]}"),
@@ -30,12 +30,12 @@ def bodies(size: int) -> dict[str, bytes]:
         "a long key": filled('{"', "a", '":1}'),
         "290,000 messages": filled('{"messages":[', '{"role":"user","content":""},', "]}"),
         "one text of sentences": filled('{"max_tokens":1,"prompt":"', "Once upon a time there was a king. ", '"}'),
-        "one text of a letter": filled('{"max_tokens":1,"prompt":"', "a", '"}'),
+        "one text of letters": filled('{"max_tokens":1,"prompt":"', "a", '"}'),
     }
 
 
 # A body that is accepted takes minutes to prefill; the client leaves before.
-PATIENCE_SECONDS = {"a million ids": 4.0}
+PATIENCE_SECONDS = {"a million ids, accepted": 4.0}
 
 
 def longest_wait(host: str, port: int, kind: str, body: bytes) -> tuple[float, str, float]:
