@@ -51,10 +51,11 @@ class Terminated(UserError):
 
 
 def did_you_mean(word: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return `"; did you mean 'x'?"` for the allowed word nearest to `word`, or an empty string.
+    """Return `"; did you mean 'x'?"` for the allowed word nearest to `word`, in any case, or an empty string.
 
     cutoff: similarity from which a word is near, 0 to 1.
     """
     # The comparison takes quadratic time, and names are short.
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=cutoff) if len(word) <= 64 else []
-    return f"; did you mean {near[0]!r}?" if near else ""
+    names = {name.lower(): name for name in allowed} if len(word) <= 64 else {}
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""

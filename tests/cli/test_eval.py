@@ -118,6 +118,7 @@ def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
     [
         ([], "no tasks; give --tasks mmlu,ceval"),
         (["--tasks", "mmul"], "did you mean 'mmlu'?"),
+        (["--tasks", "PIQA"], "did you mean 'piqa'?"),
         (["--tasks", "mmlu", "--limit", "0"], "--limit is 0; give a number of questions from 1"),
         (["--tasks", "boolq"], "none ship with tnllm; give --data-dir"),
         (["--tasks", "mmlu", "--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),

@@ -408,7 +408,7 @@ def test_generate_with_a_tuned_prompt(model):
     [("plain", {}), ("padded", {}), ("packed", {}), ("packed", {"softmax_every": 2})],
     indirect=["model"],
 )
-def test_compile_and_export_make_one_graph(model, kind):
+def test_compile_makes_one_graph(model, kind):
     tokens = text(2, 70)
     said = {
         "plain": {},
@@ -425,8 +425,36 @@ def test_compile_and_export_make_one_graph(model, kind):
             compiled(last, past_key_values=traced.past_key_values).logits,
             model(last, past_key_values=eager.past_key_values).logits,
         )
-        program = torch.export.export(model, (tokens,), {**said, "use_cache": False})
-        close(program.module()(tokens, **said, use_cache=False).logits, eager.logits)
+
+
+@pytest.mark.slow
+@both
+def test_export_of_any_batch_and_length(model):
+    """One graph for every batch and length, down to one token, with padding and packed texts and without."""
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shapes = {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+
+    def inputs(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        tokens, mask = text(rows, columns), torch.ones(rows, columns, dtype=torch.int64)
+        mask[0, : columns // 3] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        positions[-1, columns - columns // 4 :] = torch.arange(columns // 4)
+        return dict(zip(shapes, (tokens, mask, positions, tokens), strict=True))
+
+    for names in (["input_ids"], list(shapes)):
+        given = {name: inputs(3, 70)[name] for name in names}
+        dynamic = {**{name: shapes[name] for name in names}, "use_cache": None}
+        program = torch.export.export(model, (), {**given, "use_cache": True}, dynamic_shapes=dynamic)
+        for rows, columns in ((1, 1), (1, 64), (5, 65), (2, 200)):
+            given = {name: inputs(rows, columns)[name] for name in names}
+            with torch.no_grad():
+                found, expected = (run(**given, use_cache=True) for run in (program.module(), model))
+            close(found.logits, expected.logits)
+            # A state sums up to 200 products, some of which cancel.
+            torch.testing.assert_close(
+                found.past_key_values.layers, expected.past_key_values.layers, atol=1e-4, rtol=1e-4
+            )
+            assert "labels" not in names or columns == 1 or found.loss.isclose(expected.loss, rtol=1e-4)
 
 
 @both

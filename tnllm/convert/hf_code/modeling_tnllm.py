@@ -268,7 +268,8 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
         else:
             raise ValueError(f"logits_to_keep is {count}; give the number of last columns, or 0 for all")
         if shift_labels is None and labels is not None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            shift_labels = labels.roll(-1, 1)
+            shift_labels[:, -1] = -100
         loss = None
         if shift_labels is None:
             logits = self._logits(hidden[:, keep])

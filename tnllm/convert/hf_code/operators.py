@@ -89,7 +89,7 @@ def traced_attention(
     A token's time is the number of tokens up to it in its row, so padding takes no time. Chunks of C tokens are computed
     as in the kernels' chunked torch form, and the states before all chunks are one product with the decays between chunks.
     """
-    B, T = q.shape[:2]
+    (B, T), dtype = q.shape[:2], v.dtype
     wide = torch.promote_types(q.dtype, torch.float32)
     if rows is None:
         keep = torch.ones(B, T, dtype=torch.bool, device=q.device)
@@ -97,12 +97,12 @@ def traced_attention(
     else:
         keep, time, text = rows.keep, rows.count, rows.text
     C = 64
-    pad = -T % C
-    q, k, v = (F.pad(x.to(wide), (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, C)).transpose(2, 3) for x in (q, k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, C, D]
-    keep = F.pad(keep, (0, pad)).unflatten(1, (-1, C))
+    # Chunks by index, and never a single one: views and padding would make a graph that holds for some lengths only.
+    column = torch.arange(T // C + 2, device=q.device)[:, None] * C + torch.arange(C, device=q.device)
+    real, column = column < T, column.clamp(max=T - 1)
+    q, k, v = (x.to(wide).transpose(1, 2)[:, :, column] for x in (q, k, v))  # [B, H, N, C, D]
     # Columns added at the end belong to the last text and take no time.
-    time, text = (torch.cat([x, x[:, -1:].expand(-1, pad)], 1).unflatten(1, (-1, C)) for x in (time, text))
+    keep, time, text = keep[:, column] & real, time[:, column], text[:, column]
 
     def decay(gap: Tensor, allowed: Tensor) -> Tensor:
         """exp(log_decay * gap) of every head where allowed, else 0: [B, ...] → [B, H, ...]."""
@@ -112,23 +112,23 @@ def traced_attention(
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
     same = (text[..., :, None] == text[..., None, :]) & keep[..., :, None] & keep[..., None, :] & causal
     o = ((q @ k.mT) * decay(time[..., :, None] - time[..., None, :], same)) @ v
-    # Time and text before each chunk and after each chunk, [B, N].
+    # Time and text after each chunk and before it, [B, N].
     time_after, text_after = time[..., -1], text[..., -1]
-    time_before, text_before = (F.pad(x[:, :-1], (1, 0)) for x in (time_after, text_after))
+    chunk = torch.arange(column.shape[0], device=q.device)
+    time_before, text_before = (torch.where(chunk > 0, x[:, chunk - 1], 0) for x in (time_after, text_after))
     into = decay(time_after[..., None] - time, keep & (text == text_after[..., None]))
     update = (k * into[..., None]).mT @ v
-    # The states that are wanted: before each chunk, and at the end. [B, N + 1]
-    at, inside = (torch.cat([a, b[:, -1:]], 1) for a, b in ((time_before, time_after), (text_before, text_after)))
-    chunk = torch.arange(at.shape[1], device=q.device)
-    earlier = (chunk[:, None] > chunk[:-1]) & (inside[..., :, None] == text_after[..., None, :])
-    states = (decay(at[..., :, None] - time_after[..., None, :], earlier) @ update.flatten(-2)).unflatten(
+    # The state before each chunk; the last one is empty, so that is also the state at the end.
+    earlier = (chunk[:, None] > chunk) & (text_before[..., :, None] == text_after[..., None, :])
+    states = (decay(time_before[..., :, None] - time_after[..., None, :], earlier) @ update.flatten(-2)).unflatten(
         -1, update.shape[-2:]
     )
     if state is not None:
-        states = states + decay(at[..., None], (inside == 0)[..., None])[..., None] * state[:, :, None].to(wide)
+        states = states + decay(time_before[..., None], (text_before == 0)[..., None])[..., None] * state[:, :, None].to(wide)
     reach = decay(time - time_before[..., None], keep & (text == text_before[..., None]))
-    o = o + (q * reach[..., None]) @ states[:, :, :-1]
-    return o.transpose(1, 2).transpose(2, 3).flatten(1, 2)[:, :T].to(v.dtype), states[:, :, -1]
+    o = o + (q * reach[..., None]) @ states
+    every = torch.arange(T, device=q.device)
+    return o[:, :, every // C, every % C].transpose(1, 2).to(dtype), states[:, :, -1]
 
 
 def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
