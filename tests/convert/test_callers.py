@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from tnllm.convert import hf_folder
 from tnllm.modeling.config import get_preset
@@ -53,24 +53,48 @@ def close(actual, expected) -> None:
 # --- the loss
 
 
-def test_gradient_accumulation_changes_nothing(hf_code, tmp_path):
-    rows = [{"input_ids": row, "labels": row.masked_fill(row < 9 * i, -100)} for i, row in enumerate(text(4, 12))]
-    results = []
-    for batch, steps in ((4, 1), (1, 4)):
-        model = sharpen(hf_code.TnllmForCausalLM(hf_code.TnllmConfig(**to_hf_config(CONFIG))))
+def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """One batch of rows of several lengths, padded on the right."""
+    tokens, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
+    stack = lambda values, fill: nn.utils.rnn.pad_sequence(values, True, fill)  # noqa: E731
+    mask = stack([torch.ones_like(row) for row in tokens], 0)
+    return {"input_ids": stack(tokens, 0), "labels": stack(labels, -100), "attention_mask": mask}
+
+
+@both
+def test_trainer_learns_the_same_however_it_is_asked(model, tmp_path):
+    """Two steps on four texts: at once, accumulated, padding-free, with recomputed activations."""
+    flattened = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    ways = {
+        "at once": (4, 1, padded, {}),
+        "accumulated": (1, 4, padded, {}),
+        "padding-free": (4, 1, DataCollatorWithFlattening(), {}),
+        "padding-free with offsets": (2, 2, flattened, {}),
+        "recomputed": (2, 2, padded, {"gradient_checkpointing": True}),
+        "recomputed, reentrant": (
+            4, 1, flattened, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        ),
+    }  # fmt: skip
+    texts = [text(1, length)[0].tolist() for length in (5, 9, 3, 12)]
+    rows = [{"input_ids": ids, "labels": [token if token > 20 else -100 for token in ids]} for ids in texts]
+    begun = {name: value.clone() for name, value in model.state_dict().items()}
+    results = {}
+    for way, (batch, steps, collator, more) in ways.items():
+        model.load_state_dict(begun)
+        model.gradient_checkpointing_disable()
         arguments = TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=1,
+            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2,
             learning_rate=0.1, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", report_to=[], use_cpu=True,
-            save_strategy="no", logging_steps=1, disable_tqdm=True,
+            save_strategy="no", logging_steps=1, disable_tqdm=True, **more,
         )  # fmt: skip
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
         trainer.train()
-        loss = next(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-        results.append((loss, {name: parameter.detach() for name, parameter in model.named_parameters()}))
-    (loss, weights), (other_loss, others) = results
-    assert loss == pytest.approx(other_loss, abs=1e-3)
-    for name, value in weights.items():
-        close(value, others[name])
+        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        results[way] = losses, [parameter.detach().clone() for parameter in model.parameters()]
+    losses, weights = results["at once"]
+    for way, (others, changed) in results.items():
+        assert others == pytest.approx(losses, abs=1e-3), way
+        close(changed, weights)
 
 
 def test_trainer_evaluates_predicts_and_smooths_labels(model, tmp_path):

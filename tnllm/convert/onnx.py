@@ -119,24 +119,13 @@ class Session:
 class _Graph(nn.Module):
     """The exported folder's model as a function of tensors."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, state: type) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.state = model, state
 
     def forward(self, tokens: Tensor, position: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        body = self.model.model
-        # An arange and not a number: arithmetic on a dynamic length has no form in the graph.
-        positions = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        x = body.embed_tokens(tokens)
-        if body.config.scale_embedding:
-            x = x * math.sqrt(body.config.model_dim)
-        if body.config.position == "ape":
-            x = x + body.embed_positions(positions)
-        after = []
-        for block, state in zip(body.layers, states, strict=True):
-            x, new = block(x, positions, state, None)
-            after.append(new)
-        return self.model.lm_head(body.final_norm(x)), after
+        output = self.model(tokens, past_key_values=self.state([*states], position), use_cache=True, return_dict=True)
+        return output.logits, output.past_key_values.layers
 
 
 def _one_chunk(
@@ -162,11 +151,12 @@ def _export(folder: Path, file: Path) -> None:
         operators = sys.modules[f"{code.__name__.rpartition('.')[0]}.operators"]
         operators.traced_attention = _one_chunk  # type: ignore[attr-defined]
         # No size is 1, which would become a constant of the graph.
-        states = model.model.init_state(2, torch.device("cpu")).layers
+        state = model.model.init_state(2, torch.device("cpu"))
+        states = state.layers
         tokens, position = torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
         batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
         program = torch.onnx.export(
-            _Graph(model).eval(),
+            _Graph(model, type(state)).eval(),
             (tokens, position, states),
             dynamo=True,
             opset_version=_OPSET,

@@ -14,7 +14,6 @@ Papers: TransNormerLLM (arXiv 2307.14995), Lightning Attention-2 (arXiv 2401.046
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import (

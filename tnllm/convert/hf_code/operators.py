@@ -124,7 +124,7 @@ def traced_attention(
         -1, update.shape[-2:]
     )
     if state is not None:
-        states = states + decay(time_before[..., None], (text_before == 0)[..., None])[..., None] * state[:, :, None].to(wide)
+        states = states + decay(time_before, text_before == 0)[..., None, None] * state[:, :, None].to(wide)
     reach = decay(time - time_before[..., None], keep & (text == text_before[..., None]))
     o = o + (q * reach[..., None]) @ states
     every = torch.arange(T, device=q.device)

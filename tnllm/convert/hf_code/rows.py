@@ -119,7 +119,11 @@ def _before(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def _from_positions(position_ids: Tensor, keep: Tensor, start: Tensor) -> Tensor:
-    if position_ids.ndim != 2 or position_ids.shape[1] != keep.shape[1] or position_ids.shape[0] not in (1, keep.shape[0]):
+    if (
+        position_ids.ndim != 2
+        or position_ids.shape[1] != keep.shape[1]
+        or position_ids.shape[0] not in (1, keep.shape[0])
+    ):
         raise ValueError(f"position_ids must be {list(keep.shape)}; got {list(position_ids.shape)}")
     positions = position_ids.expand(keep.shape).to(torch.int64)
     first = _is_first(keep)
@@ -141,7 +145,9 @@ def _from_offsets(offsets: Tensor | None, keep: Tensor, start: Tensor) -> Tensor
     if offsets is None:
         return None
     if keep.shape[0] != 1 or offsets.ndim != 1 or offsets.shape[0] < 2:
-        raise ValueError(f"cu_seq_lens must be [N + 1] and the batch 1; got {list(offsets.shape)} and {keep.shape[0]} rows")
+        raise ValueError(
+            f"cu_seq_lens must be [N + 1] and the batch 1; got {list(offsets.shape)} and {keep.shape[0]} rows"
+        )
     offsets = offsets.to(keep.device, torch.int64)
     if not torch.compiler.is_compiling():
         ends = offsets.tolist()
