@@ -1,5 +1,7 @@
 """The model computes the released function, causally, and every way of cutting a text gives the same numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -284,3 +286,20 @@ def test_everything_compiles_in_one_graph():
     for length in (16, 12):
         piece = tokens[:, :length]
         torch.testing.assert_close(compiled(piece, piece), model.loss(piece, piece))
+
+
+@pytest.mark.slow
+def test_a_hybrid_compiles_for_training_and_validation_at_changing_lengths(monkeypatch):
+    """Layers with and without LRPE and softmax layers, with and without gradients, fixed and varying lengths."""
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    model = small("hybrid", dtype=torch.float32)
+    eager, tokens = small("hybrid", dtype=torch.float32), text(1, 24)
+    model.compile_blocks()
+    for ends in ([0, 9, 24], [0, 12, 24], [0, 4, 9, 24], [0, 3, 10, 20, 24]):
+        packed = torch.tensor(ends, dtype=torch.int32)
+        longest = int(packed.diff().max())
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                loss = model.loss(tokens, tokens, packed, longest=longest)
+                torch.testing.assert_close(loss, eager.loss(tokens, tokens, packed, longest=longest))

@@ -11,6 +11,7 @@ Paper: arXiv 2307.14995 Eq. 9 (block), arXiv 2405.17381 Fig. 3.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,16 @@ class Block(ResidualBlock):
         """x [B, M] → x [B, M]; `state` is updated in place."""
         x = x + self.token_mixer.step(self.token_norm(x), positions, state)
         return x + self.channel_mixer(self.channel_norm(x))
+
+
+def compile_block(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which runs a Block, compiled.
+
+    It has a form for each kind of layer, with and without gradients, for fixed and for varying lengths: a hybrid has more
+    than the eight that torch allows a function before it gives up.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, fullgraph=True)
 
 
 def _without_state(
@@ -138,7 +149,7 @@ class LanguageModel(nn.Module):
         Layers of one form share a compilation, so it takes seconds. `torch.compile(model.loss, fullgraph=True)` works too:
         it takes a minute and is not measurably faster.
         """
-        self._block = torch.compile(_without_state, fullgraph=True)
+        self._block = compile_block(_without_state)
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state before any token, for `batch` rows."""

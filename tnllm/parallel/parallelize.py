@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from tnllm.errors import UserError
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.lora import add_lora, lora_layers
-from tnllm.modeling.model import LanguageModel, build_model
+from tnllm.modeling.model import LanguageModel, build_model, compile_block
 from tnllm.parallel.layout import Layout
 from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.sequence import sequence_attention, sequence_gated_attention
@@ -169,7 +169,7 @@ def parallelize(
     if compiled:
         for block in model.blocks:
             # Only the forward, so that FSDP's hooks on the block stay out of the graph.
-            block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+            block.forward = compile_block(block.forward)  # type: ignore[method-assign]
     if mesh.fsdp is not None:
         _shard_weights(model, mesh, low_precision)
     return ShardedModel(model, mesh)
