@@ -11,8 +11,10 @@ parse_count("0.5M")                                     # 500000
 format_bytes(3 << 30)                                   # "3.00 GiB"
 """
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -126,6 +128,15 @@ def _is_same(first: Path, second: Path) -> bool:
 def write_text_atomic(path: Path, text: str) -> None:
     """`write_bytes_atomic` for UTF-8 text."""
     write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write `rows` and, above them, all their keys; a key that a row lacks is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic(path, text.getvalue())
 
 
 def replace_dir(temporary: Path, final: Path) -> None:

@@ -17,6 +17,7 @@ import codecs
 import hashlib
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -155,6 +156,11 @@ class Tokenizer:
         if self._processor.is_unknown(id):
             return " \u2047 ".encode()
         return piece.replace(_SPACE, " ").encode()
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """The loss that does not depend on the tokenizer, from the total of all tokens and the bytes they stand for."""
+    return nats / math.log(2) / max(num_bytes, 1)
 
 
 def _sentencepiece(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:

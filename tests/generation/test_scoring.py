@@ -9,8 +9,9 @@ from tnllm.cleaning.score import score_texts
 from tnllm.errors import RunError, UserError
 from tnllm.evaluation.perplexity import perplexity
 from tnllm.generation.prefix_tree import Request
-from tnllm.generation.scoring import Scorer, bits_per_byte
+from tnllm.generation.scoring import Scorer
 from tnllm.serving.engine import Engine
+from tnllm.tokenizer import bits_per_byte
 
 
 def make_requests(seed=0, vocab_size=352):

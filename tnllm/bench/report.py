@@ -9,8 +9,6 @@
 `tnllm.bench.tables` holds what each benchmark shows.
 """
 
-import csv
-import io
 import json
 import string
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tnllm import tables
+from tnllm import files, tables
 from tnllm.files import format_bytes, write_bytes_atomic, write_text_atomic
 from tnllm.training.plot import COLORS, new_figure, picture
 
@@ -107,13 +105,8 @@ def write_json(results: Row, path: Path) -> None:
 
 def write_csv(results: Row, path: Path) -> None:
     """The rows, with the device beside each."""
-    text = io.StringIO()
     about = {key: results["environment"][key] for key in ("device", "dtype")}
-    if rows := [{**about, **row} for row in results["rows"]]:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    write_text_atomic(path, text.getvalue())
+    files.write_csv(path, [{**about, **row} for row in results["rows"]])
 
 
 @dataclass

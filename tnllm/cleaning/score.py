@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tnllm.generation.prefix_tree import Request
-from tnllm.generation.scoring import Scorer, bits_per_byte
+from tnllm.generation.scoring import Scorer
 from tnllm.modeling.model import LanguageModel
-from tnllm.tokenizer import Tokenizer
+from tnllm.tokenizer import Tokenizer, bits_per_byte
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnllm import __version__, assets
@@ -32,7 +33,7 @@ from tnllm.convert.quantize import quiet_import
 from tnllm.errors import MissingExtra, UserError
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.weights import CONFIG, GENERATION, TOKENIZER, load_model
-from tnllm.tokenizer import Tokenizer
+from tnllm.tokenizer import Tokenizer, bits_per_byte
 
 MODEL = "model.onnx"
 CHUNK = 128
@@ -190,16 +191,14 @@ def _quantize(file: Path) -> None:
 def _bits_per_byte(file: Path, folder: Path) -> float:
     """On the first documents of the packaged sample, up to 1,500 tokens each read from the start."""
     tokenizer = Tokenizer.load(folder)
-    nats = size = 0.0
+    nats, size = 0.0, 0
     for text in islice(_sample_texts(), 4):
         ids = np.array([tokenizer.encode(text)[:1500]], np.int64)
         run = Session(file)
         logits = np.concatenate([run(ids[:, at : at + CHUNK]) for at in range(0, ids.shape[1], CHUNK)], 1)[0, :-1]
-        logits -= logits.max(-1, keepdims=True)
-        picked = np.take_along_axis(logits, ids[0, 1:, None], -1)[:, 0]
-        nats += float((np.log(np.exp(logits).sum(-1)) - picked).sum())
+        nats += float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(ids[0, 1:]), reduction="sum"))
         size += len(tokenizer.decode(ids[0, 1:].tolist()).encode())
-    return nats / math.log(2) / size
+    return bits_per_byte(nats, size)
 
 
 def _sample_texts() -> Iterator[str]:

@@ -17,7 +17,8 @@ import numpy as np
 from tnllm.errors import UserError
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.prefix_tree import Request
-from tnllm.generation.scoring import Report, Scorer, bits_per_byte
+from tnllm.generation.scoring import Report, Scorer
+from tnllm.tokenizer import bits_per_byte
 
 
 def perplexity(

@@ -15,6 +15,7 @@ from functools import lru_cache
 from tnllm.generation.prefix_tree import Request
 from tnllm.tokenizer import Tokenizer
 
+_CACHED_LINES = 1 << 16
 # Texts on which encoding by lines may differ: line ends, spaces around them, several scripts, U+2581.
 _PROBES = (
     "a\nb",
@@ -32,14 +33,13 @@ _PROBES = (
 class LineEncoder:
     """`tokenizer.encode`, faster on prompts with lines in common."""
 
-    def __init__(self, tokenizer: Tokenizer, lines: int = 1 << 16) -> None:
-        """`lines` is how many encoded lines are cached."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         # Some models put a space before every text, which the lines after the first must not have.
         newline = tokenizer.encode("\n")
         self._skip = int(len(newline) > 1 and tokenizer.token_bytes[newline[0]] == b" ")
-        self._following = lru_cache(lines)(self._encode_following)
-        self._first = lru_cache(lines)(lambda line: tuple(tokenizer.encode(line)))
+        self._following = lru_cache(_CACHED_LINES)(self._encode_following)
+        self._first = lru_cache(_CACHED_LINES)(lambda line: tuple(tokenizer.encode(line)))
         self.by_lines = not any(b"\n" in piece and piece != b"\n" for piece in tokenizer.token_bytes) and all(
             self._by_lines(probe) == tokenizer.encode(probe) for probe in _PROBES
         )

@@ -11,7 +11,6 @@ are alive at a time. A document longer than a pass is a chain of nodes, so its l
 """
 
 import heapq
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,11 +34,6 @@ _STATE_BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}
 _LOGITS_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 
 Report = Callable[[int, int], None]
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """The loss that does not depend on the tokenizer, from the total of all tokens and the bytes they stand for."""
-    return nats / math.log(2) / max(num_bytes, 1)
 
 
 class TokenScores(NamedTuple):

@@ -21,8 +21,9 @@ from torch import Tensor
 from tnllm.data.loader import IGNORE, Batch
 from tnllm.device import pick_device
 from tnllm.errors import UserError
+from tnllm.files import write_csv
 from tnllm.modeling.weights import load_model
-from tnllm.sweep.table import REPEATS, write_csv
+from tnllm.sweep.table import REPEATS
 from tnllm.training.config import load_recipe
 from tnllm.training.loaders import open_loaders, open_tokenizer
 

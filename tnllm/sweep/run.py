@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any
 
 from tnllm.errors import UserError
-from tnllm.files import only_writer, write_text_atomic
+from tnllm.files import only_writer, write_csv, write_text_atomic
 from tnllm.modeling.flops import count_parameters
 from tnllm.sweep.plan import TRAINERS, Cell, Plan, Row
-from tnllm.sweep.table import CURVES, RESULTS, write_csv
+from tnllm.sweep.table import CURVES, RESULTS
 from tnllm.training.config import load_recipe
 from tnllm.training.metrics import read_metrics
 

@@ -5,15 +5,12 @@ for line in summarize(rows): ...       # one line a choice: mean and spread over
 """
 
 import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from tnllm.errors import UserError
-from tnllm.files import write_text_atomic
 from tnllm.sweep.plan import Row
 
 RESULTS, CURVES, REPEATS = "results.csv", "curves.csv", "repeats.csv"
@@ -43,16 +40,6 @@ class Line:
     def spread(self) -> float | None:
         """Largest less smallest loss; None for a single seed."""
         return max(self.losses) - min(self.losses) if len(self.losses) > 1 else None
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write `rows` as a whole file; a key that a row lacks is an empty field."""
-    text = io.StringIO()
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, fieldnames=keys or ["cell"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text_atomic(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tnllm.data.instruct_loader import InstructLoader
 from tnllm.data.loader import IGNORE, Batch, Loader
-from tnllm.generation.scoring import bits_per_byte
 from tnllm.modeling.model import LanguageModel
 from tnllm.parallel.ranks import SingleProcess
+from tnllm.tokenizer import bits_per_byte
 
 
 def validate(

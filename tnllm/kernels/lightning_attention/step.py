@@ -56,25 +56,9 @@ def triton_step(
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     # 32 columns of fp32 state are one 128-byte cache line per row.
     step_kernel[(B * H, triton.cdiv(E, 32))](
-        q,
-        k,
-        v,
-        o,
-        log_decay.contiguous(),
-        state,
-        None if rows is None else rows.contiguous(),
-        None if fresh is None else fresh.contiguous(),
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *o.stride()[:2],
-        *state.stride(),
-        H,
-        D=D,
-        E=E,
-        BD=triton.next_power_of_2(D),
-        BE=32,
-        BY_ROW=rows is not None,
-        num_warps=4 if D <= 128 else 8,
-    )
+        q, k, v, o, log_decay.contiguous(), state,
+        None if rows is None else rows.contiguous(), None if fresh is None else fresh.contiguous(),
+        *q.stride(), *k.stride(), *v.stride(), *o.stride()[:2], *state.stride(), H,
+        D=D, E=E, BD=triton.next_power_of_2(D), BE=32, BY_ROW=rows is not None, num_warps=4 if D <= 128 else 8,
+    )  # fmt: skip
     return o
