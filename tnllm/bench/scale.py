@@ -343,15 +343,8 @@ def timed_row(
 ) -> dict[str, Any]:
     """A row of results from what the ranks reported, with the efficiency against the rows `before`."""
     config = run_config(case, plan)
-    sent = communication(
-        config.model,
-        config.lora,
-        config.data,
-        config.train,
-        config.parallel,
-        config.accumulation_steps,
-        plan.device == "cuda" and plan.dtype != "fp32",
-    )
+    sections = config.model, config.lora, config.data, config.train, config.parallel
+    sent = communication(*sections, config.accumulation_steps, plan.device == "cuda" and plan.dtype != "fp32")
     tokens = case.rows * case.seq_len
     names = ["step_ms", "low_ms", "high_ms", "tokens_per_s", "per_gpu", "efficiency", "base_gpus", "mfu", "peak_gib"]
     names += ["comm_ms", "comm_exposed_ms"]

@@ -113,13 +113,7 @@ class RandomLoader:
     """
 
     def __init__(
-        self,
-        data: DataSection,
-        rows: int,
-        vocab_size: int,
-        seed: int = 0,
-        data_rank: int = 0,
-        data_size: int = 1,
+        self, data: DataSection, rows: int, vocab_size: int, seed: int = 0, data_rank: int = 0, data_size: int = 1
     ) -> None:
         self._packed, self._rows = data.packing == "reset", rows
         self._rank, self._rank_rows = data_rank, rows // data_size

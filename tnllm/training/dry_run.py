@@ -120,9 +120,8 @@ def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
     finally:
         close_mesh(mesh)
     memory = _memory(config)
-    sent = communication(
-        config.model, config.lora, config.data, config.train, config.parallel, config.accumulation_steps
-    )
+    sections = config.model, config.lora, config.data, config.train, config.parallel
+    sent = communication(*sections, config.accumulation_steps)
     by_axis = ", ".join(f"{axis} {format_bytes(amount)}" for axis, amount in sent.items() if amount)
     return {
         "mesh": f"replicate {axes.replicate} * shard {axes.shard} * sequence {axes.sequence} * tensor {axes.tensor} "
