@@ -11,7 +11,6 @@ is quadratic, so a long text is read in chunks of some hundred. Standard operato
 import json
 import logging
 import lzma
-import math
 import shutil
 import sys
 import warnings
