@@ -47,6 +47,7 @@ def test_the_graph_is_the_model(choices, weights, run, tmp_path):
     assert report.share < 1e-5
     graph = onnx.load(tmp_path / "graph" / MODEL)
     assert {node.domain for node in graph.graph.node} == {""} and not graph.functions
+    assert b"modeling_tnllm.py" not in (tmp_path / "graph" / MODEL).read_bytes()
     model = load_model(folder, dtype=torch.float64)
     for batch, lengths in ((1, (1, 1, 5)), (3, (17, 1, 2))):
         session, state = Session(tmp_path / "graph" / MODEL, batch), None

@@ -146,6 +146,8 @@ def _one_chunk(
 
 
 def _export(folder: Path, file: Path) -> None:
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     with hf_folder.imported_code(folder) as code, _quiet(), torch.no_grad():
         model = code.TnllmForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         operators = sys.modules[f"{code.__name__.rpartition('.')[0]}.operators"]
@@ -170,6 +172,8 @@ def _export(folder: Path, file: Path) -> None:
             verbose=False,
         )
         assert program is not None
+        # The exporter notes for every node where it comes from: a megabyte, with the paths of this machine.
+        ClearMetadataAndDocStringPass()(program.model)
         # A protobuf holds 2 GB: what is larger has its weights beside it.
         program.save(file, external_data=sum(p.numel() for p in model.parameters()) > 400_000_000)
 
