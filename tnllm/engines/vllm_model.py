@@ -35,8 +35,7 @@ class Metadata(Mamba1AttentionMetadataBuilder):
     needs_causal_conv1d_metadata = False
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **_: Any) -> Any:
-        """One token is a step, also if it is a prompt: a CUDA graph is chosen by shapes alone, and knows fresh texts by
-        their position."""
+        """One token is a step, also of a prompt: CUDA graphs are chosen by shapes, and see by position 0 what is fresh."""
         several = common_attn_metadata.query_start_loc_cpu.diff() > 1
         prefilling = common_attn_metadata.is_prefilling & several
         return self._compute_common_metadata(common_attn_metadata.replace(is_prefilling=prefilling))
