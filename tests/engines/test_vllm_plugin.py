@@ -145,6 +145,7 @@ def test_what_is_served_passes():
         ({"lora": object()}, "LoRA: merge the adapter with tnllm convert"),
         ({"quantization": "torchao"}, r"quantization \(torchao\): serve float32 or bfloat16 weights"),
         ({"tensor": 3}, "--tensor-parallel-size 3, which does not divide num_heads, glu_dim, vocab_size"),
+        ({"model": {"norm_position": "output"}, "tensor": 2}, "--tensor-parallel-size with norm_position output"),
         (
             {"model": {"position": "ape", "max_position": 512}, "length": 513},
             "--max-model-len above 512, the learned positions",

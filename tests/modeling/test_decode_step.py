@@ -98,7 +98,14 @@ def test_the_narrow_kernel_is_for_widths_that_fit_into_registers():
 
 
 def test_other_models_and_large_batches_have_none():
-    for changes in ({"gate": "none"}, {"norm": "rmsnorm"}, {"position": "ape"}, {"activation": "relu"}):
+    for changes in (
+        {"gate": "none"},
+        {"norm": "rmsnorm"},
+        {"norm_position": "gate"},
+        {"norm_position": "output"},
+        {"position": "ape"},
+        {"activation": "relu"},
+    ):
         model = model_of(**changes)
         assert persistent_step(model, model.init_state(1)) is None
     model = model_of()

@@ -29,6 +29,8 @@ VARIANTS = {
     "ape": {"position": "ape", "max_position": 64},
     "linear-slopes": {"decay_slopes": "linear"},
     "1+elu": {"activation": "1+elu"},
+    "norm-after-gate": {"norm_position": "gate"},
+    "norm-of-output": {"norm_position": "output"},
     "rmsnorm": {"norm": "rmsnorm", "activation": "none"},
     "layernorm": {"norm": "layernorm", "glu_activation": "silu", "tie_embeddings": False},
     "transformer": {"kind": "transformer", "norm": "rmsnorm", "glu_activation": "silu"},
@@ -174,7 +176,7 @@ def test_two_runs_in_a_row_are_equal():
     assert all(torch.equal(a, b) for a, b in zip(first[1].layers, second[1].layers, strict=True))
 
 
-@pytest.mark.parametrize("name", ["v1", "v3", "transformer", "hybrid"])
+@pytest.mark.parametrize("name", ["v1", "v3", "norm-after-gate", "norm-of-output", "transformer", "hybrid"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_loss_is_the_summed_cross_entropy(name, packed):
     model, tokens = small(name), text(2, 24)

@@ -62,6 +62,7 @@ def refuse(vllm_config: Any) -> None:
         "LoRA: merge the adapter with tnllm convert": vllm_config.lora_config is not None,
         f"quantization ({model.quantization}): serve float32 or bfloat16 weights": model.quantization is not None,
         f"{tensor} {size}, which does not divide {', '.join(undivided)}": undivided,
+        f"{tensor} with norm_position output": size > 1 and config.norm_position == "output",
         f"--max-model-len above {longest}, the learned positions": longest and model.max_model_len > longest,
     }
     for reason, holds in reasons.items():

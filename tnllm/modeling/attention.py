@@ -61,7 +61,8 @@ class GatedLinearAttention(nn.Module):
     def _one_operator(self) -> bool:
         """Whether everything between the projections is the released form without LRPE, which is one fused operator."""
         config = self.config
-        released = (config.gate, config.activation, config.value_activation) == ("full", "silu", "none")
+        choices = (config.gate, config.activation, config.value_activation, config.norm_position)
+        released = choices == ("full", "silu", "none", "attention")
         return released and self.lrpe is None and type(self.norm) is SRMSNorm
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -40,6 +40,7 @@ def persistent_step(
     released = (
         state.batch <= (MAX_BATCH if max_batch is None else max_batch)
         and (config.kind, config.gate, config.norm) == ("transnormer", "full", "srmsnorm")
+        and config.norm_position == "attention"
         and not config.num_softmax
         and config.position != "ape"
         and config.activation in ("silu", "none")

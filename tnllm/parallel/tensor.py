@@ -45,7 +45,12 @@ class HeadsNorm(nn.Module):
 
 
 def check_tensor(config: ModelConfig, size: int) -> None:
-    """Raise UserError where heads, GLU width or vocabulary do not divide over `size` tensor ranks."""
+    """Raise UserError for a model that `size` tensor ranks cannot split."""
+    if size > 1 and config.norm_position == "output":
+        raise UserError(
+            f"parallel.tensor is {size}; with model.norm_position output it must be 1, because that norm follows the sum "
+            "over ranks; shard the model with parallel.shard instead"
+        )
     for key in ("num_heads", "glu_dim", "vocab_size"):
         value = getattr(config, key)
         if value % size:
