@@ -274,14 +274,16 @@ def compare_variants(python: Path, folder: Path) -> bool:
         options = {"max_model_len": 128, "max_num_seqs": 2}
         jobs.append({"name": name, "model": str(exported), "prompts": prompts, "options": options})
     print("\n| variant | prompts | equal | equal, tensor parallel 2 |\n| --- | --- | --- | --- |")
+    # The norm after the output is refused on several ranks.
+    on_two = [index for index, choices in enumerate(VARIANTS.values()) if choices.get("norm_position") != "output"]
     counts = []
-    for more in ({}, MODES["tensor parallel 2"]):
-        each = [{**job, "options": {**job["options"], **more}} for job in jobs]
-        found = run(python, folder, each)
-        counts.append([equal(result, texts) for result, texts in zip(found, expected, strict=True)])
-    for name, one, two in zip(VARIANTS, *counts, strict=True):
-        print(f"| {name} | {len(prompts)} | {one} | {two} |", flush=True)
-    return all(count == len(prompts) for part in counts for count in part)
+    for more, chosen in (({}, range(len(jobs))), (MODES["tensor parallel 2"], on_two)):
+        each = [{**jobs[index], "options": {**jobs[index]["options"], **more}} for index in chosen]
+        found = zip(chosen, run(python, folder, each), strict=True)
+        counts.append({index: equal(result, expected[index]) for index, result in found})
+    for index, name in enumerate(VARIANTS):
+        print(f"| {name} | {len(prompts)} | {counts[0][index]} | {counts[1].get(index, 'refused')} |", flush=True)
+    return all(count == len(prompts) for part in counts for count in part.values())
 
 
 def convert(source: Path, target: Path) -> None:
