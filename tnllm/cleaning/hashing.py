@@ -14,9 +14,6 @@ from tnllm.data.permutation import splitmix64
 _WORD = re.compile(r"[^\W_]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MAX_POWERS = 256
-# Hashes of the words of earlier texts: looking one up is several times faster. About 40 MB at most.
-_known: dict[str, int] = {}
-_MAX_KNOWN, _MAX_KNOWN_CHARS = 1 << 18, 40
 
 
 def _powers(count: int) -> np.ndarray:
@@ -70,20 +67,8 @@ def token_hashes(text: str, characters: bool | None = None) -> np.ndarray:
 
 def word_hashes(words: list[str]) -> np.ndarray:
     """A hash of each word, uint64; words must not contain spaces."""
-    hashes = list(map(_known.get, words))
-    if None in hashes:
-        new = list(set(words).difference(_known))
-        if max(map(len, new)) > _MAX_KNOWN_CHARS:
-            return _hash_words(words)
-        if len(_known) + len(new) > _MAX_KNOWN:
-            _known.clear()
-            new = list(set(words))
-        _known.update(zip(new, _hash_words(new).tolist(), strict=True))
-        hashes = list(map(_known.get, words))
-    return np.array(hashes, np.uint64)
-
-
-def _hash_words(words: list[str]) -> np.ndarray:
+    if not words:
+        return np.zeros(0, np.uint64)
     codes = codepoints(" ".join(words)).astype(np.uint64)
     space = codes == 32
     starts = np.flatnonzero(np.concatenate([[True], space[:-1]]))
