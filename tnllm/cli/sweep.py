@@ -99,11 +99,15 @@ def _show(plan: "Plan", folder: Path) -> int:
     columns = ["group", "choice", "tokens", "seeds", "val_loss", "spread", "val_bpb", "tokens/s"]
     print_table(columns, table, right=columns[2:])
     names = {row["cell"] for row in rows}
-    cells = [(group, cell.name) for group in plan.groups.values() for cell in plan.examples(group)]
-    left = [name for _, name in cells if name not in names]
     for row in rows:
         if row["status"] != "done":
             print(f"{row['cell']}: {row['status']}")
+    left: list[str] = []
+    for group in plan.groups.values():
+        if plan.cells(group, rows) == []:
+            print(f"{group.name}: nothing to start from, every cell of {', '.join(group.best_of)} failed")
+        else:
+            left += [cell.name for cell in plan.examples(group) if cell.name not in names]
     print(f"{len(rows)} cells ran, {len(left)} are open{': ' if left else ''}{'; '.join(left)}")
     for chart in plan.charts:
         try:

@@ -100,17 +100,21 @@ class Plan:
     def cells(self, group: Group, rows: Sequence[Row]) -> list[Cell] | None:
         """The cells of `group`, given the rows there are; None where it waits for a group it chooses from.
 
-        Raises UserError where every cell it could choose from failed.
+        There are none where every cell it could choose from failed: one bad group does not stop the others.
         """
         start = Cell(group.name, "", group.recipe or "", {}, 0)
         if group.best_of:
-            best = self._best(group, rows)
-            if best is None:
+            candidates = self._candidates(group, rows)
+            if candidates is None:
                 return None
+            if not candidates:
+                return []
+            best = min(candidates, key=lambda item: (item[0], item[1].name))[1]
             start = replace(best, recipe=group.recipe or best.recipe)
         return _expand(group, start)
 
-    def _best(self, group: Group, rows: Sequence[Row]) -> Cell | None:
+    def _candidates(self, group: Group, rows: Sequence[Row]) -> list[tuple[float, Cell]] | None:
+        """Loss and cell of all that ended well in the groups `group` chooses from; None while one of them is open."""
         by_name = {row["cell"]: row for row in rows}
         candidates: list[tuple[float, Cell]] = []
         for name in group.best_of:
@@ -122,9 +126,7 @@ class Plan:
                 for cell in cells
                 if by_name[cell.name]["status"] == "done"
             ]
-        if not candidates:
-            raise UserError(f"{group.name}: every cell of {', '.join(group.best_of)} failed, so there is no best one")
-        return min(candidates, key=lambda item: (item[0], item[1].name))[1]
+        return candidates
 
     def examples(self, group: Group) -> list[Cell]:
         """The cells of `group` as they would be if the first cell it can choose from were the best."""
