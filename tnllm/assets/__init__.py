@@ -3,6 +3,7 @@
 sample_corpus()     # .../sample/sample.jsonl.xz: English and Chinese; fields text, lang, source, license
 sample_instructions()   # .../sample/instructions.jsonl: questions and answers to fine-tune on
 demo_weights()      # .../demo: a small model's weights folder
+browser_page()      # .../browser: a page that runs a model in the browser
 named("sample")     # sample_corpus(); named("dirty-sample"): .../dirty/pages: text with known noise
 tokenizer_model()   # .../tokenizer.model: 8,192 pieces; tokenizer_model("tnllm-64k"): 64,000
 """
@@ -39,6 +40,11 @@ def tokenizer_model(name: str | Path | None = None) -> Path:
 def demo_weights() -> Path:
     """The weights folder of the demo model, trained by `recipes/demo.yaml`."""
     return folder() / "demo"
+
+
+def browser_page() -> Path:
+    """The files of the page that `tnllm convert --to web` writes."""
+    return folder() / "browser"
 
 
 def named(name: str | Path) -> Path:

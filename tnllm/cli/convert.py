@@ -24,9 +24,10 @@ EPILOG = examples(
     "tnllm convert 385m 385m-official --to official --dtype bfloat16",
     "tnllm convert TransNormerLLM2-7B-300B x --to tnllm --dry-run",
     "tnllm convert runs/first first-onnx --to onnx --quantize int8",
+    "tnllm convert runs/first first-web --to web --quantize int8",
     "tnllm convert runs/first first-hf --to hf --push my-org/first --licence apache-2.0",
 )
-FORMATS = ("tnllm", "hf", "official", "onnx")
+FORMATS = ("tnllm", "hf", "official", "onnx", "web")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -38,13 +39,16 @@ def command(
     to: str = typer.Option(
         ...,
         "--to",
-        help="tnllm (weights folder), hf (for transformers), official (the released layout) or onnx.",
+        help="tnllm (weights folder), hf (for transformers), official (the released layout), onnx, or web (a page).",
     ),
     dtype: str = typer.Option("auto", help="Of the weights: auto (as they are), float32, bfloat16 or float16."),
     shard_size: str = typer.Option("5GB", help="Largest weight file, such as 500MB or 5GB (powers of 1000)."),
-    quantize: str | None = typer.Option(None, help="int8, for --to hf (weight-only; needs torchao) and onnx."),
+    quantize: str | None = typer.Option(None, help="int8, for --to hf (weight-only; needs torchao), onnx and web."),
     base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to use. Default: the source's."),
+    runtime: Path = typer.Option(
+        Path("node_modules/onnxruntime-web"), help="For --to web: the npm package onnxruntime-web."
+    ),
     licence: str | None = typer.Option(
         None,
         "--licence",
@@ -87,12 +91,13 @@ def command(
         quantize=quantize,
         base=base,
         tokenizer=tokenizer,
+        runtime=runtime,
         verify=verify,
         overwrite=overwrite,
         licence=licence,
     )
     if dry_run:
-        if to == "onnx":
+        if to in ("onnx", "web"):
             raise UserError("--dry-run shows names of tensors, which a graph has not; leave it out, or see --to hf")
         _dry_run(src, options, json_)
         if push:
@@ -117,6 +122,8 @@ def command(
     print(f"{dst}: {len(report.files)} files, {size} of weights, {format_duration(elapsed)}{checked}")
     if to in ("tnllm", "hf") and not quantize:
         log(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
+    if to == "web":
+        log(f"try       python -m http.server --directory {dst}, and open http://127.0.0.1:8000")
 
 
 def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:

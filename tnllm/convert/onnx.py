@@ -14,7 +14,7 @@ import lzma
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from itertools import islice
@@ -35,17 +35,22 @@ from tnllm.modeling.weights import CONFIG, GENERATION, TOKENIZER, load_model
 from tnllm.tokenizer import Tokenizer, bits_per_byte
 
 MODEL = "model.onnx"
+# Of the npm package onnxruntime-web, in its folder dist.
+RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 CHUNK = 128
 _OPSET = 20
+_ONE_FILE = 400_000_000  # parameters; a protobuf holds 2 GB
 _FAR = 1_000_000  # a position at which fp32 angles would be wrong
 
 
 def check_onnx(config: ModelConfig, dtype: torch.dtype | None) -> None:
     """Raise UserError for what the graph does not hold, MissingExtra without the packages that write and run it."""
     if config.kind != "transnormer" or config.softmax_every:
-        raise UserError("--to onnx is for TransNormerLLM without softmax layers, whose state has a constant size")
+        raise UserError(
+            "a graph (--to onnx, web) is for TransNormerLLM without softmax layers, whose state has a constant size"
+        )
     if dtype not in (None, torch.float32):
-        raise UserError("--to onnx writes float32, or int8 with --quantize int8; leave out --dtype")
+        raise UserError("a graph (--to onnx, web) holds float32, or int8 with --quantize int8; leave out --dtype")
     try:
         import onnx
         import onnxruntime
@@ -54,6 +59,31 @@ def check_onnx(config: ModelConfig, dtype: torch.dtype | None) -> None:
     except ImportError as error:
         raise MissingExtra("onnx", str(error.name)) from None
     assert onnx and onnxruntime and onnxscript and transformers
+
+
+def check_web(num_parameters: int, names: Iterable[str], runtime: Path) -> None:
+    """Raise UserError for what a page cannot run, and without the browser's runtime in the folder `runtime`.
+
+    `names` are those of the model's files; a tokenizer.json among them shows that the tokenizer is a BPE model.
+    """
+    if num_parameters > _ONE_FILE:
+        raise UserError("--to web is for models of up to 400M parameters, which one file holds")
+    if not {TOKENIZER, "tokenizer.json"} <= set(names):
+        raise UserError(
+            f"--to web needs a {TOKENIZER} that is SentencePiece's BPE without normalization; see --tokenizer"
+        )
+    missing = [name for name in RUNTIME if not (runtime / "dist" / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{runtime} has no dist/{missing[0]}, of the runtime for browsers; run: npm install onnxruntime-web, "
+            "or give its folder with --runtime"
+        )
+
+
+def write_page(out: Path, runtime: Path) -> None:
+    """Copy the page and the browser's runtime to `out`, beside the graph."""
+    for file in (*assets.browser_page().iterdir(), *(runtime / "dist" / name for name in RUNTIME)):
+        shutil.copyfile(file, out / file.name)
 
 
 def write_onnx(folder: Path, out: Path, quantize: bool, log: Callable[[str], None]) -> list[str]:
@@ -67,9 +97,10 @@ def write_onnx(folder: Path, out: Path, quantize: bool, log: Callable[[str], Non
     for name in (CONFIG, GENERATION, TOKENIZER, "tokenizer.json"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
+    about = str(__doc__).partition("\n\n")[2].rpartition("\n\n")[2].strip()
     (out / "README.md").write_text(
-        f"# {folder.resolve().parent.name}\n\nA TransNormerLLM as an ONNX graph, {'int8' if quantize else 'float32'}, "
-        f"written by tnllm {__version__}.\n\n{str(__doc__).partition(chr(10) * 2)[2].rpartition(chr(10) * 2)[2].strip()}\n",
+        f"# A TransNormerLLM as an ONNX graph\n\n{'int8' if quantize else 'float32'}, written by tnllm {__version__}.\n\n"
+        f"{about}\n",
         encoding="utf-8",
     )
     return sorted(path.name for path in out.iterdir() if path.is_file())
@@ -174,8 +205,8 @@ def _export(folder: Path, file: Path) -> None:
         assert program is not None
         # The exporter notes for every node where it comes from: a megabyte, with the paths of this machine.
         ClearMetadataAndDocStringPass()(program.model)
-        # A protobuf holds 2 GB: what is larger has its weights beside it.
-        program.save(file, external_data=sum(p.numel() for p in model.parameters()) > 400_000_000)
+        # What is larger has its weights beside it.
+        program.save(file, external_data=sum(p.numel() for p in model.parameters()) > _ONE_FILE)
 
 
 def _quantize(file: Path) -> None:

@@ -60,7 +60,7 @@ def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str 
     if to == "official":
         to_official_config(config, {}, target)
     if quantize and to != "hf":
-        raise UserError(f"--quantize is for --to hf and --to onnx, not --to {to}")
+        raise UserError(f"--quantize is for --to hf, onnx and web, not --to {to}")
     rounds = any(torch.promote_types(each, target) != target for each in source.dtypes())
     if to == "hf" and config.kind == "transformer":
         check_llama(config)

@@ -24,7 +24,7 @@ from tnllm.convert import check
 from tnllm.convert.adapter import is_adapter, merge, open_adapter
 from tnllm.convert.checksums import SUMS, Progress, reading, recorded_sums, sums_text, verify_archives, verify_sums
 from tnllm.convert.official import V3_NOTE
-from tnllm.convert.onnx import MODEL, check_onnx, compare_with, write_onnx
+from tnllm.convert.onnx import MODEL, check_onnx, check_web, compare_with, write_onnx, write_page
 from tnllm.convert.plan import Plan, make_plan
 from tnllm.convert.source import Source, open_source
 from tnllm.convert.targets import folder_files
@@ -38,12 +38,13 @@ from tnllm.files import LOCK, format_bytes, only_writer, written_folder
 class Options:
     """How to convert."""
 
-    to: str  # tnllm, hf, official or onnx
+    to: str  # tnllm, hf, official, onnx or web
     dtype: torch.dtype | None = None  # None keeps the source's
     shard_bytes: int = 5 * 10**9
-    quantize: str | None = None  # int8, for hf and onnx
+    quantize: str | None = None  # int8, for hf, onnx and web
     base: Path | None = None  # of an adapter
     tokenizer: Path | None = None  # instead of the source's
+    runtime: Path = Path("node_modules/onnxruntime-web")  # for web
     licence: str | None = None  # of the weights, for the model card
     verify: bool = True
     overwrite: bool = False
@@ -102,12 +103,14 @@ def _convert(
         raise UserError(f"{target} exists and is not empty; give another folder, or --overwrite to replace it")
     source.check()
     # The graph is that of the model in a Hugging Face folder.
-    graph = options.to == "onnx"
+    graph = options.to in ("onnx", "web")
     if graph:
         check_onnx(source.config, options.dtype)
     to, dtype, quantize = ("hf", torch.float32, None) if graph else (options.to, options.dtype, options.quantize)
     plan = make_plan(source, to, dtype, quantize)
     files, copies, notes = folder_files(source, path, plan, options.tokenizer, options.licence)
+    if options.to == "web":
+        check_web(source.num_parameters, [*files, *copies], options.runtime)
     notes = [*source.notes, *notes]
     if source.kind == "official" and source.version == "v3":
         notes.append(V3_NOTE)
@@ -129,6 +132,8 @@ def _convert(
         if graph:
             log("exporting the graph ...")
             write_onnx(folder, temporary, bool(options.quantize), log)
+            if options.to == "web":
+                write_page(temporary, options.runtime)
             num_bytes = sum(file.stat().st_size for file in temporary.glob(f"{MODEL}*"))
             if options.verify:
                 checked = (

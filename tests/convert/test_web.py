@@ -1,0 +1,161 @@
+"""The page that `convert --to web` writes, in a browser: its tokenizer, its text, and no address but its own.
+
+npm install onnxruntime-web       # in the checkout: for the text
+"""
+
+import json
+import random
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.serving import chromium
+from tnllm import assets
+from tnllm.convert.onnx import RUNTIME
+from tnllm.errors import UserError
+from tnllm.generation.decoder import generate
+from tnllm.generation.sampler import SamplingParams
+from tnllm.generation.samples import Result
+from tnllm.modeling.weights import load_model
+from tnllm.tokenizer import Tokenizer
+
+EXECUTABLE = chromium.find()
+in_a_browser = pytest.mark.skipif(
+    EXECUTABLE is None,
+    reason=f"no browser on PATH (looked for {', '.join(chromium.NAMES)}); on Debian: apt-get install chromium",
+)
+INSTALLED = Path(__file__).parents[2] / "node_modules/onnxruntime-web"
+DEMO = assets.demo_weights()
+PARTS = [
+    "The river and the hills beyond it. ", "从前有一个国王，他有三个儿子。", "def f(x: int) -> str:\n    return f'{x!r}'\n",
+    "👩\u200d👩\u200d👧🇨🇭", "𠀀é\u0301ﬁ", "Ünïcödé Ελληνικά кириллица עברית हिन्दी ไทย 日本語 한국어",
+    "https://a.org/b?c=d&e=%20", "3.14159e-26", "<s></s><unk><0x41>", "\u2581", " ", "  ", "\t", "\n", "\r\n", "\u00a0",
+    "\u3000", "\u200b", "\ufeff", "\x00", "\x07", "\x1b[0m", "\x7f", "\u2028", "\ufffd", "\U0010ffff",
+]  # fmt: skip
+
+
+def strings(count):
+    """Cuts and shuffles of texts of every kind, and characters from anywhere."""
+    rng, made = random.Random(0), [""]
+    while len(made) < count:
+        parts = rng.choices(PARTS, k=rng.randint(1, 6))
+        parts += [
+            chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(rng.randrange(3))
+        ]
+        rng.shuffle(parts)
+        text = "".join(parts)
+        start = rng.randrange(len(text))
+        made.append(text[start : start + rng.randint(1, 80)])
+    return made
+
+
+@contextmanager
+def opened(folder, path=""):
+    """A page of the files of a folder, as `python -m http.server` serves them."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        try:
+            with chromium.Browser(EXECUTABLE) as browser:
+                page = browser.open(address + path, 800, 600)
+                yield page
+                assert page.problems() == []
+                assert all(url.startswith((address, "data:", "blob:", "about:")) for url in page.requests())
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def with_space(model):
+    """The model, with a space before every text, as Llama's tokenizer has it."""
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    proto = messages.ModelProto.FromString(model)
+    proto.normalizer_spec.add_dummy_prefix = True
+    return proto.SerializeToString()
+
+
+@in_a_browser
+@pytest.mark.parametrize("kind", ["demo", "64k", "space"])
+def test_the_tokenizer_is_ours(kind, tmp_path):
+    model = assets.tokenizer_model("tnllm-64k" if kind == "64k" else None).read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(with_space(model) if kind == "space" else model)
+    (tmp_path / "ort.wasm.min.mjs").write_text("export const env = { wasm: {} };")  # in place of the runtime
+    (tmp_path / "tnllm.mjs").write_bytes((assets.browser_page() / "tnllm.mjs").read_bytes())
+    (tmp_path / "index.html").write_text('<!doctype html><link rel="icon" href="data:,">')
+    tokenizer, texts = Tokenizer.load(tmp_path), strings(5000 if kind == "demo" else 1000)
+    with opened(tmp_path) as page:
+        found = page.evaluate(
+            "(async () => { const { Tokenizer } = await import('/tnllm.mjs');"
+            "const file = await (await fetch('/tokenizer.model')).arrayBuffer();"
+            "const tokenizer = new Tokenizer(new Uint8Array(file));"
+            f"return {{ ids: {json.dumps(texts)}.map((text) => tokenizer.encode(text)),"
+            "bytes: tokenizer.bytes.map((bytes) => [...bytes]) }; })()"
+        )
+    assert [list(part) for part in tokenizer.token_bytes] == found["bytes"]
+    assert [text for text, ids in zip(texts, found["ids"], strict=True) if tokenizer.encode(text) != ids] == []
+
+
+@in_a_browser
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED.is_dir(), reason="onnxruntime-web is not installed: npm install onnxruntime-web")
+def test_the_text_is_that_of_generate(run, tmp_path):
+    run(DEMO, tmp_path / "page", "web", runtime=INSTALLED)
+    model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer.load(DEMO)
+    params = SamplingParams(temperature=0, repetition_penalty=1.03, max_tokens=40)
+    prompts = ["Once upon a time", "从前有一个国王，" * 30]  # the second in two chunks
+    results = [event for event in generate(model, tokenizer, prompts, params) if isinstance(event, Result)]
+    expected = [result.tokens for result in sorted(results, key=lambda result: result.index)]
+    assert min(map(len, expected)) == 40
+    with opened(tmp_path / "page") as page:
+        page.wait_for("!document.querySelector('#go').disabled", seconds=120)
+        found = page.evaluate(
+            "(async () => { const model = await (await import('/tnllm.mjs')).load('.'); const made = [];"
+            f"for (const prompt of {json.dumps(prompts)}) {{ const ids = [];"
+            "for await (const { id } of model.generate(prompt, { limit: 40 })) ids.push(id); made.push(ids); }"
+            "return made; })()"
+        )
+        assert found == expected
+        # And by hand.
+        page.evaluate("document.querySelector('#limit').value = 40, document.querySelector('#temperature').value = 0")
+        page.click("#go")
+        page.wait_for("document.querySelector('#stats').textContent.startsWith('40 tokens')", seconds=120)
+        page.wait_for("document.querySelector('#go').textContent === 'Continue'")
+        text = page.evaluate("document.querySelector('#text').textContent")
+        assert text == prompts[0] + tokenizer.decode(expected[0])
+
+
+def test_what_a_page_needs(run, tmp_path):
+    """Found before any work, in one line each."""
+    with pytest.raises(UserError, match=r"nowhere has no dist/ort.wasm.min.mjs, .*npm install onnxruntime-web"):
+        run(DEMO, tmp_path / "page", "web", runtime=tmp_path / "nowhere")
+    for name in RUNTIME:
+        file = tmp_path / "runtime/dist" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (tmp_path / "unigram").mkdir()
+    with pytest.raises(UserError, match=r"--to web needs a tokenizer.model that is SentencePiece's BPE"):
+        run(DEMO, tmp_path / "page", "web", runtime=tmp_path / "runtime", tokenizer=unigram(tmp_path))
+    assert not any((tmp_path / "page").glob("*.*"))
+
+
+def unigram(folder):
+    import sentencepiece
+
+    lines = (DEMO / "config.json").read_text().split() * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "unigram/tokenizer"), vocab_size=320, model_type="unigram",
+        byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    return folder / "unigram/tokenizer.model"
