@@ -12,6 +12,7 @@ GROUND = {
     "errors",
     "files",
     "device",
+    "interrupts",
     "progress",
     "tables",
     "tokenizer",
@@ -158,9 +159,16 @@ def test_commands_import_late(path):
     for name in imported(top_level(ast.parse(path.read_text(encoding="utf-8")))):
         assert name.split(".")[0] not in HEAVY, f"{path.name} imports {name} at the top"
         if name.startswith("tnllm."):
-            assert name.split(".")[1] in {"errors", "files", "progress", "tables", "hub", "cli", "__version__"}, (
-                f"{path.name}: {name}"
-            )
+            assert name.split(".")[1] in {
+                "errors",
+                "files",
+                "interrupts",
+                "progress",
+                "tables",
+                "hub",
+                "cli",
+                "__version__",
+            }, f"{path.name}: {name}"
 
 
 def test_cleaning_and_tokenizing_need_no_torch():

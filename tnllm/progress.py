@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tnllm import interrupts
 from tnllm.files import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Progress:
 
         `detail` is made into text only when it is shown, so that an update for each document is cheap.
         """
+        interrupts.check()
         if self._quiet:
             return
         amounts, now = _Amounts(done, total, detail, unit), time.monotonic()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -185,6 +186,29 @@ def test_ctrl_c_keeps_the_finished_part_of_a_batch(run, monkeypatch, tmp_path):
     assert "stopped after 2 of 4 results; run the same command again to resume" in err
     assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 2
     assert (tmp_path / "out.jsonl").read_text() == "an older result\n"
+
+
+def test_ctrl_c_that_python_drops_stops_a_batch(run, monkeypatch, tmp_path):
+    """As it does what a finaliser or a callback raises."""
+
+    class Finaliser:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    step, count = LanguageModel.step, iter(range(10**6))
+
+    def step_with_finaliser(self, tokens, state):
+        if next(count) == 8:
+            Finaliser()
+        return step(self, tokens, state)
+
+    monkeypatch.setattr(LanguageModel, "step", step_with_finaliser)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The", "max_tokens": 4}\n' * 40)
+    options = "--batch-size", 1, "--seed", 1
+    code, _, err = run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *options)
+    assert (code, err.splitlines()[-1]) == (130, "tnllm: stopped by Ctrl-C")
+    assert "stopped after 2 of 40 results; run the same command again to resume" in err
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 2
 
 
 LINES = "".join(json.dumps({"prompt": "The", "max_tokens": 4, "n": n, "id": n}) + "\n" for n in (1, 2, 1, 1))

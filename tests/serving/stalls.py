@@ -1,16 +1,19 @@
 """How long /health waits while the server works on a body: `python -m tests.serving.stalls --port 8000 --repeats 20`.
 
-Prints the longest wait for each kind of body, and beside it the longest of as long a time without one, which is the
-machine's own. The kinds are the worst that fit into `--mib`, and a million token ids.
+Needs a server (`tnllm serve --port 8000`) and a checkout. Prints the longest wait for each kind of body, and beside it the
+longest of as long a time without one, which is the machine's own. The kinds are the worst that fit into `--mib`, and a
+million token ids. `--json FILE` writes every trial.
 """
 
 import argparse
 import http.client
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def bodies(size: int) -> dict[str, bytes]:
@@ -82,8 +85,19 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--mib", type=float, default=8)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("kinds", nargs="*")
+    parser.add_argument("--json", type=Path, help="write the seconds of every trial here")
+    kinds = bodies(1 << 12)
+    parser.add_argument("kinds", nargs="*", help=f"some of: {'; '.join(kinds)}. Default: all")
     options = parser.parse_args()
+    if unknown := [kind for kind in options.kinds if kind not in kinds]:
+        parser.error(f"{unknown[0]!r} is not a kind of body; they are: {'; '.join(kinds)}")
+    try:
+        socket.create_connection((options.host, options.port), timeout=60).close()
+    except OSError as error:
+        parser.error(
+            f"no server on {options.host} port {options.port} ({error}); start one: tnllm serve --port {options.port}"
+        )
+    trials: dict[str, list[dict[str, float | str]]] = {}
     print(f"| body | longest wait of /health, worst of {options.repeats} | without a body | answer |")
     print("| --- | --- | --- | --- |")
     for kind, body in bodies(int(options.mib * 2**20)).items():
@@ -91,6 +105,10 @@ def main() -> None:
             waits = [longest_wait(options.host, options.port, kind, body) for _ in range(options.repeats)]
             longest, answer, _ = max(waits)
             print(f"| {kind} | {longest:.2f} s | {max(alone for *_, alone in waits):.2f} s | {answer} |", flush=True)
+            names = ("longest_s", "answer", "without_body_s")
+            trials[kind] = [dict(zip(names, wait, strict=True)) for wait in waits]
+            if options.json:
+                options.json.write_text(json.dumps(trials, indent=1) + "\n")
 
 
 if __name__ == "__main__":

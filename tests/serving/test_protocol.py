@@ -102,6 +102,18 @@ def test_head_is_get_without_the_body(server):
     assert refused.status_code == 405 and refused.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("method", ["OPTIONS", "POST", "DELETE", "TRACE"])
+def test_a_refused_method_is_told_all_that_are_allowed(server, method):
+    headers = {"Authorization": "Bearer sesame"}
+    for path in ("/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/models/org/small"):
+        refused = httpx.request(method, server[0] + path, headers=headers, timeout=300)
+        assert refused.status_code == 405 and refused.json()["error"]["message"].startswith(f"{method} is not allowed")
+        allowed = refused.headers["allow"].split(", ")
+        assert sorted(allowed) == ["GET", "HEAD"]
+        for other in allowed:
+            assert httpx.request(other, server[0] + path, headers=headers, timeout=300).status_code == 200
+
+
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bearer "])
 def test_the_scheme_of_a_key_has_no_case(server, scheme):
     assert (

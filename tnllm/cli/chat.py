@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tnllm import interrupts
 from tnllm.cli.streaming import Meter, stream_text
 from tnllm.errors import UserError
 from tnllm.progress import log
@@ -50,6 +51,7 @@ def chat_loop(conversation: "Conversation", talks: "Talks") -> None:
                 if interrupted or not on_terminal:
                     raise
                 interrupted = True
+                interrupts.handled()
                 log("\nCtrl-C again ends the chat")
             except UserError as error:
                 # One bad line must not cost a talk; a script is told by the exit code.
@@ -67,6 +69,7 @@ def _answer(message: str, conversation: "Conversation") -> None:
         with closing(conversation.ask(message)) as events:
             stream_text(meter.watch(events), "")
     except KeyboardInterrupt:
+        interrupts.handled()
         log("answer interrupted")
     else:
         log(meter.summary())

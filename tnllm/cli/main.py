@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 import typer.core
 
-from tnllm import __version__
+from tnllm import __version__, interrupts
 from tnllm.cli.options import examples
 from tnllm.errors import UserError
 
@@ -143,11 +143,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _run(args: list[str], debug: bool, stdout: _Stdout) -> NoReturn:
     try:
-        result = app(_normalize([arg for arg in args if arg != "--debug"]), prog_name="tnllm", standalone_mode=False)
-        if result == 130:
-            # Typer turns Ctrl-C into this result instead of raising it.
-            raise KeyboardInterrupt
-        sys.stdout.flush()
+        with interrupts.raised():
+            result = app(
+                _normalize([arg for arg in args if arg != "--debug"]), prog_name="tnllm", standalone_mode=False
+            )
+            if result == interrupts.EXIT_CODE:
+                # Typer turns Ctrl-C into this result instead of raising it.
+                raise KeyboardInterrupt
+            sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except UserError as error:
         if debug:
@@ -156,7 +159,7 @@ def _run(args: list[str], debug: bool, stdout: _Stdout) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         if debug:
             raise
-        _fail("stopped by Ctrl-C", 130)
+        _fail(interrupts.LINE, interrupts.EXIT_CODE)
     except SystemExit as stop:
         # Click and rich turn a closed pipe into an exit with 1.
         if stop.code and stdout.is_abandoned(stop.__context__):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tnllm import interrupts
 from tnllm.files import format_duration, is_special
 from tnllm.progress import Progress, log
 from tnllm.tables import print_json
@@ -43,6 +44,7 @@ class Meter:
         from tnllm.generation.samples import Result
 
         for event in events:
+            interrupts.check()
             if isinstance(event, Result):
                 self._last = event
                 self._prompt_tokens += event.prompt_tokens if event.sample == 0 else 0

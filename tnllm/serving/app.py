@@ -24,6 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tnllm import __version__, assets
@@ -290,6 +291,10 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
     add_openapi(app, engine, settings.name)
+    for route in app.routes:
+        if isinstance(route, Route) and "GET" in (route.methods or ()):
+            # The server leaves the body out. Starlette's own routes do this, FastAPI's do not.
+            route.methods = {"GET", "HEAD"}
     app.add_middleware(RequestChecks, settings=settings)
     return app
 

@@ -101,9 +101,7 @@ class RequestChecks:
             body = error_body(message, "authentication_error", "invalid_api_key")
             await JSON(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
-        # HEAD has the headers of GET; the server leaves the body out.
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        await self._app({**scope, "path": path, "method": method}, receive, send)
+        await self._app({**scope, "path": path}, receive, send)
 
     def _host_allowed(self, host: bytes | None, http_version: str) -> bool:
         hosts = self._settings.hosts
