@@ -1,28 +1,38 @@
 """Clean, de-duplicate and tokenize a corpus of many gigabytes made from real text, and say what larger ones ask for.
 
-    python -m tests.cleaning.large --gigabytes 10 [--corpus FILE] [--folder DIR] [--workers 2] [--save DIR]
+    python -m tests.cleaning.large --gigabytes 10 --folder FOLDER --save SAVE [--corpus FILE] [--cores N] [--seconds S]
 
 Run it in a checkout. Documents are made of sentences that are drawn at random from one source of the corpus (default: the
-sample that ships), so two documents share next to nothing; every tenth is an exact copy of one of 50,000 others, and every
-tenth a near copy with a hundredth of its words replaced. DIR needs about three times the size on disk and is left as it is
-afterwards; a temporary folder is used where none is given. Each stage runs in a process of its own: its processor time is
-the system's count for it and its workers, its peak memory that of matching and grouping, which alone need more of it for
-more documents. `--memory 250000 1000000` measures only that, of random signatures of so many documents. --save writes
-table.md, steps.csv and steps.png.
+sample that ships), so two documents share next to nothing; every tenth is an exact copy of another, and every tenth a near
+copy with a hundredth of its words replaced. FOLDER needs about four times the size on disk and is left as it is; a
+temporary folder is used where none is given. Each step runs in a process of its own: its processor time is the
+system's count for it and its workers, its peak memory that of the single tasks, which alone need more of it for more
+documents. --cores confines the run to so many cores and workers. After --seconds the step under way is stopped; the same
+command resumes, and its processor time is added to what was spent before.
+
+SAVE gets results.json, written anew after each step, and at the end table.md, steps.csv and steps.png.
+`--memory 250000 1000000` measures only the memory of de-duplication, of random signatures of so many documents.
 """
 
 import argparse
 import csv
 import json
+import math
 import multiprocessing
+import os
 import platform
 import random
 import re
 import resource
+import signal
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,56 +41,85 @@ import numpy as np
 from tests.cleaning.noise import SEED, edit
 from tnllm import assets
 from tnllm.cleaning.dedup import MATCH_TASKS, Group, Match, shingles
-from tnllm.cleaning.executor import run_stages
+from tnllm.cleaning.executor import run_stages, stage_stats
 from tnllm.cleaning.pipeline import open_run
-from tnllm.cleaning.records import read_folder
+from tnllm.cleaning.records import read_records
 from tnllm.cleaning.settings import CleanSettings, DedupSection
 from tnllm.data.corpus import find_files
 from tnllm.data.remote import read_documents
 from tnllm.data.shards import read_manifest
 from tnllm.data.tokenize import tokenize_corpus
+from tnllm.files import write_text_atomic
 from tnllm.progress import log
 from tnllm.tokenizer import Tokenizer
 
 _WINDOW = 50_000
+_CHUNK_BYTES = 250e6
+_FILE_BYTES = 16e6
 _TERABYTES = 6
-_CORES = (16, 64, 256)
+_CORES = (2, 16, 64, 256)
+# Steps of one task, whose process holds something of every document.
+_SINGLE = ("choose", "group")
+# Steps that cannot use more workers than this.
+_MOST = {"match": MATCH_TASKS, "choose": 1, "group": 1}
 
 
-def make_input(corpus: Path, path: Path, gigabytes: float) -> None:
-    """Write JSON Lines: text, id, kind (new, exact, near), of (the original's id); of every 20th near copy similarity."""
-    rng = random.Random(SEED)
+def make_chunk(
+    pools: dict[str, list[str]], lengths: dict[str, list[int]], folder: Path, size: float, chunk: int
+) -> None:
+    """Write JSON Lines files of `size` bytes of text in all: text and id. planted-NN.jsonl, written last, lists the copies.
+
+    Of each copy it holds id, of (the original's id) and kind (exact, near); of every 20th near copy also similarity.
+    """
+    rng = random.Random(SEED + chunk)
+    sources, weights = list(pools), list(accumulate(sum(map(len, pool)) for pool in pools.values()))
+    recent: list[tuple[str, str]] = []
+    lines: list[str] = []
+    planted: list[dict[str, Any]] = []
+    written = held = number = files = 0
+    while written < size:
+        name = f"{chunk}-{number}"
+        if number % 10 in (8, 9):
+            of, text = rng.choice(recent)
+            planted.append({"id": name, "of": of, "kind": "near" if number % 10 == 9 else "exact"})
+            if number % 10 == 9:
+                original, text = text, edit(text, rng)
+                # Exact similarity takes longer than all else here.
+                if number % 200 == 9:
+                    planted[-1]["similarity"] = round(jaccard(original, text), 3)
+        else:
+            [source] = rng.choices(sources, cum_weights=weights)
+            text = "".join(rng.sample(pools[source], min(max(5, rng.choice(lengths[source])), len(pools[source]))))
+            if len(recent) < _WINDOW:
+                recent.append((name, text))
+            else:
+                recent[rng.randrange(_WINDOW)] = (name, text)
+        lines.append(json.dumps({"id": name, "text": text}, ensure_ascii=False) + "\n")
+        num_bytes = len(text.encode())
+        written, held, number = written + num_bytes, held + num_bytes, number + 1
+        if held >= _FILE_BYTES or written >= size:
+            write_text_atomic(folder / "input" / f"{chunk:03d}-{files:03d}.jsonl", "".join(lines))
+            lines, held, files = [], 0, files + 1
+    write_text_atomic(folder / f"planted-{chunk:03d}.jsonl", "".join(json.dumps(record) + "\n" for record in planted))
+
+
+def make_input(corpus: Path, folder: Path, gigabytes: float, workers: int) -> None:
+    """The chunks that are not there yet, by processes that share the corpus's sentences."""
     pools: dict[str, list[str]] = {}
     lengths: dict[str, list[int]] = {}
     for document in read_documents(find_files([corpus])):
-        sentences = re.findall(r"[^.!?。！？]+[.!?。！？]+\s*", document.text) or [document.text]
+        sentences = re.findall(r"[^.!?。！？]+(?:[.!?。！？]+\s*|$)", document.text) or [document.text]
         source = str(document.record.get("source", ""))
         pools.setdefault(source, []).extend(sentences)
         lengths.setdefault(source, []).append(min(len(sentences), 30))
-    sources, weights = list(pools), list(accumulate(sum(map(len, pool)) for pool in pools.values()))
-    recent: list[tuple[int, str]] = []
-    size = number = 0
-    with open(path, "w", encoding="utf-8") as file:
-        while size < gigabytes * 1e9:
-            record: dict[str, Any] = {"id": str(number), "kind": "new"}
-            if number % 10 in (8, 9):
-                of, text = rng.choice(recent)
-                record |= {"kind": "near" if number % 10 == 9 else "exact", "of": str(of)}
-                if record["kind"] == "near":
-                    original, text = text, edit(text, rng)
-                    # Exact similarity takes longer than all else here.
-                    if number % 200 == 9:
-                        record["similarity"] = round(jaccard(original, text), 3)
-            else:
-                [source] = rng.choices(sources, cum_weights=weights)
-                text = "".join(rng.sample(pools[source], min(max(5, rng.choice(lengths[source])), len(pools[source]))))
-                if len(recent) < _WINDOW:
-                    recent.append((number, text))
-                else:
-                    recent[rng.randrange(_WINDOW)] = (number, text)
-            file.write(json.dumps(record | {"text": text}, ensure_ascii=False) + "\n")
-            size += len(text.encode())
-            number += 1
+    chunks = math.ceil(gigabytes * 1e9 / _CHUNK_BYTES)
+    missing = [chunk for chunk in range(chunks) if not (folder / f"planted-{chunk:03d}.jsonl").exists()]
+    (folder / "input").mkdir(parents=True, exist_ok=True)
+    work = partial(make_chunk, pools, lengths, folder, gigabytes * 1e9 / chunks)
+    # Forked processes get the sentences without a copy.
+    with get_context("fork").Pool(min(workers, max(1, len(missing)))) as pool:
+        for done, _ in enumerate(pool.imap_unordered(work, missing), 1):
+            log(f"made {done} of {len(missing)} chunks")
 
 
 def jaccard(first: str, second: str) -> float:
@@ -90,31 +129,61 @@ def jaccard(first: str, second: str) -> float:
 
 
 def _measured(work: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any) -> None:
-    work(*arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        work(*arguments)
+        done = True
+    except KeyboardInterrupt:
+        done = False
+    for child in multiprocessing.active_children():
+        child.join()
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     # ru_maxrss would count what the process was started from.
     [peak] = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("ascii"))
-    pipe.send((seconds, int(peak) / 2**20))
+    pipe.send((seconds, int(peak) / 2**20, done))
 
 
-def measured(work: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """Processor seconds of `work` in a new process and its workers, and that process's own peak memory in GiB (Linux)."""
-    context = multiprocessing.get_context("spawn")
+def measured(work: Callable[..., Any], *arguments: Any, until: float = math.inf) -> tuple[float, float, bool]:
+    """Processor seconds of `work` in a new process and its workers, that process's own peak memory in GiB, and if it ended.
+
+    At the monotonic time `until` it is stopped as by Ctrl-C. Linux only.
+    """
+    context = get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(work, arguments, theirs))
     process.start()
     theirs.close()
     try:
+        if not ours.poll(None if until == math.inf else max(0.0, until - time.monotonic())):
+            os.kill(process.pid or 0, signal.SIGINT)
         return ours.recv()
     finally:
         process.join()
 
 
-def run_stage(settings: CleanSettings, out: Path, number: int, workers: int) -> None:
+def settings_of(folder: Path) -> CleanSettings:
+    """The default recipe, and decontamination with the evaluation set of the dirty sample."""
+    return CleanSettings.model_validate(
+        {"input": {"path": str(folder / "input"), "shard_mb": 16}, "decontaminate": {"path": ["dirty-evaluation"]}}
+    )
+
+
+def run_stage(folder: Path, number: int, workers: int) -> None:
     """One stage of a cleaning run."""
-    stage = open_run(settings, out).stages[number]
-    run_stages([stage], "local", workers, settings.slurm, lambda progress: None)
+    settings = settings_of(folder)
+    stage = open_run(settings, folder / "out").stages[number]
+    last = time.monotonic()
+
+    def show(progress: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last > 20:
+            last = time.monotonic()
+            log(
+                f"{stage.name}: {progress.done} of {progress.tasks} tasks, {progress.num_bytes / 1e6:,.0f} MB of this call"
+            )
+
+    run_stages([stage], "local", workers, settings.slurm, show)
 
 
 def tokenize(folder: Path, out: Path, workers: int) -> None:
@@ -157,8 +226,8 @@ def memory(folder: Path, sizes: list[int]) -> Iterator[str]:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             make_signatures(Path(temporary) / "signatures", documents)
             tasks = [measured(matched, Path(temporary), task) for task in range(MATCH_TASKS)]
-            seconds, peak = sum(spent for spent, _ in tasks), max(gib for _, gib in tasks)
-            more_seconds, group_peak = measured(grouped, Path(temporary))
+            seconds, peak = sum(task[0] for task in tasks), max(task[1] for task in tasks)
+            more_seconds, group_peak, _ = measured(grouped, Path(temporary))
         each, group_each = ((gib - base) * 2**30 / documents for gib in (peak, group_peak))
         sizes_of = f"{peak:.2f} | {each:.0f} | {group_peak:.2f} | {group_each:.0f}"
         yield f"| {documents:,} | {sizes_of} | {seconds:.0f}, {more_seconds:.0f} |"
@@ -168,138 +237,215 @@ def nothing() -> None:
     """For the cost of a process that has only loaded the modules."""
 
 
-def recall(source: Path, out: Path) -> dict[str, tuple[int, int]]:
+def _names(path: Path) -> set[str]:
+    return {record["id"] for record in read_records(path)}
+
+
+def recall(folder: Path, workers: int) -> dict[str, list[int]]:
     """Kind of copy → how many were dropped as duplicates, of those that, like their originals, passed the filters."""
-    dropped = {r["id"] for r in read_folder(out / "rejected", "dedup")}
-    passed = dropped | {record["id"] for record in read_folder(out / "clean")}
-    counts: dict[str, tuple[int, int]] = {}
-    with open(source, encoding="utf-8") as file:
-        for record in map(json.loads, file):
-            if record["kind"] == "new" or not {record["id"], record["of"]} <= passed:
+    with get_context("spawn").Pool(workers) as pool:
+        dropped: set[str] = set().union(*pool.imap_unordered(_names, (folder / "out" / "rejected").glob("dedup-*.gz")))
+        passed = dropped.union(*pool.imap_unordered(_names, (folder / "out" / "clean").glob("*.gz")))
+    counts: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("planted-*.jsonl")):
+        for record in map(json.loads, path.read_text("utf-8").splitlines()):
+            if not {record["id"], record["of"]} <= passed:
                 continue
             kind = record["kind"]
             if kind == "near":
-                measured = record.get("similarity")
-                kind = f"near, {'not measured' if measured is None else 'from 0.8' if measured >= 0.8 else 'below 0.8'}"
+                similarity = record.get("similarity")
+                known = "not measured" if similarity is None else "from 0.8" if similarity >= 0.8 else "below 0.8"
+                kind = f"near, similarity {known}"
             hits, total = counts.get(kind, (0, 0))
-            counts[kind] = (hits + (record["id"] in dropped), total + 1)
+            counts[kind] = [hits + (record["id"] in dropped), total + 1]
     return counts
 
 
-Row = dict[str, Any]
+class OutOfTime(Exception):
+    """The limit of --seconds was reached; results.json says how far the run is."""
 
 
-def run(folder: Path, megabytes: float, workers: int) -> tuple[list[Row], dict[str, Any], dict[str, tuple[int, int]]]:
-    """The stages' rows, the cleaning report's counts, and the recall of the copies."""
-    out = folder / "out"
-    settings = CleanSettings.model_validate({"input": {"path": str(folder / "input.jsonl"), "shard_mb": 16}})
-    base = measured(nothing)[1]
-    rows: list[Row] = []
-    stages = [stage.name for stage in open_run(settings, out).stages]
-    for number, name in enumerate(stages):
-        rows.append(Row(step=name, megabytes=megabytes, seconds=0.0, gib=0.0))
-        # Without workers, so that the memory is the process's own.
-        alone = 1 if name in ("match", "group") else workers
-        rows[-1]["seconds"], rows[-1]["gib"] = measured(run_stage, settings, out, number, alone)
-        log(f"{name}: {rows[-1]['seconds']:.0f} core seconds")
-    stats = open_run(settings, out).stats()
-    counts = {
-        "documents": sum(1 for _ in open(folder / "input.jsonl", "rb")),
-        "candidates": 0,
-        "groups": 0,
-        "base": base,
-    }
-    counts |= {name: stats["group"]["group"].get(name, 0) for name in ("candidates", "groups")}
-    counts["signed"] = stats["filter"]["minhash"].get("documents", 0)
-    cleaned = sum(len(record["text"].encode()) for record in read_folder(out / "clean")) / 1e6
-    rows.append(Row(step="tokenize", megabytes=cleaned, seconds=0.0, gib=0.0))
-    rows[-1]["seconds"], rows[-1]["gib"] = measured(tokenize, out / "clean", folder / "tokens", workers)
-    counts["tokens"] = read_manifest(folder / "tokens").total("tokens")
-    return rows, counts, recall(folder / "input.jsonl", out)
+class Run:
+    """The steps of a run and what is known of them, kept in results.json and read from it by the next call."""
+
+    def __init__(self, folder: Path, results: Path, gigabytes: float, workers: int, until: float) -> None:
+        self.folder, self.results, self.workers, self.until = folder, results, workers, until
+        self.state: dict[str, Any] = {"gigabytes": gigabytes, "steps": {}, "clean": {}, "copies": {}, "counts": {}}
+        if results.exists():
+            self.state = json.loads(results.read_text("utf-8"))
+            if self.state["gigabytes"] != gigabytes:
+                sys.exit(f"{results} is of {self.state['gigabytes']:g} GB; give another folder or --gigabytes")
+        machine = {"machine": platform.machine(), "cores": workers, "python": platform.python_version()}
+        self.state |= machine | {"date": str(date.today()), "model": _processor()}
+
+    def save(self) -> None:
+        """Write results.json."""
+        write_text_atomic(self.results, json.dumps(self.state, indent=1) + "\n")
+
+    def step(self, name: str, megabytes: float, work: Callable[..., Any], *arguments: Any) -> None:
+        """Run a step unless it is done; raises OutOfTime."""
+        row = self.state["steps"].setdefault(
+            name, {"step": name, "megabytes": megabytes, "seconds": 0.0, "wall": 0.0, "gib": 0.0, "done": False}
+        )
+        if row["done"]:
+            return
+        start = time.monotonic()
+        seconds, peak, done = measured(work, *arguments, until=self.until)
+        wall = time.monotonic() - start
+        row |= {
+            "seconds": row["seconds"] + seconds,
+            "wall": row["wall"] + wall,
+            "gib": max(row["gib"], peak),
+            "done": done,
+        }
+        row["workers"] = min(self.workers, _MOST.get(name, self.workers))
+        log(f"{name}: {seconds:.0f} core seconds, {wall:.0f} s{'' if done else ', not done'}")
+        self.save()
+        if not done:
+            raise OutOfTime
+
+    def all(self, corpus: Path) -> None:
+        """Every step, from the input to the recall of the copies."""
+        counts, out = self.state["counts"], self.folder / "out"
+        if "base" not in counts:
+            counts["base"] = measured(nothing)[1]
+        megabytes = self.state["gigabytes"] * 1e3
+        self.step("make", megabytes, make_input, corpus, self.folder, self.state["gigabytes"], self.workers)
+        stages = open_run(settings_of(self.folder), out).stages
+        for number, stage in enumerate(stages):
+            # Without workers, so that the memory is the process's own.
+            workers = 1 if stage.name in _SINGLE else self.workers
+            self.step(stage.name, megabytes, run_stage, self.folder, number, workers)
+            stats = stage_stats(stage)
+            if stage.name == "filter":
+                # The text that de-duplication and tokenizing get.
+                keys = ("seconds", "bytes", "documents")
+                self.state["clean"] = {step: {key: row.get(key, 0) for key in keys} for step, row in stats.items()}
+                counts["signed"], counts["documents"] = stats["minhash"]["documents"], stats["read"]["documents"]
+                megabytes = stats["write"]["bytes"] / 1e6
+            elif stage.name in _SINGLE:
+                [row] = stats.values()
+                counts |= {key: row[key] for key in ("candidates", "groups") if key in row}
+        self.step(
+            "tokenize", stats["write"]["bytes"] / 1e6, tokenize, out / "clean", self.folder / "tokens", self.workers
+        )
+        counts["tokens"] = read_manifest(self.folder / "tokens").total("tokens")
+        self.state["copies"] = recall(self.folder, self.workers)
+        self.save()
 
 
-def table(rows: list[Row], counts: dict[str, Any], copies: dict[str, tuple[int, int]]) -> Iterator[str]:
-    """Markdown lines."""
-    size = rows[0]["megabytes"]
-    yield f"{size / 1e3:.2f} GB, {counts['documents']:,} documents; {counts['signed']:,} passed the filters; " + (
-        f"{counts['tokens']:,} tokens. {platform.machine()}, Python {platform.python_version()}, {date.today()}"
-    )
+def _processor() -> str:
+    """The processor's name (Linux)."""
+    [name, *_] = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8")) or ["unknown processor"]
+    return name
+
+
+def days(row: dict[str, Any], size: float, cores: int) -> float:
+    """Days that a step of the large corpus takes on so many cores, at the measured processor time."""
+    return _TERABYTES * 1e6 / size * row["seconds"] / 86400 / min(cores, _MOST.get(row["step"], cores))
+
+
+def table(state: dict[str, Any]) -> Iterator[str]:
+    """Markdown lines; of a run that is not done, of its done steps."""
+    counts, size = state["counts"], state["gigabytes"] * 1e3
+    rows = [row for row in state["steps"].values() if row["done"]]
+    passed = f"{counts.get('documents', 0):,} documents; {counts.get('signed', 0):,} passed the filters"
+    machine = f"{state['model']}, {state['cores']} cores, Python {state['python']}, {state['date']}"
+    yield f"{size / 1e3:g} GB, {passed}; {counts.get('tokens', 0):,} tokens. {machine}"
     yield ""
-    yield "| step | MB | core seconds | MB/s a core | peak memory, GiB | of it for a million documents |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| step | MB of text in | core seconds | MB/s a core | clock, s | peak memory, GiB | for a million documents |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
         peak = each = ""
         # Of few documents the modules' own memory is most.
-        if row["step"] in ("match", "group") and counts["signed"] >= 200_000:
+        if row["step"] in _SINGLE and counts["signed"] >= 200_000:
             grown = (row["gib"] - counts["base"]) / counts["signed"] * 1e6
             peak, each = f"{row['gib']:.2f}", f"{grown:.2f} GiB"
         speed = row["megabytes"] / row["seconds"]
-        yield f"| {row['step']} | {row['megabytes']:.0f} | {row['seconds']:.0f} | {speed:.1f} | {peak} | {each} |"
+        figures = f"{row['megabytes']:.0f} | {row['seconds']:.0f} | {speed:.1f} | {row['wall']:.0f} | {peak} | {each}"
+        yield f"| {row['step']} | {figures} |"
+    yield ""
+    yield "| within filter | MB of text in | seconds | MB/s a worker |"
+    yield "| --- | --- | --- | --- |"
+    for name, row in state["clean"].items():
+        if row["seconds"]:
+            megabytes = row["bytes"] / 1e6
+            yield f"| {name} | {megabytes:.0f} | {row['seconds']:.0f} | {megabytes / row['seconds']:.1f} |"
     yield ""
     yield "| planted copies | dropped | of | recall |"
     yield "| --- | --- | --- | --- |"
-    for kind, (hits, total) in sorted(copies.items()):
+    for kind, (hits, total) in sorted(state["copies"].items()):
         yield f"| {kind} | {hits:,} | {total:,} | {hits / total:.2%} |"
     yield ""
-    cores = " | ".join(f"days on {count} cores" for count in _CORES)
-    yield f"| {_TERABYTES} TB | core hours | {cores} |"
+    yield f"| {_TERABYTES} TB | core hours | {' | '.join(f'days on {count} cores' for count in _CORES)} |"
     yield "| --- | --- |" + " --- |" * len(_CORES)
+    rows = [row for row in rows if row["step"] != "make"]
     for row in rows:
         hours = _TERABYTES * 1e6 / size * row["seconds"] / 3600
-        # Matching has at most eight tasks, grouping one.
-        most = {"match": MATCH_TASKS, "group": 1}.get(row["step"], max(_CORES))
-        days = " | ".join(f"{hours / 24 / min(count, most):.2g}" for count in _CORES)
-        yield f"| {row['step']} | {hours:,.0f} | {days} |"
+        yield f"| {row['step']} | {hours:,.0f} | {' | '.join(f'{days(row, size, count):.2g}' for count in _CORES)} |"
+    totals = (f"{sum(days(row, size, count) for row in rows):.2g}" for count in _CORES)
+    core_hours = sum(days(row, size, 1) for row in rows) * 24
+    yield f"| all, one after another | {core_hours:,.0f} | {' | '.join(totals)} |"
 
 
-def save(folder: Path, text: str, rows: list[Row]) -> None:
+def save(folder: Path, state: dict[str, Any]) -> None:
     """Write table.md, steps.csv and steps.png."""
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text, "utf-8")
+    (folder / "table.md").write_text("\n".join(table(state)) + "\n", "utf-8")
+    rows = [row for row in state["steps"].values() if row["done"] and row["step"] != "make"]
     with open(folder / "steps.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    figure = Figure(figsize=(6.4, 2.8), layout="constrained")
-    axis = figure.subplots()
-    bars = axis.barh(
-        [row["step"] for row in rows], [row["megabytes"] / row["seconds"] for row in rows], color="#4269d0"
-    )
-    axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
-    axis.invert_yaxis()
-    axis.margins(x=0.12)
-    axis.set_xlabel("MB of text per core second")
-    axis.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(8.6, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    speeds = [row["megabytes"] / row["seconds"] for row in rows]
+    bars = left.barh([row["step"] for row in rows], speeds, color="#4269d0")
+    left.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+    left.invert_yaxis()
+    left.margins(x=0.15)
+    left.set_xlabel("MB of text per core second")
+    cores, size = [2**n for n in range(1, 11)], state["gigabytes"] * 1e3
+    right.plot(cores, [sum(days(row, size, count) for row in rows) for count in cores], color="#4269d0", marker="o")
+    right.set(xscale="log", yscale="log", xlabel="cores", ylabel=f"days for {_TERABYTES} TB")
+    right.set_xticks(cores[::2], [str(count) for count in cores[::2]])
+    right.minorticks_off()
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "steps.png", dpi=160)
 
 
 def main() -> None:
     """Make the input, run, print."""
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--corpus", type=Path, default=assets.named("sample"))
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cores", "--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--memory", type=int, nargs="+", metavar="DOCUMENTS", help="only this, of random signatures")
     given = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+        results = given.save or folder
+        for path in (folder, results):
+            path.mkdir(parents=True, exist_ok=True)
         if given.memory:
             for line in memory(folder, given.memory):
                 print(line, flush=True)
             return
-        source = folder / "input.jsonl"
-        log(f"making {given.gigabytes:g} GB of text in {folder}")
-        make_input(given.corpus, source, given.gigabytes)
-        rows, counts, copies = run(folder, given.gigabytes * 1e3, given.workers)
-        text = "\n".join(table(rows, counts, copies)) + "\n"
-        print(text)
-        if given.save:
-            save(given.save, text, rows)
+        run = Run(folder, results / "results.json", given.gigabytes, given.cores, start + given.seconds)
+        try:
+            run.all(given.corpus)
+        except OutOfTime:
+            log("stopped by --seconds; the same command resumes")
+        print("\n".join(table(run.state)))
+        if given.save and run.state["copies"]:
+            save(given.save, run.state)
 
 
 if __name__ == "__main__":

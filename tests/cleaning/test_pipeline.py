@@ -248,12 +248,12 @@ def test_slurm_gets_all_stages_as_dependent_jobs(tmp_path, monkeypatch):
     calls = (tmp_path / "calls").read_text().splitlines()
     # datatrove submits each stage and, after it, a job that sums its counts.
     jobs = [call for call in calls if "RUN_OFFSET" in call]
-    assert len(jobs) == len(run.stages) == 4
-    assert [f"--dependency=afterok:{number}" in job for number, job in zip((1, 3, 5), jobs[1:], strict=True)] == [
+    assert len(jobs) == len(run.stages) == 6
+    assert [f"--dependency=afterok:{number}" in job for number, job in zip((1, 3, 5, 7, 9), jobs[1:], strict=True)] == [
         True
-    ] * 3
+    ] * 5
     scripts = list((tmp_path / "out" / "work").rglob("launch_script.slurm"))
-    assert len(scripts) == 4 and all("--partition=short" in path.read_text() for path in scripts)
+    assert len(scripts) == 6 and all("--partition=short" in path.read_text() for path in scripts)
     # Submitted twice, two jobs would write the same files.
     squeue.write_text("#!/bin/sh\necho 99\necho 7\necho 1\necho 1\n")
     with pytest.raises(UserError, match=r"^jobs 1, 7 of this run are queued or running; .*\(scancel 1 7\), then run"):

@@ -1,24 +1,25 @@
-"""Exact and near duplicates by MinHash, in four stages of tasks: sign each shard, match bands, group pairs, drop.
+"""Exact and near duplicates by MinHash, in stages of tasks: sign shards, match bands, choose pairs, verify, group, drop.
 
     signatures/NNNNN.npy   uint32 [values, documents]: MinHash values (rensa), one row per value
     signatures/NNNNN.exact.npy, .ids.json     content hashes and names of the same documents
     pairs/NNN.npy          uint64 [K, 2]: pairs of documents that share a band, found by task NNN
+    shingles/pairs.npy, documents.npy         the pairs that come near the threshold, and the documents in them
+    shingles/NNNNN.npy, .index.npy            n-gram hashes of those of a shard; the documents' indices and ends
     groups.npz             verified pairs with their similarity; which documents are dropped, and for which kept one
 
 A document's number is `shard << 32 | index in the shard`. Near duplicates are documents whose n-grams have a Jaccard
 similarity J of at least the threshold. The share of equal MinHash values estimates J with a standard error of
-sqrt(J (1 - J) / num_hashes). Pairs that come near the threshold are read again and compared exactly, unless `verify` is
-"estimate". A band takes up to 64 bytes of memory a document; if the documents exceed `memory_mb`, matching and verification
-work in parts.
+sqrt(J (1 - J) / num_hashes). The texts of pairs that come near the threshold are read again, each shard by a task of its
+own, and compared exactly, unless `verify` is "estimate". A band takes up to 64 bytes of memory a document; if the documents
+exceed `memory_mb`, matching works in parts.
 """
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
@@ -35,8 +36,6 @@ from tnllm.files import write_bytes_atomic, write_text_atomic
 _BATCH_DOCUMENTS = 256
 _BYTES_PER_DOCUMENT = 64
 _VERIFY_PAIRS = 1 << 16
-# Two documents of a thousand n-grams each, 8 bytes an n-gram.
-_BYTES_PER_PAIR = 16_000
 _MAX_LISTED_GROUP = 100
 # A band of a million documents takes a few hundred milliseconds: more tasks would mostly start and stop.
 MATCH_TASKS = 8
@@ -153,102 +152,162 @@ class Match(PipelineStep):
         return key
 
 
-class Group(PipelineStep):
-    """Verify the pairs, join them into groups, keep the first document of each. One task."""
+class Signatures:
+    """What signing wrote, looked up by the documents' numbers."""
 
-    type, name = "tnllm", "group"
+    def __init__(self, folder: Path, settings: DedupSection) -> None:
+        self.folder, self.settings = folder, settings
 
-    def __init__(self, folder: Path, pairs: Path, filtered: Path, out: Path, settings: DedupSection) -> None:
+    def estimate(self, pairs: np.ndarray) -> np.ndarray:
+        """Share of equal MinHash values of each pair; 1 for equal content."""
+        parts = [np.zeros(0)]
+        for start in range(0, len(pairs), _VERIFY_PAIRS):
+            left, right = (self._gather(numbers, "") for numbers in pairs[start : start + _VERIFY_PAIRS].T)
+            parts.append((left == right).mean(axis=1))
+        return np.concatenate(parts)
+
+    def same_content(self, pairs: np.ndarray) -> np.ndarray:
+        """Whether the texts of each pair are equal but for case and spaces."""
+        left, right = (self._gather(numbers, ".exact") for numbers in pairs.T)
+        return left == right
+
+    def _gather(self, numbers: np.ndarray, kind: str) -> np.ndarray:
+        shape = (len(numbers),) if kind else (len(numbers), self.settings.num_hashes)
+        result = np.empty(shape, np.uint64 if kind else np.uint32)
+        for shard, chosen in _by_shard(numbers):
+            values = np.load(self.folder / f"{shard:05d}{kind}.npy", mmap_mode="r")
+            result[chosen] = values.T[_index(numbers[chosen])]
+        return result
+
+
+class Choose(PipelineStep):
+    """The pairs that may reach the threshold by the estimate, and the documents in them. One task."""
+
+    type, name = "tnllm", "choose"
+
+    def __init__(self, folder: Path, pairs: Path, out: Path, settings: DedupSection) -> None:
         super().__init__()
-        self.folder, self.pairs, self.filtered, self.out, self.settings = folder, pairs, filtered, out, settings
+        self.folder, self.pairs, self.out, self.settings = folder, pairs, out, settings
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         with self.track_time():
-            parts = [np.load(path) for path in sorted(self.pairs.glob("*.npy"))]
-            pairs, similarity = self._near(np.unique(np.concatenate(parts), axis=0))
+            pairs = _matched(self.pairs)
+            self.stat_update("candidates", value=len(pairs))
+            # Four standard errors below the threshold, no true pair is lost.
+            least = self.settings.threshold - 2 / self.settings.num_hashes**0.5
+            pairs = pairs[Signatures(self.folder, self.settings).estimate(pairs) >= least]
+            self.out.mkdir(parents=True, exist_ok=True)
+            _save(self.out / "documents.npy", np.unique(pairs))
+            _save(self.out / "pairs.npy", pairs)
+        return iter(())
+
+
+class Shingle(PipelineStep):
+    """The n-gram hashes of a shard's chosen documents."""
+
+    type, name = "tnllm", "shingle"
+
+    def __init__(self, filtered: Path, out: Path, settings: DedupSection) -> None:
+        super().__init__()
+        self.filtered, self.out, self.settings = filtered, out, settings
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        chosen = np.load(self.out / "documents.npy", mmap_mode="r")
+        first, last = np.searchsorted(chosen, [np.uint64(rank << 32), np.uint64((rank + 1) << 32)])
+        indices = _index(chosen[first:last])
+        wanted, left = set(indices.tolist()), len(indices)
+        parts = [np.zeros(0, np.uint64)]
+        with self.track_time():
+            for index, record in enumerate(read_records(self.filtered / f"{rank:05d}.jsonl.gz") if wanted else ()):
+                if index in wanted:
+                    parts.append(shingles(record["text"], self.settings))
+                    left -= 1
+                    if not left:
+                        break
+            _save(self.out / f"{rank:05d}.npy", np.concatenate(parts))
+            _save(self.out / f"{rank:05d}.index.npy", np.array([indices, np.cumsum([len(part) for part in parts[1:]])]))
+        return iter(())
+
+
+class Group(PipelineStep):
+    """Join the pairs that reach the threshold into groups, keep the first document of each. One task."""
+
+    type, name = "tnllm", "group"
+
+    def __init__(self, folder: Path, pairs: Path, shingles: Path, out: Path, settings: DedupSection) -> None:
+        super().__init__()
+        self.pairs, self.shingles, self.out, self.settings = pairs, shingles, out, settings
+        self.signatures = Signatures(folder, settings)
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        exact = self.settings.verify == "exact"
+        similarity_of = self._jaccard if exact else self.signatures.estimate
+        with self.track_time():
+            pairs, similarity = self._near(
+                np.load(self.shingles / "pairs.npy") if exact else _matched(self.pairs), similarity_of
+            )
             roots = join(pairs)
             # Matching pairs each document with few others; the result lists all pairs of a group.
             members: dict[int, list[int]] = {}
             for number in sorted(roots):
                 members.setdefault(roots[number], [roots[number]]).append(number)
             small = [group for group in members.values() if len(group) <= _MAX_LISTED_GROUP]
-            inner = [pair for group in small for pair in combinations(group, 2)]
-            more, more_similarity = self._near(np.array(inner, np.uint64).reshape(-1, 2))
+            inner = np.array([pair for group in small for pair in combinations(group, 2)], np.uint64).reshape(-1, 2)
+            both, first = np.unique(np.concatenate([pairs, inner]), axis=0, return_index=True)
+            more, more_similarity = self._near(both[first >= len(pairs)], similarity_of)
             pairs, first = np.unique(np.concatenate([pairs, more]), axis=0, return_index=True)
             similarity = np.concatenate([similarity, more_similarity])[first]
             dropped = np.array(sorted(roots), np.uint64)
             kept = np.array([roots[int(number)] for number in dropped], np.uint64)
-            close = self._similarity(np.stack([kept, dropped], axis=1))
-            exact = np.array([self._exact(a) == self._exact(b) for a, b in zip(kept, dropped, strict=True)], bool)
+            ends = np.stack([kept, dropped], axis=1)
             self.stat_update("groups", value=len(members))
             self.stat_update("largest_group", value=max(map(len, members.values()), default=0))
             for size in map(len, members.values()):
                 self.stat_update(f"group_size/{size if size < 10 else '10 or more'}")
             buffer = io.BytesIO()
             columns = {"pairs": pairs, "similarity": similarity, "dropped": dropped, "kept": kept}
-            np.savez(buffer, **columns, close=close, exact=exact)  # type: ignore[arg-type]
+            verdicts = {"close": similarity_of(ends), "exact": self.signatures.same_content(ends)}
+            np.savez(buffer, **columns, **verdicts)  # type: ignore[arg-type]
             write_bytes_atomic(self.out, buffer.getvalue())
         return iter(())
 
-    def _near(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _near(
+        self, pairs: np.ndarray, similarity_of: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The pairs that reach the threshold, and their similarities."""
-        self.stat_update("candidates", value=len(pairs))
-        similarity = self._estimate(pairs)
-        if self.settings.verify == "exact":
-            # Four standard errors below the threshold, no true pair is lost.
-            close = np.flatnonzero(similarity >= self.settings.threshold - 2 / self.settings.num_hashes**0.5)
-            pairs, similarity = pairs[close], self._jaccard(pairs[close])
+        similarity = similarity_of(pairs)
         near = similarity >= self.settings.threshold
         return pairs[near], similarity[near]
 
-    def _similarity(self, pairs: np.ndarray) -> np.ndarray:
-        if self.settings.verify == "exact":
-            return self._jaccard(pairs)
-        return self._estimate(pairs)
-
     def _jaccard(self, pairs: np.ndarray) -> np.ndarray:
-        """Exact similarity of each pair, from the documents' texts, in blocks that fit in memory."""
+        """Exact similarity of each pair."""
         result = np.zeros(len(pairs))
-        block = max(1, int(self.settings.memory_mb * 2**20) // _BYTES_PER_PAIR)
-        for start in range(0, len(pairs), block):
-            part = pairs[start : start + block]
-            grams = self._shingles(np.unique(part))
-            for row, (a, b) in enumerate(part.tolist()):
-                shared = len(np.intersect1d(grams[a], grams[b], assume_unique=True))
-                result[start + row] = shared / (len(grams[a]) + len(grams[b]) - shared)
+        for row, (a, b) in enumerate(pairs.tolist()):
+            left, right = self._grams(a), self._grams(b)
+            shared = len(np.intersect1d(left, right, assume_unique=True))
+            result[row] = shared / (len(left) + len(right) - shared)
         return result
 
-    def _shingles(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
-        result: dict[int, np.ndarray] = {}
-        for shard in np.unique(numbers >> np.uint64(32)):
-            wanted = set((numbers[numbers >> np.uint64(32) == shard] & np.uint64(0xFFFFFFFF)).tolist())
-            for index, record in enumerate(read_records(self.filtered / f"{int(shard):05d}.jsonl.gz")):
-                if index in wanted:
-                    result[int(shard) << 32 | index] = shingles(record["text"], self.settings)
-                    if len(result) == len(numbers):
-                        break
-        return result
+    def _grams(self, number: int) -> np.ndarray:
+        grams, indices, ends = _load_shingles(self.shingles, number >> 32)
+        row = int(np.searchsorted(indices, number & 0xFFFFFFFF))
+        return grams[ends[row - 1] if row else 0 : ends[row]]
 
-    def _estimate(self, pairs: np.ndarray) -> np.ndarray:
-        """Share of equal MinHash values of each pair; 1 for equal content."""
-        parts = [np.zeros(0)]
-        for start in range(0, len(pairs), _VERIFY_PAIRS):
-            part = pairs[start : start + _VERIFY_PAIRS]
-            left, right = self._columns(part[:, 0]), self._columns(part[:, 1])
-            parts.append((left == right).mean(axis=1))
-        return np.concatenate(parts)
 
-    def _columns(self, numbers: np.ndarray) -> np.ndarray:
-        result = np.empty((len(numbers), self.settings.num_hashes), np.uint32)
-        shards = numbers >> np.uint64(32)
-        for shard in np.unique(shards):
-            chosen = np.flatnonzero(shards == shard)
-            values = _load(self.folder / f"{int(shard):05d}.npy")
-            result[chosen] = values[:, (numbers[chosen] & np.uint64(0xFFFFFFFF)).astype(np.int64)].T
-        return result
+def _matched(folder: Path) -> np.ndarray:
+    return np.unique(np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))]), axis=0)
 
-    def _exact(self, number: np.uint64) -> int:
-        return int(_load(self.folder / f"{int(number) >> 32:05d}.exact.npy")[int(number) & 0xFFFFFFFF])
+
+def _by_shard(numbers: np.ndarray) -> Iterable[tuple[int, np.ndarray]]:
+    """Each shard with the positions of its documents in `numbers`."""
+    shards = numbers >> np.uint64(32)
+    order = np.argsort(shards, kind="stable")
+    present, starts = np.unique(shards[order], return_index=True)
+    return zip(present.tolist(), np.split(order, starts[1:]), strict=True)
+
+
+def _index(numbers: np.ndarray) -> np.ndarray:
+    return (numbers & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def join(pairs: np.ndarray) -> dict[int, int]:
@@ -311,9 +370,10 @@ def _load_names(path: Path) -> list[str]:
     return json.loads(path.read_text("utf-8"))
 
 
-@lru_cache(maxsize=256)
-def _load(path: Path) -> Any:
-    return np.load(path, mmap_mode="r")
+@lru_cache(maxsize=1024)
+def _load_shingles(folder: Path, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    indices, ends = np.load(folder / f"{shard:05d}.index.npy")
+    return np.load(folder / f"{shard:05d}.npy", mmap_mode="r"), indices, ends
 
 
 def _save(path: Path, values: np.ndarray) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from tnllm import __version__, assets
 from tnllm.cleaning.decontaminate import build_index, eval_files
-from tnllm.cleaning.dedup import MATCH_TASKS, Drop, Group, Match, Sign, num_bands
+from tnllm.cleaning.dedup import MATCH_TASKS, Choose, Drop, Group, Match, Shingle, Sign, num_bands
 from tnllm.cleaning.executor import Stage, stage_stats
 from tnllm.cleaning.input_shards import Piece, fingerprint, plan_shards
 from tnllm.cleaning.settings import CleanSettings
@@ -78,6 +78,7 @@ def _stages(settings: CleanSettings, shards: list[list[Piece]], out: Path, work:
     rejected = out / "rejected" if settings.output.keep_rejected else None
     dedup = settings.dedup
     signatures, pairs, groups = work / "signatures", work / "pairs", work / "groups.npz"
+    shingles = work / "shingles"
     filtered = work / "filtered" if dedup.enabled else last
     more = [Sign(signatures, dedup)] if dedup.enabled else []
     steps = filter_steps(settings, shards, _index(settings, work), [*more, Writer(filtered, rejected, "filter")])
@@ -87,7 +88,10 @@ def _stages(settings: CleanSettings, shards: list[list[Piece]], out: Path, work:
     if dedup.enabled:
         tasks = min(MATCH_TASKS, num_bands(dedup) + 1)
         yield Stage("match", [Match(signatures, pairs, dedup)], tasks, work / "match")
-        yield Stage("group", [Group(signatures, pairs, filtered, groups, dedup)], 1, work / "group")
+        if dedup.verify == "exact":
+            yield Stage("choose", [Choose(signatures, pairs, shingles, dedup)], 1, work / "choose")
+            yield Stage("shingle", [Shingle(filtered, shingles, dedup)], count, work / "shingle")
+        yield Stage("group", [Group(signatures, pairs, shingles, groups, dedup)], 1, work / "group")
         drop = Drop(settings, filtered, groups, signatures)
         yield Stage("dedup", [drop, Writer(last, rejected, "dedup")], count, work / "dedup")
 
