@@ -5,17 +5,19 @@
 Run it in a checkout. Documents are made of sentences that are drawn at random from one source of the corpus (default: the
 sample that ships), so two documents share next to nothing; every tenth is an exact copy of another, and every tenth a near
 copy with a hundredth of its words replaced. FOLDER needs about four times the size on disk and is left as it is; a
-temporary folder is used where none is given. Each step runs in a process of its own: its processor time is the
-system's count for it and its workers, its peak memory that of the single tasks, which alone need more of it for more
+temporary folder is used where none is given. Each step runs in a process of its own: its processor time is the system's
+count for it and its workers; peak memory is that of the largest process, told of the steps that need more of it for more
 documents. --cores confines the run to so many cores and workers. After --seconds the step under way is stopped; the same
 command resumes, and its processor time is added to what was spent before.
 
-SAVE gets results.json, written anew after each step, and at the end table.md, steps.csv and steps.png.
+SAVE gets results.json, written anew after each step, and at the end, with matplotlib, table.md, steps.csv and steps.png;
+--chart SAVE/results.json only writes those.
 `--memory 250000 1000000` measures only the memory of de-duplication, of random signatures of so many documents.
 """
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -58,7 +60,7 @@ _CHUNK_BYTES = 250e6
 _FILE_BYTES = 16e6
 _TERABYTES = 6
 _CORES = (2, 16, 64, 256)
-# Steps of one task, whose process holds something of every document.
+# Steps of one task.
 _SINGLE = ("choose", "group")
 # Steps that cannot use more workers than this.
 _MOST = {"match": MATCH_TASKS, "choose": 1, "group": 1}
@@ -137,11 +139,11 @@ def _measured(work: Callable[..., Any], arguments: tuple[Any, ...], pipe: Any) -
         done = False
     for child in multiprocessing.active_children():
         child.join()
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     # ru_maxrss would count what the process was started from.
     [peak] = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("ascii"))
-    pipe.send((seconds, int(peak) / 2**20, done))
+    pipe.send((seconds, max(int(peak), usages[1].ru_maxrss) / 2**20, done))
 
 
 def measured(work: Callable[..., Any], *arguments: Any, until: float = math.inf) -> tuple[float, float, bool]:
@@ -358,7 +360,7 @@ def table(state: dict[str, Any]) -> Iterator[str]:
     for row in rows:
         peak = each = ""
         # Of few documents the modules' own memory is most.
-        if row["step"] in _SINGLE and counts["signed"] >= 200_000:
+        if row["step"] in _MOST and counts["signed"] >= 200_000:
             grown = (row["gib"] - counts["base"]) / counts["signed"] * 1e6
             peak, each = f"{row['gib']:.2f}", f"{grown:.2f} GiB"
         speed = row["megabytes"] / row["seconds"]
@@ -426,8 +428,12 @@ def main() -> None:
     parser.add_argument("--cores", "--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--chart", type=Path, help="only write the table and the chart of this results.json")
     parser.add_argument("--memory", type=int, nargs="+", metavar="DOCUMENTS", help="only this, of random signatures")
     given = parser.parse_args()
+    if given.chart:
+        save(given.save or given.chart.parent, json.loads(given.chart.read_text("utf-8")))
+        return
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
@@ -444,7 +450,7 @@ def main() -> None:
         except OutOfTime:
             log("stopped by --seconds; the same command resumes")
         print("\n".join(table(run.state)))
-        if given.save and run.state["copies"]:
+        if given.save and run.state["copies"] and importlib.util.find_spec("matplotlib"):
             save(given.save, run.state)
 
 
