@@ -34,7 +34,8 @@ DEMO = assets.demo_weights()
 PARTS = [
     "The river and the hills beyond it. ", "从前有一个国王，他有三个儿子。", "def f(x: int) -> str:\n    return f'{x!r}'\n",
     "👩\u200d👩\u200d👧🇨🇭", "𠀀é\u0301ﬁ", "Ünïcödé Ελληνικά кириллица עברית हिन्दी ไทย 日本語 한국어",
-    "https://a.org/b?c=d&e=%20", "3.14159e-26", "<s></s><unk><0x41>", "\u2581", " ", "  ", "\t", "\n", "\r\n", "\u00a0",
+    "https://a.org/b?c=d&e=%20", "3.14159e-26", "<s></s><unk><0x41>", "<|im_end|>", "\u2581", " ", "  ",
+    "\t", "\n", "\r\n", "\u00a0",
     "\u3000", "\u200b", "\ufeff", "\x00", "\x07", "\x1b[0m", "\x7f", "\u2028", "\ufffd", "\U0010ffff",
 ]  # fmt: skip
 
@@ -77,20 +78,23 @@ def opened(folder, path=""):
             thread.join()
 
 
-def with_space(model):
-    """The model, with a space before every text, as Llama's tokenizer has it."""
+def changed(model, kind):
+    """The model, with a space before every text, as Llama's has it, or with a symbol that is matched before all merges."""
     from sentencepiece import sentencepiece_model_pb2 as messages
 
     proto = messages.ModelProto.FromString(model)
-    proto.normalizer_spec.add_dummy_prefix = True
+    if kind == "space":
+        proto.normalizer_spec.add_dummy_prefix = True
+    if kind == "symbol":
+        proto.pieces.add(piece="<|im_end|>", score=0.0, type=messages.ModelProto.SentencePiece.USER_DEFINED)
     return proto.SerializeToString()
 
 
 @in_a_browser
-@pytest.mark.parametrize("kind", ["demo", "64k", "space"])
+@pytest.mark.parametrize("kind", ["demo", "64k", "space", "symbol"])
 def test_the_tokenizer_is_ours(kind, tmp_path):
     model = assets.tokenizer_model("tnllm-64k" if kind == "64k" else None).read_bytes()
-    (tmp_path / "tokenizer.model").write_bytes(with_space(model) if kind == "space" else model)
+    (tmp_path / "tokenizer.model").write_bytes(changed(model, kind))
     (tmp_path / "ort.wasm.min.mjs").write_text("export const env = { wasm: {} };")  # in place of the runtime
     (tmp_path / "tnllm.mjs").write_bytes((assets.browser_page() / "tnllm.mjs").read_bytes())
     (tmp_path / "index.html").write_text('<!doctype html><link rel="icon" href="data:,">')
@@ -111,7 +115,7 @@ def test_the_tokenizer_is_ours(kind, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED.is_dir(), reason="onnxruntime-web is not installed: npm install onnxruntime-web")
 def test_the_text_is_that_of_generate(run, tmp_path):
-    run(DEMO, tmp_path / "page", "web", runtime=INSTALLED)
+    run(DEMO, tmp_path / "page", "web", runtime=INSTALLED, verify=False)  # the graph has tests of its own
     model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer.load(DEMO)
     params = SamplingParams(temperature=0, repetition_penalty=1.03, max_tokens=40)
     prompts = ["Once upon a time", "从前有一个国王，" * 30]  # the second in two chunks
@@ -127,6 +131,14 @@ def test_the_text_is_that_of_generate(run, tmp_path):
             "return made; })()"
         )
         assert found == expected
+        drawn = page.evaluate(
+            "(async () => { const model = await (await import('/tnllm.mjs')).load('.'); const texts = [];"
+            f"for (const topP of [1e-6, 1, 1]) {{ const ids = []; const options = {{ limit: 40, temperature: 1, topP }};"
+            f"for await (const {{ id }} of model.generate({json.dumps(prompts[0])}, options)) ids.push(id);"
+            "texts.push(ids); } return texts; })()"
+        )
+        # Only the most likely token is left; and two draws of many differ.
+        assert drawn[0] == expected[0] and drawn[1] != drawn[2]
         # And by hand.
         page.evaluate("document.querySelector('#limit').value = 40, document.querySelector('#temperature').value = 0")
         page.click("#go")

@@ -86,8 +86,8 @@ def write_page(out: Path, runtime: Path) -> None:
         shutil.copyfile(file, out / file.name)
 
 
-def write_onnx(folder: Path, out: Path, quantize: bool, log: Callable[[str], None]) -> list[str]:
-    """Write the graph of a Hugging Face folder and its tokenizer and configs to `out`; returns the files' names."""
+def write_onnx(folder: Path, out: Path, quantize: bool, log: Callable[[str], None]) -> None:
+    """Write the graph of a Hugging Face folder and its tokenizer and configs to `out`."""
     file = out / MODEL
     _export(folder, file)
     if quantize:
@@ -103,7 +103,6 @@ def write_onnx(folder: Path, out: Path, quantize: bool, log: Callable[[str], Non
         f"{about}\n",
         encoding="utf-8",
     )
-    return sorted(path.name for path in out.iterdir() if path.is_file())
 
 
 def compare_with(folder: Path, file: Path) -> tuple[float, float]:

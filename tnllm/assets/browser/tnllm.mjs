@@ -54,7 +54,7 @@ export class Tokenizer {
       this.bytes.push(type === BYTE ? Uint8Array.of(byte) : utf8.encode(text));
     }
     // These are matched before any merge, the longest first.
-    const escaped = alone.sort((a, b) => b.length - a.length).map((piece) => piece.replace(/[^\w\s]/g, "\\$&"));
+    const escaped = alone.sort((a, b) => b.length - a.length).map((piece) => piece.replace(/[\\^$.*+?()[\]{}|\/]/g, "\\$&"));
     this.alone = new RegExp(`(${escaped.join("|") || "$^"})`, "u");
     // Characters that no piece has side by side are never joined: texts fall into short runs.
     this.neighbours = new Set();
