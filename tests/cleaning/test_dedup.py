@@ -86,6 +86,13 @@ def test_only_exact_duplicates_at_threshold_one(tmp_path):
     assert kept == ["d0", "d2", "d3", "d6"]
 
 
+@pytest.mark.parametrize("verify", ["exact", "estimate"])
+def test_a_corpus_without_duplicates_is_kept(tmp_path, verify):
+    run, kept = dedup(tmp_path, [ENGLISH, CHINESE], verify=verify)
+    assert kept == ["d0", "d1"]
+    assert not list(near_pairs(run.work / "groups.npz", run.work / "signatures"))
+
+
 def test_estimates_alone(tmp_path):
     texts = [ENGLISH, ENGLISH + " Amen.", CHINESE]
     run, kept = dedup(tmp_path, texts, verify="estimate")

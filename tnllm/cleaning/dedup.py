@@ -225,7 +225,10 @@ class Shingle(PipelineStep):
                     if not left:
                         break
             _save(self.out / f"{rank:05d}.npy", np.concatenate(parts))
-            _save(self.out / f"{rank:05d}.index.npy", np.array([indices, np.cumsum([len(part) for part in parts[1:]])]))
+            _save(
+                self.out / f"{rank:05d}.index.npy",
+                np.array([indices, np.cumsum([len(part) for part in parts[1:]], dtype=np.int64)]),
+            )
         return iter(())
 
 
@@ -303,7 +306,8 @@ def _by_shard(numbers: np.ndarray) -> Iterable[tuple[int, np.ndarray]]:
     shards = numbers >> np.uint64(32)
     order = np.argsort(shards, kind="stable")
     present, starts = np.unique(shards[order], return_index=True)
-    return zip(present.tolist(), np.split(order, starts[1:]), strict=True)
+    ends = np.append(starts[1:], len(order))
+    return ((shard, order[start:end]) for shard, start, end in zip(present.tolist(), starts, ends, strict=False))
 
 
 def _index(numbers: np.ndarray) -> np.ndarray:
