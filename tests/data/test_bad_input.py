@@ -265,9 +265,12 @@ def test_outputs_are_checked_before_the_work(tmp_path):
 def test_fields_that_json_cannot_hold(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = ['{"text": "one", "title": "\\ud800", "score": NaN}', '{"text": "two", "title": "\\ud83d\\ude00"}']
+    # Python reads integers of up to 4,300 digits.
+    lines.append(f'{{"text": "three", "ok": -{"9" * 4300}, "score": {"9" * 5000}}}')
     path.write_text("\n".join(lines))
     kept, report = cleaned(path, tmp_path / "out")
-    assert [record.get("title") for record in kept] == [None, "😀"] and kept[0]["score"] is None
+    assert [record.get("title") for record in kept] == [None, "😀", None] and kept[0]["score"] is None
+    assert [kept[2][key] for key in ("text", "ok", "score")] == ["three", 1 - 10**4300, None]
     assert list(report["lost_fields"].values()) == [1] and next(iter(report["lost_fields"])).startswith(
         f"title of {path}"
     )

@@ -36,6 +36,11 @@ SplitOn = Literal["none", "blank-line", "line"]
 _MAX_TEXT_CHARS = 8 << 20
 # NaN and infinities, which only Python's JSON has, become null.
 _JSON = json.JSONDecoder(parse_constant=lambda name: None)
+_MAX_DIGITS = 4300
+_JSON_LONG_NUMBERS = json.JSONDecoder(
+    parse_constant=lambda name: None,
+    parse_int=lambda digits: int(digits) if len(digits.lstrip("-")) <= _MAX_DIGITS else None,
+)
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -130,7 +135,7 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[D
         if not line.strip():
             continue
         try:
-            record = _JSON.decode(line.decode("utf-8").strip())
+            record = _decode(line.decode("utf-8").strip())
         except UnicodeDecodeError as error:
             yield BadDocument(where, f"not UTF-8 (byte {error.start + 1} of the line)")
             continue
@@ -140,8 +145,8 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[D
                 return
             yield BadDocument(where, f"invalid JSON ({error.msg}, column {error.colno})")
             continue
-        except (ValueError, RecursionError) as error:
-            yield BadDocument(where, f"JSON that cannot be read ({error})")
+        except RecursionError:
+            yield BadDocument(where, "JSON that is nested too deeply to be read")
             continue
         if not isinstance(record, dict):
             yield BadDocument(where, f"{json_type(record)} where an object is expected")
@@ -149,6 +154,16 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[D
         # Only an escape can spell a lone surrogate: the bytes are UTF-8.
         lost = _not_unicode(record, name) if b"\\ud" in line or b"\\uD" in line else {}
         yield _from_record(record, name, path, number, position, lost)
+
+
+def _decode(line: str) -> Any:
+    try:
+        return _JSON.decode(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        # Python reads no integer of more than 4,300 digits. A function for each integer would slow down every file.
+        return _JSON_LONG_NUMBERS.decode(line)
 
 
 def _from_record(
