@@ -89,7 +89,7 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
 
     asked = []
 
-    def bench(plan, log, on_row, folder):
+    def bench(plan, log, on_row, folder, budget):
         asked.append(plan)
         assert folder == tmp_path / "s.json.cases"
         device = {"device": "cpu", "dtype": "float32", "matmul_tflop_per_s": None}

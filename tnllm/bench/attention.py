@@ -7,6 +7,7 @@ The floor is the time to move the operands once at the device's measured copy ba
 k, v, do, dq, dk, dv for forward and backward.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tnllm.bench.accuracy import relative_rms
+from tnllm.bench.budget import Budget
 from tnllm.bench.providers import PROVIDERS, Provider, outputs_and_gradients, softmax_reference
-from tnllm.bench.timing import copy_bandwidth, extra_memory, measure
+from tnllm.bench.timing import Timing, calls, copy_bandwidth, extra_memory, measure, synchronize
 from tnllm.device import describe_device
 from tnllm.errors import UserError, did_you_mean
 from tnllm.kernels.lightning_attention.reference import quadratic
@@ -24,6 +26,8 @@ from tnllm.kernels.lightning_attention.reference import quadratic
 # gives 2e-3 to 5e-3 in any implementation. fp32 peers may use tf32 products (3e-4).
 ERROR_LIMIT = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3, torch.float32: 2e-3}
 CHECK_LENGTH = 513  # odd, so that no block size divides it
+# A length is forecast from one that is at most so many times shorter; the shortest that is timed for that alone.
+_RUNG, _SHORTEST = 4, 512
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,18 @@ def bench_attention(
     budget_s: float = 0.5,
     log: Callable[[str], None] = lambda text: None,
     on_row: Callable[[dict], None] = lambda results: None,
+    budget: Budget | None = None,
 ) -> dict:
     """Check and time one provider after another: {"environment", "accuracy": [...], "rows": [...]}, plain values.
 
-    `on_row` gets the results so far after each row, so that an interrupted run loses none.
+    `on_row` gets the results so far after each row, so that an interrupted run loses none. `budget_s`: seconds for each
+    measurement; `budget`: minutes for all of them. What does not fit the minutes is extrapolated from a shorter length.
 
-    A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor and host_ms for each;
-    compile_ms; tb_per_s, tflop_per_s; extra_mib (fwd+bwd, inputs not counted; null on CPU).
+    A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor and host_ms for each, and
+    repeats; compile_ms; tb_per_s, tflop_per_s; extra_mib (fwd+bwd, inputs not counted; null on CPU); extrapolated_from:
+    the length whose time was scaled by the work (null: timed), with null for what only a timing gives.
     """
+    budget = budget or Budget(log=log)
     providers = choose(names, device, dtype, log)
     bandwidth = copy_bandwidth(device)
     environment = {
@@ -91,24 +99,52 @@ def bench_attention(
     results = {"environment": environment, "accuracy": accuracy, "rows": rows}
     order = {tuple(asdict(shape).values()): index for index, shape in enumerate(shapes)}
     limit = ERROR_LIMIT[dtype]
-    # One provider after another: one that compiles for many minutes delays only those after it.
-    for provider in providers:
-        log(f"checking {provider.name} against float64")
-        errors = check(provider, shapes[0], dtype, device)
-        good = all(error <= limit for error in errors.values())
-        accuracy.append({"provider": provider.name, **errors, "limit": limit, "passed": good})
-        if not good:
-            log(f"not timed: {provider.name} is wrong (relative error {max(errors.values()):.2g}, limit {limit:g})")
-            continue
-        for shape in shapes:
-            row = _time(provider, shape, dtype, device, bandwidth, budget_s, log)
-            if row is not None:
-                log(f"  forward {row['fwd_ms']:.3f} ms, with backward {row['fwd_bwd_ms']:.3f} ms")
-                rows.append(row)
-                # Providers of one shape stand together in the table.
-                rows.sort(key=lambda row: order[row["batch"], row["heads"], row["length"], row["head_dim"]])
-                on_row(results)
+    later: list[tuple[_Clock, Shape, int]] = []
+
+    def keep(row: dict) -> None:
+        log(_line(row))
+        rows[:] = [other for other in rows if any(other[key] != row[key] for key in _SAME)] + [row]
+        # Providers of one shape stand together in the table.
+        rows.sort(
+            key=lambda row: (
+                order[row["batch"], row["heads"], row["length"], row["head_dim"]],
+                names.index(row["provider"]),
+            )
+        )
+        on_row(results)
+
+    with budget:
+        # One provider after another: one that compiles for many minutes delays only those after it.
+        for number, provider in enumerate(providers):
+            log(f"checking {provider.name} against float64")
+            errors = check(provider, shapes[0], dtype, device)
+            good = all(error <= limit for error in errors.values())
+            accuracy.append({"provider": provider.name, **errors, "limit": limit, "passed": good})
+            if not good:
+                log(f"not timed: {provider.name} is wrong (relative error {max(errors.values()):.2g}, limit {limit:g})")
+                continue
+            budget.part(len(providers) - number)
+            clock = _Clock(provider, dtype, device, budget_s, budget)
+            for shape in shapes:
+                if (row := clock.row(shape, bandwidth)) is not None:
+                    keep(row)
+                    if row["extrapolated_from"] is not None:
+                        later.append((clock, shape, row["extrapolated_from"]))
+        # With the time that the others left, shortest first.
+        later.sort(key=lambda item: item[0].seconds(item[1]))
+        for clock, shape, near in later:
+            budget.part(1)
+            if (row := clock.row(shape, bandwidth)) is not None and row["extrapolated_from"] != near:
+                keep(row)
     return results
+
+
+def _line(row: dict) -> str:
+    how = "" if row["extrapolated_from"] is None else f", extrapolated from {row['extrapolated_from']} tokens"
+    return (
+        f"{row['provider']}, {row['batch']} x {row['heads']} x {row['length']} x {row['head_dim']}: "
+        f"forward {row['fwd_ms']:.3f} ms, with backward {row['fwd_bwd_ms']:.3f} ms{how}"
+    )
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device, heads_first: bool) -> list[Tensor]:
@@ -132,64 +168,165 @@ def check(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.de
     return {name: relative_rms(result, exact) for (name, result), exact in pairs}
 
 
-def _time(
-    provider: Provider,
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    bandwidth: float,
-    budget_s: float,
-    log: Callable[[str], None],
-) -> dict | None:
-    elements, itemsize = shape.elements, dtype.itemsize
-    if provider.quadratic_memory:
-        # Scores, masked scores and their gradients, besides the mask itself.
-        needed = (4 * shape.batch + 1) * shape.heads * shape.length**2 * itemsize
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
-        if needed > 0.8 * free:
-            log(f"skipped {provider.name} at {shape.length}: its [T, T] scores need {needed / 2**30:.0f} GiB")
+# What makes a row.
+_SAME = ("provider", "batch", "heads", "length", "head_dim")
+
+
+class _Clock:
+    """Times one provider, within what the budget leaves it."""
+
+    def __init__(
+        self, provider: Provider, dtype: torch.dtype, device: torch.device, budget_s: float, budget: Budget
+    ) -> None:
+        self.provider, self.dtype, self.device = provider, dtype, device
+        self.budget_s, self.budget = budget_s, budget
+        # By the work that was timed.
+        self._lengths: dict[float, int] = {}
+
+    def row(self, shape: Shape, bandwidth: float) -> dict | None:
+        """A row of results; None where it does not run, with the reason in the log."""
+        name = f"{self.provider.name} at {shape.batch} x {shape.length}"
+        if (needed := self._scores_bytes(shape)) > 0.8 * self._free_bytes():
+            self.budget.log(f"skipped {name}: its [T, T] scores need {needed / 2**30:.0f} GiB")
             return None
-    log_decay = slopes(shape.heads, device)
-    *parts, grad = _inputs(shape, dtype, device, provider.heads_first)
-    q, k, v = leaves = [part.requires_grad_() for part in parts]
+        try:
+            self._climb(shape)
+            forecast = self._forecast(shape)
+            usual = None if forecast is None else sum(calls(s, self.budget_s) * s for s in forecast)
+            if self.budget.allows(name, usual, None if forecast is None else 2 * sum(forecast)):
+                fwd, both, memory = self._time(shape)
+                return self._row(shape, bandwidth, fwd, both, memory)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.budget.log(f"skipped {name}: out of memory")
+            return None
+        near = self.budget.nearest(self._key(0), self._flops(shape))
+        if forecast is None or near is None:
+            return None
+        fwd, both = (Timing(1e3 * seconds, 0.0, 0.0, 0.0, 0.0, 0) for seconds in forecast)
+        return self._row(shape, bandwidth, fwd, both, None, self._lengths[near])
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return provider.attend(q, k, v, log_decay)
+    def _key(self, backward: int) -> tuple[str, int]:
+        return self.provider.name, backward
 
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(provider.attend(q, k, v, log_decay), leaves, grad)
+    def _flops(self, shape: Shape) -> float:
+        """Multiply-adds of the forward pass, as this provider computes it: the time grows with them."""
+        if self.provider.softmax or self.provider.quadratic_memory:
+            return shape.elements * 2.0 * (shape.length + 1)
+        return shape.elements * 4.0 * shape.head_dim
 
-    log(f"timing {provider.name} at {shape.batch} x {shape.length}")
-    try:
-        fwd = measure(forward, device, budget_s)
-        fwd_bwd = measure(both, device, budget_s)
-        memory = extra_memory(both, device)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        log(f"skipped {provider.name} at {shape.length}: out of memory")
-        return None
-    floors = (4 * elements * itemsize / bandwidth * 1e3, 11 * elements * itemsize / bandwidth * 1e3)
-    # Multiply-adds by the definition of the function: the recurrence for linear attention, the causal half for softmax.
-    flops = elements * (2.0 * (shape.length + 1) if provider.softmax else 4.0 * shape.head_dim)
-    return {
-        "provider": provider.name,
-        **asdict(shape),
-        "fwd_ms": fwd.median_ms,
-        "fwd_low_ms": fwd.low_ms,
-        "fwd_high_ms": fwd.high_ms,
-        "fwd_over_floor": fwd.median_ms / floors[0],
-        "fwd_tb_per_s": 4 * elements * itemsize / fwd.median_ms / 1e9,
-        "fwd_tflop_per_s": flops / fwd.median_ms / 1e9,
-        "fwd_bwd_ms": fwd_bwd.median_ms,
-        "fwd_bwd_low_ms": fwd_bwd.low_ms,
-        "fwd_bwd_high_ms": fwd_bwd.high_ms,
-        "fwd_bwd_over_floor": fwd_bwd.median_ms / floors[1],
-        "fwd_bwd_ns_per_token": 1e6 * fwd_bwd.median_ms / (shape.batch * shape.length),
-        "fwd_host_ms": fwd.host_ms,
-        "fwd_bwd_host_ms": fwd_bwd.host_ms,
-        "compile_ms": fwd.compile_ms + fwd_bwd.compile_ms,
-        "extra_mib": None if memory is None else memory / 2**20,
-        "floor_fwd_ms": floors[0],
-        "floor_fwd_bwd_ms": floors[1],
-    }
+    def _forecast(self, shape: Shape) -> tuple[float, float] | None:
+        """Seconds of a forward call, and of one with backward."""
+        forward, both = (self.budget.forecast(self._key(backward), self._flops(shape)) for backward in (0, 1))
+        return None if forward is None or both is None else (forward, both)
+
+    def seconds(self, shape: Shape) -> float:
+        """Forecast of a call of each kind together; 0 where nothing is known."""
+        return sum(self._forecast(shape) or ())
+
+    def _climb(self, shape: Shape) -> None:
+        """Time single calls of shorter lengths, each forecast from the one before, until `shape` can be forecast."""
+        lengths = [shape.length // _RUNG]
+        while lengths[-1] >= _RUNG * _SHORTEST:
+            lengths.append(lengths[-1] // _RUNG)
+        known = max((length for length in self._lengths.values() if length <= shape.length), default=0)
+        for length in (length for length in reversed(lengths) if length > known and length >= _SHORTEST):
+            rung = replace(shape, length=length)
+            # What it takes must leave time for the next one.
+            if self.seconds(rung) > 0.4 * self.budget.left_s:
+                return
+            if self._scores_bytes(rung) <= 0.8 * self._free_bytes():
+                self._learn(rung, *(self._once(run) for run in self._runs(rung)))
+
+    def _learn(self, shape: Shape, forward: float, both: float) -> None:
+        for backward, seconds in enumerate((forward, both)):
+            self.budget.learn(self._key(backward), self._flops(shape), seconds)
+        self._lengths[self._flops(shape)] = shape.length
+
+    def _once(self, run: Callable[[], object]) -> float:
+        """Seconds of a call; of a short one the better of two, since the first compiles."""
+        times: list[float] = []
+        while not times or (len(times) < 2 and (times[0] < 1 or not self._lengths)):
+            started = time.perf_counter()
+            run()
+            synchronize(self.device)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    def _runs(self, shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
+        """The two calls that are timed."""
+        log_decay, attend = slopes(shape.heads, self.device), self.provider.attend
+        *parts, grad = _inputs(shape, self.dtype, self.device, self.provider.heads_first)
+        q, k, v = leaves = [part.requires_grad_() for part in parts]
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return attend(q, k, v, log_decay)
+
+        def both() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(attend(q, k, v, log_decay), leaves, grad)
+
+        return forward, both
+
+    def _time(self, shape: Shape) -> tuple[Timing, Timing, int | None]:
+        forward, both = self._runs(shape)
+        # A backward pass costs at least twice a forward one.
+        fwd = measure(forward, self.device, self.budget_s, self.budget.left_s / 4)
+        fwd_bwd = measure(both, self.device, self.budget_s, self.budget.left_s)
+        self._learn(shape, fwd.median_ms / 1e3, fwd_bwd.median_ms / 1e3)
+        return fwd, fwd_bwd, extra_memory(both, self.device)
+
+    def _scores_bytes(self, shape: Shape) -> int:
+        """Scores, masked scores and their gradients, besides the mask itself, where a provider keeps them."""
+        count = (4 * shape.batch + 1) * shape.heads * shape.length**2 * self.dtype.itemsize
+        return count if self.provider.quadratic_memory else 0
+
+    def _free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 4 << 30
+
+    def _row(
+        self,
+        shape: Shape,
+        bandwidth: float,
+        fwd: Timing,
+        both: Timing,
+        memory: int | None,
+        extrapolated_from: int | None = None,
+    ) -> dict:
+        size = shape.elements * self.dtype.itemsize
+        floors = (4 * size / bandwidth * 1e3, 11 * size / bandwidth * 1e3)
+        # By the definition of the function: the recurrence for linear attention, the causal half for softmax.
+        flops = shape.elements * (2.0 * (shape.length + 1) if self.provider.softmax else 4.0 * shape.head_dim)
+        row = {
+            "provider": self.provider.name,
+            **asdict(shape),
+            "extrapolated_from": extrapolated_from,
+            "fwd_ms": fwd.median_ms,
+            "fwd_low_ms": fwd.low_ms,
+            "fwd_high_ms": fwd.high_ms,
+            "fwd_over_floor": fwd.median_ms / floors[0],
+            "fwd_tb_per_s": 4 * size / fwd.median_ms / 1e9,
+            "fwd_tflop_per_s": flops / fwd.median_ms / 1e9,
+            "fwd_repeats": fwd.repeats,
+            "fwd_bwd_ms": both.median_ms,
+            "fwd_bwd_low_ms": both.low_ms,
+            "fwd_bwd_high_ms": both.high_ms,
+            "fwd_bwd_over_floor": both.median_ms / floors[1],
+            "fwd_bwd_ns_per_token": 1e6 * both.median_ms / (shape.batch * shape.length),
+            "fwd_bwd_repeats": both.repeats,
+            "fwd_host_ms": fwd.host_ms,
+            "fwd_bwd_host_ms": both.host_ms,
+            "compile_ms": fwd.compile_ms + both.compile_ms,
+            "extra_mib": None if memory is None else memory / 2**20,
+            "floor_fwd_ms": floors[0],
+            "floor_fwd_bwd_ms": floors[1],
+        }
+        if extrapolated_from is not None:
+            row |= dict.fromkeys(_ONLY_TIMED)
+        return row
+
+
+# Columns that an extrapolated row does not have.
+_ONLY_TIMED = (
+    "fwd_low_ms", "fwd_high_ms", "fwd_bwd_low_ms", "fwd_bwd_high_ms", "fwd_host_ms", "fwd_bwd_host_ms", "compile_ms",
+)  # fmt: skip

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from tnllm.bench.accuracy import relative_rms
+from tnllm.bench.budget import Budget
 from tnllm.bench.decode_baseline import FixedStep, cache_of, filled_cache
-from tnllm.bench.timing import copy_bandwidth, free_memory, measure
+from tnllm.bench.timing import calls, copy_bandwidth, free_memory, measure
 from tnllm.device import describe_device
 from tnllm.errors import RunError
 from tnllm.generation.captured_step import CapturedStep, can_capture
@@ -63,13 +64,16 @@ def bench_decode(
     compiled: bool = True,
     log: Callable[[str], None] = lambda text: None,
     on_row: Callable[[dict[str, Any]], None] = lambda results: None,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Measure one preset: batch 1 at every position, every batch, and the baseline at every context and batch.
 
     `on_row` gets the results so far after each row, so that an interrupted run loses none. `compiled`: compile the
-    baseline (GPU only). Returns environment, accuracy, rows, and what was skipped with its reason. Raises RunError if a
-    step's logits differ from those of the full forward pass.
+    baseline (GPU only). `budget`: minutes for all; what is forecast not to fit, from the bytes a step moves, is skipped.
+    Returns environment, accuracy, rows, and what was skipped with its reason. Raises RunError if a step's logits differ
+    from those of the full forward pass.
     """
+    budget = budget or Budget(log=log)
     bandwidth = copy_bandwidth(device)
     accuracy: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -82,37 +86,63 @@ def bench_decode(
         "baseline": "compiled, one CUDA graph" if compiled else "eager",
     }
     results = {"environment": environment, "accuracy": accuracy, "rows": rows, "skipped": skipped}
-    for kind in ("transnormer", "transformer"):
-        if kind == "transformer" and not contexts:
-            continue
-        config = get_preset(preset, kind=kind)
-        model = build_model(config, device, dtype, seed=0).eval().requires_grad_(False)
-        log(f"{preset} {kind}: checking the step against the full forward pass")
-        checked = _check(model, compiled)
-        accuracy.append(checked)
-        if not checked["passed"]:
-            raise RunError(
-                f"the decoding step of {preset} {kind} is wrong, so nothing is timed: "
-                f"relative error {checked['step_error']:.2g}, allowed {checked['limit']:.2g}"
-            )
-        for point in _points(kind, positions, batches, contexts):
-            needed, usable = _needed_bytes(model, point), _usable_bytes(device)
-            row = {"preset": preset, **point.__dict__}
-            if needed > usable:
-                reason = f"needs about {needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB may be used"
-                log(f"{_name(point)}: skipped, {reason}")
-                skipped.append({**row, "reason": reason})
-                continue
-            log(_name(point))
-            try:
-                rows.append(row | _time(model, point, bandwidth, budget_s, compiled))
+    kinds = ("transnormer", "transformer") if contexts else ("transnormer",)
+    with budget:
+        for number, kind in enumerate(kinds):
+            model = build_model(get_preset(preset, kind=kind), device, dtype, seed=0).eval().requires_grad_(False)
+            log(f"{preset} {kind}: checking the step against the full forward pass")
+            checked = _check(model, compiled)
+            accuracy.append(checked)
+            if not checked["passed"]:
+                raise RunError(
+                    f"the decoding step of {preset} {kind} is wrong, so nothing is timed: "
+                    f"relative error {checked['step_error']:.2g}, allowed {checked['limit']:.2g}"
+                )
+            budget.part(len(kinds) - number)
+            points = list(_points(kind, positions, batches, contexts))
+            for done, point in enumerate(points):
+                row = {"preset": preset, **point.__dict__}
+                measured = _row(model, point, bandwidth, budget_s, compiled, budget, len(points) - done)
+                if isinstance(measured, str):
+                    skipped.append({**row, "reason": measured})
+                    continue
+                rows.append(row | measured)
+                log(f"{_name(point)}: {measured['step_ms']:.3f} ms, {measured['tokens_per_s']:,.0f} tokens/s")
                 on_row(results)
-            except torch.OutOfMemoryError:
-                skipped.append({**row, "reason": "out of memory"})
-                log(f"{_name(point)}: skipped, out of memory")
-        del model
-        free_memory(device)
+            del model
+            free_memory(device)
     return results
+
+
+def _row(
+    model: LanguageModel,
+    point: _Point,
+    bandwidth: float,
+    budget_s: float,
+    compiled: bool,
+    budget: Budget,
+    rows_left: int,
+) -> dict[str, Any] | str:
+    """What was measured, or why nothing was. It is repeated less where all `rows_left` would not fit otherwise."""
+    needed, usable = _needed_bytes(model, point), _usable_bytes(model.device)
+    reason = f"needs about {needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB may be used"
+    if needed <= usable:
+        # Nothing known: eager steps of small models take a few times what their bytes do.
+        work, length = _moved_bytes(model, point), _CHAIN[model.device.type]
+        chain_s = budget.forecast(point.provider, work) or 4 * length * work / bandwidth
+        prepare_s = budget.forecast((point.provider, "prepare"), 1.0) or chain_s
+        if not budget.allows(_name(point), prepare_s + calls(chain_s, budget_s) * chain_s, prepare_s + 2 * chain_s):
+            return budget.refusal(prepare_s + 2 * chain_s)
+        try:
+            measured = _time(model, point, bandwidth, budget_s, compiled, budget.left_s / rows_left)
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        else:
+            budget.learn(point.provider, work, measured["step_ms"] / 1e3 * length)
+            budget.learn((point.provider, "prepare"), 1.0, measured["prepare_s"])
+            return measured
+    budget.log(f"{_name(point)}: skipped, {reason}")
+    return reason
 
 
 def _points(kind: str, positions: list[int], batches: list[int], contexts: list[int]) -> Iterator[_Point]:
@@ -192,7 +222,9 @@ def _next(step: Step, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _time(model: LanguageModel, point: _Point, bandwidth: float, budget_s: float, compiled: bool) -> dict[str, Any]:
+def _time(
+    model: LanguageModel, point: _Point, bandwidth: float, budget_s: float, compiled: bool, limit_s: float
+) -> dict[str, Any]:
     device = model.device
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, model.config.vocab_size, (point.batch,), generator=generator).to(device)
@@ -206,11 +238,11 @@ def _time(model: LanguageModel, point: _Point, bandwidth: float, budget_s: float
         prompt = torch.randint(3, model.config.vocab_size, (1, 64), generator=generator).to(device)
         state = model.hidden(prompt)[1].select([0] * point.batch)
         step = _own_step(model, state, 1 << 30)
-        stored, moved = state.nbytes, 2 * state.nbytes
+        stored = state.nbytes
     else:
         cache = filled_cache(model, point.batch, point.position)
         step = FixedStep(model, cache, compiled)
-        stored = moved = cache.nbytes
+        stored = cache.nbytes
     length = _CHAIN[device.type]
     chosen = torch.zeros(length, point.batch, dtype=torch.int64, device=device)
 
@@ -229,7 +261,7 @@ def _time(model: LanguageModel, point: _Point, bandwidth: float, budget_s: float
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
     prepared_s = time.perf_counter() - started
-    timing = measure(chain, device, budget_s)
+    timing = measure(chain, device, budget_s, limit_s - prepared_s)
     median, low, high = (1e-3 * ms / length for ms in (timing.median_ms, timing.low_ms, timing.high_ms))
     weights = _weight_bytes(model, point.batch)
     return {
@@ -239,7 +271,7 @@ def _time(model: LanguageModel, point: _Point, bandwidth: float, budget_s: float
         "tokens_per_s": point.batch / median,
         "weight_gib": weights / 2**30,
         "state_gib": stored / 2**30,
-        "bandwidth_share": (weights + moved) / bandwidth / median,
+        "bandwidth_share": _moved_bytes(model, point) / bandwidth / median,
         "peak_gib": None if peak is None else peak / 2**30,
         "prepare_s": prepared_s,
     }
@@ -253,6 +285,18 @@ def _weight_bytes(model: LanguageModel, batch: int) -> int:
     return total - table.nbytes + batch * table[0].nbytes
 
 
+def _moved_bytes(model: LanguageModel, point: _Point) -> int:
+    """Bytes that a step must read and write: see the head of this file."""
+    if point.provider == "tnllm":
+        return _weight_bytes(model, point.batch) + 2 * point.batch * model.init_state(1, "meta").nbytes
+    return _weight_bytes(model, point.batch) + _cache_bytes(model, point)
+
+
+def _cache_bytes(model: LanguageModel, point: _Point) -> int:
+    row = 2 * model.config.num_layers * model.config.model_dim * point.position
+    return point.batch * row * model.head_weight.element_size()
+
+
 def _needed_bytes(model: LanguageModel, point: _Point) -> int:
     """About how many bytes a measurement needs beyond the weights."""
     config = model.config
@@ -260,8 +304,7 @@ def _needed_bytes(model: LanguageModel, point: _Point) -> int:
     if point.provider == "tnllm":
         # Capturing warms up on a copy of the state.
         return logits + 2 * point.batch * model.init_state(1, "meta").nbytes
-    row = 2 * config.num_layers * config.model_dim * point.position * model.head_weight.element_size()
-    return logits + point.batch * row
+    return logits + _cache_bytes(model, point)
 
 
 def _usable_bytes(device: torch.device) -> int:

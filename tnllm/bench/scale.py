@@ -35,9 +35,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from tnllm import __version__
 from tnllm.bench import train
+from tnllm.bench.budget import Budget
 from tnllm.bench.train import Case
 from tnllm.errors import UserError, did_you_mean
 from tnllm.files import read_json, write_text_atomic
+from tnllm.modeling.config import get_preset
 from tnllm.modeling.flops import flops_per_token
 from tnllm.parallel.mesh import AXES
 from tnllm.parallel.traffic import TRAFFIC_AXES
@@ -223,12 +225,14 @@ def bench_scaling(
     on_row: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda kind, row, results: None,
     folder: Path | None = None,
     module: str = "tnllm.bench.scale_rank",
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Run the plan. Returns {"environment", "accuracy": [...], "rows": [...], "longest": [...]}, all plain values.
 
     `on_row` gets the key of each row as it comes, the row, and the results so far. `folder` keeps each finished case as a
     JSON file: a plan that was interrupted skips those when it is run again. Once no case is left that failed, the files
-    are removed. `module` is what each rank runs.
+    are removed. `module` is what each rank runs. `budget`: minutes for all; a case that is forecast not to fit, from
+    the time of the cases of its preset before it, is skipped.
 
     A row of `rows`: preset, gpus, mesh and its axes, seq_len, rows, tokens, scaling; status ("ok", "out of memory",
     "wrong", "failed") and reason; step_ms (median; low_ms, high_ms: 20th and 80th percentile), tokens_per_s,
@@ -239,16 +243,17 @@ def bench_scaling(
     model's set-up included), left_gib (allocated before the timing began). Null: could not be measured.
     """
     cases = make_cases(plan)
+    budget = budget or Budget(log=log)
     # Ranks on a CPU share its cores, with the same number of threads in every case.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(plan.gpus))))
     results: dict[str, Any] = {"environment": {}, "accuracy": [], "rows": [], "longest": []}
     # By preset: one GPU's losses and gradient norms, which every mesh must reproduce.
     expected: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="tnllm-scale-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="tnllm-scale-") as temporary, budget:
         kept = folder or Path(temporary)
         kept.mkdir(exist_ok=True)
         for case in cases:
-            outcome = _outcome(case, plan, expected.get(case.preset), kept, module, log)
+            outcome = _budgeted(case, plan, expected.get(case.preset), kept, module, budget)
             if not results["environment"] and "environment" in outcome:
                 results["environment"] = outcome["environment"]
                 on_row("environment", results["environment"], results)
@@ -274,6 +279,23 @@ def bench_scaling(
     return results
 
 
+def _budgeted(
+    case: MeshCase, plan: Plan, expected: dict[str, list[float]] | None, folder: Path, module: str, budget: Budget
+) -> dict[str, Any]:
+    """`_outcome`, unless the case is forecast not to fit."""
+    work = case.rows * case.seq_len * flops_per_token(get_preset(case.preset), case.seq_len)
+    # GPUs share a step's work, processes on a CPU only its cores.
+    work /= case.ranks if plan.device == "cuda" else 1
+    seconds = budget.forecast(case.preset, work)
+    if not (folder / f"{case.name}.json").exists() and not budget.allows(case.title, seconds):
+        return {phase: {"status": "skipped", "reason": budget.refusal(seconds or 0.0)} for phase in case.phases}
+    started = time.monotonic()
+    outcome = _outcome(case, plan, expected, folder, module, budget.log)
+    if case.ranks > 1 or "check" in case.phases:
+        budget.learn(case.preset, work, time.monotonic() - started)
+    return outcome
+
+
 def _outcome(
     case: MeshCase,
     plan: Plan,
@@ -295,7 +317,6 @@ def _outcome(
     running.write_text(json.dumps(asked))
     started, failure = time.monotonic(), _WRONG
     if "check" not in case.phases or case.mesh == ONE or expected is not None:
-        log(case.title)
         try:
             torchrun([module, str(running)], case.ranks)
         except ChildFailedError as error:

@@ -34,12 +34,16 @@ def print_results(results: Row) -> None:
     ]  # fmt: skip
     title = "time (median; 20th to 80th percentile) and memory"
     print_table(title, columns, results["rows"], group=lambda row: cell(shape, row))
+    if any(row["extrapolated_from"] is not None for row in results["rows"]):
+        print("from: not timed, but extrapolated from this shorter length in proportion to the work")
 
 
 def _spread(key: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
         median, low, high = row[f"{key}_ms"], row[f"{key}_low_ms"], row[f"{key}_high_ms"]
         digits = max(0, 3 - len(str(int(median)))) + (1 if median < 1 else 0)
+        if row["extrapolated_from"] is not None:
+            return f"{median:.{digits}f} from {length_label(row['extrapolated_from'])}"
         return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
     return text
@@ -54,8 +58,8 @@ def print_errors(environment: Row, rows: list[Row]) -> None:
 
 
 def plot_attention(results: Row, path: Path) -> None:
-    """Time and memory against length, log axes."""
-    rows, environment = results["rows"], results["environment"]
+    """Time and memory against length, log axes; what was timed, not what was extrapolated."""
+    rows, environment = [row for row in results["rows"] if row["extrapolated_from"] is None], results["environment"]
     panels = []
     for key, label in (
         ("fwd_ms", "forward (ms)"),
@@ -97,7 +101,7 @@ def print_training_head(results: Row) -> None:
 def print_training_row(row: Row) -> None:
     """One line, as soon as it is measured."""
     if row["step_ms"] is None:
-        print_line(_TRAIN_CASE, row, row["status"])
+        print_line(_TRAIN_CASE, row, ": ".join(filter(None, (row["status"], row["reason"]))))
         return
     status = "" if row["status"] == "ok" else row["status"]
     print_line(_TRAIN, row, f"{status}{_recomputing(row['activation_checkpointing'])}".strip())

@@ -21,6 +21,8 @@ _CACHE_BYTES = 256 << 20
 class Timing:
     """Milliseconds: median, 20th and 80th percentile; compilation (first call minus median); host time of one call.
 
+    `repeats`: calls behind the median.
+
     On a GPU the first three are device time, with the host running ahead as it does in training; where `host_ms` is
     larger, a single call is limited by the host.
     """
@@ -30,11 +32,19 @@ class Timing:
     high_ms: float
     compile_ms: float
     host_ms: float
+    repeats: int
 
 
-def measure(run: Callable[[], Any], device: torch.device, budget_s: float = 0.5) -> Timing:
-    """Time `run` until `budget_s` is spent: at least 5 and at most 200 repetitions."""
-    started = time.perf_counter()
+def calls(seconds: float, budget_s: float, fewest: int = 5) -> int:
+    """How often `measure` calls something that takes `seconds`: twice beforehand, then until `budget_s` is spent."""
+    return 2 + int(min(200, max(fewest, budget_s / max(seconds, 1e-6))))
+
+
+def measure(
+    run: Callable[[], Any], device: torch.device, budget_s: float = 0.5, limit_s: float = float("inf")
+) -> Timing:
+    """Time `run` until `budget_s` is spent: 5 to 200 repetitions, or down to one so as to end within `limit_s`."""
+    begun = started = time.perf_counter()
     run()
     synchronize(device)
     first = time.perf_counter() - started
@@ -43,11 +53,13 @@ def measure(run: Callable[[], Any], device: torch.device, budget_s: float = 0.5)
     host = time.perf_counter() - started
     synchronize(device)
     again = time.perf_counter() - started
-    repeats = int(min(200, max(5, budget_s / max(again, 1e-6))))
-    median, low, high = spread(
-        _gpu_times(run, device, repeats, host) if device.type == "cuda" else cpu_times(run, repeats)
-    )
-    return Timing(median, low, high, max(0.0, 1e3 * first - median), 1e3 * host)
+    # On a CPU the second call is as good as any later one.
+    known = [] if device.type == "cuda" else [1e3 * again]
+    left_s = limit_s - (time.perf_counter() - begun)
+    repeats = int(min(calls(again, budget_s) - 2, max(1 - len(known), left_s / max(again, 1e-6))))
+    times = known + (_gpu_times(run, device, repeats, host) if device.type == "cuda" else cpu_times(run, repeats))
+    median, low, high = spread(times)
+    return Timing(median, low, high, max(0.0, 1e3 * first - median), 1e3 * host, len(times))
 
 
 def spread(times: list[float]) -> tuple[float, float, float]:

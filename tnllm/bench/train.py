@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tnllm.bench.budget import Budget
 from tnllm.bench.timing import cpu_times, free_memory, spread, synchronize
 from tnllm.data.loader import Batch
 from tnllm.device import describe_device
@@ -192,41 +193,90 @@ def bench_training(
     log: Callable[[str], None] = lambda text: None,
     on_start: Callable[[dict[str, Any]], None] = lambda results: None,
     on_row: Callable[[dict[str, Any], dict[str, Any]], None] = lambda row, results: None,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Check, then time each case. Returns {"environment", "accuracy": [...], "rows": [...]}, all plain values.
 
+    `budget`: minutes for all cases. A step is forecast from its FLOPs; fewer are timed, or none, where they do not fit.
+
     `on_start` gets the results after the checks, `on_row` each row as it comes and the results so far. A row: the case;
-    status "ok" or "out of memory"; parameters, tokens, step_ms (median, with low and high: the 20th and 80th
-    percentile), tokens_per_s, mfu (share of the matrix product rate measured at the start; null on CPU), peak_gib
-    (allocated by torch in a steady step; null on CPU), compile_s (what the first step took beyond a steady one), and
-    the first and last loss. A kind that fails its check is not timed. Raises UserError for a bad preset.
+    status "ok", "skipped" or "out of memory", and reason; parameters, tokens, step_ms (median, with low and high: the
+    20th and 80th percentile), steps (timed), tokens_per_s, mfu (share of the matrix product rate measured at the start;
+    null on CPU), peak_gib (allocated by torch in a steady step; null on CPU), compile_s (what the first step took beyond
+    a steady one), and the first and last loss. A kind that fails its check is not timed. Raises UserError for a bad preset.
     """
+    budget = budget or Budget(log=log)
     peak = matmul_rate(device)
     config = run_config(cases[0], device, compiled, dtype)
     environment = step_environment(config.train, device, peak, steps, warmup)
     results: dict[str, Any] = {"environment": environment, "accuracy": [], "rows": []}
     passed = set()
-    for preset, kind, mode in dict.fromkeys(_form(case) for case in cases):
-        first = next(case for case in cases if _form(case) == (preset, kind, mode))
-        log(f"checking {preset} {kind} on a small model")
-        checked = {"preset": preset, "kind": kind, "activation_checkpointing": mode}
-        checked |= check(first, device, compiled, dtype)
-        results["accuracy"].append(checked)
-        if checked["passed"]:
-            passed.add(_form(first))
-        else:
-            log(
-                f"not timed: {preset} {kind} is wrong (relative error of the loss {checked['loss']:.2g}, of the gradients "
-                f"{checked['gradient']:.2g}; limits {checked['loss_limit']:g}, {checked['gradient_limit']:g})"
-            )
-    on_start(results)
-    for case in cases:
-        if _form(case) in passed:
-            log(f"timing {case.preset} {case.kind}, {case.rows} x {case.seq_len} tokens")
-            row = time_case(case, device, dtype, compiled, steps, warmup, peak)
+    with budget:
+        for preset, kind, mode in dict.fromkeys(_form(case) for case in cases):
+            first = next(case for case in cases if _form(case) == (preset, kind, mode))
+            log(f"checking {preset} {kind} on a small model")
+            checked = {"preset": preset, "kind": kind, "activation_checkpointing": mode}
+            checked |= check(first, device, compiled, dtype)
+            results["accuracy"].append(checked)
+            if checked["passed"]:
+                passed.add(_form(first))
+            else:
+                log(
+                    f"not timed: {preset} {kind} is wrong (relative error of the loss {checked['loss']:.2g}, of the "
+                    f"gradients {checked['gradient']:.2g}; limits {checked['loss_limit']:g}, {checked['gradient_limit']:g})"
+                )
+        on_start(results)
+        budget.part(1)
+        guess = peak or _cpu_rate()
+        timed = [case for case in cases if _form(case) in passed]
+        for done, case in enumerate(timed):
+            row = _row(case, device, dtype, compiled, (steps, warmup), peak, guess, budget, len(timed) - done)
             results["rows"].append(row)
             on_row(row, results)
     return results
+
+
+def _cpu_rate() -> float:
+    """FLOP/s of an fp32 product of matrices as small as a small model's, for a first forecast."""
+    a = torch.randn(512, 512)
+    return 2 * 512**3 / min(cpu_times(lambda: a @ a, 5)) * 1e3
+
+
+def _row(
+    case: Case,
+    device: torch.device,
+    dtype: str,
+    compiled: bool,
+    counts: tuple[int, int],
+    peak: float | None,
+    guess: float,
+    budget: Budget,
+    rows_left: int,
+) -> dict[str, Any]:
+    """The case's row, with as many of the timed and warm-up steps `counts` as fit."""
+    name = f"{case.preset} {case.kind}, {case.rows} x {case.seq_len} tokens"
+    form, work = _form(case), case.rows * case.seq_len * flops_per_token(case.model, case.seq_len)
+    # Nothing known: a step reaches a third of the matrix rate. The first one also builds the model, and compiles.
+    step_s = budget.forecast(form, work) or 3 * work / guess
+    first_s = (budget.forecast((form, "first"), 1.0) or 0.0) + step_s
+    steps, warmup = counts
+    fit = int((budget.left_s / rows_left - first_s) / step_s) if budget.minutes < math.inf else steps + warmup
+    steps = max(1, min(steps, fit - min(warmup, 1)))
+    warmup = max(0, min(warmup, fit - steps))
+    seconds = first_s + (steps + warmup) * step_s
+    if not budget.allows(name, seconds, first_s + step_s):
+        return _empty_row(case) | {"status": "skipped", "reason": budget.refusal(first_s + step_s)}
+    row = time_case(case, device, dtype, compiled, steps, warmup, peak)
+    if row["step_ms"] is not None:
+        budget.learn(form, work, row["step_ms"] / 1e3)
+        budget.learn((form, "first"), 1.0, row["compile_s"])
+    return row
+
+
+def _empty_row(case: Case) -> dict[str, Any]:
+    empty = ("step_ms", "low_ms", "high_ms", "tokens_per_s", "mfu", "peak_gib", "compile_s", "first_loss", "last_loss")
+    row = {**asdict(case), "parameters": count_parameters(case.model), "tokens": case.rows * case.seq_len}
+    return row | {"status": "out of memory", "reason": "", "steps": 0, **dict.fromkeys(empty)}
 
 
 def step_environment(
@@ -296,21 +346,19 @@ def time_case(
     """One row of results; see `bench_training`."""
     reset(device)
     config = run_config(case, device, compiled, dtype)
-    tokens = case.rows * case.seq_len
-    row: dict[str, Any] = {**asdict(case), "parameters": count_parameters(config.model), "tokens": tokens}
-    empty = ("step_ms", "low_ms", "high_ms", "tokens_per_s", "mfu", "peak_gib", "compile_s", "first_loss", "last_loss")
-    row |= {"status": "out of memory", **dict.fromkeys(empty)}
+    row = _empty_row(case)
     try:
         with fastest_softmax(device):
             step, times = timed_step(config, device, steps, warmup)
     except torch.OutOfMemoryError:
         return row
     measured = {**times, "first_loss": step.losses[0], "last_loss": step.losses[-1]}
-    rate = tokens / (measured["step_ms"] / 1e3)
+    rate = row["tokens"] / (measured["step_ms"] / 1e3)
     work = flops_per_token(config.model, case.seq_len)
     finite = all(math.isfinite(measured[key]) for key in ("first_loss", "last_loss"))
     return row | {
         "status": "ok" if finite else "loss not finite",
+        "steps": steps,
         **measured,
         "tokens_per_s": rate,
         "mfu": None if peak is None else rate * work / peak,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import DEVICE, check_choice, check_outputs, examples, length, lengths, write_outputs
+from tnllm.cli.options import DEVICE, MAX_MINUTES, check_choice, check_outputs, examples, length, lengths, write_outputs
 from tnllm.errors import UserError
 from tnllm.progress import log
 
@@ -31,6 +31,7 @@ def command(
     device: str = DEVICE,
     accuracy: bool = typer.Option(False, "--accuracy", help="Only errors against float64, by decay and length."),
     seconds: float = typer.Option(0.5, min=0.01, help="Time spent on each measurement."),
+    max_minutes: float | None = MAX_MINUTES,
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
     plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
@@ -47,6 +48,7 @@ def command(
     import torch
 
     from tnllm.bench.attention import Shape, bench_attention
+    from tnllm.bench.budget import Budget
     from tnllm.bench.report import write_csv, write_json
     from tnllm.bench.tables import plot_attention, print_errors, print_results
     from tnllm.device import pick_device
@@ -76,9 +78,11 @@ def command(
         return
 
     on_row = partial(write_json, path=json_file) if json_file else lambda results: None
-    results = bench_attention(points, kind, names, where, seconds, log, on_row)
+    budget = Budget(max_minutes if max_minutes is not None else 60 if on_gpu else 1, log)
+    results = bench_attention(points, kind, names, where, seconds, log, on_row, budget)
     print_results(results)
     write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_attention))
+    budget.close()
 
 
 def _shape(text: str) -> list[int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import DEVICE, check_choice, check_outputs, examples, lengths, write_outputs
+from tnllm.cli.options import DEVICE, MAX_MINUTES, check_choice, check_outputs, examples, lengths, write_outputs
 from tnllm.progress import log
 
 EPILOG = examples("tnllm bench-decode --preset 385m --json decode.json --plot decode.png")
@@ -27,6 +27,7 @@ def command(
     dtype: str | None = typer.Option(None, help="bf16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
     device: str = DEVICE,
     seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
+    max_minutes: float | None = MAX_MINUTES,
     compile_: bool = typer.Option(True, "--compile/--no-compile", help="Compile the Transformer's step (GPU only)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
@@ -37,6 +38,7 @@ def command(
     check_outputs(json_file, csv_file, plot=plot)
     import torch
 
+    from tnllm.bench.budget import Budget
     from tnllm.bench.decode import bench_decode
     from tnllm.bench.report import write_csv, write_json
     from tnllm.bench.tables import plot_decode, print_decode
@@ -49,6 +51,7 @@ def command(
         log("no GPU in use: small defaults that take under a minute; steps are plain torch, the baseline eager")
     cached = contexts or defaults[3]
     on_row = partial(write_json, path=json_file) if json_file else lambda results: None
+    budget = Budget(max_minutes if max_minutes is not None else 60 if on_gpu else 1, log)
     results = bench_decode(
         preset or defaults[0],
         lengths(positions or defaults[1], "--positions"),
@@ -60,6 +63,8 @@ def command(
         compile_,
         log,
         on_row,
+        budget,
     )
     print_decode(results)
     write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_decode))
+    budget.close()

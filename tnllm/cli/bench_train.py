@@ -4,7 +4,17 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import DEVICE, check_choice, check_outputs, choices, examples, length, lengths, write_outputs
+from tnllm.cli.options import (
+    DEVICE,
+    MAX_MINUTES,
+    check_choice,
+    check_outputs,
+    choices,
+    examples,
+    length,
+    lengths,
+    write_outputs,
+)
 from tnllm.errors import RunError, UserError
 from tnllm.progress import log
 
@@ -34,6 +44,7 @@ def command(
     weights: str = typer.Option("fp32", help="fp32; or bf16: weights and moments kept in 8 bytes instead of 16."),
     steps: int | None = typer.Option(None, min=1, help="Steps timed. Default 10 on a GPU, 3 on CPU."),
     warmup: int | None = typer.Option(None, min=0, help="Steps before, after the first. Default 3 on a GPU, 1 on CPU."),
+    max_minutes: float | None = MAX_MINUTES,
     device: str = DEVICE,
     json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
     csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
@@ -51,6 +62,7 @@ def command(
     tokens = length(tokens_per_batch, "--tokens-per-batch") if tokens_per_batch else None
     chosen_lengths = lengths(seqlens, "--seqlens") if seqlens else None
     check_outputs(json_file, csv_file, plot=plot)
+    from tnllm.bench.budget import Budget
     from tnllm.bench.report import write_csv, write_json
     from tnllm.bench.tables import compare_training, plot_training, print_training_head, print_training_row
     from tnllm.bench.train import Case, bench_training
@@ -78,6 +90,7 @@ def command(
         if json_file is not None:
             write_json(results, json_file)
 
+    budget = Budget(max_minutes if max_minutes is not None else 60 if on_gpu else 1, log)
     results = bench_training(
         cases,
         where,
@@ -88,9 +101,11 @@ def command(
         log,
         print_training_head,
         on_row,
+        budget,
     )
     for line in compare_training(results["rows"]):
         print(line)
     write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_training))
+    budget.close()
     if not all(row["passed"] for row in results["accuracy"]):
         raise RunError("a kind failed its check and was not timed; see above")

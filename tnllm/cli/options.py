@@ -16,6 +16,12 @@ CHARTS = (".png", ".svg", ".pdf")
 # Options that several commands share.
 DEVICE = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")
 DTYPE = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32 or bfloat16.")
+MAX_MINUTES = typer.Option(
+    None,
+    min=0.0,
+    help="Minutes for all measurements: what is forecast not to fit is extrapolated or skipped, and named. "
+    "Default 1 on a CPU (bench-scale: 5), 60 on a GPU.",
+)
 OVERWRITE = typer.Option(False, "--overwrite", help="Start over if the folder holds another run.")
 
 

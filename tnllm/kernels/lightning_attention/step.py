@@ -24,6 +24,8 @@ def step_kernel(
     state_row = tl.load(rows_ptr + row).to(tl.int64) if BY_ROW else row
     state_ptrs = state_ptr + state_row * s_b + head * s_h + d[:, None] * s_d + e[None, :] * s_e
     mask = (d[:, None] < D) & (e[None, :] < E)
+    if BY_ROW:
+        mask = mask & (state_row >= 0)
     known = mask & (tl.load(fresh_ptr + row) == 0) if BY_ROW else mask
     state = tl.load(state_ptrs, mask=known, other=0.0)
     q = tl.load(q_ptr + row * q_b + head * q_h + d * q_d, mask=d < D, other=0.0).to(tl.float32)
@@ -49,7 +51,8 @@ def triton_step(
 ) -> Tensor:
     """q, k [B, H, D], v [B, H, E], any strides -> o [B, H, E]. The state [B, H, D, E] is updated in place.
 
-    With rows [B] integer and fresh [B] bool, sequence b has row rows[b] of `state`, and starts from zero if fresh[b].
+    With rows [B] integer and fresh [B] bool, sequence b has row rows[b] of `state`, and starts from zero if fresh[b]. Of
+    a row below 0 nothing is read or written, and its o is undefined.
     """
     B, H, D = q.shape
     E = v.shape[-1]
