@@ -140,7 +140,8 @@ def test_a_batch_comes_back_in_order(run, tmp_path):
         (b'{"prompt": "a", "temprature": 1}', "in.jsonl:3: 'temprature' is not a sampling option"),
         (b'{"prompt": "a", "top_p": 2}', "in.jsonl:3: top_p is 2; allowed: a number, above 0, up to 1"),
         (b'{"prompt": "a", "top_p": NaN}', "in.jsonl:3: not JSON (NaN is not a JSON number)"),
-        (b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}", "in.jsonl:3: not JSON (Exceeds the limit"),
+        (b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}", "conversion: value has 5000 digits)"),
+        (b'{"prompt": "a", "id": 1e999}', 'in.jsonl:3: "id" holds a number that is too large'),
         (b'{"prompt": "a", "id": ' + b"[" * 100_000, "in.jsonl:3: not JSON (it is nested too deep)"),
         (b'{"prompt": "\xff"}', "in.jsonl:3: byte 12 of the line is not UTF-8"),
         (b'{"prompt": "\\ud800"}', "in.jsonl:3: text holds a lone surrogate (U+D800)"),
@@ -151,6 +152,36 @@ def test_a_bad_line_is_located_and_nothing_is_written(run, tmp_path, line, messa
     (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n\n' + line + b"\n")
     fails(run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"), message)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_null_option_counts_as_not_given(run, tmp_path):
+    for name, more in (("null", ', "temperature": null, "stop": null'), ("none", "")):
+        (tmp_path / name).write_text('{"prompt": "The", "max_tokens": 3' + more + "}")
+    null, none = (run("--input", tmp_path / name, "--seed", 1) for name in ("null", "none"))
+    assert null[0] == 0 and null[1] == none[1]
+
+
+@pytest.mark.parametrize(("flag", "content"), [("--prompt-file", "The"), ("--input", '{"prompt": "The"}')])
+def test_a_prompt_may_come_from_a_pipe(run, tmp_path, flag, content):
+    """As a shell's <(command) does."""
+    (tmp_path / "file").write_text(content)
+    os.mkfifo(tmp_path / "pipe")
+    options = "--max-tokens", 3, "--seed", 1
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit((tmp_path / "pipe").write_text, content)
+        piped = run(flag, tmp_path / "pipe", *options)
+        writing.result()
+    assert piped[0] == 0 and piped[1] == run(flag, tmp_path / "file", *options)[1]
+
+
+@pytest.mark.parametrize("flag", ["--prompt-file", "--input"])
+@pytest.mark.parametrize("name", ["", "x" * 300, "."])
+def test_an_unreadable_prompt_is_one_line(run, flag, name):
+    fails(run(flag, name), f"{name!r} cannot be read (")
+
+
+def test_an_empty_chat_template_is_refused(run):
+    fails(run("--chat", "--chat-template", "", stdin=b"Hi\n"), "the chat template is ''; it must hold {prompt} once")
 
 
 def interrupt_after(monkeypatch, steps):
@@ -445,7 +476,10 @@ def test_text_that_is_not_utf8(run, tmp_path):
         (["--prompt", "a", "--device", "tpu"], "device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
         (["--prompt", "a", "--device", "cuda:99"], "device is 'cuda:99', but torch sees"),
         (["--prompt", "a", "--dtype", "float16"], "dtype is 'float16'; allowed: auto, float32, bfloat16"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt is not a file"),
+        (
+            ["--prompt-file", "nowhere.txt"],
+            "'nowhere.txt' cannot be read (No such file or directory); give a UTF-8 text file",
+        ),
     ],
 )
 def test_one_line_for_each_mistake(run, args, message):

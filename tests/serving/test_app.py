@@ -236,7 +236,7 @@ def test_a_shared_beginning_is_read_once(client):
         ({"prompt": "a" * 20_000}, "the prompt has 20000 tokens; this server takes at most 3000"),
         ({"prompt": "a", "max_tokens": 50_001}, "max_tokens is 50001; this server gives at most 50000"),
         ({"prompt": []}, "prompt is an empty list"),
-        ({"prompt": [[]]}, "the prompt is empty"),
+        ({"prompt": [[1], []]}, "prompt.1 is an empty list"),
         ({"prompt": [5, -1]}, "token id -1 is outside the vocabulary"),
         ({"prompt": ["a"] * 100, "n": 2}, "100 prompts times n = 2 are 200 choices; at most 128"),
         ({"prompt": "a", "stop": ["x"] * 17}, "stop holds 17 strings; at most 16"),

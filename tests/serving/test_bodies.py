@@ -155,6 +155,8 @@ def test_the_default_gives_way_to_the_limit(ready):
         with pytest.raises(RequestError, match="max_tokens is 101; this server gives at most 100") as caught:
             asked(ChatRequest, {"messages": TALK, key: 101}).params(ready, 100)
         assert caught.value.param == "max_tokens"
+    both = asked(ChatRequest, {"messages": TALK, "max_tokens": 2, "max_completion_tokens": -1})
+    assert both.params(ready).max_tokens == 2
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def command(
         ),
         (is_chat and (json_ or echo or several), "--chat cannot be combined with --json, --echo or --n"),
         (
-            chat_template and not is_chat,
+            chat_template is not None and not is_chat,
             "--chat-template is for --chat; write the complete text into the prompt instead",
         ),
     ):
@@ -122,7 +122,7 @@ def command(
 
     # Bad options, unreadable prompts and states, and unwritable outputs raise before a large model is loaded.
     SamplingParams.of(options)
-    file = prompt_file or input or ("-" if prompt == "-" else None)
+    file = next((name for name in (prompt_file, input) if name is not None), "-" if prompt == "-" else None)
     data = None if file is None else _read(file)
     text = (prompt or "") if data is None or is_batch else _decode(data, file or "")
     if state_in is not None:
@@ -139,7 +139,7 @@ def command(
     if is_batch:
         _batch(run, input or "", data or b"", output, state_in)
     elif is_chat:
-        _chat(run, _unescape(chat_template) if chat_template else ready.chat_template, state_out)
+        _chat(run, ready.chat_template if chat_template is None else _unescape(chat_template), state_out)
     else:
         context = _text(run, text, json_, stream, keep_context=state_out is not None)
         if state_out is not None:
@@ -261,15 +261,20 @@ def _check_text(flag: str, text: str | None) -> None:
 def _read(file: str) -> bytes:
     if file == "-":
         return sys.stdin.buffer.read()
-    if not Path(file).is_file():
-        raise UserError(f"{file} is not a file; give a UTF-8 text file, or - for stdin")
-    return Path(file).read_bytes()
+    try:
+        # Also from a pipe, as a shell's <(command) is.
+        return Path(file).read_bytes()
+    except OSError as error:
+        what = f"{file!r} cannot be read ({error.strerror})"
+        raise UserError(f"{what}; give a UTF-8 text file, or - for stdin") from None
 
 
 def _decode(data: bytes, file: str) -> str:
     name = "stdin" if file == "-" else file
-    if b"\0" in data[:4] or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{name} is UTF-16 or UTF-32, not UTF-8; convert it, for example with iconv")
+    if b"\0" in data[:4]:
+        raise UserError(f"{name} is UTF-16 or UTF-32, not UTF-8, or not text at all; give text in UTF-8")
     try:
         text = data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:

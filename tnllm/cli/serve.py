@@ -86,7 +86,8 @@ def command(
         make_app(engine, settings),
         max_requests=most + 256,
         max_requests_per_address=most + 64,
-        log_level="warning",
+        # Its warnings are of clients, who could fill a disk with them.
+        log_level="error",
         timeout_graceful_shutdown=FLUSH_SECONDS,
     )
     listening = _bind(host, port)

@@ -58,7 +58,8 @@ def read_requests(
         except RecursionError:
             raise UserError(f"{name}:{number}: not JSON (it is nested too deep)") from None
         except ValueError as error:
-            raise UserError(f"{name}:{number}: not JSON ({error})") from None
+            # Python's advice behind a semicolon is not for who wrote the file.
+            raise UserError(f"{name}:{number}: not JSON ({str(error).partition(';')[0]})") from None
         except UserError as error:
             raise UserError(f"{name}:{number}: {error}") from None
     if not requests:
@@ -74,10 +75,12 @@ def _request(values: Any, loaded: LoadedModel, options: dict[str, Any], start: b
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise UserError('each line is a JSON object with a string "prompt"')
     try:
-        json.dumps(values.get("id"), ensure_ascii=False).encode()
+        json.dumps(values.get("id"), ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise UserError('"id" holds a lone surrogate, which is not Unicode text') from None
-    own = {key: value for key, value in values.items() if key not in ("prompt", "id")}
+    except ValueError:
+        raise UserError('"id" holds a number that is too large; write it as a string') from None
+    own = {key: value for key, value in values.items() if key not in ("prompt", "id") and value is not None}
     if "max_new_tokens" in own:
         if "max_tokens" in own:
             raise UserError("max_tokens and max_new_tokens are the same option; give one of them")

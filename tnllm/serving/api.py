@@ -203,7 +203,7 @@ class ChatRequest(_Request):
         ),
     ] = Field(description="a list of messages: system, developer, user and assistant, in any order")
     max_completion_tokens: Annotated[int, Field(ge=-1), _Int] | None = Field(
-        None, description="Another name for max_tokens, which it precedes."
+        None, description="Another name for max_tokens, which it precedes unless it is -1."
     )
     logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None = Field(
@@ -220,7 +220,7 @@ class ChatRequest(_Request):
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs to be true", "top_logprobs")
         more: dict[str, Any] = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
-        if self.max_completion_tokens is not None:
+        if self.max_completion_tokens not in (None, -1):
             more["max_tokens"] = self.max_completion_tokens
         params = self._sampling(loaded, more, most_tokens)
         # As in `tnllm generate --chat`: an answer ends where the model starts to speak for the user.

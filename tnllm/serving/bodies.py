@@ -331,9 +331,7 @@ def check_prompt(given: Any) -> Any:
         return given
     if not isinstance(given, list):
         raise RequestError(f"prompt is {shown(given)}; allowed: {rule}", "prompt")
-    if not given:
-        raise RequestError('prompt is an empty list; give a text, "" to start from nothing', "prompt")
-    if type(given[0]) is int:
+    if not given or type(given[0]) is int:
         return _check_ids(given, "prompt")
     if len(given) > MAX_PROMPTS:
         raise RequestError(f"prompt holds {len(given)} prompts; at most {MAX_PROMPTS} in one request", "prompt")
@@ -347,6 +345,8 @@ def check_prompt(given: Any) -> Any:
 
 
 def _check_ids(ids: list[Any], where: str) -> list[Any]:
+    if not ids:
+        raise RequestError(f'{where} is an empty list; give a text, "" to start from nothing', "prompt")
     # In slices, since no other thread runs during one.
     if any(set(map(type, ids[start : start + 32_768])) - {int} for start in range(0, len(ids), 32_768)):
         index = next(index for index, id in enumerate(ids) if type(id) is not int)
