@@ -160,9 +160,10 @@ def _words(text: str) -> dict[str, float]:
 
 
 def _chinese(text: str) -> dict[str, float]:
-    stretches = [len(part) for part in _LETTERS.findall(text)]
+    parts = _LETTERS.findall(text)
+    stretches = list(map(len, parts))
     characters = "".join(text.split())
-    codes = codepoints("".join(_LETTERS.findall(text)))
+    codes = codepoints("".join(parts))
     values = {
         "length": float(sum(stretches)),
         "mean_word_length": sum(stretches) / max(len(stretches), 1),
