@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_models import small_model
+from tests.generation.conftest import tokenizer
+from tests.serving.serving import running
+from tests.small_models import make_ready, small_model
 from tnllm import assets
 from tnllm.data.remote import read_documents
 from tnllm.modeling.weights import save_model
+from tnllm.serving.middleware import Settings
 from tnllm.tokenizer import train_tokenizer
+
+__all__ = ["tokenizer"]
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -48,6 +53,15 @@ def test_own_data(tmp_path):
 def test_fork_a_state(tmp_path):
     lines = run("fork_a_state.py", cwd=tmp_path).splitlines()
     assert "KiB" in lines[0] and len(lines) == 4
+    assert (tmp_path / "book.state").is_file()
+
+
+def test_states_of_a_server(tmp_path, tokenizer):
+    ready = make_ready(small_model(), tokenizer)
+    with running(ready, Settings(name="small", more_keys=("one",)), num_slots=2) as (address, engine):
+        lines = run("states_of_a_server.py", address, cwd=tmp_path, TNLLM_API_KEY="one").splitlines()
+        assert "KiB: state-" in lines[0] and len(lines) == 9
+        assert "\ntnllm_states 0\n" in engine.metrics.text()
     assert (tmp_path / "book.state").is_file()
 
 

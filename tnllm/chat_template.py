@@ -84,6 +84,34 @@ def render(template: str, messages: Sequence[tuple[str, str]], open_answer: bool
     return segments
 
 
+def render_part(
+    template: str, messages: Sequence[tuple[str, str]], awaits_answer: bool = False, is_last: bool = True
+) -> tuple[list[Segment], bool]:
+    """Segments of a part of a conversation, which follow those of the parts before it; whether an answer follows them.
+
+    awaits_answer: what this function said of the part before. is_last: the answer follows, so that a last message of
+    the assistant is its beginning; otherwise other parts do, and system texts at the end wait for a user's. Raises
+    UserError for a question where an answer is due.
+    """
+    segments = render(template, messages, open_answer=is_last)
+    if awaits_answer and messages:
+        if messages[0][0] != "assistant":
+            raise UserError(
+                "the conversation waits for an answer; messages must be empty, or begin with the assistant's"
+            )
+        # The prompt of this answer was read with the part before.
+        del segments[0]
+    roles = [role for role, _ in messages]
+    ended = "assistant" not in roles[-1:]
+    if is_last or not messages:
+        return segments, awaits_answer or bool(messages)
+    last = roles[len(roles) - roles[::-1].index("assistant") :] if "assistant" in roles else roles
+    if ended and "user" not in last:
+        texts = [text + "\n" for _, text in messages[len(messages) - len(last) :] if text]
+        segments[-1:] = [Segment("".join(texts), is_answer=False, eos=False)]
+    return segments, "user" in last
+
+
 def encode(segments: Iterable[Segment], encode_text: Callable[[str], list[int]], eos_id: int) -> list[int]:
     """Token ids of `segments`."""
     ids: list[int] = []

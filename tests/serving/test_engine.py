@@ -265,6 +265,13 @@ def test_the_prompts_of_a_request_are_queued_together(ready):
         assert engine.num_active == engine.num_waiting == 0 and engine.metrics.cancelled == 1
 
 
+def test_prompts_without_texts_make_room_for_each_other(ready):
+    """More at once than there are slots, while nothing is decoded."""
+    with Engine(ready, num_slots=2) as engine:
+        tickets = [engine.submit(ready.encode("The fox"), SamplingParams(max_tokens=0)) for _ in range(9)]
+        assert [results(ticket)[0].text for ticket in tickets] == [""] * 9
+
+
 def test_clients_take_turns(ready):
     done = []
     lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from tnllm import hub
 from tnllm.cli.options import DEVICE, DTYPE, examples, log_default_model, panel
 from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.files import check_output_folder, only_writer
 from tnllm.progress import log
 
 EPILOG = examples("tnllm serve --model runs/first --port 8000")
@@ -30,17 +32,25 @@ def command(
     api_key: str | None = typer.Option(
         None, help=f"Key that clients must send; better given as the variable {KEY_VARIABLE}."
     ),
+    api_key_file: Path | None = typer.Option(
+        None, help="File with more keys, one a line; # begins a comment. States belong to the key that made them."
+    ),
     slots: int | None = _limits(None, min=1, help="Texts decoded together. Default 32 on CPU, 256 on a GPU."),
     queue: int = _limits(512, min=1, help="Prompts that may wait; more get 429."),
     max_prompt_tokens: int = _limits(1 << 20, min=1, help="Longest prompt."),
     max_tokens: int = _limits(1 << 16, min=1, help="Most tokens of one text."),
     max_body_mib: float = _limits(8, min=0.001, help="Largest request body."),
     cache_gib: float = _limits(0.25, min=0, help="For states of shared prefixes; 0 keeps none."),
+    state_dir: Path | None = _limits(None, help="Folder in which states are kept across restarts. Default: in memory."),
+    state_gib: float = _limits(1.0, min=0, help="For states that clients keep; 0 keeps none."),
+    state_gib_per_key: float | None = _limits(None, min=0, help="The same for one API key. Default: all of it."),
+    state_hours: float = _limits(24.0, min=0.001, help="A state that is not used for so long is deleted."),
     drain_seconds: int = _limits(30, min=0, help="How long running requests may continue after SIGTERM or Ctrl-C."),
     device: str = DEVICE,
     dtype: str = DTYPE,
 ) -> None:
     """Serve a model over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics and a page at /."""
+    more_keys = _keys(api_key_file) if api_key_file is not None else ()
     key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and (not key or not key.isascii() or any(char.isspace() for char in key)):
         raise UserError(
@@ -58,7 +68,12 @@ def command(
     from tnllm.serving.middleware import is_loopback
     from tnllm.serving.protocol import server_config
     from tnllm.serving.server import FLUSH_SECONDS, catch_signals, run_until_signal
+    from tnllm.serving.states import StateStore
 
+    stack = ExitStack()
+    if state_dir is not None:
+        check_output_folder(state_dir, "--state-dir")
+        stack.enter_context(only_writer(state_dir))
     log_default_model(model)
     ready = load(model, device, dtype)
     on_gpu = ready.model.device.type == "cuda"
@@ -74,16 +89,27 @@ def command(
     settings = Settings(
         name=name or _name(model, ready.folder),
         api_key=key,
+        more_keys=more_keys,
+        states_are_hidden=not local and key is None and not more_keys,
         max_body_bytes=int(max_body_mib * 2**20),
         # An open server is called by names that it does not know, unless it is told.
         hosts=tuple(name.lower() for name in allowed_host) if local or allowed_host else None,
     )
-    if not local and key is None:
+    if not local and key is None and not more_keys:
         log(f"no API key: anybody who can reach {host} may use this model; set {KEY_VARIABLE} to require one")
     # Those beyond slots and queue are pages, and clients about to be refused.
     most = engine.num_slots + queue
+    states = StateStore(
+        ready,
+        engine.weights,
+        engine.metrics,
+        max_bytes=int(state_gib * 2**30),
+        max_bytes_of_owner=None if state_gib_per_key is None else int(state_gib_per_key * 2**30),
+        seconds=max(1, int(state_hours * 3600)),
+        folder=state_dir,
+    )
     config = server_config(
-        make_app(engine, settings),
+        make_app(engine, settings, states),
         max_requests=most + 256,
         max_requests_per_address=most + 64,
         # Its warnings are of clients, who could fill a disk with them.
@@ -99,7 +125,26 @@ def command(
     log(f"try the page at {address}/ or: curl {address}/v1/completions -H 'Content-Type: application/json' "
          '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'')  # fmt: skip
 
-    run_until_signal(engine, uvicorn.Server(config), listening, drain_seconds, signals)
+    with stack:
+        run_until_signal(engine, uvicorn.Server(config), listening, drain_seconds, signals)
+
+
+def _keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file. Errors name lines, never a key."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
+        raise UserError(f"--api-key-file is {path}, which cannot be read ({reason}); give a file of keys") from None
+    keys: list[str] = []
+    for number, line in enumerate(lines, 1):
+        key = line.split("#")[0].strip()
+        if any(char.isspace() for char in key):
+            raise UserError(f"{path}, line {number}: a key has no spaces; give one a line")
+        keys += [key] if key else []
+    if not keys:
+        raise UserError(f"{path} holds no key; give one a line")
+    return tuple(keys)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tnllm.errors import UserError
@@ -52,6 +52,16 @@ class Context:
     def num_tokens(self) -> int:
         """Tokens read so far."""
         return int(self.state.position[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.state.nbytes + self.logits.nbytes + self.seen.nbytes
+
+    def to(self, device: torch.device | str) -> "Context":
+        """The same on another device, without the unfilled slots of caches."""
+        state = self.state.select([0]) if self.state.grows else self.state
+        return Context(state.to(device), self.logits.to(device), self.seen.to(device), self.tail)
 
 
 @torch.no_grad()
@@ -143,11 +153,8 @@ def weights_hash(model: LanguageModel) -> str:
     return digest.hexdigest()
 
 
-def save_context(path: Path | str, context: Context, weights: str, messages: str = "") -> None:
-    """Write a context to a safetensors file, atomically. `weights` is `weights_hash(model)`.
-
-    `messages` is kept beside it, for `read_metadata`.
-    """
+def context_bytes(context: Context, weights: str, **more: str) -> bytes:
+    """A context as a safetensors file. `weights` is `weights_hash(model)`; `more` is kept beside it, if not empty."""
     state = context.state
     tensors = {f"layers.{index}": layer for index, layer in enumerate(state.layers)}
     tensors |= {"position": state.position, "logits": context.logits, "seen": context.seen.view(torch.uint8)}
@@ -159,9 +166,17 @@ def save_context(path: Path | str, context: Context, weights: str, messages: str
         "tail": json.dumps(context.tail),
         "sha256": _digest(tensors),
     }
-    if messages:
-        metadata["messages"] = messages
-    write_bytes_atomic(Path(path), save(tensors, metadata))
+    metadata |= {key: value for key, value in more.items() if value}
+    metadata["metadata_sha256"] = _metadata_digest(metadata)
+    return save(tensors, metadata)
+
+
+def save_context(path: Path | str, context: Context, weights: str, messages: str = "") -> None:
+    """Write a context to a safetensors file, atomically. `weights` is `weights_hash(model)`.
+
+    `messages` is kept beside it, for `read_metadata`.
+    """
+    write_bytes_atomic(Path(path), context_bytes(context, weights, messages=messages))
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -186,19 +201,42 @@ def load_context(path: Path | str, model: LanguageModel, weights: str) -> Contex
     Raises UserError for a missing or damaged file, another kind of file and the context of another model.
     """
     metadata = read_metadata(path)
+    return context_from_bytes(Path(path).read_bytes(), metadata, model, weights, f"state file {path}")
+
+
+def metadata_of_bytes(data: bytes, name: str) -> dict[str, str]:
+    """`read_metadata` of a file's bytes; `name` is for errors. Raises UserError unless the metadata have their digest."""
+    try:
+        # The header's length, then the header, in JSON.
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        digest = metadata["metadata_sha256"]
+        if metadata["format"] != _FORMAT or "sha256" not in metadata or "weights" not in metadata:
+            raise KeyError("format")
+        is_whole = digest == _metadata_digest(metadata)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{name} is not a state of this format ({_FORMAT})") from None
+    if not is_whole:
+        raise UserError(f"{name} is damaged: its metadata do not match their digest; write it again")
+    return dict(metadata)
+
+
+def context_from_bytes(
+    data: bytes, metadata: dict[str, str], model: LanguageModel, weights: str, name: str, device: str | None = None
+) -> Context:
+    """The context in a file's bytes, on `device`, or else the model's. `name` is for errors, which `load_context` lists."""
     if metadata["weights"] != weights:
         raise UserError(
-            f"{path} was written with other weights ({metadata['weights'][:12]}, here {weights[:12]}); "
+            f"{name} was written with other weights ({metadata['weights'][:12]}, here {weights[:12]}); "
             "give the --model and --dtype it was written with"
         )
     try:
-        tensors = load_file(path)
+        tensors = load(data)
         tail = json.loads(metadata["tail"])
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"state file {path} is damaged ({type(error).__name__}: {error}); write it again") from None
+        raise UserError(f"{name} is damaged ({type(error).__name__}: {error}); write it again") from None
     for fault in _faults(tensors, tail, metadata, model):
-        raise UserError(f"state file {path} is damaged: {fault}; write it again")
-    tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        raise UserError(f"{name} is damaged: {fault}; write it again")
+    tensors = {key: tensor.to(device or model.device) for key, tensor in tensors.items()}
     layers = [tensors[f"layers.{index}"] for index in range(model.config.num_layers)]
     return Context(State(layers, tensors["position"]), tensors["logits"], tensors["seen"].view(torch.bool), tuple(tail))
 
@@ -238,6 +276,8 @@ def _faults(tensors: dict[str, Tensor], tail: Any, metadata: dict[str, str], mod
         yield "it holds numbers that no model writes"
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
         yield "its bytes do not match their digest"
+    if "metadata_sha256" in metadata and metadata["metadata_sha256"] != _metadata_digest(metadata):
+        yield "its metadata do not match their digest"
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -246,3 +286,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         # A flat copy, since a tensor without elements cannot be viewed as bytes.
         digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _metadata_digest(metadata: dict[str, str]) -> str:
+    rest = sorted((key, value) for key, value in metadata.items() if key != "metadata_sha256")
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()

@@ -9,7 +9,7 @@ conversation.reset()
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-from tnllm.chat_template import encode, render, split_template, stop_strings
+from tnllm.chat_template import encode, render, render_part, split_template, stop_strings
 from tnllm.errors import UserError
 from tnllm.generation.context import Context, read
 from tnllm.generation.decoder import generate
@@ -25,10 +25,17 @@ def message_ids(loaded: LoadedModel, messages: Sequence[tuple[str, str]]) -> lis
     The order is that of `render`. A last message of "assistant" is the beginning of the answer. Raises UserError for
     a role that is not known, and for no messages at all.
     """
-    segments = render(loaded.chat_template, messages, open_answer=True)
-    if not segments:
+    return loaded.at_start(part_ids(loaded, messages, awaits_answer=False, is_last=True)[0])
+
+
+def part_ids(
+    loaded: LoadedModel, messages: Sequence[tuple[str, str]], awaits_answer: bool, is_last: bool
+) -> tuple[list[int], bool]:
+    """Token ids of a part of a conversation after another part, and whether an answer follows: as in `render_part`."""
+    if not messages and not awaits_answer:
         raise UserError("messages is empty; give at least one message, such as a user's")
-    return loaded.at_start(encode(segments, loaded.tokenizer.encode, loaded.tokenizer.eos_id))
+    segments, awaits_answer = render_part(loaded.chat_template, messages, awaits_answer, is_last)
+    return encode(segments, loaded.tokenizer.encode, loaded.tokenizer.eos_id), awaits_answer
 
 
 class Conversation:

@@ -13,7 +13,7 @@ gaps and without allocating states. On a GPU steps are captured as CUDA graphs f
 active ones are padding, and their results are discarded.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -132,8 +132,7 @@ class Slots:
         if self._counts is not None and _has_counts(row):
             counts = self._counts[slot : slot + 1].to("cpu", copy=True)
         self.leave(row)
-        return Parked(replace(context, state=context.state.to("cpu"), logits=context.logits.cpu(),
-                              seen=context.seen.cpu()), counts)  # fmt: skip
+        return Parked(context.to("cpu"), counts)
 
     @torch.no_grad()
     def leave(self, row: Row) -> None:

@@ -20,7 +20,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from tnllm.chat_template import stop_strings
-from tnllm.generation.conversation import message_ids
+from tnllm.errors import UserError
+from tnllm.generation.conversation import part_ids
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import MAX_LOGPROBS, MAX_SAMPLES, MAX_SEED, SamplingParams
 from tnllm.generation.samples import Piece, Result, TokenLogprob
@@ -73,8 +74,11 @@ class _Request(BaseModel):
     """The keys of both kinds of request. Values that mean "off" elsewhere, such as -1, mean it here too."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    # The key of what is read, for errors.
+    text_key: ClassVar[str]
 
     model: str | None = Field(None, description="The served model's id, or nothing.")
+    state: str | None = Field(None, description="The id of a state that the text follows; then it may be empty.")
     max_tokens: Annotated[int, Field(ge=-1), _Int] | None = Field(
         None, description="Most tokens to generate. Default, and -1: the model's, or 256."
     )
@@ -111,7 +115,11 @@ class _Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        return bodies.without_neutral(values, bodies.REQUEST, cls.model_fields) if isinstance(values, dict) else values
+        values = bodies.without_neutral(values, bodies.REQUEST, cls.model_fields)
+        if "state" in values:
+            # The state may be all that is to be continued.
+            values.setdefault(cls.text_key, [] if cls.text_key == "messages" else "")
+        return values
 
     @model_validator(mode="after")
     def _streams(self) -> "_Request":
@@ -143,7 +151,6 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    # The key of what is read, for errors.
     text_key: ClassVar[str] = "prompt"
 
     prompt: _Prompt = Field(description="a text, several, or token ids")
@@ -154,13 +161,16 @@ class CompletionRequest(_Request):
         BeforeValidator(lambda value: None if value is False else value),
     ] = Field(None, description="Log-probabilities, also of this many most likely tokens.")
 
-    def prompts(self, loaded: LoadedModel, most_tokens: int | None = None) -> list[list[int]]:
+    def prompts(
+        self, loaded: LoadedModel, most_tokens: int | None = None, awaits_answer: bool = False
+    ) -> list[list[int]]:
         """Token ids of each prompt. Raises RequestError, for too long a text without reading it."""
         given = self.prompt if isinstance(self.prompt, list) and type(self.prompt[0]) is not int else [self.prompt]
         for one in given:
             if isinstance(one, str):
                 check_text_length(loaded, one, most_tokens, "prompt")
-        return [loaded.encode(one) if isinstance(one, str) else one for one in given]
+        is_start = self.state is None
+        return [loaded.encode(one, start=is_start) if isinstance(one, str) else one for one in given]
 
     def params(self, loaded: LoadedModel, most_tokens: int | None = None) -> SamplingParams:
         """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
@@ -210,10 +220,15 @@ class ChatRequest(_Request):
         None, description="Also those of this many most likely tokens; needs logprobs."
     )
 
-    def prompts(self, loaded: LoadedModel, most_tokens: int | None = None) -> list[list[int]]:
-        """Token ids of the conversation, in the model's turn format. Raises RequestError."""
-        check_text_length(loaded, "".join([text for _, text in self.messages]), most_tokens, "messages")
-        return [message_ids(loaded, self.messages)]
+    def prompts(
+        self, loaded: LoadedModel, most_tokens: int | None = None, awaits_answer: bool = False
+    ) -> list[list[int]]:
+        """Token ids of the conversation, in the model's turn format, after the state. Raises RequestError.
+
+        awaits_answer: whether the state ends where an answer begins.
+        """
+        ids, _ = _turns(loaded, self.messages, most_tokens, awaits_answer, is_last=True)
+        return [loaded.at_start(ids) if self.state is None else ids]
 
     def params(self, loaded: LoadedModel, most_tokens: int | None = None) -> SamplingParams:
         """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
@@ -227,7 +242,62 @@ class ChatRequest(_Request):
         return replace(params, stop=(*params.stop, *stop_strings(loaded.chat_template)))
 
 
-_R = TypeVar("_R", bound=_Request)
+class StateRequest(BaseModel):
+    """POST /v1/states, and /v1/states/{id}/fork, where what is to be read may be left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = Field(None, description="The served model's id, or nothing.")
+    prompt: _Prompt | None = Field(None, description="a text or token ids to read; instead of messages")
+    messages: Annotated[
+        list[Any],
+        PlainValidator(
+            bodies.check_messages,
+            json_schema_input_type=Annotated[list[Message | AssistantMessage], Field(max_length=MAX_MESSAGES)],
+        ),
+    ] | None = Field(None, description="a list of messages to read; instead of a prompt")  # fmt: skip
+    expires_in: Annotated[int, Field(ge=1), _Int] | None = Field(
+        None, description="Seconds without use until the state is deleted; at most, and by default, the server's."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return bodies.without_neutral(values, {}, cls.model_fields)
+
+    def ids(
+        self, loaded: LoadedModel, most_tokens: int, is_start: bool, awaits_answer: bool
+    ) -> tuple[list[int] | None, bool]:
+        """Token ids to read, None if there are none, and whether an answer follows. Raises RequestError.
+
+        is_start: no state comes before. awaits_answer: whether that one ends where an answer begins.
+        """
+        if self.prompt is not None and self.messages is not None:
+            raise RequestError("prompt and messages are both given; give one of them", "messages")
+        if self.messages is not None:
+            ids, awaits_answer = _turns(loaded, self.messages, most_tokens, awaits_answer, is_last=False)
+            return loaded.at_start(ids) if is_start else ids, awaits_answer
+        if self.prompt is None and not is_start:
+            return None, awaits_answer
+        if not self.prompt or (isinstance(self.prompt, list) and type(self.prompt[0]) is not int):
+            raise RequestError("a state is of one prompt; give a text or token ids, or messages", "prompt")
+        if not isinstance(self.prompt, str):
+            return self.prompt, False
+        check_text_length(loaded, self.prompt, most_tokens, "prompt")
+        return loaded.encode(self.prompt, start=is_start), False
+
+
+def _turns(
+    loaded: LoadedModel, messages: list[tuple[str, str]], most_tokens: int | None, awaits_answer: bool, is_last: bool
+) -> tuple[list[int], bool]:
+    check_text_length(loaded, "".join([text for _, text in messages]), most_tokens, "messages")
+    try:
+        return part_ids(loaded, messages, awaits_answer, is_last)
+    except UserError as error:
+        raise RequestError(str(error), "messages") from None
+
+
+_R = TypeVar("_R", bound=BaseModel)
 
 
 def validated(kind: type[_R], content: bytes, most_tokens: int | None = None) -> _R:

@@ -42,9 +42,11 @@ from tnllm.serving.api import (
 )
 from tnllm.serving.bodies import RequestError, shown
 from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, TooLong
-from tnllm.serving.middleware import JSON, RequestChecks, Settings, encode_json, read_json_body
+from tnllm.serving.middleware import JSON, OWNER, RequestChecks, Settings, encode_json, read_json_body
 from tnllm.serving.openapi import add_openapi, described
 from tnllm.serving.schemas import ChatCompletion, Completion, Health, Model, ModelList
+from tnllm.serving.state_routes import add_state_routes
+from tnllm.serving.states import StateStore
 
 LOG = logging.getLogger("tnllm.serve")
 # Bytes; a smaller body is parsed within milliseconds.
@@ -62,6 +64,8 @@ class _Submission:
         client: str,
         name: str,
         loop: AbstractEventLoop,
+        states: StateStore,
+        owner: str,
     ) -> None:
         """Parse, tokenize and check, then queue every prompt or none. Raises UserError.
 
@@ -75,15 +79,20 @@ class _Submission:
         self._queue: asyncio.Queue[list[Event]] = asyncio.Queue()
         loaded = engine.loaded
         params = body.params(loaded, engine.max_new_tokens)
-        prompts = body.prompts(loaded, engine.max_prompt_tokens)
+        stored = None if body.state is None else states.get(owner, body.state)
+        start = None if stored is None else states.context(stored)
+        prompts = body.prompts(loaded, engine.max_prompt_tokens, stored is not None and stored.awaits_answer)
         check_size(body, prompts, params)
         fingerprint = f"fp_{engine.weights[:12]}"
         answer = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
         self.answer: Answer = answer(loaded, name, fingerprint, body, prompts, params)
         echoes = isinstance(body, CompletionRequest) and body.echo and params.logprobs is not None
+        self.answer.prompt_tokens += 0 if stored is None else stored.num_tokens * len(prompts)
         self._samples, self._has_logprobs = params.n, params.logprobs is not None
         try:
-            ticket = engine.submit_all(prompts, params, client=client, prompt_logprobs=echoes, deliver=self._deliver)
+            ticket = engine.submit_all(
+                prompts, params, client=client, prompt_logprobs=echoes, start=start, deliver=self._deliver
+            )
         except Busy:
             raise
         except UserError as error:
@@ -217,8 +226,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSON(error_body("the server has a bug; its log says more", "server_error"), 500)
 
 
-def make_app(engine: Engine, settings: Settings) -> FastAPI:
-    """The application. The caller starts and stops the engine."""
+def make_app(engine: Engine, settings: Settings, states: StateStore | None = None) -> FastAPI:
+    """The application. The caller starts and stops the engine. Without `states`, they are kept in memory."""
+    store = states or StateStore(engine.loaded, engine.weights, engine.metrics)
     app = FastAPI(
         title="tnllm", version=__version__, docs_url=None, redoc_url=None, default_response_class=JSON,
         redirect_slashes=False, description="TransNormerLLM behind OpenAI's API.",
@@ -232,7 +242,8 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     async def respond(request: Request, kind: type[CompletionRequest] | type[ChatRequest]) -> Response:
         content = await read_json_body(request, settings.max_body_bytes)
         client = request.client.host if request.client else ""
-        submit = partial(_Submission, engine, kind, content, client, settings.name, asyncio.get_running_loop())
+        submit = partial(_Submission, engine, kind, content, client, settings.name, asyncio.get_running_loop(),
+                         store, request.scope[OWNER])  # fmt: skip
         submission = await to_thread.run_sync(submit, limiter=one_large_body if len(content) > _LARGE_BODY else None)
         if submission.body.stream:
             return _EventStream(submission)
@@ -290,6 +301,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     async def web_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
+    add_state_routes(app, engine, settings, store)
     add_openapi(app, engine, settings.name)
     for route in app.routes:
         if isinstance(route, Route) and "GET" in (route.methods or ()):

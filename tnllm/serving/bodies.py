@@ -279,7 +279,7 @@ def without_neutral(
         elif key in neutral:
             if not neutral[key].holds(value, values):
                 raise _refusal(key, value, True, allowed, where)
-        elif not OFF.holds(value, values) or did_you_mean(key, allowed, cutoff=0.8):
+        elif not OFF.holds(value, values) or did_you_mean(key[:64], allowed, cutoff=0.8):
             raise _refusal(key, value, False, allowed, where)
     return kept
 
@@ -289,7 +289,7 @@ def _refusal(key: str, value: Any, is_known: bool, allowed: Collection[str], whe
     if is_known:
         message = f"{name} is {shown(value)}, which is not supported; leave it out"
     else:
-        message = f"{name!r} is not supported{did_you_mean(key, allowed)}; allowed: {', '.join(allowed)}"
+        message = f"{name!r} is not supported{did_you_mean(key[:64], allowed)}; allowed: {', '.join(allowed)}"
     return RequestError(message, name)
 
 
@@ -371,8 +371,6 @@ def check_messages(given: Any) -> list[tuple[str, str]]:
     """(role, text) of each message."""
     if not isinstance(given, list):
         raise RequestError(f"messages is {shown(given)}; allowed: a list of messages", "messages")
-    if not given:
-        raise RequestError("messages is empty; give at least one message, such as a user's", "messages")
     if len(given) > MAX_MESSAGES:
         raise RequestError(f"messages holds {len(given)} messages; at most {MAX_MESSAGES}", "messages")
     return [_check_message(message, f"messages.{index}") for index, message in enumerate(given)]

@@ -66,8 +66,9 @@ class PromptRead:
 
     index: int  # of the prompt
     prompt_tokens: int
-    cached_tokens: int  # of these, found in the prefix cache
+    cached_tokens: int  # of these, not read now: found in the prefix cache, or in the context that it follows
     logprobs: list[TokenLogprob | None] | None  # of each prompt token, if asked for; the first has none
+    context: Context | None = None  # after the prompt, on the host, if asked for
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class _Job:
     client: str
     prompt_logprobs: bool
     submitted: float
+    start: Context | None = None  # what the prompt follows
+    keep_context: bool = False
     cached: Context | None = None  # of the longest cached prefix
     state: State | None = None  # after ids[:done]
     done: int = 0
@@ -143,7 +146,7 @@ def _slices(ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:
-    return np.concatenate([np.array(part, dtype=np.int64) for part in _slices(ids)])
+    return np.concatenate([np.array([], np.int64), *(np.array(part, dtype=np.int64) for part in _slices(ids))])
 
 
 class Engine:
@@ -246,13 +249,16 @@ class Engine:
         """Whether all further requests are refused."""
         return self._stopping or not self._thread.is_alive()
 
-    def check(self, ids: Sequence[int], params: SamplingParams) -> None:
+    def check(self, ids: Sequence[int], params: SamplingParams, start: Context | None = None) -> None:
         """Raise UserError for a request that this engine refuses."""
         config = self.loaded.model.config
-        if not ids:
+        if not ids and start is None:
             raise UserError("the prompt is empty; give text, or the begin token to start from nothing")
-        if len(ids) > self.max_prompt_tokens:
-            raise TooLong(f"the prompt has {len(ids)} tokens; this server takes at most {self.max_prompt_tokens}")
+        before = start.num_tokens if start is not None else 0
+        # A state of constant size may follow any number of tokens.
+        length = len(ids) + (before if start is not None and start.state.grows else 0)
+        if length > self.max_prompt_tokens:
+            raise TooLong(f"the prompt has {length} tokens; this server takes at most {self.max_prompt_tokens}")
         if params.max_tokens > self.max_new_tokens:
             raise UserError(f"max_tokens is {params.max_tokens}; this server gives at most {self.max_new_tokens}")
         vocab_size = self.loaded.tokenizer.vocab_size
@@ -260,9 +266,9 @@ class Engine:
             if not 0 <= min(part) <= max(part) < vocab_size:
                 bad = next(id for id in part if not 0 <= id < vocab_size)
                 raise UserError(f"token id {bad} is outside the vocabulary of {vocab_size}")
-        if config.position == "ape" and len(ids) + params.max_tokens > config.max_position:
+        if config.position == "ape" and before + len(ids) + params.max_tokens > config.max_position:
             raise TooLong(
-                f"prompt and max_tokens are {len(ids) + params.max_tokens} tokens; this model has learned "
+                f"prompt and max_tokens are {before + len(ids) + params.max_tokens} tokens; this model has learned "
                 f"{config.max_position} positions"
             )
 
@@ -277,21 +283,25 @@ class Engine:
         *,
         client: str = "",
         prompt_logprobs: bool = False,
+        start: Context | None = None,
+        keep_context: bool = False,
         deliver: Callable[[list[Event]], None] | None = None,
     ) -> Ticket:
         """Queue all prompts or none, from any thread; `deliver` is called on the engine's thread with their events.
 
         The events of a prompt are in order. client: clients take turns. prompt_logprobs: return those of the prompt's
-        tokens too, with the params.logprobs most likely alternatives. Raises UserError for a bad request, Busy if the
+        tokens too, with the params.logprobs most likely alternatives. start: every prompt follows it, and may be empty.
+        keep_context: deliver the context after each prompt. Raises UserError for a bad request, Busy if the
         queue has no room for all prompts, or the engine stops.
         """
         for ids in prompts:
-            self.check(ids, params)
+            self.check(ids, params, start)
         if len(prompts) > self.queue_size:
             raise UserError(f"the request has {len(prompts)} prompts; the queue of this server holds {self.queue_size}")
         ticket, now = Ticket(len(prompts) * params.n, deliver), time.monotonic()
         jobs = [
-            _Job(index, _array(ids), params, ticket, client, prompt_logprobs, now) for index, ids in enumerate(prompts)
+            _Job(index, _array(ids), params, ticket, client, prompt_logprobs, now, start, keep_context)
+            for index, ids in enumerate(prompts)
         ]
         with self._wake:
             if self.stopping:
@@ -361,6 +371,11 @@ class Engine:
 
     def _start_reading(self, job: _Job) -> None:
         self.metrics.queue_s.observe(time.monotonic() - job.submitted)
+        if job.start is not None:
+            # On this thread, to which the device belongs.
+            device = self.loaded.model.device
+            job.state, job.logits = job.start.state.to(device), job.start.logits.to(device)
+            return
         if not job.prompt_logprobs:
             job.cached = self.cache.longest(job.ids)
             job.cache_at = self.cache.branch(job.ids)
@@ -406,7 +421,7 @@ class Engine:
                 if job.done in (job.cache_at, len(job.ids)):
                     job.logits = model.logits(hidden[:, end - 1])
                     context = self._context(job)
-                    if not job.prompt_logprobs:
+                    if not job.prompt_logprobs and job.start is None:
                         self.cache.put(job.ids[: job.done], context)
         for job in [job for job in self.scheduler.reading if job.done == len(job.ids)]:
             self._start_rows(job)
@@ -429,24 +444,26 @@ class Engine:
     def _context(self, job: _Job) -> Context:
         cached = job.cached.num_tokens if job.cached is not None else 0
         assert job.state is not None
-        return after_reading(job.ids[cached : job.done], job.cached, job.state, job.logits)
+        return after_reading(job.ids[cached : job.done], job.cached or job.start, job.state, job.logits)
 
     def _start_rows(self, job: _Job) -> None:
         context = self._context(job)
         cached = job.cached.num_tokens if job.cached is not None else 0
         self.metrics.cached_tokens += cached
-        events: list[Event] = [
-            PromptRead(job.index, len(job.ids), cached, job.logprobs if job.prompt_logprobs else None),
-        ]
+        before = job.start.num_tokens if job.start is not None else 0
+        self.metrics.state_tokens += before
+        num_tokens, logprobs = before + len(job.ids), job.logprobs if job.prompt_logprobs else None
+        kept = context.to("cpu") if job.keep_context else None
+        events: list[Event] = [PromptRead(job.index, num_tokens, before + cached, logprobs, kept)]
         samples: list[_Sample] = []
-        for row in start_rows(self.loaded.tokenizer, job.index, job.params, len(job.ids), context.tail):
+        for row in start_rows(self.loaded.tokenizer, job.index, job.params, num_tokens, context.tail):
             if job.params.max_tokens == 0:
                 row.reason = "length"
                 events.append(row.result())
                 self.metrics.finished["length"] += 1
             else:
                 samples.append(_Sample(job, row, Parked(context)))
-        job.state = job.logits = job.cached = None
+        job.state = job.logits = job.cached = job.start = None
         with self._wake:
             self.scheduler.has_read(job, samples)
         if not samples:

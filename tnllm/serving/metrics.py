@@ -33,11 +33,17 @@ _GAUGES = {
     "samples_parked": "Samples that lost their slot to others and will continue.",
     "prefix_cache_bytes": "Bytes of cached contexts.",
     "prefix_cache_entries": "Cached contexts.",
+    "states": "States that are kept.",
+    "state_bytes": "Bytes of the states that are kept.",
 }
 # Attributes of Metrics.
 _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens read."),
     "cached_tokens": ("cached_tokens", "Prompt tokens found in the prefix cache."),
+    "state_tokens": ("state_tokens", "Prompt tokens that a state spared."),
+    "states_made": ("states_made", "States made by reading, forking or an upload."),
+    "states_refused": ("states_refused", "States refused because there was no room for them."),
+    "states_expired": ("states_expired", "States that were deleted because nobody used them."),
     "generated_tokens": ("generated_tokens", "Tokens generated."),
     "refused": ("requests_refused", "Requests refused because the queue was full."),
     "cancelled": ("requests_cancelled", "Requests whose client disconnected."),
@@ -80,8 +86,10 @@ class Metrics:
     def __init__(self, gauges: Callable[[], dict[str, int]]) -> None:
         """`gauges` gives the values of this moment by name."""
         self._gauges = gauges
+        self.more_gauges: list[Callable[[], dict[str, int]]] = []
         self.started = time.time()  # seconds since 1970
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.state_tokens = self.states_made = self.states_refused = self.states_expired = 0
         self.refused = self.cancelled = self.failed = self.parks = 0
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "eos": 0})
         self.queue_s, self.first_token_s, self.step_s, self.request_s = (Histogram() for _ in range(4))
@@ -103,7 +111,10 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What a prometheus_client registry asks of a collector."""
-        for name, value in self._gauges().items():
+        gauges = self._gauges()
+        for more in self.more_gauges:
+            gauges |= more()
+        for name, value in gauges.items():
             yield GaugeMetricFamily(f"tnllm_{name}", _GAUGES[name], value)
         for attribute, (name, help) in _COUNTERS.items():
             yield CounterMetricFamily(f"tnllm_{name}", help, getattr(self, attribute))

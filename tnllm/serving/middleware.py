@@ -6,6 +6,7 @@ Refusals have OpenAI's error shape.
 """
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import json
@@ -21,6 +22,8 @@ from tnllm.serving.api import error_body
 from tnllm.serving.bodies import RequestError, shown
 
 _OPEN_PATHS = ("/", "/health")
+# The key of a request's scope that says whose states it may use.
+OWNER = "tnllm.owner"
 _BODY_SECONDS = 30.0
 
 
@@ -28,15 +31,18 @@ _BODY_SECONDS = 30.0
 class Settings:
     """Settings of the server.
 
-    api_key: what clients must send as a bearer token. hosts: names that are served besides those of the loopback; None
-    serves every name. A server on the loopback serves no others, so that a web page elsewhere cannot reach it by DNS
-    rebinding.
+    api_key: what clients must send as a bearer token; more_keys: others that will do too. hosts: names that are served
+    besides those of the loopback; None serves every name. A server on the loopback serves no others, so that a web page
+    elsewhere cannot reach it by DNS rebinding. states_are_hidden: none are listed; for a server that others reach and
+    that has no keys.
     """
 
     name: str
     api_key: str | None = None
+    more_keys: tuple[str, ...] = ()
     max_body_bytes: int = 8 << 20
     hosts: tuple[str, ...] | None = ()
+    states_are_hidden: bool = False
 
 
 class JSON(Response):
@@ -62,6 +68,8 @@ class RequestChecks:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         """A fault here or behind it is answered by the application that it is added to."""
         self._app, self._settings = app, settings
+        keys = settings.more_keys if settings.api_key is None else (settings.api_key, *settings.more_keys)
+        self._keys = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,12 +104,13 @@ class RequestChecks:
             refusal = JSON(error_body(message + "--allowed-host NAME", "invalid_request_error"), 403)
             await refusal(scope, receive, send)
             return
-        if path not in _OPEN_PATHS and not self._key_is_right(headers.get(b"authorization", b"")):
+        owner = self._owner(headers.get(b"authorization", b""))
+        if path not in _OPEN_PATHS and owner is None:
             message = "a wrong or missing API key; send it as 'Authorization: Bearer KEY'"
             body = error_body(message, "authentication_error", "invalid_api_key")
             await JSON(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
-        await self._app({**scope, "path": path}, receive, send)
+        await self._app({**scope, "path": path, OWNER: owner}, receive, send)
 
     def _host_allowed(self, host: bytes | None, http_version: str) -> bool:
         hosts = self._settings.hosts
@@ -113,12 +122,15 @@ class RequestChecks:
         name = re.sub(r":\d*$", "", host.decode("latin-1")).lower()
         return is_loopback(name) or name.removesuffix(".") in hosts
 
-    def _key_is_right(self, authorization: bytes) -> bool:
-        if self._settings.api_key is None:
-            return True
+    def _owner(self, authorization: bytes) -> str | None:
+        """Whose states the key of a request opens: a digest of it, empty if no key is needed. None: the key is wrong."""
+        if not self._keys:
+            return ""
         scheme, _, key = authorization.partition(b" ")
-        is_bearer = scheme.lower() == b"bearer"
-        return is_bearer and hmac.compare_digest(key.strip(), self._settings.api_key.encode())
+        digest = hashlib.sha256(key.strip()).hexdigest()
+        # Every key is compared, so that the time tells nothing.
+        is_right = any([hmac.compare_digest(digest, one) for one in self._keys])
+        return digest if is_right and scheme.lower() == b"bearer" else None
 
 
 def is_loopback(name: str) -> bool:
@@ -140,6 +152,11 @@ async def read_json_body(request: Request, limit: int) -> bytes:
     # A web page elsewhere may send any other type without a CORS preflight.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise RequestError("the body must be JSON; send it with 'Content-Type: application/json'", status=415)
+    return await read_body(request, limit)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The complete body of a request. Raises RequestError."""
     encoding = request.headers.get("content-encoding", "")
     if encoding.lower() not in ("", "identity"):
         message = f"Content-Encoding is {shown(encoding)}; send the body as it is, without one"

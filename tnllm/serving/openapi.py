@@ -14,12 +14,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from tnllm.serving import api, bodies
-from tnllm.serving.api import ChatRequest, CompletionRequest
+from tnllm.serving.api import ChatRequest, CompletionRequest, StateRequest
 from tnllm.serving.engine import Engine
 from tnllm.serving.schemas import Error
 
 _REFERENCE = "#/components/schemas/{model}"
-_REQUESTS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest)
+_REQUESTS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, StateRequest)
 # Every body that the API declares, so that a new route needs no line here.
 _BODIES = [
     kind
@@ -30,20 +30,24 @@ _ERRORS = {
     400: "A key or value that is not allowed.",
     401: "A wrong or missing API key.",
     403: "A Host that is not served.",
-    404: "No such model.",
+    404: "No such model or state.",
+    410: "The state's file is damaged.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
     429: "Too many requests wait.",
     500: "A fault of the server.",
     503: "The server is shutting down, or has too many connections.",
+    507: "The state could not be written.",
 }
 # Of an answer with the keys of the other kind, an error, or the text [DONE].
 _EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON, or [DONE]."}}}
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 
 
-def described(answer: type[BaseModel] | None, request: type[BaseModel] | None = None) -> dict[str, Any]:
+def described(
+    answer: type[BaseModel] | None, request: type[BaseModel] | None = None, media_type: str = "text/plain"
+) -> dict[str, Any]:
     """Arguments of a FastAPI route whose body is `request` and whose answer is `answer`; None: not JSON.
 
     A route with a body may also answer with a stream.
@@ -58,9 +62,10 @@ def described(answer: type[BaseModel] | None, request: type[BaseModel] | None = 
     if answer is not None:
         responses[200] = {"model": answer, "description": "The answer."}
     else:
-        responses[200] = {"description": "Text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+        responses[200] = {"description": "Text, or a file.", "content": {media_type: {"schema": {"type": "string"}}}}
     if request is not None:
-        responses[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
+        if request is not StateRequest:
+            responses[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
         reference = {"$ref": _REFERENCE.format(model=request.__name__)}
         body = {"required": True, "content": {"application/json": {"schema": reference}}}
         more["openapi_extra"] = {"requestBody": body}
@@ -73,13 +78,13 @@ def add_openapi(app: FastAPI, engine: Engine, name: str) -> None:
     _, definitions = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REFERENCE)
     for operations in document["paths"].values():
         for operation in operations.values():
-            schema = operation["responses"]["200"]["content"].get("application/json", {}).get("schema", {})
+            schema = operation["responses"]["200"].get("content", {}).get("application/json", {}).get("schema", {})
             if "$ref" in schema:
                 # FastAPI takes an answer that a route has written itself for a text.
                 schema.pop("type", None)
     schemas = definitions["$defs"]
     for request in _REQUESTS:
-        _open(schemas[request.__name__], bodies.REQUEST)
+        _open(schemas[request.__name__], bodies.REQUEST if request is not StateRequest else {})
         _limit(schemas[request.__name__]["properties"], engine, name)
     for message in ("Message", "AssistantMessage"):
         _open(schemas[message], bodies.MESSAGE)
@@ -108,7 +113,7 @@ def _limit(properties: dict[str, Any], engine: Engine, name: str) -> None:
     for key in ("max_tokens", "max_completion_tokens"):
         if key in properties:
             properties[key]["anyOf"][0]["maximum"] = engine.max_new_tokens
-    if "prompt" in properties:
+    if "echo" in properties:
         # What the chat's key of this name says for none.
         properties["logprobs"]["anyOf"].append({"const": False})
     for option in properties.get("prompt", {}).get("anyOf", ()):

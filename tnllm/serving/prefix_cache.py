@@ -49,7 +49,7 @@ class PrefixCache:
 
     def put(self, prefix: Ids, context: Context) -> None:
         """Cache the context after `prefix`, unless it is too large or the prefix too short."""
-        size = _nbytes(context)
+        size = context.nbytes
         if len(prefix) < MIN_TOKENS or size > self.max_bytes:
             return
         [key] = self._keys(prefix, [len(prefix)])
@@ -59,7 +59,7 @@ class PrefixCache:
         self._entries[key] = context
         self.num_bytes += size
         while self.num_bytes > self.max_bytes:
-            self.num_bytes -= _nbytes(self._entries.popitem(last=False)[1])
+            self.num_bytes -= self._entries.popitem(last=False)[1].nbytes
 
     def branch(self, prompt: Ids) -> int:
         """Longest prefix, in tokens, that `prompt` shares with an earlier prompt, of which it is one from now on."""
@@ -81,7 +81,3 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     different = np.nonzero(a[:length] != b[:length])[0]
     return int(different[0]) if len(different) else length
-
-
-def _nbytes(context: Context) -> int:
-    return context.state.nbytes + context.logits.nbytes + context.seen.nbytes

@@ -113,6 +113,7 @@ class Scheduler(Generic[J, S]):
         self._samples: dict[J, list[S]] = {}  # that have not ended, of prompts that were read
         self._job_of: dict[S, J] = {}
         self._changed = False  # whether somebody's share may have changed
+        self._changed_after_admit = False
 
     @property
     def jobs(self) -> list[J]:
@@ -160,8 +161,9 @@ class Scheduler(Generic[J, S]):
     def admit(self) -> list[J]:
         """Prompts to be read now, because their samples have a share of the slots."""
         admitted: list[J] = []
-        if not self._changed:
+        if not (self._changed or self._changed_after_admit):
             return admitted
+        self._changed_after_admit = False
         num_running, num_parked = sum(client.num_running for client in self._clients.values()), self.num_parked
         for request, share in self._shares_of(lambda request: request.needs()):
             while request.waiting and request.claims() < share:
@@ -214,7 +216,8 @@ class Scheduler(Generic[J, S]):
         joined: list[S] = []
         if not self._changed:
             return parked, joined
-        self._changed = False
+        # A prompt that was read without samples has made room for another, and nothing else may change.
+        self._changed, self._changed_after_admit = False, True
         for request, share in self._shares_of(lambda request: request.wants()):
             lost, request.running = request.running[share:], request.running[:share]
             request.parked = lost + request.parked

@@ -113,6 +113,40 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class StateObject(BaseModel):
+    """What was read, kept on the server."""
+
+    id: str
+    object: Literal["state"]
+    created: int = Field(description="Seconds since 1970.")
+    expires_at: int = Field(description="Seconds since 1970; every use moves it.")
+    model: str
+    system_fingerprint: str = Field(description="Changes with the weights.")
+    dtype: str
+    tokenizer: str = Field(description="SHA-256 of the tokenizer, in hex.")
+    version: str = Field(description="Of tnllm.")
+    bytes: int
+    tokens: int = Field(description="Tokens read so far.")
+    awaits_answer: bool = Field(description="Whether it ends where an answer begins.")
+    usage: Usage | None = None
+
+
+class StateList(BaseModel):
+    """States, oldest first."""
+
+    object: Literal["list"]
+    data: list[StateObject]
+    has_more: bool
+
+
+class StateDeleted(BaseModel):
+    """The state is forgotten."""
+
+    id: str
+    object: Literal["state"]
+    deleted: Literal[True]
+
+
 class Health(BaseModel):
     """Whether requests are taken."""
 

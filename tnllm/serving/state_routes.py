@@ -1,0 +1,216 @@
+"""The routes of /v1/states.
+
+add_state_routes(app, engine, settings, StateStore(engine.loaded, engine.weights, engine.metrics))
+"""
+
+import asyncio
+import contextlib
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+
+from tnllm import __version__
+from tnllm.errors import UserError
+from tnllm.generation.context import Context
+from tnllm.serving.api import StateRequest, validated
+from tnllm.serving.bodies import RequestError, shown
+from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket, TooLong
+from tnllm.serving.middleware import JSON, OWNER, Settings, read_body, read_json_body
+from tnllm.serving.openapi import described
+from tnllm.serving.schemas import StateDeleted, StateList, StateObject
+from tnllm.serving.states import StateStore, Stored
+
+_BINARY = "application/octet-stream"
+_UPLOAD = {"requestBody": {"required": True, "content": {_BINARY: {"schema": {"type": "string", "format": "binary"}}}}}
+_MOST_LISTED = 1000
+# Of a file, beside its tensors.
+_HEADER_BYTES = 1 << 18
+
+
+class _Reading:
+    """A text in the engine, until its context is there."""
+
+    def __init__(
+        self, engine: Engine, ids: list[int], start: Context | None, client: str, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Queue it. Raises UserError."""
+        self._done: asyncio.Future[PromptRead | Failed] = loop.create_future()
+        self._loop = loop
+        params = engine.loaded.params(max_tokens=0)
+        self.ticket: Ticket = engine.submit(
+            ids, params, client=client, start=start, keep_context=True, deliver=self._deliver
+        )
+
+    def _deliver(self, events: list[Event]) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._set, events[0])
+
+    def _set(self, event: Any) -> None:
+        if not self._done.done():
+            self._done.set_result(event)
+
+    async def result(self, request: Request) -> PromptRead:
+        """Raises UserError if the engine fails; cancels if the client leaves."""
+
+        async def cancel_on_disconnect() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.ticket.cancel()
+
+        watcher = asyncio.create_task(cancel_on_disconnect())
+        try:
+            event = await self._done
+        finally:
+            watcher.cancel()
+            self.ticket.cancel()
+        if isinstance(event, Failed):
+            raise event.error
+        return event
+
+
+class _Answers:
+    """What the routes answer."""
+
+    def __init__(self, engine: Engine, settings: Settings, store: StateStore) -> None:
+        self._engine, self._settings, self._store = engine, settings, store
+
+    def shown(self, stored: Stored, read: PromptRead | None = None) -> dict[str, Any]:
+        """A state as JSON, and what was read for it."""
+        body: dict[str, Any] = {
+            "id": stored.id,
+            "object": "state",
+            "created": int(stored.created),
+            "expires_at": int(stored.expires),
+            "model": self._settings.name,
+            "system_fingerprint": f"fp_{self._engine.weights[:12]}",
+            **self._store.identity,
+            "version": __version__,
+            "bytes": stored.content.nbytes,
+            "tokens": stored.num_tokens,
+            "awaits_answer": stored.awaits_answer,
+        }
+        if read is not None:
+            body["usage"] = {
+                "prompt_tokens": read.prompt_tokens,
+                "completion_tokens": 0,
+                "total_tokens": read.prompt_tokens,
+                "prompt_tokens_details": {"cached_tokens": read.cached_tokens},
+            }
+        return body
+
+    async def read(self, request: Request, before: str | None) -> JSON:
+        """A new state, after the one of id `before`. Raises UserError."""
+        content = await read_json_body(request, self._settings.max_body_bytes)
+        owner, loop = request.scope[OWNER], asyncio.get_running_loop()
+        client = request.client.host if request.client else ""
+
+        def parse() -> tuple[StateRequest, Stored | None, list[int] | None, bool]:
+            body = validated(StateRequest, content, self._engine.max_prompt_tokens)
+            if body.model not in (None, self._settings.name):
+                message = f"model is {shown(body.model)}; this server has {self._settings.name!r}"
+                raise RequestError(message, "model", "model_not_found", 404)
+            stored = None if before is None else self._store.get(owner, before)
+            awaits = stored is not None and stored.awaits_answer
+            return body, stored, *body.ids(self._engine.loaded, self._engine.max_prompt_tokens, stored is None, awaits)
+
+        body, stored, ids, awaits_answer = await run_in_threadpool(parse)
+        if ids is None:
+            assert stored is not None
+            return JSON(self.shown(await run_in_threadpool(self._store.fork, stored, body.expires_in)))
+        start = None if stored is None else await run_in_threadpool(self._store.context, stored)
+        num_tokens = len(ids) + (stored.num_tokens if stored is not None else 0)
+        with self._store.room(owner, self._store.estimate(num_tokens)):
+            try:
+                reading = await run_in_threadpool(_Reading, self._engine, ids, start, client, loop)
+            except Busy:
+                raise
+            except UserError as error:
+                code = "context_length_exceeded" if isinstance(error, TooLong) else None
+                raise RequestError(str(error), "prompt" if body.messages is None else "messages", code) from None
+            read = await reading.result(request)
+            assert read.context is not None
+            made = await run_in_threadpool(self._store.add, owner, read.context, awaits_answer, body.expires_in)
+        return JSON(self.shown(made, read))
+
+    async def upload(self, request: Request, id: str | None) -> JSON:
+        """A new state from a file, or that of `id` with the file's context. Raises RequestError."""
+        owner = request.scope[OWNER]
+        length = request.headers.get("content-length", "")
+        if not length.isdigit() or len(length) > 18:
+            raise RequestError("an upload needs a Content-Length", status=411)
+        state = self._engine.loaded.model.init_state(1)
+        most = self._store.estimate(0) + _HEADER_BYTES if not state.grows else self._store.max_bytes
+        if int(length) > most:
+            message = f"the upload has {length} bytes; a state of this model has at most {most}"
+            raise RequestError(message, code="body_too_large", status=413, headers={"Connection": "close"})
+        if id is not None:
+            self._store.get(owner, id)
+        with self._store.room(owner, int(length)):
+            data = await read_body(request, int(length))
+            return JSON(self.shown(await run_in_threadpool(self._store.upload, owner, data, id)))
+
+    async def listed(self, request: Request) -> JSON:
+        """A page of the list. Raises RequestError."""
+        limit, after = request.query_params.get("limit", "100"), request.query_params.get("after")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 5 and 1 <= int(limit) <= _MOST_LISTED):
+            raise RequestError(f"limit is {shown(limit)}; allowed: a whole number, 1 to {_MOST_LISTED}", "limit")
+        if self._settings.states_are_hidden:
+            message = "without API keys, states are not listed here: one client would learn of another's"
+            raise RequestError(message, code="states_not_listed", status=403)
+        states = await run_in_threadpool(self._store.states, request.scope[OWNER])
+        if after is not None:
+            index = next((index for index, state in enumerate(states) if state.id == after), None)
+            if index is None:
+                raise RequestError(f"after is {shown(after)}; allowed: the id of a state of this key", "after")
+            states = states[index + 1 :]
+        data = [self.shown(state) for state in states[: int(limit)]]
+        return JSON({"object": "list", "data": data, "has_more": len(data) < len(states)})
+
+
+def add_state_routes(app: FastAPI, engine: Engine, settings: Settings, store: StateStore) -> None:
+    """Reading, forking, listing, deleting, and files of states."""
+    answers = _Answers(engine, settings, store)
+
+    @app.post("/v1/states", **described(StateObject, StateRequest))
+    async def make_state(request: Request) -> JSON:
+        """Read a text or messages, and keep the state after them; or keep an uploaded one."""
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() == _BINARY:
+            return await answers.upload(request, None)
+        return await answers.read(request, None)
+
+    @app.get("/v1/states", **described(StateList))
+    async def list_states(request: Request) -> JSON:
+        """The states of this key, oldest first: `limit` of them (100; at most 1000) after the id `after`."""
+        return await answers.listed(request)
+
+    @app.get("/v1/states/{id}", **described(StateObject))
+    async def get_state(request: Request, id: str) -> JSON:
+        """A state of this key."""
+        return JSON(answers.shown(await run_in_threadpool(store.get, request.scope[OWNER], id)))
+
+    @app.delete("/v1/states/{id}", **described(StateDeleted))
+    async def delete_state(request: Request, id: str) -> JSON:
+        """Forget a state. Texts that continue it are not interrupted."""
+        await run_in_threadpool(store.delete, request.scope[OWNER], id)
+        return JSON({"id": id, "object": "state", "deleted": True})
+
+    @app.post("/v1/states/{id}/fork", **described(StateObject, StateRequest))
+    async def fork_state(request: Request, id: str) -> JSON:
+        """Another state with the same past, after which it reads what is given, if anything."""
+        return await answers.read(request, id)
+
+    @app.get("/v1/states/{id}/content", response_class=Response, **described(None, media_type=_BINARY))
+    async def download(request: Request, id: str) -> Response:
+        """The state as a safetensors file."""
+        data = await run_in_threadpool(lambda: store.to_bytes(store.get(request.scope[OWNER], id)))
+        headers = {"Content-Disposition": f'attachment; filename="{id}.safetensors"', "Cache-Control": "no-store"}
+        return Response(data, media_type=_BINARY, headers=headers)
+
+    @app.put("/v1/states/{id}/content", **described(StateObject), openapi_extra=_UPLOAD)
+    async def replace(request: Request, id: str) -> JSON:
+        """Put an uploaded safetensors file in place of what a state of this key holds."""
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != _BINARY:
+            raise RequestError(f"an upload must be sent with 'Content-Type: {_BINARY}'", status=415)
+        return await answers.upload(request, id)
