@@ -206,7 +206,7 @@ def test_without_one_gpu_the_fewest_are_the_base():
         ({"status": "out of memory"}, *({"status": "ok", "step_ms": t} for t in (100, 125))),
         strict=True,
     ):
-        rows.append(timed_row(case, many, outcome, rows, None))
+        rows.append(timed_row(case, many, outcome, rows, {}))
     assert [(row["base_gpus"], row["efficiency"]) for row in rows] == [(None, None), (2, 1.0), (2, pytest.approx(0.8))]
 
 

@@ -97,7 +97,7 @@ def test_bench_scale_on_cpu(capfd, tmp_path, monkeypatch):
         on_row("environment", device, results)
         for case in (case for case in scale.make_cases(plan) if "time" in case.phases):
             row = scale.timed_row(
-                case, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], None
+                case, plan, {"status": "ok", "step_ms": 1, "low_ms": 1, "high_ms": 2}, results["rows"], {}
             )
             results["rows"].append(row)
             on_row("rows", row, results)

@@ -9,10 +9,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from tests.training.sections import memory_of
+from tnllm.device import GPUS
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.model import build_model
 from tnllm.training.config import load_recipe
-from tnllm.training.estimate import GPUS, activation_bytes, estimate_cost
+from tnllm.training.estimate import activation_bytes, estimate_cost
 
 ROWS, LENGTH = 2, 256
 

@@ -18,7 +18,7 @@ from tnllm.bench.accuracy import relative_rms
 from tnllm.bench.budget import Budget
 from tnllm.bench.providers import PROVIDERS, Provider, outputs_and_gradients, softmax_reference
 from tnllm.bench.timing import Timing, calls, copy_bandwidth, extra_memory, measure, synchronize
-from tnllm.device import describe_device
+from tnllm.device import data_sheet, describe_device
 from tnllm.errors import UserError, did_you_mean
 from tnllm.kernels.lightning_attention.reference import quadratic
 
@@ -82,7 +82,8 @@ def bench_attention(
     `on_row` gets the results so far after each row, so that an interrupted run loses none. `budget_s`: seconds for each
     measurement; `budget`: minutes for all of them. What does not fit the minutes is extrapolated from a shorter length.
 
-    A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor and host_ms for each, and
+    A row: provider and shape; fwd_ms and fwd_bwd_ms (median, with low and high), over_floor and host_ms for each,
+    sheet_share (the floor's bytes over the time, as a share of the data sheet's bandwidth; null where unknown),
     repeats; compile_ms; tb_per_s, tflop_per_s; extra_mib (fwd+bwd, inputs not counted; null on CPU); extrapolated_from:
     the length whose time was scaled by the work (null: timed), with null for what only a timing gives.
     """
@@ -295,6 +296,7 @@ class _Clock:
     ) -> dict:
         size = shape.elements * self.dtype.itemsize
         floors = (4 * size / bandwidth * 1e3, 11 * size / bandwidth * 1e3)
+        card = data_sheet(self.device)
         # By the definition of the function: the recurrence for linear attention, the causal half for softmax.
         flops = shape.elements * (2.0 * (shape.length + 1) if self.provider.softmax else 4.0 * shape.head_dim)
         row = {
@@ -305,6 +307,7 @@ class _Clock:
             "fwd_low_ms": fwd.low_ms,
             "fwd_high_ms": fwd.high_ms,
             "fwd_over_floor": fwd.median_ms / floors[0],
+            "fwd_sheet_share": None if card is None else 4e3 * size / card.bandwidth / fwd.median_ms,
             "fwd_tb_per_s": 4 * size / fwd.median_ms / 1e9,
             "fwd_tflop_per_s": flops / fwd.median_ms / 1e9,
             "fwd_repeats": fwd.repeats,
@@ -312,6 +315,7 @@ class _Clock:
             "fwd_bwd_low_ms": both.low_ms,
             "fwd_bwd_high_ms": both.high_ms,
             "fwd_bwd_over_floor": both.median_ms / floors[1],
+            "fwd_bwd_sheet_share": None if card is None else 11e3 * size / card.bandwidth / both.median_ms,
             "fwd_bwd_ns_per_token": 1e6 * both.median_ms / (shape.batch * shape.length),
             "fwd_bwd_repeats": both.repeats,
             "fwd_host_ms": fwd.host_ms,

@@ -26,7 +26,7 @@ from tnllm.bench.accuracy import relative_rms
 from tnllm.bench.budget import Budget
 from tnllm.bench.decode_baseline import FixedStep, cache_of, filled_cache
 from tnllm.bench.timing import calls, copy_bandwidth, free_memory, measure
-from tnllm.device import describe_device
+from tnllm.device import data_sheet, describe_device
 from tnllm.errors import RunError
 from tnllm.generation.captured_step import CapturedStep, can_capture
 from tnllm.modeling.config import get_preset
@@ -263,7 +263,7 @@ def _time(
     prepared_s = time.perf_counter() - started
     timing = measure(chain, device, budget_s, limit_s - prepared_s)
     median, low, high = (1e-3 * ms / length for ms in (timing.median_ms, timing.low_ms, timing.high_ms))
-    weights = _weight_bytes(model, point.batch)
+    weights, card = _weight_bytes(model, point.batch), data_sheet(device)
     return {
         "step_ms": 1e3 * median,
         "low_ms": 1e3 * low,
@@ -272,6 +272,7 @@ def _time(
         "weight_gib": weights / 2**30,
         "state_gib": stored / 2**30,
         "bandwidth_share": _moved_bytes(model, point) / bandwidth / median,
+        "sheet_share": None if card is None else _moved_bytes(model, point) / card.bandwidth / median,
         "peak_gib": None if peak is None else peak / 2**30,
         "prepare_s": prepared_s,
     }

@@ -75,13 +75,14 @@ def print_line(columns: Sequence[tuple[str, int, Form]], row: Row | None = None,
 
 
 def environment_line(environment: Row) -> str:
-    """The device with its measured rates, then versions and settings."""
+    """The device with its measured rates and those of its data sheet, then versions and settings."""
     rest = dict(environment)
-    device = rest.pop("device")
-    if (bandwidth := rest.pop("copy_tb_per_s", None)) is not None:
-        device += f", copy {bandwidth:.3g} TB/s"
-    if (rate := rest.pop("matmul_tflop_per_s", None)) is not None:
-        device += f", bf16 matrix product {rate:.0f} TFLOP/s"
+    device, on_gpu = rest.pop("device"), "sheet_tb_per_s" in rest
+    for key, words, unit in (("copy_tb", "copy", "TB/s"), ("matmul_tflop", "bf16 matrix product", "TFLOP/s")):
+        sheet = rest.pop(f"sheet_{key.split('_')[1]}_per_s", None)
+        if (rate := rest.pop(f"{key}_per_s", None)) is not None:
+            share = f"{rate / sheet:.0%} of the data sheet's {sheet:.4g}" if sheet else "data sheet unknown"
+            device += f", {words} {rate:.3g} {unit}" + (f" ({share})" if on_gpu else "")
     values = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in rest.items())
     return f"{device}; {', '.join(values)}"
 

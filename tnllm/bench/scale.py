@@ -236,11 +236,12 @@ def bench_scaling(
 
     A row of `rows`: preset, gpus, mesh and its axes, seq_len, rows, tokens, scaling; status ("ok", "out of memory",
     "wrong", "failed") and reason; step_ms (median; low_ms, high_ms: 20th and 80th percentile), tokens_per_s,
-    per_gpu (tokens/s and GPU), efficiency (per_gpu over that of `base_gpus` GPUs), mfu, peak_gib (the largest of all
-    ranks, allocated by torch in steady steps), comm_ms and comm_exposed_ms (a step's time in collectives, waiting for
-    other ranks included; and that part of it in which nothing else ran), ms_AXIS and sent_AXIS (bytes a rank sends in a
-    step, counted), computed_bytes (the same by formula), compile_s (what the first step took beyond a steady one, the
-    model's set-up included), left_gib (allocated before the timing began). Null: could not be measured.
+    per_gpu (tokens/s and GPU), efficiency (per_gpu over that of `base_gpus` GPUs), mfu, mfu_sheet, peak_gib (the
+    largest of all ranks, allocated by torch in steady steps), comm_ms and comm_exposed_ms (a step's time in
+    collectives, waiting for other ranks included; and that part of it in which nothing else ran), ms_AXIS and sent_AXIS
+    (bytes a rank sends in a step, counted), computed_bytes (the same by formula), compile_s (what the first step took
+    beyond a steady one, the model's set-up included), left_gib (allocated before the timing began). Null: could not be
+    measured.
     """
     cases = make_cases(plan)
     budget = budget or Budget(log=log)
@@ -266,8 +267,7 @@ def bench_scaling(
                         log(f"{case.preset} on one GPU could not be checked ({row['status']}): no mesh of it is timed")
                     continue
                 if phase == "time":
-                    peak = results["environment"].get("matmul_tflop_per_s")
-                    row = timed_row(case, plan, outcome[phase], results["rows"], peak)
+                    row = timed_row(case, plan, outcome[phase], results["rows"], results["environment"])
                 kind = {"check": "accuracy", "time": "rows", "longest": "longest"}[phase]
                 results[kind].append(row)
                 on_row(kind, row, results)
@@ -360,15 +360,15 @@ def _failure(error: ChildFailedError, silent_s: float | None) -> tuple[str, str]
 
 
 def timed_row(
-    case: MeshCase, plan: Plan, outcome: dict[str, Any], before: list[dict[str, Any]], peak: float | None
+    case: MeshCase, plan: Plan, outcome: dict[str, Any], before: list[dict[str, Any]], environment: dict[str, Any]
 ) -> dict[str, Any]:
     """A row of results from what the ranks reported, with the efficiency against the rows `before`."""
     config = run_config(case, plan)
     sections = config.model, config.lora, config.data, config.train, config.parallel
     sent = communication(*sections, config.accumulation_steps, plan.device == "cuda" and plan.dtype != "fp32")
     tokens = case.rows * case.seq_len
-    names = ["step_ms", "low_ms", "high_ms", "tokens_per_s", "per_gpu", "efficiency", "base_gpus", "mfu", "peak_gib"]
-    names += ["comm_ms", "comm_exposed_ms"]
+    names = ["step_ms", "low_ms", "high_ms", "tokens_per_s", "per_gpu", "efficiency", "base_gpus", "mfu"]
+    names += ["mfu_sheet", "peak_gib", "comm_ms", "comm_exposed_ms"]
     names += [f"{what}_{axis}" for what in ("ms", "sent") for axis in TRAFFIC_AXES]
     row: dict[str, Any] = {
         "preset": case.preset,
@@ -392,8 +392,9 @@ def timed_row(
         return row
     row["tokens_per_s"] = tokens / (row["step_ms"] / 1e3)
     row["per_gpu"] = row["tokens_per_s"] / case.ranks
-    if peak is not None:
-        row["mfu"] = row["per_gpu"] * flops_per_token(config.model, case.seq_len) / (peak * 1e12)
+    for key, rate in (("mfu", "matmul_tflop_per_s"), ("mfu_sheet", "sheet_tflop_per_s")):
+        if (peak := environment.get(rate)) is not None:
+            row[key] = row["per_gpu"] * flops_per_token(config.model, case.seq_len) / (peak * 1e12)
     base = _base(row, [*before, row])
     row["base_gpus"], row["efficiency"] = base["gpus"], row["per_gpu"] / base["per_gpu"]
     return row

@@ -29,8 +29,10 @@ def print_results(results: Row) -> None:
     shape = "{batch} x {heads} x {length} x {head_dim}"
     columns = [
         ("B x H x T x D", shape), ("provider", "{provider}"), ("fwd ms", _spread("fwd")),
-        ("x floor", "{fwd_over_floor:.3g}"), ("TB/s", "{fwd_tb_per_s:.2g}"), ("TFLOP/s", "{fwd_tflop_per_s:.3g}"),
-        ("fwd+bwd ms", _spread("fwd_bwd")), ("x floor", "{fwd_bwd_over_floor:.3g}"), ("extra MiB", "{extra_mib:.0f}"),
+        ("x floor", "{fwd_over_floor:.3g}"), ("of sheet", "{fwd_sheet_share:.0%}"),
+        ("TB/s", "{fwd_tb_per_s:.2g}"), ("TFLOP/s", "{fwd_tflop_per_s:.3g}"),
+        ("fwd+bwd ms", _spread("fwd_bwd")), ("x floor", "{fwd_bwd_over_floor:.3g}"),
+        ("of sheet", "{fwd_bwd_sheet_share:.0%}"), ("extra MiB", "{extra_mib:.0f}"),
     ]  # fmt: skip
     title = "time (median; 20th to 80th percentile) and memory"
     print_table(title, columns, results["rows"], group=lambda row: cell(shape, row))
@@ -79,7 +81,8 @@ _TRAIN_CASE: list[tuple[str, int, Form]] = [
     ("preset", -7, "{preset}"), ("kind", -11, "{kind}"), ("T", 7, "{seq_len:tokens}"), ("batch", 5, "{rows}"),
 ]  # fmt: skip
 _TRAIN = [
-    *_TRAIN_CASE, ("tokens/s", 10, "{tokens_per_s:,.0f}"), ("MFU", 6, "{mfu:.1%}"), ("ms/step (20-80 %)", 26, _STEP_MS),
+    *_TRAIN_CASE, ("tokens/s", 10, "{tokens_per_s:,.0f}"), ("MFU", 6, "{mfu:.1%}"), ("of sheet", 8, "{mfu_sheet:.1%}"),
+    ("ms/step (20-80 %)", 26, _STEP_MS),
     ("peak GiB", 8, "{peak_gib:.2f}"), ("first step s", 12, "{compile_s:.1f}"),
     ("loss", 14, "{first_loss:.2f} > {last_loss:.2f}"),
 ]  # fmt: skip
@@ -160,7 +163,7 @@ def print_decode(results: Row) -> None:
     columns = [
         ("preset", "{preset}"), ("provider", "{provider}"), ("batch", "{batch}"), ("position", "{position:tokens}"),
         ("step ms", "{step_ms:.4g} ({low_ms:.4g}-{high_ms:.4g})"), ("tokens/s", "{tokens_per_s:.4g}"),
-        ("of the limit", "{bandwidth_share:.0%}"), ("weights GiB", "{weight_gib:.3g}"),
+        ("of the limit", "{bandwidth_share:.0%}"), ("of sheet", "{sheet_share:.0%}"), ("weights GiB", "{weight_gib:.3g}"),
         ("state GiB", "{state_gib:.3g}"), ("peak GiB", "{peak_gib:.3g}"),
     ]  # fmt: skip
     print_table(
@@ -223,6 +226,7 @@ _SCALE_CASE: list[tuple[str, int, Form]] = [
 ]  # fmt: skip
 _SCALE = [
     *_SCALE_CASE, ("tokens/s", 9, "{tokens_per_s:,.0f}"), ("per GPU / one", 13, _share), ("MFU", 6, "{mfu:.1%}"),
+    ("of sheet", 8, "{mfu_sheet:.1%}"),
     ("ms/step (20-80 %)", 24, _STEP_MS), ("peak GiB", 8, "{peak_gib:.2f}"), ("comm ms (exposed)", 17, _comm),
     ("sent a step", 11, _sent),
 ]  # fmt: skip

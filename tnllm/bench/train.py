@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tnllm.bench.budget import Budget
 from tnllm.bench.timing import cpu_times, free_memory, spread, synchronize
 from tnllm.data.loader import Batch
-from tnllm.device import describe_device
+from tnllm.device import data_sheet, describe_device
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.modeling.model import build_model
@@ -202,8 +202,9 @@ def bench_training(
     `on_start` gets the results after the checks, `on_row` each row as it comes and the results so far. A row: the case;
     status "ok", "skipped" or "out of memory", and reason; parameters, tokens, step_ms (median, with low and high: the
     20th and 80th percentile), steps (timed), tokens_per_s, mfu (share of the matrix product rate measured at the start;
-    null on CPU), peak_gib (allocated by torch in a steady step; null on CPU), compile_s (what the first step took beyond
-    a steady one), and the first and last loss. A kind that fails its check is not timed. Raises UserError for a bad preset.
+    null on CPU), mfu_sheet (of the data sheet's; null where unknown), peak_gib (allocated by torch in a steady step;
+    null on CPU), compile_s (what the first step took beyond a steady one), and the first and last loss. A kind that
+    fails its check is not timed. Raises UserError for a bad preset.
     """
     budget = budget or Budget(log=log)
     peak = matmul_rate(device)
@@ -274,7 +275,8 @@ def _row(
 
 
 def _empty_row(case: Case) -> dict[str, Any]:
-    empty = ("step_ms", "low_ms", "high_ms", "tokens_per_s", "mfu", "peak_gib", "compile_s", "first_loss", "last_loss")
+    empty = ["step_ms", "low_ms", "high_ms", "tokens_per_s", "mfu", "mfu_sheet", "peak_gib", "compile_s"]
+    empty += ["first_loss", "last_loss"]
     row = {**asdict(case), "parameters": count_parameters(case.model), "tokens": case.rows * case.seq_len}
     return row | {"status": "out of memory", "reason": "", "steps": 0, **dict.fromkeys(empty)}
 
@@ -355,6 +357,7 @@ def time_case(
     measured = {**times, "first_loss": step.losses[0], "last_loss": step.losses[-1]}
     rate = row["tokens"] / (measured["step_ms"] / 1e3)
     work = flops_per_token(config.model, case.seq_len)
+    card = data_sheet(device)
     finite = all(math.isfinite(measured[key]) for key in ("first_loss", "last_loss"))
     return row | {
         "status": "ok" if finite else "loss not finite",
@@ -362,6 +365,7 @@ def time_case(
         **measured,
         "tokens_per_s": rate,
         "mfu": None if peak is None else rate * work / peak,
+        "mfu_sheet": None if card is None else rate * work / card.peak_flops,
     }
 
 

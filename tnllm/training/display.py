@@ -62,7 +62,8 @@ class RunDisplay:
             self.log(f"{step}  {'  '.join(scores)}")
             return
         left = (self.total_steps - row["step"]) * row["tokens_per_step"] / max(row["tokens_per_s"], 1e-9)
-        mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
+        sheet = "unknown" if row.get("mfu_sheet") is None else f"{row['mfu_sheet']:.1%}"
+        mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%} (data sheet {sheet})"
         status = (
             f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
             f"{format_count(row['tokens_per_s'])} tok/s{mfu}  mem {row['mem_gib']:.2f} GiB"

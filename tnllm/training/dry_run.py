@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from tnllm.device import pick_device
+from tnllm.device import GPUS, pick_device
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count, format_duration
 from tnllm.modeling.flops import flops_per_token, lora_parameters
@@ -16,7 +16,7 @@ from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
-from tnllm.training.estimate import GPUS, RESERVE, Memory, estimate_memory
+from tnllm.training.estimate import RESERVE, Memory, estimate_memory
 from tnllm.training.loaders import corpus_tokens, open_tokenizer, planned
 from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.mesh import config_mesh

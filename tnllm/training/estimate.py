@@ -13,6 +13,7 @@ fragmentation and communication buffers are not included (see RESERVE).
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tnllm.device import GPUS, Gpu
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.config import LoraConfig, ModelConfig
@@ -29,24 +30,6 @@ from tnllm.training.sections import ParallelSection, TrainSection
 
 # Share of a card left for what is not counted: the CUDA context, workspaces and fragmentation.
 RESERVE = 0.08
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU's memory and its dense bf16 peak, from the vendor's data sheet."""
-
-    memory_gib: float
-    peak_flops: float
-
-
-GPUS = {
-    "h200": Gpu(141e9 / 2**30, 989e12),
-    "h100": Gpu(80.0, 989e12),
-    "a100-80g": Gpu(80.0, 312e12),
-    "a100-40g": Gpu(40.0, 312e12),
-    "l40s": Gpu(48.0, 362e12),
-    "rtx4090": Gpu(24.0, 165e12),
-}
 
 
 def find_gpu(name: str) -> Gpu:

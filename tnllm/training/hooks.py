@@ -78,6 +78,7 @@ def _log(run: Run) -> None:
         tokens_per_s=rate,
         tokens_per_step=batch_tokens,
         mfu=rate / run.peak_tokens_per_s if run.peak_tokens_per_s else None,
+        mfu_sheet=rate / run.sheet_tokens_per_s if run.sheet_tokens_per_s else None,
         mem_gib=peak_memory_gib(run.trainer.device),
         **timer.waits(run.trainer.ranks),
         skipped=run.state.skipped,

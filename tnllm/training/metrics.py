@@ -1,9 +1,10 @@
 """metrics.jsonl: one JSON object per logged step, the source of every other view of a run.
 
-Training rows: step, tokens, loss (nats per counted label), grad_norm, lr, tokens_per_s, mfu (null where the device's
-peak is unknown), mem_gib, data_wait_s, skipped, time (Unix seconds). Validation rows: step, tokens, val_loss, val_bpb,
-val_accuracy (of data whose labels are masked), time. Scores of eval.tasks: step, tokens, tasks/NAME/METRIC, time. Spikes
-of the loss: step, tokens, spike_loss, usual_loss, first_sample, last_sample, time.
+Training rows: step, tokens, loss (nats per counted label), grad_norm, lr, tokens_per_s, mfu and mfu_sheet (shares of
+the matrix product rate measured at the start and of the card's data sheet; null where unknown), mem_gib, data_wait_s,
+skipped, time (Unix seconds). Validation rows: step, tokens, val_loss, val_bpb, val_accuracy (of data whose labels are
+masked), time. Scores of eval.tasks: step, tokens, tasks/NAME/METRIC, time. Spikes of the loss: step, tokens,
+spike_loss, usual_loss, first_sample, last_sample, time.
 """
 
 import json

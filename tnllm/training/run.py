@@ -22,7 +22,7 @@ import torch
 
 from tnllm import __version__
 from tnllm.data.loader import Loader
-from tnllm.device import pick_device
+from tnllm.device import data_sheet, pick_device
 from tnllm.errors import UserError
 from tnllm.files import format_count, format_duration, free_name, only_writer, write_text_atomic
 from tnllm.modeling.flops import count_parameters, flops_per_token, lora_parameters
@@ -56,7 +56,11 @@ from tnllm.training.trainer import Trainer, Update, compute_dtype, make_trainer
 
 @dataclass
 class Run:
-    """A run that can take steps. `peak_tokens_per_s`: at the measured matrix product rate of all ranks (None: unknown)."""
+    """A run that can take steps.
+
+    `peak_tokens_per_s`, `sheet_tokens_per_s`: at the measured matrix product rate of all ranks, and at that of the cards'
+    data sheet (None: unknown).
+    """
 
     out: Path
     trainer: Trainer
@@ -73,6 +77,7 @@ class Run:
     spikes: SpikeDetector
     saved_step: int  # -1: none in this folder
     peak_tokens_per_s: float | None
+    sheet_tokens_per_s: float | None
     timer: StepTimer = field(default_factory=StepTimer)
     learning_rate: float = 0.0
     _unread: list[Update] = field(default_factory=list)
@@ -203,7 +208,8 @@ def open_run(
             trainer.guard.load(state.guard)
         for line in _opening_lines(trainer, checkpoint, state):
             display.log(line)
-        peak = matmul_rate(device)
+        peak, card = matmul_rate(device), data_sheet(device)
+        tokens_per_flop = ranks.size / flops_per_token(config.model, config.data.seq_len)
         recipe = config.model_dump(mode="json")
         trackers = Trackers(out, config.log, recipe, state.step, display.log) if ranks.main else None
         run = Run(
@@ -221,7 +227,8 @@ def open_run(
             NonFinitePolicy(config.train.nonfinite, out / "nonfinite.jsonl", ranks),
             SpikeDetector(state.recent_losses),
             state.step,
-            peak * ranks.size / flops_per_token(config.model, config.data.seq_len) if peak else None,
+            peak * tokens_per_flop if peak else None,
+            card.peak_flops * tokens_per_flop if card else None,
         )
         if trackers is not None:
             stack.enter_context(trackers)
