@@ -34,6 +34,7 @@ NOT_RUN = {
     "convert TransNormerLLM": "needs a released checkpoint",
     "--base 385m": "needs weights of 385M parameters",
     "convert 385m": "needs weights of 385M parameters",
+    "--push my-org/first": "needs an account on the hub",
     "sweep recipes/evidence": "hours on a GPU",
     "bench-train --preset": "minutes on a GPU",
     "bench-scale": "needs two GPUs",
@@ -188,7 +189,9 @@ class Shell:
 
     def run(self, line: str, folder: Path) -> tuple[int, float, str]:
         """Exit code, seconds of processor time, and all that was printed. What the line is to make is removed first."""
-        for name in re.findall(r" (?:-o|--out|--output|--state-out) (\S+)", line):
+        made = re.findall(r" (?:-o|--out|--output|--state-out) (\S+)", line)
+        made += [f"runs/{name}" for name in re.findall(r"^tnllm train ([\w-]+)$", line)]
+        for name in made:
             target = folder / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         print(json.dumps({"line": line, "folder": str(folder)}), file=self._process.stdin, flush=True)
