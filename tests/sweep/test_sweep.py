@@ -91,6 +91,12 @@ def test_plan_expands(sweep: Path) -> None:
     assert plan.cells(plan.groups["seeds"], rows) == []
 
 
+@pytest.mark.parametrize("name", ["loss", "hybrid", "cleaning"])
+def test_the_sweeps_of_the_evidence_can_be_read(name: str) -> None:
+    plan = read_plan(Path(f"recipes/evidence/{name}.yaml"))
+    assert plan.charts and all(plan.examples(group) for group in plan.groups.values())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
