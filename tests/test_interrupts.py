@@ -114,6 +114,8 @@ def test_a_lost_ctrl_c_is_raised_again(lose, work, capsys):
         work()
     assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == (before, hook)
     assert capsys.readouterr().err == ""
+    # What runs later in this process was not interrupted.
+    interrupts.check()
 
 
 def test_work_goes_on_after_a_handled_ctrl_c():
@@ -133,6 +135,7 @@ def test_clearing_up_may_take_steps():
             interrupts.check()
             cleared.append(True)
     assert cleared
+    interrupts.check()
 
 
 def test_an_ignored_ctrl_c_stays_ignored():

@@ -79,6 +79,8 @@ def raised() -> Iterator[None]:
         over.set()
         signal.signal(signal.SIGINT, before)
         sys.unraisablehook = hook
+        # What runs later in this process, as in a notebook, was not interrupted.
+        handled()
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
