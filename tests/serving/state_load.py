@@ -15,27 +15,8 @@ from tnllm.generation.context import read
 from tnllm.generation.decoder import generate
 from tnllm.generation.samples import Result
 
-WORDS = [
-    "The",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "and",
-    "the",
-    "cat",
-    "in",
-    "the",
-    "old",
-    "house",
-    "by",
-    "the",
-    "river",
-]
+TEXT = "The quick brown fox jumps over the lazy dog and the cat in the old house by the river"
+WORDS = TEXT.split()
 
 
 def load(ready, client, num_states, num_forks, num_tokens, workers):

@@ -20,6 +20,7 @@ from tnllm.generation.decoder import generate
 from tnllm.generation.samples import Result
 from tnllm.serving import app as app_module
 from tnllm.serving import states as states_module
+from tnllm.serving.bodies import RequestError
 from tnllm.serving.middleware import Settings
 from tnllm.serving.states import ENTRY_BYTES, StateStore
 
@@ -227,6 +228,26 @@ def test_a_state_may_be_deleted_while_it_is_continued(ready, monkeypatch):
                 if line.startswith("data: {"):
                     text += json.loads(line[6:])["choices"][0]["text"]
         assert [text] == alone(ready, [], book, max_tokens=400, ignore_eos=True, seed=5)
+
+
+def test_a_file_that_forks_share_outlives_an_upload_to_a_deleted_state(ready, monkeypatch, tmp_path):
+    with serving(ready, monkeypatch, folder=tmp_path) as (_, (one, _), store):
+        path = f"/v1/states/{made(one, prompt=BOOK)['id']}"
+        fork = one.post(f"{path}/fork", json={}).json()["id"]
+        data = one.get(f"{path}/content").content
+        stored, parse = store._states[path.rpartition("/")[2]], store.parse
+
+        def parse_while_another_deletes(*args):
+            store.delete(stored.owner, stored.id)
+            return parse(*args)
+
+        monkeypatch.setattr(store, "parse", parse_while_another_deletes)
+        refused(one.put(f"{path}/content", content=data, headers=BINARY), 404, "state_not_found")
+        with pytest.raises(RequestError, match="no state"):
+            store.fork(stored)
+        assert sorted(file.suffix for file in tmp_path.iterdir() if file.name[0] in "cs") == [".json", ".safetensors"]
+    with serving(ready, monkeypatch, folder=tmp_path) as (_, (one, _), _):
+        assert len(texts(one.post("/v1/completions", json={"state": fork, "max_tokens": 3}))) == 1
 
 
 def test_states_are_kept_across_restarts(ready, monkeypatch, tmp_path):

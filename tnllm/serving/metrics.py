@@ -43,7 +43,7 @@ _COUNTERS = {
     "state_tokens": ("state_tokens", "Prompt tokens that a state spared."),
     "states_made": ("states_made", "States made by reading, forking or an upload."),
     "states_refused": ("states_refused", "States refused because there was no room for them."),
-    "states_expired": ("states_expired", "States that were deleted because nobody used them."),
+    "states_expired": ("states_expired", "States that were deleted because they had not been used for too long."),
     "generated_tokens": ("generated_tokens", "Tokens generated."),
     "refused": ("requests_refused", "Requests refused because the queue was full."),
     "cancelled": ("requests_cancelled", "Requests whose client disconnected."),

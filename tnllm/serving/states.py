@@ -82,10 +82,8 @@ class StateStore:
     ) -> None:
         """Limits of all states and of one owner's; seconds without use until a state expires."""
         self._loaded, self.weights, self._metrics, self.seconds = loaded, weights, metrics, seconds
-        self.max_bytes, self.max_bytes_of_owner = (
-            max_bytes,
-            (max_bytes if max_bytes_of_owner is None else min(max_bytes, max_bytes_of_owner)),
-        )
+        self.max_bytes = max_bytes
+        self.max_bytes_of_owner = max_bytes if max_bytes_of_owner is None else min(max_bytes, max_bytes_of_owner)
         self._folder = folder
         self._lock = threading.RLock()
         self._states: dict[str, Stored] = {}  # in the order of their making
@@ -146,7 +144,8 @@ class StateStore:
 
     def fork(self, stored: Stored, seconds: int | None = None) -> Stored:
         """Another state with the same context. Raises RequestError as `room` and `add` do."""
-        with self.room(stored.owner, 0):
+        with self.room(stored.owner, 0), self._lock:
+            self._check_kept(stored)
             return self._keep(self._new(stored.owner, stored.content, stored.num_tokens, stored.awaits_answer, seconds))
 
     def _new(self, owner: str, content: _Content, num_tokens: int, awaits_answer: bool, seconds: int | None) -> Stored:
@@ -178,13 +177,17 @@ class StateStore:
             self._sweep(id if isinstance(id, str) else None)
             stored = self._states.get(id) if isinstance(id, str) else None
             if stored is None or stored.owner != owner:
-                message = f"there is no state {shown(id)} of this key; it may have expired or been deleted"
-                raise RequestError(message, "state", "state_not_found", 404)
+                raise _no_state(id)
             stored.used = time.time()
         if self._folder is not None:
             with suppress(OSError):
                 os.utime(self._folder / f"{id}.json")
         return stored
+
+    def _check_kept(self, stored: Stored) -> None:
+        """Raise RequestError if the state was deleted or replaced since it was looked up: its file may be gone."""
+        if self._states.get(stored.id) is not stored:
+            raise _no_state(stored.id)
 
     def states(self, owner: str) -> list[Stored]:
         """The owner's states, oldest first."""
@@ -238,8 +241,16 @@ class StateStore:
         content = _Content(f"content-{secrets.token_hex(16)}", context.nbytes, context)
         new = Stored(old.id, owner, content, context.num_tokens, awaits_answer, old.created, time.time(), old.seconds)
         self._write(content.name + ".safetensors", self.to_bytes(new))
-        self._keep(new)
-        self._release(old.content)
+        with self._lock:
+            try:
+                # Released once: forks may share the old content.
+                self._check_kept(old)
+            except RequestError:
+                content.num_states = 1
+                self._release(content)
+                raise
+            self._keep(new)
+            self._release(old.content)
         return new
 
     def _write(self, name: str, data: bytes) -> None:
@@ -318,6 +329,11 @@ class StateStore:
                 path.unlink()
         if foreign:
             log(f"{folder} holds {foreign} states of another model, dtype or tokenizer; they are not served")
+
+
+def _no_state(id: Any) -> RequestError:
+    message = f"there is no state {shown(id)} of this key; it may have expired or been deleted"
+    return RequestError(message, "state", "state_not_found", 404)
 
 
 _RECORD = ("owner", "num_tokens", "awaits_answer", "created", "seconds")
