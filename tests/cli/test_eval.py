@@ -1,5 +1,6 @@
 """`tnllm eval` and `bench-eval` as a person meets them."""
 
+import csv
 import json
 
 import pytest
@@ -143,3 +144,31 @@ def test_a_model_without_a_tokenizer_is_told(tnllm, tmp_path):
     save_model(small_model(vocab_size=8192, num_layers=1), tmp_path / "bare")
     code, _, stderr = tnllm("eval", "--tasks", "piqa", "--model", tmp_path / "bare")
     assert code == 2 and "no tokenizer at" in stderr
+
+
+def test_a_needle_by_length_and_depth(tnllm, folder, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("The ship left the harbour before dawn. It was cold, and the crew was silent all morning. " * 3)
+    out = tmp_path / "rows.csv"
+    flags = ["--lengths", "160,200", "--depths", "50,0,50", "-n", 1, "--haystack", book, "--csv", out]
+    code, stdout, _ = tnllm("eval", "niah", "--model", folder, *flags)
+    assert code == 0 and "exact / chosen of ten" in stdout
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["length"], row["depth"]) for row in rows] == [("160", "0"), ("160", "50"), ("200", "0"), ("200", "50")]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lengths", "20"], "no room for needle and question; give 128 or more"),
+        (["--depths", "0,150"], "per cents from 0 to 100"),
+        (["--lengths", "many"], "write tokens such as"),
+        (["--haystack", "missing.txt"], "missing.txt"),
+        (["--csv", "no/folder/rows.csv"], "no/folder"),
+    ],
+)
+def test_a_bad_needle_is_one_line(tnllm, folder, monkeypatch, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = tnllm("eval", "niah", "--model", folder, "-n", 1, *flags)
+    assert code == 2 and message in stderr and "Traceback" not in stderr

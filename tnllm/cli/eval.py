@@ -15,7 +15,16 @@ from tnllm.cli.evaluation_view import (
     show_results,
     show_tasks,
 )
-from tnllm.cli.options import DEVICE, check_choice, examples, log_default_model, panel
+from tnllm.cli.options import (
+    DEVICE,
+    check_choice,
+    check_outputs,
+    examples,
+    lengths,
+    log_default_model,
+    panel,
+    write_outputs,
+)
 from tnllm.errors import CheckFailed, UserError
 from tnllm.files import check_output_file, check_output_folder, only_writer
 from tnllm.progress import Progress, log
@@ -28,6 +37,7 @@ EXAMPLES = examples(
     "tnllm eval compare A.json B.json",
     "tnllm eval check --tasks piqa",
     "tnllm eval ppl book.txt",
+    "tnllm eval niah --lengths 512,1k",
 )
 app = typer.Typer(rich_markup_mode="rich", epilog=EXAMPLES)
 _prompt, _compute, _output = map(panel, ("Prompts", "Computing", "Output"))
@@ -195,13 +205,11 @@ def file_perplexity(
 ) -> None:
     """Perplexity of a file: each document read in full, its state carried from start to end."""
     from tnllm.cli.evaluation_view import show_perplexity
-    from tnllm.data.corpus import find_files
-    from tnllm.data.remote import read_documents
     from tnllm.evaluation.perplexity import perplexity
     from tnllm.generation.loading import load
 
     log_default_model(model)
-    texts = [document.text for document in read_documents(find_files([file]), field, more=())]
+    texts = _texts(file, field)
     ready = load(model, device, dtype)
     with Progress() as progress:
         result = perplexity(ready, texts, window, batch_tokens, partial(progress.update, "perplexity"))
@@ -209,6 +217,56 @@ def file_perplexity(
         print(json.dumps({"file": str(file), "model": str(ready.folder), **result}))
     else:
         show_perplexity(result)
+
+
+@app.command(
+    "niah",
+    epilog=examples("tnllm eval niah --lengths 512,1k", "tnllm eval niah --haystack book.txt --depths 0,50,100 --json"),
+)
+def needle(
+    lengths_: str = typer.Option(
+        "1k,2k,4k", "--lengths", help="Tokens of a prompt: 1k,4k, or 1k:64k for every doubling."
+    ),
+    depths: str = typer.Option("0,25,50,75,100", help="Where the needle stands, in per cent of the text."),
+    samples: int = typer.Option(8, "--samples", "-n", min=1, help="Prompts for each length and depth."),
+    model: str | None = typer.Option(None, help="As for tnllm eval."),
+    haystack: Path | None = typer.Option(
+        None, help="File whose sentences are the haystack, as for eval ppl. Default: made up."
+    ),
+    seed: int = typer.Option(0, min=0, help="For numbers, cities and sentences."),
+    batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
+    device: str = DEVICE,
+    dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    csv: Path | None = typer.Option(None, help="Write the rows as CSV."),
+) -> None:
+    """A needle in a haystack: find a number that the text gave long before, by length and depth."""
+    from tnllm.evaluation.niah import FILLER, niah, split_sentences
+
+    sizes = sorted(set(lengths(lengths_, "--lengths")))
+    places = [part.strip() for part in depths.split(",")]
+    if not all(part.isdecimal() and int(part) <= 100 for part in places):
+        raise UserError(f"--depths is {depths!r}; write per cents from 0 to 100 with commas, such as 0,50,100")
+    check_outputs(csv)
+    from tnllm.cli.evaluation_view import show_needles
+    from tnllm.files import write_csv
+    from tnllm.generation.loading import load
+    from tnllm.modeling.weights import trained_length
+
+    sentences = FILLER if haystack is None else split_sentences("\n\n".join(_texts(haystack, "text")))
+    log_default_model(model)
+    ready = load(model, device, dtype)
+    trained = trained_length(ready.folder)
+    if trained is not None and max(sizes) > trained:
+        log(f"the longest prompts have {max(sizes):,} tokens, the model was trained on {trained:,}")
+    with Progress() as progress:
+        report = partial(progress.update, "niah")
+        rows = niah(ready, sizes, sorted(set(map(int, places))), samples, seed, sentences, batch_tokens, report)
+    if as_json:
+        print_json({"model": str(ready.folder), "seed": seed, "rows": rows})
+    else:
+        show_needles(rows)
+    write_outputs(rows, (csv, lambda found, file: write_csv(file, found)))
 
 
 @app.command("check", epilog=examples("tnllm eval check --tasks openbookqa,piqa --data-dir data --limit 100"))
@@ -306,6 +364,13 @@ def save_requests(
 
 def _names(tasks: str | None) -> list[str]:
     return [name.strip() for name in (tasks or "").split(",") if name.strip()]
+
+
+def _texts(file: Path, field: str) -> list[str]:
+    from tnllm.data.corpus import find_files
+    from tnllm.data.remote import read_documents
+
+    return [document.text for document in read_documents(find_files([file]), field, more=())]
 
 
 def _check_data_dir(data_dir: Path | None, online: bool) -> None:

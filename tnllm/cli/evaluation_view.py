@@ -209,3 +209,17 @@ def show_perplexity(result: dict[str, Any]) -> None:
         for row in result["by_position"]
     ]  # fmt: skip
     print_table(["position in the text", "tokens", "token perplexity", "bits per byte"], rows, right=_RIGHT)
+
+
+def show_needles(rows: list[dict[str, Any]]) -> None:
+    """A line a length: exact and chosen at each depth, in per cent."""
+    depths = sorted({row["depth"] for row in rows})
+    table = []
+    for length in sorted({row["length"] for row in rows}):
+        of = {row["depth"]: row for row in rows if row["length"] == length}
+        mean = sum(row["nats"] for row in of.values()) / len(of)
+        cells = [f"{100 * of[depth]['exact']:.0f} / {100 * of[depth]['chosen']:.0f}" for depth in depths]
+        table.append([f"{length:,}", *cells, f"{mean:.2f}"])
+    columns = ["tokens", *(f"{depth} %" for depth in depths), "nats"]
+    print_table(columns, table, right=columns)
+    print(f"exact / chosen of ten, in per cent of {rows[0]['samples']} prompts; columns: where the needle stands")
