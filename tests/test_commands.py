@@ -59,6 +59,15 @@ def test_the_demo_of_the_readme_is_todays(shell, tmp_path):
     assert (first, last, commands.validation_losses(README)[-1]) == (FIRST[0], *LAST)
 
 
+@pytest.mark.slow
+def test_the_wheel_holds_the_page_of_serve(shell, tmp_path):
+    """All of its files, and the licence of the one that is not ours."""
+    listing = 'from tnllm import assets; print(*[path.name for path in (assets.folder() / "web").iterdir()])'
+    code, _, printed = shell.run(f"python -c '{listing}'", tmp_path)
+    names = {path.name for path in (commands.ROOT / "tnllm/assets/web").iterdir()}
+    assert (code, set(printed.split())) == (0, names) and {"index.html", "main.js", "marked.LICENSE"} <= names
+
+
 def test_exceptions_of_help_are_still_needed():
     import typer
 

@@ -148,13 +148,17 @@ class Page:
         self.click(selector)
         self.call("Input.insertText", text=text)
 
-    def press_enter(self) -> None:
-        """The Enter key."""
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+    def press(self, key: str, shift: bool = False) -> None:
+        """A key by its name, such as Enter, Tab or ArrowLeft."""
+        code = {"Enter": 13, "Tab": 9, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
+                      modifiers=8 if shift else 0)  # fmt: skip
+            if kind == "rawKeyDown" and key == "Enter":
+                self.call("Input.dispatchKeyEvent", type="char", text="\r", key=key, windowsVirtualKeyCode=13)
 
     def problems(self) -> list[str]:
-        """Errors the page logged: exceptions, refused content, failed requests."""
+        """Errors the page logged since the last call: exceptions, refused content, failed requests."""
         self.evaluate("1")
         problems = []
         for event in self._browser.events:
@@ -164,13 +168,22 @@ class Page:
                 problems.append(event["params"]["exceptionDetails"]["text"])
             if event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
                 problems.append(event["params"]["entry"]["text"])
+        self._browser.events[:] = [e for e in self._browser.events if e["method"] == "Network.requestWillBeSent"]
         return problems
 
     def requests(self) -> list[str]:
         """Addresses the page asked for."""
+        return [request["url"] for request in self._requests()]
+
+    def sent(self, path: str) -> list[str]:
+        """Bodies of the page's requests to addresses that end so, as they were sent."""
+        requests = self._requests()
+        return [one["postData"] for one in requests if one["url"].endswith(path) and "postData" in one]
+
+    def _requests(self) -> list[dict[str, Any]]:
         self.evaluate("1")
         return [
-            event["params"]["request"]["url"]
+            event["params"]["request"]
             for event in self._browser.events
             if event.get("sessionId") == self._session and event["method"] == "Network.requestWillBeSent"
         ]

@@ -1,6 +1,7 @@
 """The server, over real connections: what the official client sees, what hostile ones get, what vanished ones free."""
 
 import json
+import re
 import socket
 import threading
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.serving.serving import running, wait_for
 from tests.small_models import make_ready
+from tnllm import assets
 from tnllm.generation.conversation import Conversation, message_ids
 from tnllm.generation.decoder import generate
 from tnllm.generation.samples import Result
@@ -390,15 +392,36 @@ def test_many_streams_at_once_are_neither_lost_nor_mixed_up(server, ready):
         assert texts[number] == expected.text
 
 
-def test_metrics_and_page(http):
-    text = http.get("/metrics").text
-    assert "tnllm_slots 4" in text.splitlines()
-    page = http.get("/")
-    policy = page.headers["Content-Security-Policy"]
-    assert page.status_code == 200 and page.headers["X-Content-Type-Options"] == "nosniff"
-    assert "default-src 'none'" in policy and "'unsafe" not in policy and policy.count("'sha256-") == 2
-    for outside in ("http:", "https:", "src=", "@import", "url(", "style="):
-        assert outside not in page.text.replace("http://www.w3.org/2000/svg", ""), outside
+def test_metrics(http):
+    assert "tnllm_slots 4" in http.get("/metrics").text.splitlines()
+
+
+def test_the_files_of_the_page(server, http):
+    """Without a key, all that the page loads; from this server alone, with a policy that runs nothing else."""
+    address, engine = server
+    names = {path.name for path in (assets.folder() / "web").iterdir()} - {"marked.LICENSE"}
+    seen, todo = set(), ["/"]
+    while todo:
+        path = todo.pop()
+        answer = httpx.get(address + path, timeout=300)
+        policy = answer.headers["Content-Security-Policy"]
+        assert answer.status_code == 200 and answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert "default-src 'none'" in policy and "'unsafe" not in policy and "script-src 'self'" in policy
+        seen.add(path.rpartition("/")[2] or "index.html")
+        if "marked.js" not in path:
+            for outside in ("http:", "https:", " src=", "@import", "url(", "style=", "<style", "onclick=", "innerHTML"):
+                text = answer.text.replace("http://www.w3.org/2000/svg", "").replace(' src="page/main.js"', "")
+                assert outside not in text, (path, outside)
+            loaded = re.findall(r'(?:src=|from |rel="stylesheet" href=)"(?:page/|\./)([^"]+)"', answer.text)
+            todo += [f"/page/{name}" for name in loaded if name not in seen]
+    assert seen == names
+    for name in ("x", "..%2findex.html", "marked.LICENSE", "__init__.py", "index.html/x"):
+        assert http.get(f"/page/{name}").status_code == 404, name
+    assert httpx.get(f"{address}/page.json", timeout=300).status_code == 401
+    about = http.get("/page.json").json()
+    assert about["model"] == "small" and not about["is_demo"] and not about["is_chat_tuned"]
+    assert about["limits"] == {"max_tokens": engine.max_new_tokens, "seed": str(2**63 - 1)}
+    assert about["defaults"]["temperature"] == 1.0 and about["defaults"]["max_tokens"] == 256
 
 
 def test_shutting_down_is_503(ready):

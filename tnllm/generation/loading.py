@@ -36,6 +36,8 @@ class LoadedModel:
     bos_id: int
     add_bos: bool
     chat_template: str
+    # Whether the weights name their turn format, as those of a model do that was trained on conversations.
+    is_chat_tuned: bool = False
 
     def params(self, **options: Any) -> SamplingParams:
         """The model's defaults, overridden by `options`. Raises UserError."""
@@ -84,9 +86,9 @@ def load(
     bos = settings.get("bos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else (tokenizer.eos_id if eos is None else eos,)
     bos_id = tokenizer.bos_id if bos is None else bos
-    template = settings.get("chat_template", chat_template.DEFAULT)
+    template, is_chat_tuned = settings.get("chat_template", chat_template.DEFAULT), "chat_template" in settings
     add_bos = bool(settings.get("add_bos_token", False))
-    return LoadedModel(folder, weights, tokenizer, sampling, eos_ids, bos_id, add_bos, template)
+    return LoadedModel(folder, weights, tokenizer, sampling, eos_ids, bos_id, add_bos, template, is_chat_tuned)
 
 
 # The keys that generation_config.json and SamplingParams share.

@@ -3,16 +3,13 @@
     app = make_app(engine, Settings(name="demo"))      # an ASGI application; the engine must be started
     uvicorn.run(app, host="127.0.0.1", port=8000)
 
-Routes are fixed and nothing that a client sends becomes a path: the web page is read once, when the app is made. The
+Routes are fixed and nothing that a client sends becomes a path: the page's files are read once, when the app is made. The
 middleware limits a request's body, the engine its tokens and the length of the queue.
 """
 
 import asyncio
-import base64
-import hashlib
 import json
 import logging
-import re
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -21,13 +18,13 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tnllm import __version__, assets
+from tnllm import __version__
 from tnllm.errors import RunError, UserError
 from tnllm.generation.samples import Piece, Result
 from tnllm.serving.api import (
@@ -47,6 +44,7 @@ from tnllm.serving.openapi import add_openapi, described
 from tnllm.serving.schemas import ChatCompletion, Completion, Health, Model, ModelList
 from tnllm.serving.state_routes import add_state_routes
 from tnllm.serving.states import StateStore
+from tnllm.serving.web_page import add_web_page
 
 LOG = logging.getLogger("tnllm.serve")
 # Bytes; a smaller body is parsed within milliseconds.
@@ -294,13 +292,7 @@ def make_app(engine: Engine, settings: Settings, states: StateStore | None = Non
         """Prometheus text."""
         return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    page = (assets.folder() / "web" / "index.html").read_text(encoding="utf-8")
-    policy = _content_policy(page)
-
-    @app.get("/", include_in_schema=False)
-    async def web_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
-
+    add_web_page(app, engine, settings)
     add_state_routes(app, engine, settings, store)
     add_openapi(app, engine, settings.name)
     for route in app.routes:
@@ -309,17 +301,3 @@ def make_app(engine: Engine, settings: Settings, states: StateStore | None = Non
             route.methods = {"GET", "HEAD"}
     app.add_middleware(RequestChecks, settings=settings)
     return app
-
-
-def _content_policy(page: str) -> str:
-    """A policy that allows the page's own script and style, by their hashes, and connections to this server only."""
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

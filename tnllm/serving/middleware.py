@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tnllm.serving.api import error_body
 from tnllm.serving.bodies import RequestError, shown
 
-_OPEN_PATHS = ("/", "/health")
+# Served without a key, as is what begins with the second: the files of the page, which asks for the key.
+_OPEN_PATHS, _OPEN_FOLDER = ("/", "/health"), "/page/"
 # The key of a request's scope that says whose states it may use.
 OWNER = "tnllm.owner"
 _BODY_SECONDS = 30.0
@@ -105,7 +106,7 @@ class RequestChecks:
             await refusal(scope, receive, send)
             return
         owner = self._owner(headers.get(b"authorization", b""))
-        if path not in _OPEN_PATHS and owner is None:
+        if owner is None and path not in _OPEN_PATHS and not path.startswith(_OPEN_FOLDER):
             message = "a wrong or missing API key; send it as 'Authorization: Bearer KEY'"
             body = error_body(message, "authentication_error", "invalid_api_key")
             await JSON(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
