@@ -10,15 +10,16 @@ const plain = (text) => text.replace(/&(amp|lt|gt|quot|apos|nbsp|#39);/g, (_, na
 // Of the heading before. A level is never skipped, whatever the model writes, so that the page can be read by its headings.
 let level;
 
+// What a model that repeats itself may write, and the parser's time grows with the square of: marks of emphasis in one
+// paragraph, quotes and lists in each other. Such a text is shown as it is.
+const MOST_MARKS = 1000, NESTED = /^[ \t]*(?:>[ \t]*|(?:[-*+]|\d{1,9}[.)])[ \t]+){50}/m;
+const isStrange = (text) => NESTED.test(text) || text.split(/\n\s*\n/).some((part) => part.split(/[*_]/).length > MOST_MARKS);
+const asIs = (text) => make("p", { textContent: text, dir: "auto", className: "as-is" });
+
 /** The elements of a text. */
 export function markdown(text) {
   level = 1;
-  try {
-    return elements(new Lexer({ gfm: true, breaks: true }).lex(text));
-  } catch {
-    // Too deep for the stack: thousands of nested quotes, say.
-    return [make("p", { textContent: text, dir: "auto", className: "as-is" })];
-  }
+  return isStrange(text) ? [asIs(text)] : elements(new Lexer({ gfm: true, breaks: true }).lex(text));
 }
 
 const elements = (tokens = []) => tokens.map(element).filter((one) => one !== null);
@@ -57,7 +58,7 @@ function element(token) {
     case "text":
       return make("span", {}, ...inner(token));
     case "html":
-      return token.block ? make("p", { textContent: token.raw.trim(), className: "as-is", dir: "auto" }) : token.raw;
+      return token.block ? asIs(token.raw.trim()) : token.raw;
     default:
       return MARKS.has(token.type) ? make(token.type, {}, ...inner(token)) : plain(token.text ?? token.raw);
   }
