@@ -1,11 +1,13 @@
 import random
 
 import pytest
-from hypothesis import given
+from ftfy.badness import badness
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.cleaning import noise
 from tests.cleaning.texts import CHINESE, CLASSICAL, ENGLISH
+from tnllm.cleaning import rules
 from tnllm.cleaning.rules import DEFAULTS, FIGURES, check, figures
 
 
@@ -123,6 +125,35 @@ def test_repetition_is_what_counting_every_n_gram_gives(letters, language):
             again = {start + i for start, gram in enumerate(grams) if gram in grams[:start] for i in range(n)}
             expected, name = len(again) * size / chars, f"dup_{words}gram"
         assert found[name] == pytest.approx(expected), name
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=2), min_size=5, max_size=80), st.sampled_from(["en", "zh"]))
+def test_short_and_long_texts_have_the_same_repetition(words, language):
+    """Of words of several lengths, so that ties between n-grams count."""
+    text = (" " if language == "en" else "").join(words)
+    with pytest.MonkeyPatch.context() as patch:
+        results = [figures(text, language)]
+        for number in (0, 10**6):
+            patch.setattr(rules, "_FEW_TOKENS", number)
+            results.append(figures(text, language))
+    assert results[0] == results[1] == results[2]
+
+
+@given(st.text("ab é€Ãâ™—“Œ³\x85\n的", max_size=60))
+@example("Ã " + "x" * 20 + "\nÃ b" + "y" * 30 + "Â a caf\xc3\xa9 ГўВЂВ.a" + "z" * 30 + "Ã ")
+def test_mojibake_is_what_ftfy_counts_in_each_line(text):
+    found = figures("a" + text, "en")["mojibake"]
+    assert found * len("a" + text) == pytest.approx(sum(map(badness, ("a" + text).split("\n"))))
+
+
+@given(
+    st.lists(st.sampled_from(["The", "to,", "(with)", "of", "ofx", "other", "HAVE!", "-be"]), min_size=1, max_size=40)
+)
+def test_stop_words_are_counted_wherever_they_are(words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "_SOME_WORDS", 3)
+        found = figures("\u3000".join(words), "en")["stop_words"]
+    assert found == len({"the", "to", "with", "of", "have"} & {word.strip(",()!").lower() for word in words})
 
 
 @given(st.text(max_size=400), st.sampled_from(["en", "zh", "fr"]))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tnllm.cleaning.hashing import counts_characters, ngram_hashes, token_hashes
+from tnllm.cleaning.hashing import ngram_hashes, token_hashes
 from tnllm.data.folders import files_below
 from tnllm.errors import UserError
 from tnllm.files import write_bytes_atomic
@@ -39,8 +39,7 @@ class Index:
     def hits(self, text: str) -> list[str]:
         """The evaluation file of every n-gram of `text` that is in the index."""
         names: list[str] = []
-        characters = counts_characters(text)
-        tokens = token_hashes(text, characters)
+        tokens, characters = token_hashes(text)
         for size in self.character_sizes if characters else self.word_sizes:
             if len(tokens) >= size and len(self.hashes):
                 grams = ngram_hashes(tokens, size)
@@ -87,9 +86,8 @@ def build_index(files: Iterable[Path], words: int, characters: int) -> Index:
     sizes: tuple[set[int], set[int]] = (set(), set())
     for path in files:
         for text in _texts(path):
-            by_character = counts_characters(text)
+            tokens, by_character = token_hashes(text)
             limit, least = (characters, _MIN_CHARACTERS) if by_character else (words, _MIN_WORDS)
-            tokens = token_hashes(text, by_character)
             if len(tokens) >= least:
                 sizes[by_character].add(min(limit, len(tokens)))
                 grams = np.unique(ngram_hashes(tokens, limit))

@@ -25,7 +25,7 @@ import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from tnllm.cleaning.hashing import content_hash, counts_characters, ngram_hashes, token_hashes
+from tnllm.cleaning.hashing import content_hash, ngram_hashes, token_hashes
 from tnllm.cleaning.records import REJECTED, read_records
 from tnllm.cleaning.settings import CleanSettings, DedupSection
 from tnllm.cleaning.steps import Step, count_document, reject
@@ -76,10 +76,13 @@ class Sign(PipelineStep):
 
 def shingles(text: str, settings: DedupSection) -> np.ndarray:
     """Hashes of the distinct n-grams of a text, uint64; never empty."""
-    characters = counts_characters(text)
-    grams = ngram_hashes(token_hashes(text, characters), settings.characters if characters else settings.words)
-    # A text without letters is a duplicate only of a text with the same characters.
-    return np.unique(grams) if len(grams) else np.array([content_hash(text)], np.uint64)
+    tokens, characters = token_hashes(text)
+    if not len(tokens):
+        # A text without letters is a duplicate only of a text with the same characters.
+        return np.array([content_hash(text)], np.uint64)
+    grams = np.sort(ngram_hashes(tokens, settings.characters if characters else settings.words))
+    # As np.unique, which takes ten times as long.
+    return grams[np.append(True, grams[1:] != grams[:-1])]
 
 
 def signatures(documents: list[np.ndarray], settings: DedupSection) -> np.ndarray:

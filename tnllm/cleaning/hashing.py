@@ -4,16 +4,18 @@ tokens = token_hashes("The quick brown fox")    # uint64 [words]; of Chinese, Ja
 ngram_hashes(tokens, 5)                         # uint64 [n-grams], in order
 """
 
-import re
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
 
 from tnllm.data.permutation import splitmix64
 
-_WORD = re.compile(r"[^\W_]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MAX_POWERS = 256
+_BMP = 1 << 16
+# What `kinds` says of a character, as bits. LETTER is a letter or digit, ALPHA a letter.
+LETTER, ALPHA, SPACE, CJK = 1, 2, 4, 8
 
 
 def _powers(count: int) -> np.ndarray:
@@ -42,41 +44,83 @@ def is_cjk(codes: np.ndarray) -> np.ndarray:
     )
 
 
-def words_of(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case."""
-    return _WORD.findall(text.lower())
+def _classify(codes: np.ndarray) -> np.ndarray:
+    bits = [c.isalnum() * LETTER | c.isalpha() * ALPHA | c.isspace() * SPACE for c in map(chr, codes.tolist())]
+    return np.array(bits, np.uint8) | is_cjk(codes) * np.uint8(CJK)
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kind, lower case and hash of each character below U+10000: looking up takes less time than working out."""
+    codes = np.arange(_BMP, dtype=np.uint32)
+    lower = np.array([ord(chr(code).lower()[0]) for code in codes.tolist()], np.uint32)
+    return _classify(codes), lower, splitmix64(codes.astype(np.uint64))
+
+
+def kinds(codes: np.ndarray) -> np.ndarray:
+    """uint8 bits LETTER, ALPHA, SPACE and CJK of each code point."""
+    table, _, _ = _tables()
+    if codes.max(initial=0) < _BMP:
+        return table[codes]
+    result = table[np.minimum(codes, _BMP - 1)]
+    rare = codes >= _BMP
+    result[rare] = _classify(codes[rare])
+    return result
+
+
+def runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each run of True begins, and its length."""
+    padded = np.zeros(len(mask) + 2, bool)
+    padded[1:-1] = mask
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    return edges[::2], edges[1::2] - edges[::2]
 
 
 def counts_characters(text: str) -> bool:
     """Whether n-grams of this text are of characters: more than 30 % of its letters are CJK."""
-    if text.isascii():
-        return False
-    codes = codepoints("".join(_WORD.findall(text)))
-    return bool(len(codes)) and float(is_cjk(codes).mean()) > 0.3
+    return not text.isascii() and _is_mostly_cjk(kinds(codepoints(text)))
 
 
-def token_hashes(text: str, characters: bool | None = None) -> np.ndarray:
-    """A hash of each word, or with `characters` of each letter and digit; None decides by script. Case is ignored."""
-    words = words_of(text)
+def _is_mostly_cjk(found: np.ndarray) -> bool:
+    letters = np.count_nonzero(found & LETTER)
+    return bool(letters and np.count_nonzero((found & (LETTER | CJK)) == LETTER | CJK) / letters > 0.3)
+
+
+# Decontamination and signing ask for the same text in turn.
+@lru_cache(maxsize=1)
+def token_hashes(text: str, characters: bool | None = None) -> tuple[np.ndarray, bool]:
+    """A hash of each word, or if `characters` of each letter and digit, and `characters`; None decides by script.
+
+    Upper and lower case are the same.
+    """
+    codes = codepoints(text)
+    _, lower, _ = _tables()
+    # Lower case of these is not that of each character by itself; the table has none beyond U+FFFF.
+    if "İ" in text or "Σ" in text or codes.max(initial=0) >= _BMP:
+        codes = codepoints(text.lower())
+    else:
+        codes = lower[codes]
+    found = kinds(codes)
     if characters is None:
-        characters = counts_characters(text)
-    if characters:
-        return splitmix64(codepoints("".join(words)).astype(np.uint64))
-    return word_hashes(words)
+        characters = _is_mostly_cjk(found)
+    letters = (found & LETTER).view(bool)
+    hashes = character_hashes(codes[letters])
+    return (hashes, True) if characters else (word_hashes(hashes, runs(letters)[1]), False)
 
 
-def word_hashes(words: list[str]) -> np.ndarray:
-    """A hash of each word, uint64; words must not contain spaces."""
-    if not words:
+def character_hashes(codes: np.ndarray) -> np.ndarray:
+    """A hash of each code point, uint64."""
+    _, _, table = _tables()
+    return table[codes] if codes.max(initial=0) < _BMP else splitmix64(codes.astype(np.uint64))
+
+
+def word_hashes(characters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A hash of each word, uint64 [words], of the hashes of its characters: one word after the other, `lengths` above 0."""
+    if not len(lengths):
         return np.zeros(0, np.uint64)
-    codes = codepoints(" ".join(words)).astype(np.uint64)
-    space = codes == 32
-    starts = np.flatnonzero(np.concatenate([[True], space[:-1]]))
-    lengths = np.diff(np.append(starts, len(codes)))
-    index = np.arange(len(codes)) - np.repeat(starts, lengths)
-    values = splitmix64(codes) * _POWERS[index % _MAX_POWERS]
-    values[space] = 0
-    return splitmix64(np.add.reduceat(values, starts))
+    starts = np.cumsum(lengths) - lengths
+    index = np.arange(len(characters)) - np.repeat(starts, lengths)
+    return splitmix64(np.add.reduceat(characters * _POWERS[index & (_MAX_POWERS - 1)], starts))
 
 
 def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
@@ -84,21 +128,15 @@ def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
     if not len(tokens):
         return tokens
     n = min(n, len(tokens))
-    total = np.zeros(len(tokens) - n + 1, np.uint64)
-    for index in range(n):
-        total += tokens[index : len(tokens) - n + 1 + index] * _POWERS[index % _MAX_POWERS]
-    return splitmix64(total)
-
-
-def extended_sums(tokens: np.ndarray, starts: np.ndarray, sums: np.ndarray, length: int, n: int) -> np.ndarray:
-    """Lengthen the n-grams that begin at `starts` from `length` tokens to `n`: the sums that `ngram_hashes` hashes.
-
-    `sums` uint64 are those of `length` tokens (zeros for 0); splitmix64 of the result is the n-grams' hashes.
-    """
-    total = sums.copy()
-    for index in range(length, n):
-        total += tokens[starts + index] * _POWERS[index % _MAX_POWERS]
-    return total
+    # Sums of `length` tokens, doubled and lengthened by one along the binary digits of n.
+    sums, length = tokens, 1
+    for digit in f"{n:b}"[1:]:
+        sums = sums[length:] * _POWERS[length % _MAX_POWERS] + sums[:-length]
+        length *= 2
+        if digit == "1":
+            sums = tokens[length:] * _POWERS[length % _MAX_POWERS] + sums[: len(tokens) - length]
+            length += 1
+    return splitmix64(sums)
 
 
 def content_hash(text: str) -> int:

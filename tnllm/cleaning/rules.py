@@ -8,16 +8,26 @@ count words. Written Chinese does not separate words, so its figures count chara
 words are function characters (modern and classical), and its terminal marks are 。！？. The Chinese limits are our own.
 """
 
-import operator
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from tnllm.cleaning.hashing import codepoints, extended_sums, is_cjk, word_hashes
+from tnllm.cleaning.hashing import (
+    ALPHA,
+    CJK,
+    LETTER,
+    SPACE,
+    character_hashes,
+    codepoints,
+    kinds,
+    ngram_hashes,
+    runs,
+    word_hashes,
+)
 from tnllm.cleaning.repair import NEVER_BROKEN
-from tnllm.data.permutation import splitmix64
 
 Range = tuple[float | None, float | None]
 
@@ -94,12 +104,17 @@ DEFAULTS: dict[str, dict[str, Range]] = {
     "other": {name: limits for name, limits in _COMMON.items() if name not in ("end_marks", "curly_brackets")},
 }
 _STOP_EN = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
-_MAX_STOP_CHARS = max(map(len, _STOP_EN))
 _STOP_ZH = frozenset("的一是了不在有我他她这那个们来到就和也说之其以而于於為为者無无乃曰何此所則则矣兮人自上下中")
 _BULLETS = ("•", "-", "*", "●", "■", "◆", "·", "▪", "※")
 _END_MARKS = tuple(".!?\"'”’)]。！？」』）】…；;:：")
-_LETTERS = re.compile(r"[^\W_]+")
-_GARBLED = re.compile("\ufffd|锟斤拷|烫烫烫|屯屯屯|锘|ï»¿|[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_GARBLED = ("\ufffd", "锟斤拷", "烫烫烫", "屯屯屯", "锘", "ï»¿")
+# Words looked at together for stop words: most English texts have all of them among the first.
+_SOME_WORDS = 400
+# Words in an n-gram; of at most so many, the most common one counts.
+_NGRAM_WORDS, _MOST_COMMON_WORDS = (2, 3, 4, 5, 7, 10), 4
+_FEW_TOKENS = 300
+# Characters of the longest sequence that ftfy calls broken, but for one.
+_BROKEN_REACH = 6
 
 
 def figures(text: str, language: str) -> dict[str, float]:
@@ -108,7 +123,8 @@ def figures(text: str, language: str) -> dict[str, float]:
     if not lines:
         return {"length": 0.0}
     chinese = language == "zh"
-    values = _chinese(text) if chinese else _words(text)
+    codes = codepoints(text)
+    values = (_chinese if chinese else _words)(text, codes, kinds(codes))
     count, chars = max(values["length"], 1), len(text)
     values["symbols"] = (text.count("#") + text.count("...") + text.count("…")) / count
     values["bullet_lines"] = _share(lines, lambda line: line.startswith(_BULLETS))
@@ -116,14 +132,16 @@ def figures(text: str, language: str) -> dict[str, float]:
     values["end_marks"] = _share(lines, lambda line: line.endswith(_END_MARKS))
     values["short_lines"] = _share(lines, lambda line: len(line) <= (5 if chinese else 30))
     values["line_breaks"] = (len(lines) - 1) / count
-    for name, parts in (("line", lines), ("paragraph", re.split(r"\n{2,}", text.strip()))):
+    paragraphs = [part.lstrip("\n") for part in text.strip().split("\n\n") if part.strip("\n")]
+    for name, parts in (("line", lines), ("paragraph", paragraphs)):
         repeats = list((Counter(parts) - Counter(set(parts))).elements())
         values[f"dup_{name}s"] = len(repeats) / len(parts)
         values[f"dup_{name}_chars"] = sum(map(len, repeats)) / chars
     values["lorem_ipsum"] = text.lower().count("lorem ipsum")
     values["curly_brackets"] = (text.count("{") + text.count("}")) / count
-    values["garbled"] = sum(len(match[0]) for match in _GARBLED.finditer(text)) / chars
-    values["mojibake"] = _badness(text) / chars
+    control = int(np.count_nonzero(codes < 32)) - sum(map(text.count, "\t\n\r"))
+    values["garbled"] = (control + sum(text.count(part) * len(part) for part in _GARBLED)) / chars
+    values["mojibake"] = 0.0 if text.isascii() else _badness(text, codes) / chars
     return values
 
 
@@ -136,94 +154,168 @@ def check(values: Mapping[str, float], limits: Mapping[str, Range]) -> tuple[str
     return None
 
 
-def _words(text: str) -> dict[str, float]:
-    words = text.split()
-    counts = Counter(words)
-    # Each distinct word is looked at once; most are letters only.
-    plain = list(filter(str.isalpha, counts))
-    rest = counts.keys() - set(plain)
-    mixed = [word for word in rest if any(map(str.isalpha, word))]
-    counted = [*plain, *mixed, *filter(_LETTERS.search, rest.difference(mixed))]
-    times, sizes = list(map(counts.__getitem__, counted)), list(map(len, counted))
-    number = sum(times)
-    short = {word.lower() for word in plain if len(word) <= _MAX_STOP_CHARS}
-    short |= {word.strip(".,;:!?\"'()[]").lower() for word in mixed}
+def _words(text: str, codes: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    spaces = (found & SPACE).view(bool)
+    starts, sizes = runs(spaces == 0)
+    # Of each word, whether it has a letter or digit (it counts), and a letter.
+    has = np.bitwise_or.reduceat(found, starts)
+    counted = sizes[(has & (LETTER | ALPHA)) != 0]
     values = {
-        "length": float(number),
-        "mean_word_length": sum(map(operator.mul, times, sizes)) / max(number, 1),
-        "longest_word": float(max(sizes, default=0)),
-        "letters": sum(times[: len(plain) + len(mixed)]) / len(words),
-        "stop_words": float(len(_STOP_EN & short)),
+        "length": float(len(counted)),
+        "mean_word_length": int(counted.sum()) / max(len(counted), 1),
+        "longest_word": float(counted.max(initial=0)),
+        "letters": float(np.count_nonzero(has & ALPHA) / len(sizes)),
+        "stop_words": float(_stop_words(text)),
     }
-    lengths = np.fromiter(map(len, words), np.int64, len(words)) + 1
-    return values | _repetition(word_hashes(words), lengths, len(text), unit=1)
+    return values | _repetition(word_hashes(character_hashes(codes[spaces == 0]), sizes), sizes + 1, len(text), unit=1)
 
 
-def _chinese(text: str) -> dict[str, float]:
-    parts = _LETTERS.findall(text)
-    stretches = list(map(len, parts))
-    characters = "".join(text.split())
-    codes = codepoints("".join(parts))
+def _stop_words(text: str) -> int:
+    """How many of the English stop words occur."""
+    seen: set[str] = set()
+    size = _SOME_WORDS
+    while text and len(seen) < len(_STOP_EN):
+        words = text.split(None, size)
+        text = words.pop() if len(words) > size else ""
+        seen |= _STOP_EN.intersection(word.strip(".,;:!?\"'()[]").lower() for word in set(words))
+        # Each time more, since what is left is copied each time.
+        size *= 2
+    return len(seen)
+
+
+def _chinese(text: str, codes: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    letters = (found & LETTER).view(bool)
+    _, stretches = runs(letters)
+    count = int(stretches.sum())
     values = {
-        "length": float(sum(stretches)),
-        "mean_word_length": sum(stretches) / max(len(stretches), 1),
-        "longest_word": float(max(stretches, default=0)),
-        "letters": sum(stretches) / len(characters),
-        "stop_words": float(len(_STOP_ZH.intersection(text))),
-        "han": float(is_cjk(codes).mean()) if len(codes) else 0.0,
+        "length": float(count),
+        "mean_word_length": count / max(len(stretches), 1),
+        "longest_word": float(stretches.max(initial=0)),
+        "letters": float(count / (len(found) - np.count_nonzero(found & SPACE))),
+        "stop_words": float(sum(character in text for character in _STOP_ZH)),
+        "han": float(np.count_nonzero(found[letters] & CJK) / max(count, 1)),
     }
-    return values | _repetition(splitmix64(codes.astype(np.uint64)), np.ones(len(codes), np.int64), len(text), unit=2)
+    return values | _repetition(character_hashes(codes[letters]), np.ones(count, np.int64), len(text), unit=2)
 
 
 def _repetition(tokens: np.ndarray, sizes: np.ndarray, chars: int, unit: int) -> dict[str, float]:
     """Gopher's n-gram figures; `unit` tokens count as one word.
 
-    A repeated n-gram begins with a repeated shorter one, so each length is looked for only where the one before repeats.
+    A repeated n-gram begins and ends with repeated shorter ones, so each length is looked for only where the one before
+    repeats, and is known by the numbers of those two.
     """
     values = {f"top_{words}gram": 0.0 for words in (2, 3, 4)} | {f"dup_{words}gram": 0.0 for words in (5, 7, 10)}
+    if len(tokens) <= 2 * unit:
+        return values
     ends = np.concatenate([[0], np.cumsum(sizes)])
-    starts, sums, length = np.arange(len(tokens)), np.zeros(len(tokens), np.uint64), 0
-    for words, name in zip((2, 3, 4, 5, 7, 10), values, strict=True):
-        n = words * unit
-        # As before, a text of exactly n tokens has no figure: its one n-gram cannot repeat.
-        chosen = starts <= len(tokens) - n
-        starts, sums = starts[chosen], extended_sums(tokens, starts[chosen], sums[chosen], length, n)
-        length = n
-        if len(starts) < 2:
-            break
-        hashes = splitmix64(sums)
-        order = np.argsort(hashes, kind="stable")
-        hashes = hashes[order]
-        same = hashes[1:] == hashes[:-1]
-        if not same.any():
-            break
-        # Of equal n-grams, which lie together now, the first in the text comes first.
-        runs = np.flatnonzero(np.concatenate([[True], ~same]))
-        counts = np.diff(np.append(runs, len(order)))
-        first = order[runs]
-        repeated = np.empty(len(order), bool)
-        repeated[order] = np.repeat(counts > 1, counts)
-        if words <= 4:
-            best = int(counts.argmax())
-            begin = starts[first[best]]
-            values[name] = float(counts[best] * (ends[begin + n] - ends[begin]) / chars)
-        else:
-            again = repeated.copy()
-            again[first] = False
-            # A token counts once, even if it is in several repeated n-grams.
-            edges = np.bincount(starts[again], minlength=len(tokens) + 1)
-            edges -= np.bincount(starts[again] + n, minlength=len(tokens) + 1)
-            values[name] = float(sizes[np.cumsum(edges[:-1]) > 0].sum() / chars)
-        starts, sums = starts[repeated], sums[repeated]
+    count = _repeats_of_few if len(tokens) <= _FEW_TOKENS else _repeats
+    for name, repeated in zip(values, count(tokens, ends, unit), strict=False):
+        values[name] = float(repeated / chars)
     return values
+
+
+def _repeats(tokens: np.ndarray, ends: np.ndarray, unit: int) -> Iterator[int]:
+    """Characters in the most common n-gram, or in repeated ones, of each length in turn until none repeats."""
+    n, bits = 2 * unit, len(tokens).bit_length()
+    # Less the bits that a position takes below.
+    keys, starts = (ngram_hashes(tokens, n) >> np.uint64(bits + 1)).view(np.int64), np.arange(len(tokens) - n + 1)
+    # The number of the repeated n-gram at each position.
+    numbers = np.full(len(tokens) + 1, -1)
+    for words in _NGRAM_WORDS:
+        if words > 2:
+            step, n = words * unit - n, words * unit
+            first, second = numbers[starts], numbers[starts + step]
+            numbers[starts] = -1
+            both = second >= 0
+            keys, starts = first[both] * len(tokens) + second[both], starts[both]
+        if keys.max(initial=0) >> (63 - bits):
+            order = np.argsort(keys, kind="stable")
+            keys, starts = keys[order], starts[order]
+        else:
+            # Sorting numbers takes a fraction of the time of finding their order.
+            packed = np.sort(keys << bits | starts)
+            keys, starts = packed >> bits, packed & ((1 << bits) - 1)
+        again = np.zeros(len(keys), bool)
+        again[1:] = keys[1:] == keys[:-1]
+        if not again.any():
+            return
+        repeated = again.copy()
+        repeated[:-1] |= again[1:]
+        # Grouped by n-gram, of each the first in the text first.
+        again, starts = again[repeated], starts[repeated]
+        group = np.cumsum(~again) - 1
+        if words <= _MOST_COMMON_WORDS:
+            counts = np.bincount(group)
+            most = counts.max()
+            yield most * _span(tokens, ends, starts[~again][counts == most], n)
+        else:
+            # A token counts once, even if it is in several repeated n-grams.
+            begin = np.sort(starts[again])
+            end = np.minimum(begin + n, np.append(begin[1:], len(tokens)))
+            yield (ends[end] - ends[begin]).sum()
+        numbers[starts] = group
+        starts = np.sort(starts)
+
+
+def _repeats_of_few(tokens: np.ndarray, ends: np.ndarray, unit: int) -> Iterator[int]:
+    """As `_repeats`; without arrays, whose fixed cost is most of the time that a short text takes."""
+    n = 2 * unit
+    words_of, ends_of = tokens.tolist(), ends.tolist()
+    numbers: dict[int, Any] = dict(enumerate(zip(*(words_of[index:] for index in range(n)), strict=False)))
+    for words in _NGRAM_WORDS:
+        if words > 2:
+            step, n = words * unit - n, words * unit
+            numbers = {at: (key, numbers[at + step]) for at, key in numbers.items() if at + step in numbers}
+        counts = Counter(numbers.values())
+        # A repeated n-gram is known by where it is first.
+        first: dict[Any, int] = {}
+        numbers = {at: first.setdefault(key, at) for at, key in numbers.items() if counts[key] > 1}
+        if not numbers:
+            return
+        if words <= _MOST_COMMON_WORDS:
+            most = max(counts.values())
+            best = [at for key, at in first.items() if counts[key] == most]
+            spans = {ends_of[at + n] - ends_of[at] for at in best}
+            yield most * (spans.pop() if len(spans) == 1 else _span(tokens, ends, np.array(best), n))
+        else:
+            covered = end = 0
+            for at, number in numbers.items():
+                if at != number:
+                    covered += ends_of[at + n] - ends_of[max(at, end)]
+                    end = at + n
+            yield covered
+
+
+def _span(tokens: np.ndarray, ends: np.ndarray, starts: np.ndarray, n: int) -> int:
+    """Characters of the n-gram at `starts`; if those differ, of the one with the lowest hash."""
+    spans = ends[starts + n] - ends[starts]
+    if spans.min() == spans.max():
+        return int(spans[0])
+    return int(spans[ngram_hashes(tokens[starts + np.arange(n)[:, None]], n)[0].argmin()])
 
 
 def _share(lines: list[str], test: Callable[[str], bool]) -> float:
     return sum(map(test, lines)) / len(lines)
 
 
-def _badness(text: str) -> int:
+@lru_cache(maxsize=1)
+def _suspects() -> np.ndarray:
+    """Which characters below U+10000 ftfy may count; the last stands for all above."""
+    return np.array([not NEVER_BROKEN.fullmatch(chr(code)) for code in range(1 << 16)])
+
+
+def _badness(text: str, codes: np.ndarray) -> int:
+    """Sequences that occur only in mis-decoded text: ftfy's count of each line, which looks at every character.
+
+    Every such sequence holds a suspect character, so only what is near one is given to it.
+    """
+    if NEVER_BROKEN.fullmatch(text):
+        return 0
     from ftfy.badness import badness
 
-    # ftfy counts a character at a time; most lines hold nothing that it counts.
-    return sum(badness(line) for line in text.split("\n") if not NEVER_BROKEN.fullmatch(line))
+    near = np.flatnonzero(_suspects()[np.minimum(codes, (1 << 16) - 1)])
+    gaps = np.flatnonzero(np.diff(near) > 2 * _BROKEN_REACH)
+    begins = np.maximum(near[np.append(0, gaps + 1)] - _BROKEN_REACH, 0)
+    ends = near[np.append(gaps, len(near) - 1)] + _BROKEN_REACH + 1
+    parts = [text[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+    return sum(badness(line) for part in parts for line in part.split("\n"))
