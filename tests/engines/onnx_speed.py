@@ -24,9 +24,9 @@ import torch
 
 from tnllm import assets
 from tnllm.generation.decoder import generate
+from tnllm.generation.loading import load
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece
-from tnllm.modeling.weights import load_model
 from tnllm.tokenizer import Tokenizer
 
 TOKENS = 50
@@ -39,13 +39,13 @@ def clock(threads: int) -> float:
 
 def with_torch(threads: int) -> Callable[[], float]:
     """A function that generates and returns tokens per second, after the first token."""
-    model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer.load(DEMO)
+    ready = load(DEMO, "cpu")
     params = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=TOKENS + 1, ignore_eos=True)
 
     def measure() -> float:
         torch.set_num_threads(threads)
         start = 0.0
-        for event in generate(model, tokenizer, ["Once upon a time"], params):
+        for event in generate(ready.model, ready.tokenizer, ["Once upon a time"], params):
             if isinstance(event, Piece) and not start:
                 start = clock(threads)
         return TOKENS / (clock(threads) - start)
@@ -93,9 +93,12 @@ def main(rounds: int, threads_tried: list[int], folders: list[Path]) -> None:
     speeds = defaultdict(list)
     for _, (key, measure) in itertools.product(range(rounds), measures.items()):
         speeds[key].append(measure())
-    print("| tokens/s | threads | |\n| --- | --- | --- |")
+    print(
+        "| tokens/s | threads | fastest | median | median of torch / this, by round |\n| --- | --- | --- | --- | --- |"
+    )
     for (kind, threads), values in speeds.items():
-        print(f"| {kind} | {threads} | {max(values):.0f} |")
+        ratio = np.median(np.divide(speeds["torch, float32", threads], values))
+        print(f"| {kind} | {threads} | {max(values):.0f} | {np.median(values):.0f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

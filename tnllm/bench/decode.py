@@ -30,6 +30,7 @@ from tnllm.device import data_sheet, describe_device
 from tnllm.errors import RunError
 from tnllm.generation.captured_step import CapturedStep, can_capture
 from tnllm.modeling.config import get_preset
+from tnllm.modeling.cpu_step import cpu_step, pack_weights
 from tnllm.modeling.model import LanguageModel, build_model
 
 Step = Callable[[Tensor], Tensor]
@@ -90,6 +91,8 @@ def bench_decode(
     with budget:
         for number, kind in enumerate(kinds):
             model = build_model(get_preset(preset, kind=kind), device, dtype, seed=0).eval().requires_grad_(False)
+            if device.type == "cpu":
+                pack_weights(model)
             log(f"{preset} {kind}: checking the step against the full forward pass")
             checked = _check(model, compiled)
             accuracy.append(checked)
@@ -208,10 +211,10 @@ def _stepped(model: LanguageModel, state: Any, tokens: Tensor) -> Tensor:
 
 
 def _own_step(model: LanguageModel, state: Any, num_steps: int) -> Step:
-    """The step that `generate` runs: on a GPU a captured one."""
+    """The step that `generate` runs: on a GPU a captured one, on a CPU one without modules where there is one."""
     if can_capture(model, num_steps):
         return CapturedStep(model, state)
-    return lambda tokens: model.step(tokens, state)
+    return cpu_step(model, state) or (lambda tokens: model.step(tokens, state))
 
 
 def _next(step: Step, tokens: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tnllm.device import pick_device
 from tnllm.errors import UserError
 from tnllm.files import read_json
 from tnllm.generation.sampler import SamplingParams
+from tnllm.modeling.cpu_step import pack_weights
 from tnllm.modeling.lora import merge_adapter
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import GENERATION, load_model, resolve_model
@@ -73,6 +74,8 @@ def load(
     weights = load_model(folder, where, wanted)
     if adapter is not None:
         merge_adapter(weights, hub.local(adapter))
+    if where.type == "cpu":
+        pack_weights(weights)
     sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
     if settings.get("max_new_tokens") is not None:
         sampling["max_tokens"] = settings["max_new_tokens"]

@@ -24,6 +24,7 @@ from tnllm.generation.context import Context
 from tnllm.generation.sampler import Options, log_probabilities, sample_ids
 from tnllm.generation.samples import Piece, Row, SampledTokens
 from tnllm.generation.text import TAIL_TOKENS
+from tnllm.modeling.cpu_step import cpu_step
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.state import State
 from tnllm.tokenizer import Tokenizer
@@ -86,6 +87,7 @@ class Slots:
         self._keep_contexts = keep_contexts
         self._sync_every = 1 if keep_contexts else sync_every or (SYNC_EVERY if self._ahead else 1)
         self._steps: dict[int, CapturedStep] = {}  # by batch size
+        self._on_cpu = cpu_step(model, self._state, self._logits)
         self._latest: CapturedStep | None = None  # the step that gave the logits of the active rows
         self._unread = False  # whether the active rows' latest tokens are yet to be fed to the model
         self.rows: list[Row] = []
@@ -236,12 +238,11 @@ class Slots:
             active.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
         self._latest = self._captured(count, max(row.left for row in self.rows))
         if self._latest is not None:
-            logits = self._latest(self._tokens[: self._latest.batch])[:count]
+            active.logits.copy_(self._latest(self._tokens[: self._latest.batch])[:count])
+        elif self._on_cpu is not None:
+            self._on_cpu(tokens)
         else:
-            # A view of every layer costs an operator each, and a generation of one row needs none.
-            full = count == self.num_slots
-            logits = self._model.step(tokens, self._state if full else self._first(count))
-        active.logits.copy_(logits)
+            active.logits.copy_(self._model.step(tokens, self._first(count)))
 
     def _captured(self, count: int, num_steps: int) -> CapturedStep | None:
         """A captured step of which at most half is padding; None if capturing does not pay off for `num_steps` steps."""
