@@ -71,7 +71,7 @@ class Browser:
         os.close(self._out)
         self._profile.cleanup()
 
-    def call(self, method: str, session: str | None = None, seconds: float = 30, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, session: str | None = None, seconds: float = 300, **params: Any) -> dict[str, Any]:
         """Send a command and wait for its answer; what else comes is kept in `events`."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
@@ -126,8 +126,8 @@ class Page:
         assert "exceptionDetails" not in message, message["exceptionDetails"]
         return message["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 20) -> None:
-        """Wait until an expression is true."""
+    def wait_for(self, expression: str, seconds: float = 300) -> None:
+        """Wait until an expression is true; the limit is there so that a fault ends the test."""
         end = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({expression})"):
             assert time.monotonic() < end, f"never true: {expression}"
@@ -187,6 +187,10 @@ class Page:
             for event in self._browser.events
             if event.get("sessionId") == self._session and event["method"] == "Network.requestWillBeSent"
         ]
+
+    def download_to(self, folder: Path) -> None:
+        """Where files that the page offers are written, under the names that it gives them."""
+        self._browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     def screenshot(self, path: Path) -> None:
         """A PNG of what can be seen."""

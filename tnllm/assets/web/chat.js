@@ -103,7 +103,7 @@ function turn(message, index) {
   const act = (name, title, onclick) => make("button", { className: "icon", title, ariaLabel: title, onclick }, icon(name));
   const acts = [act("copy", "Copy", () => copy(message.content)), act("edit", "Edit", () => edit(index))];
   if (!isUser && index === latest()) acts.push(act("again", "Answer again", () => again()));
-  if (!isUser && index === latest() && message.isCut) acts.push(act("go", "Continue", () => answer()));
+  if (!isUser && index === latest() && message.isCut) acts.push(act("go", "Continue", () => isOccupied() || answer()));
   acts.push(act("trash", isUser ? "Delete, with its answer" : "Delete", () => removeTurn(index)));
   const article = make("article", { className: "turn " + message.role, ariaLabel: isUser ? "You" : "Answer" }, text);
   article.append(make("div", { className: "acts" }, ...acts));
@@ -150,6 +150,18 @@ function deleteTalk(one) {
 
 /* What a person does. */
 
+/** Whether what a person asks for must wait: for the text that is generated, or for an edit that would be lost. */
+function isOccupied() {
+  const isEditing = $("talk").querySelector(".editor") !== null;
+  if (isEditing) tell("Save or cancel the edit first.");
+  return isEditing || isRunning();
+}
+
+/** The focus, if what had it is gone. A field would open a phone's keyboard. */
+function refocus() {
+  if (document.activeElement === document.body) $(isRunning() ? "chat-stop" : matchMedia("(hover: hover)").matches ? "message" : "scroll").focus();
+}
+
 /** Messages are replaced, not changed, so that a state that is being made of them is known to be old. */
 function setMessages(messages, count) {
   talk.messages = messages;
@@ -158,17 +170,17 @@ function setMessages(messages, count) {
 }
 
 function removeTurn(index) {
-  if (isRunning()) return;
+  if (isOccupied()) return;
   const before = talk.messages, own = talk;
   const count = before[index].role === "user" && before[index + 1]?.role === "assistant" ? 2 : 1;
   setMessages(before.toSpliced(index, count), index);
   show();
-  $("message").focus();
+  refocus();
   tell("Deleted.", () => { own.messages = before; keep(own); openTalk(own); });
 }
 
 function edit(index) {
-  if (isRunning()) return;
+  if (isOccupied()) return;
   const message = talk.messages[index], isUser = message.role === "user";
   const input = make("textarea", { className: "text", dir: "auto", value: message.content, rows: Math.min(12, message.content.split("\n").length + 1), ariaLabel: "Edit" });
   const finish = (save) => {
@@ -195,7 +207,7 @@ function edit(index) {
 }
 
 async function again() {
-  if (isRunning()) return;
+  if (isOccupied()) return;
   const before = talk.messages, own = talk;
   setMessages(before.slice(0, -1), before.length - 1);
   show();
@@ -203,7 +215,7 @@ async function again() {
 }
 
 async function ask(content) {
-  if (isRunning() || !content.trim()) return;
+  if (!content.trim() || isOccupied()) return;
   const before = talk.messages;
   talk.messages = [...before, { role: "user", content }];
   $("message").value = "";
@@ -229,7 +241,7 @@ async function answer(before = talk.messages) {
   const live = $("talk").lastChild, text = live.querySelector(".text");
   live.classList.add("live");
   text.replaceChildren(...markdown(message.content));
-  let drawing = null, wait = 50, saved = 0;
+  let drawing = null, wait = 50, saved = 0, failed = false;
   const draw = () => {
     const start = performance.now();
     text.replaceChildren(...markdown(message.content));
@@ -244,27 +256,25 @@ async function answer(before = talk.messages) {
     drawing ??= setTimeout(draw, wait);
   };
   try {
-    const { reason } = await attempt(own, message, add);
-    message.isCut = reason !== "stop";
+    const request = attempt(own, message, add);
+    refocus();
+    message.isCut = (await request).reason !== "stop";
   } catch (error) {
-    message.isCut = true;
+    message.isCut = failed = true;
     showError("chat", error);
   }
   clearTimeout(drawing);
   speaker.hear(message.content.slice(begun), true);
-  const failed = message.isCut && !$("chat-error").hidden;
-  if (failed && message.content.length === begun) {
-    own.messages = before;
-    keep(own);
-  } else {
-    keep(own);
-    if (!failed) keepState(own);
-  }
+  const isNothing = failed && message.content.length === begun;
+  if (isNothing) own.messages = before;
+  keep(own);
+  if (!failed) keepState(own);
   const top = $("scroll").scrollTop;
   drawn.delete(message);
   show();
   if (!atEnd) $("scroll").scrollTop = top;
-  return !(failed && message.content.length === begun);
+  refocus();
+  return !isNothing;
 }
 
 /** The request, after the talk's state; if that is lost, with the messages in its place. */
@@ -308,7 +318,7 @@ export function startChat() {
   $("message").value = load("draft", "");
   addEventListener("storage", (event) => {
     // Another tab has changed its talks.
-    if (isRunning() || !event.key?.startsWith("tnllm.chat.")) return;
+    if (isRunning() || $("talk").querySelector(".editor") || !event.key?.startsWith("tnllm.chat.")) return;
     read();
     const same = talks.get(talk.id);
     if (same || talk.messages.length) { talk = same ?? newTalk(); show(); } else showList();
@@ -319,8 +329,13 @@ export function startChat() {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask($("message").value); }
   });
   $("form").addEventListener("submit", (event) => { event.preventDefault(); ask($("message").value); });
+  let last = 0;
   $("scroll").addEventListener("scroll", () => {
-    atEnd = $("scroll").scrollHeight - $("scroll").scrollTop - $("scroll").clientHeight < 80;
+    const { scrollHeight, scrollTop, clientHeight } = $("scroll");
+    // Only a person scrolls up: a window that becomes narrower moves the text down.
+    if (scrollHeight - scrollTop - clientHeight < 80) atEnd = true;
+    else if (scrollTop < last) atEnd = false;
+    last = scrollTop;
     $("down").hidden = atEnd;
   });
   $("down").addEventListener("click", toEnd);

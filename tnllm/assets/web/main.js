@@ -63,6 +63,7 @@ for (const name of ["talks", "settings"]) {
   wide.addEventListener("change", () => arrange(dialog));
   $("show-" + name).addEventListener("click", () => openSheet(dialog));
   dialog.querySelector(".close").addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", () => document.body.append($("toast")));
   dialog.addEventListener("click", (event) => { if (event.target === dialog && dialog.matches(":modal")) dialog.close(); });
   dialog.addEventListener("keydown", (event) => {
     if (event.key !== "Tab" || !dialog.matches(":modal")) return;

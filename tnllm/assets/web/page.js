@@ -54,6 +54,8 @@ export function tell(text, undo) {
   clearTimeout(notice);
   const hide = () => $("toast").replaceChildren();
   const button = undo && make("button", { textContent: "Undo", onclick: () => { hide(); undo(); } });
+  // What is outside of a modal sheet cannot be pressed.
+  (document.querySelector("dialog:modal") ?? document.body).append($("toast"));
   $("toast").replaceChildren(make("span", { textContent: text }), ...(undo ? [button] : []));
   notice = setTimeout(hide, undo ? 12000 : 4000);
 }

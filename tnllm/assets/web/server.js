@@ -149,7 +149,7 @@ function report(place, meter, live) {
     if (meter.tokens > 1 && seconds > 0) parts.push(`${((meter.tokens - 1) / seconds).toFixed(1)} tokens/s`);
     parts.push(`${Math.round(meter.first - meter.begun)} ms to the first`);
   } else if (live) parts.push("reading");
-  if (meter.prompt) parts.push(`${meter.prompt} in the prompt`);
+  if (meter.prompt) parts.push(`${meter.prompt} read`);
   if (!live) parts.push(ENDS[meter.reason] ?? "");
   figures(place, parts);
 }
