@@ -34,6 +34,24 @@ def test_a_good_installation(tnllm: Run) -> None:
         assert checks[f"extra {extra}"]["remedy"] == ("" if complete else f"pip install 'tnllm[{extra}]'")
 
 
+def test_the_path_of_each_kernel(tnllm: Run) -> None:
+    launch = pytest.importorskip("tnllm.kernels.lightning_attention.launch")
+    checks = report(tnllm("doctor", "--json")[1])
+    assert checks["kernels, cpu"]["found"].startswith("plain torch")
+    assert "unset TRITON_INTERPRET" in checks["kernels, Triton"]["remedy"]  # set for these tests
+
+    def paths(shared_memory: int, has_tma: bool) -> dict[str, str]:
+        rows = doctor._gpu_kernels("cuda:0", launch.Device(100, shared_memory, has_tma))
+        return {row.name.removesuffix(", cuda:0"): row.found for row in rows}
+
+    hopper, small = paths(232448, True), paths(101376, False)
+    assert "at head dim 128: chunks of 64, stages 4, dk and dv by tensor memory accelerator" in hopper["attention"]
+    assert "persistent Triton kernel, bulk prefetch" in hopper["decoding"]
+    assert "at head dim 128: chunks of 64, stages 1, dk and dv by pointers" in small["attention"]
+    assert small["attention in fp32"].endswith("256: none: too little shared memory")
+    assert "no bulk prefetch" in small["decoding"]
+
+
 def test_table(tnllm: Run) -> None:
     code, out, _ = tnllm("doctor")
     assert code == 0

@@ -1,19 +1,24 @@
-"""`tnllm doctor`: what is installed, which GPUs there are, and whether attention computes correctly here."""
+"""`tnllm doctor`: what is installed, which GPUs there are, which path each kernel takes, and whether attention is right."""
 
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from tnllm.cli.options import examples
 from tnllm.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from tnllm.kernels.lightning_attention.launch import Device
 
 EPILOG = examples("tnllm doctor --json")
 
@@ -55,7 +60,7 @@ class Check:
 
 
 def command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """Check this installation: versions, GPUs, disk, extras, packaged files, and the attention itself.
+    """Check this installation: versions, GPUs, disk, extras, packaged files, the kernels' paths, and the attention itself.
 
     Exit 0 if usable, 1 with what is wrong.
     """
@@ -79,7 +84,7 @@ def examine() -> list[Check]:
         checks += _guarded("cuda", _cuda)
     checks += _guarded("disk", _disk)
     checks += [_extra(name, packages) for name, packages in EXTRAS.items()]
-    for name, check in (("assets", _assets), ("recipes", _recipes), ("attention", _attention)):
+    for name, check in (("assets", _assets), ("recipes", _recipes), ("attention", _attention), ("kernels", _kernels)):
         checks += _guarded(name, check)
     return checks
 
@@ -214,6 +219,43 @@ def _attention() -> list[Check]:
         else:
             checks.append(Check(name, "ok", text))
     return checks
+
+
+def _kernels() -> list[Check]:
+    """Which path each kernel takes on each device."""
+    import torch
+
+    checks = [Check("kernels, cpu", "ok", "plain torch for all of them, attention in chunks of 64 tokens")]
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        text = "TRITON_INTERPRET=1: kernels run as Python, thousands of times slower"
+        checks.append(Check("kernels, Triton", "note", text, "unset TRITON_INTERPRET but for tests"))
+    for index in range(torch.cuda.device_count()):
+        from tnllm.kernels.lightning_attention.launch import cuda_device
+
+        checks += _gpu_kernels(f"cuda:{index}", cuda_device(index))
+    return checks
+
+
+def _gpu_kernels(name: str, device: "Device") -> list[Check]:
+    from tnllm.kernels.lightning_attention.launch import attend_config
+
+    def pipeline(width: int, itemsize: int) -> str:
+        try:
+            config = attend_config(width, itemsize, device, dual=True)
+        except ValueError:
+            return "none: too little shared memory"
+        loads = "tensor memory accelerator" if config.tma else "pointers"
+        return f"chunks of {config.chunk}, stages {config.num_stages}, dk and dv by {loads}"
+
+    rows = {
+        "attention": f"Triton; bf16 at head dim 128: {pipeline(128, 2)}; at 256: {pipeline(256, 2)}",
+        "attention in fp32": f"Triton; head dim 128: {pipeline(128, 4)}; 256: {pipeline(256, 4)}",
+        "decoding": f"one row: the whole model in one persistent Triton kernel, {'' if device.has_tma else 'no '}bulk "
+        "prefetch of weights; more rows or another form of model: a CUDA graph",
+        "softmax layers": "torch's flash or cuDNN attention in bf16 and fp16, its plain one in fp32",
+        "norm, gate, GLU, LRPE, loss": "Triton",
+    }
+    return [Check(f"{part}, {name}", "ok", text) for part, text in rows.items()]
 
 
 def _print(checks: list[Check]) -> None:

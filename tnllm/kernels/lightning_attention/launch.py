@@ -41,7 +41,7 @@ class Plan:
 
 
 @cache
-def _cuda_device(index: int) -> Device:
+def cuda_device(index: int) -> Device:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     capability = torch.cuda.get_device_capability(index)
     return Device(properties["multiprocessor_count"], properties["max_shared_mem"], capability >= (9, 0))
@@ -49,7 +49,7 @@ def _cuda_device(index: int) -> Device:
 
 def _device(x: Tensor) -> Device:
     # Tensors are on CPU in tests under Triton's interpreter.
-    return _cuda_device(x.get_device()) if x.is_cuda else Device(4, 232448, True)
+    return cuda_device(x.get_device()) if x.is_cuda else Device(4, 232448, True)
 
 
 @cache
