@@ -36,7 +36,7 @@ def decay_errors(
 ) -> list[dict[str, Any]]:
     """One row per provider, length and slope: the errors of o, dq, dk and dv, and `state` if the provider returns it.
 
-    q and k are random after SiLU, as in a model. The softmax providers have no decay and are left out.
+    q and k are random after SiLU, as in a model. Providers of another function are left out.
     """
     rows = []
     for length in lengths:
@@ -50,7 +50,7 @@ def decay_errors(
             dq, dk, dv, _ = chunk_backward(do.double(), None, wide_q, wide_k, wide_v, log_decay, None, None)
             exact = {"o": o, "dq": dq, "dk": dk, "dv": dv, "state": state}
             for provider in providers:
-                if provider.softmax or provider.quadratic_memory:
+                if provider.differs or provider.quadratic_memory:
                     continue
                 results = outputs_and_gradients(provider, [q, k, v, do], log_decay)
                 if provider.state is not None:

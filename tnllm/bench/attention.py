@@ -16,11 +16,10 @@ from torch import Tensor
 
 from tnllm.bench.accuracy import relative_rms
 from tnllm.bench.budget import Budget
-from tnllm.bench.providers import PROVIDERS, Provider, outputs_and_gradients, softmax_reference
+from tnllm.bench.providers import PROVIDERS, Provider, outputs_and_gradients
 from tnllm.bench.timing import Timing, calls, copy_bandwidth, extra_memory, measure, synchronize
 from tnllm.device import data_sheet, describe_device
 from tnllm.errors import UserError, did_you_mean
-from tnllm.kernels.lightning_attention.reference import quadratic
 
 # Largest relative RMS error against float64 that is still timed. bf16 keeps 8 bits: rounding q, k, v, do and the result
 # gives 2e-3 to 5e-3 in any implementation. fp32 peers may use tf32 products (3e-4).
@@ -117,10 +116,21 @@ def bench_attention(
     with budget:
         # One provider after another: one that compiles for many minutes delays only those after it.
         for number, provider in enumerate(providers):
-            log(f"checking {provider.name} against float64")
-            errors = check(provider, shapes[0], dtype, device)
+            log(f"checking {provider.name} against float64{f' ({provider.differs})' if provider.differs else ''}")
+            try:
+                errors = check(provider, shapes[0], dtype, device)
+            # A peer may fail in any way, and must not take the others with it; our own fault is shown.
+            except Exception as error:
+                if provider.module is None:
+                    raise
+                log(f"skipped {provider.name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+                continue
             good = all(error <= limit for error in errors.values())
-            accuracy.append({"provider": provider.name, **errors, "limit": limit, "passed": good})
+            missing = dict.fromkeys(("o", "dq", "dk", "dv"))
+            accuracy.append(
+                {"provider": provider.name, **missing, **errors, "limit": limit, "passed": good,
+                 "differs": provider.differs}
+            )  # fmt: skip
             if not good:
                 log(f"not timed: {provider.name} is wrong (relative error {max(errors.values()):.2g}, limit {limit:g})")
                 continue
@@ -142,9 +152,10 @@ def bench_attention(
 
 def _line(row: dict) -> str:
     how = "" if row["extrapolated_from"] is None else f", extrapolated from {row['extrapolated_from']} tokens"
+    both = "no gradients" if row["fwd_bwd_ms"] is None else f"with backward {row['fwd_bwd_ms']:.3f} ms"
     return (
         f"{row['provider']}, {row['batch']} x {row['heads']} x {row['length']} x {row['head_dim']}: "
-        f"forward {row['fwd_ms']:.3f} ms, with backward {row['fwd_bwd_ms']:.3f} ms{how}"
+        f"forward {row['fwd_ms']:.3f} ms, {both}{how}"
     )
 
 
@@ -160,12 +171,14 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device, heads_first:
 def check(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Relative RMS error of o, dq, dk, dv against float64, on fresh random inputs of an odd length."""
     log_decay = slopes(shape.heads, device)
-    inputs = _inputs(replace(shape, batch=2, length=CHECK_LENGTH), dtype, device, heads_first=False)
+    length = max(CHECK_LENGTH // provider.multiple, 1) * provider.multiple
+    inputs = _inputs(replace(shape, batch=2, length=length), dtype, device, heads_first=False)
     q, k, v = exact = [x.double().requires_grad_() for x in inputs[:3]]
-    expected = softmax_reference(q, k, v) if provider.softmax else quadratic(q, k, v, log_decay)[0]
+    expected = provider.definition(q, k, v, log_decay)
     exact_grads = torch.autograd.grad(expected, exact, inputs[3].double())
     results = outputs_and_gradients(provider, inputs, log_decay)
-    pairs = zip(results.items(), (expected.detach(), *exact_grads), strict=True)
+    # Without gradients the zip ends with o.
+    pairs = zip(results.items(), (expected.detach(), *exact_grads), strict=False)
     return {name: relative_rms(result, exact) for (name, result), exact in pairs}
 
 
@@ -187,6 +200,9 @@ class _Clock:
     def row(self, shape: Shape, bandwidth: float) -> dict | None:
         """A row of results; None where it does not run, with the reason in the log."""
         name = f"{self.provider.name} at {shape.batch} x {shape.length}"
+        if shape.length % self.provider.multiple:
+            self.budget.log(f"skipped {name}: takes multiples of {self.provider.multiple} tokens")
+            return None
         if (needed := self._scores_bytes(shape)) > 0.8 * self._free_bytes():
             self.budget.log(f"skipped {name}: its [T, T] scores need {needed / 2**30:.0f} GiB")
             return None
@@ -267,7 +283,7 @@ class _Clock:
         def both() -> tuple[Tensor, ...]:
             return torch.autograd.grad(attend(q, k, v, log_decay), leaves, grad)
 
-        return forward, both
+        return forward, both if self.provider.backward else forward
 
     def _time(self, shape: Shape) -> tuple[Timing, Timing, int | None]:
         forward, both = self._runs(shape)
@@ -327,6 +343,8 @@ class _Clock:
         }
         if extrapolated_from is not None:
             row |= dict.fromkeys(_ONLY_TIMED)
+        if not self.provider.backward:
+            row |= dict.fromkeys([key for key in row if key.startswith("fwd_bwd")] + ["extra_mib"])
         return row
 
 

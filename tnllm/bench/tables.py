@@ -24,7 +24,7 @@ def print_results(results: Row) -> None:
     """bench-attn: device, accuracy, times, on stdout."""
     print(environment_line(results["environment"]))
     errors: list[tuple[str, Form]] = [(key, f"{{{key}:.2e}}") for key in ("o", "dq", "dk", "dv")]
-    columns = [("provider", "{provider}"), *errors, ("limit", "{limit:g}"), ("", verdict)]
+    columns = [("provider", "{provider}"), *errors, ("limit", "{limit:g}"), ("", verdict), ("differs", "{differs}")]
     print_table("relative RMS error against float64", columns, results["accuracy"])
     shape = "{batch} x {heads} x {length} x {head_dim}"
     columns = [
@@ -43,6 +43,8 @@ def print_results(results: Row) -> None:
 def _spread(key: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
         median, low, high = row[f"{key}_ms"], row[f"{key}_low_ms"], row[f"{key}_high_ms"]
+        if median is None:
+            return "-"
         digits = max(0, 3 - len(str(int(median)))) + (1 if median < 1 else 0)
         if row["extrapolated_from"] is not None:
             return f"{median:.{digits}f} from {length_label(row['extrapolated_from'])}"

@@ -14,7 +14,7 @@ EPILOG = examples("tnllm bench-attn --seqlens 1k:64k --json attention.json --plo
 # Lengths, heads, width of a head, dtype.
 _GPU = ("1k:64k", 16, 128, "bf16")
 _CPU = ("256:2k", 4, 64, "fp32")
-_GPU_PROVIDERS = "tnllm,torch,fla,lightning-attn,sdpa-flash,sdpa-cudnn"
+_GPU_PROVIDERS = "tnllm,torch,fla,lightning-attn,mlstm,flash-qla,flashinfer,sdpa-flash,sdpa-cudnn"
 _CPU_PROVIDERS = "tnllm,torch,sdpa"
 
 
