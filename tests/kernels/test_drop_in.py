@@ -166,8 +166,8 @@ def test_equal_to_fla(cuda, packed):
 @pytest.mark.gpu
 def test_equal_to_flas_lightning_attention(cuda):
     fla = pytest.importorskip("fla.ops.lightning_attn")
-    # 512: fla 0.6.0 weighs the absent rows of a short last chunk of 64 by exp(-decay * rows), which overflows in fast heads;
-    # times zero that is NaN in its final state.
+    # 512: fla 0.6.0 weighs the absent rows of a short last chunk of 64 by exp(-decay * rows). That overflows in fast heads,
+    # and times zero is NaN in its final state.
     q, k, v, state = inputs(torch.bfloat16, cuda, length=512, batch=1)
     for ours, theirs in zip(
         drop_in.chunk_lightning_attn(q, k, v, 3, 12, initial_state=state, output_final_state=True),
