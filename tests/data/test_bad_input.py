@@ -13,8 +13,8 @@ from tnllm import assets
 from tnllm.cleaning.records import read_folder
 from tnllm.cleaning.run import clean
 from tnllm.cleaning.settings import only_dedup
-from tnllm.data.corpus import find_files
-from tnllm.data.documents import BadDocument
+from tnllm.data.corpus import find_files, read_file
+from tnllm.data.documents import BadDocument, Document
 from tnllm.data.encode import Options
 from tnllm.data.folders import refuse_replacing
 from tnllm.data.inspect import inspect_corpus
@@ -358,3 +358,13 @@ def test_files_of_other_kinds_in_a_folder_are_counted(tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"files of {tmp_path} that are of other kinds: .csv (2), " in said
     assert ".lz4 (1)" in said and "LICENSE (1)" in said and f"{tmp_path / 'gone'} is a link to nothing" in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_utf16_without_a_mark_is_unreadable_and_not_text_full_of_nuls(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("Some words.\r\n\r\nAnd more of them.\n".encode(encoding))
+    items = list(read_file(tmp_path / "a.txt"))
+    assert items and all(isinstance(item, BadDocument) and "UTF-16" in item.reason for item in items)
+    # One stray NUL is text.
+    (tmp_path / "b.txt").write_bytes(b"Some words\x00 and more of them.\n")
+    assert [type(item) for item in read_file(tmp_path / "b.txt")] == [Document]

@@ -111,7 +111,8 @@ _GARBLED = ("\ufffd", "锟斤拷", "烫烫烫", "屯屯屯", "锘", "ï»¿")
 # Words looked at together for stop words: most English texts have all of them among the first.
 _SOME_WORDS = 400
 # Words in an n-gram; of at most so many, the most common one counts.
-_NGRAM_WORDS, _MOST_COMMON_WORDS = (2, 3, 4, 5, 7, 10), 4
+_NGRAMS = {2: "top_2gram", 3: "top_3gram", 4: "top_4gram", 5: "dup_5gram", 7: "dup_7gram", 10: "dup_10gram"}
+_MOST_COMMON_WORDS = 4
 _FEW_TOKENS = 300
 # Characters of the longest sequence that ftfy calls broken, but for one.
 _BROKEN_REACH = 6
@@ -134,7 +135,9 @@ def figures(text: str, language: str) -> dict[str, float]:
     values["line_breaks"] = (len(lines) - 1) / count
     paragraphs = [part.lstrip("\n") for part in text.strip().split("\n\n") if part.strip("\n")]
     for name, parts in (("line", lines), ("paragraph", paragraphs)):
-        repeats = list((Counter(parts) - Counter(set(parts))).elements())
+        # Most texts have no repeated lines, which a set says sooner.
+        distinct = set(parts)
+        repeats = list((Counter(parts) - Counter(distinct)).elements()) if len(distinct) < len(parts) else []
         values[f"dup_{name}s"] = len(repeats) / len(parts)
         values[f"dup_{name}_chars"] = sum(map(len, repeats)) / chars
     values["lorem_ipsum"] = text.lower().count("lorem ipsum")
@@ -167,7 +170,8 @@ def _words(text: str, codes: np.ndarray, found: np.ndarray) -> dict[str, float]:
         "letters": float(np.count_nonzero(has & ALPHA) / len(sizes)),
         "stop_words": float(_stop_words(text)),
     }
-    return values | _repetition(word_hashes(character_hashes(codes[spaces == 0]), sizes), sizes + 1, len(text), unit=1)
+    hashes = word_hashes(character_hashes(codes[spaces == 0]), sizes)
+    return values | _repetition(hashes, np.append(0, np.cumsum(sizes + 1)), len(text), unit=1)
 
 
 def _stop_words(text: str) -> int:
@@ -192,22 +196,21 @@ def _chinese(text: str, codes: np.ndarray, found: np.ndarray) -> dict[str, float
         "mean_word_length": count / max(len(stretches), 1),
         "longest_word": float(stretches.max(initial=0)),
         "letters": float(count / (len(found) - np.count_nonzero(found & SPACE))),
-        "stop_words": float(sum(character in text for character in _STOP_ZH)),
+        "stop_words": float(sum(map(text.__contains__, _STOP_ZH))),
         "han": float(np.count_nonzero(found[letters] & CJK) / max(count, 1)),
     }
-    return values | _repetition(character_hashes(codes[letters]), np.ones(count, np.int64), len(text), unit=2)
+    return values | _repetition(character_hashes(codes[letters]), np.arange(count + 1), len(text), unit=2)
 
 
-def _repetition(tokens: np.ndarray, sizes: np.ndarray, chars: int, unit: int) -> dict[str, float]:
-    """Gopher's n-gram figures; `unit` tokens count as one word.
+def _repetition(tokens: np.ndarray, ends: np.ndarray, chars: int, unit: int) -> dict[str, float]:
+    """Gopher's n-gram figures; `unit` tokens count as one word, and `ends` are 0 and the characters up to each one's end.
 
     A repeated n-gram begins and ends with repeated shorter ones, so each length is looked for only where the one before
     repeats, and is known by the numbers of those two.
     """
-    values = {f"top_{words}gram": 0.0 for words in (2, 3, 4)} | {f"dup_{words}gram": 0.0 for words in (5, 7, 10)}
+    values = dict.fromkeys(_NGRAMS.values(), 0.0)
     if len(tokens) <= 2 * unit:
         return values
-    ends = np.concatenate([[0], np.cumsum(sizes)])
     count = _repeats_of_few if len(tokens) <= _FEW_TOKENS else _repeats
     for name, repeated in zip(values, count(tokens, ends, unit), strict=False):
         values[name] = float(repeated / chars)
@@ -221,7 +224,7 @@ def _repeats(tokens: np.ndarray, ends: np.ndarray, unit: int) -> Iterator[int]:
     keys, starts = (ngram_hashes(tokens, n) >> np.uint64(bits + 1)).view(np.int64), np.arange(len(tokens) - n + 1)
     # The number of the repeated n-gram at each position.
     numbers = np.full(len(tokens) + 1, -1)
-    for words in _NGRAM_WORDS:
+    for words in _NGRAMS:
         if words > 2:
             step, n = words * unit - n, words * unit
             first, second = numbers[starts], numbers[starts + step]
@@ -261,8 +264,11 @@ def _repeats_of_few(tokens: np.ndarray, ends: np.ndarray, unit: int) -> Iterator
     """As `_repeats`; without arrays, whose fixed cost is most of the time that a short text takes."""
     n = 2 * unit
     words_of, ends_of = tokens.tolist(), ends.tolist()
-    numbers: dict[int, Any] = dict(enumerate(zip(*(words_of[index:] for index in range(n)), strict=False)))
-    for words in _NGRAM_WORDS:
+    grams: list[Any] = list(zip(*(words_of[index:] for index in range(n)), strict=False))
+    if len(set(grams)) == len(grams):
+        return
+    numbers = dict(enumerate(grams))
+    for words in _NGRAMS:
         if words > 2:
             step, n = words * unit - n, words * unit
             numbers = {at: (key, numbers[at + step]) for at, key in numbers.items() if at + step in numbers}

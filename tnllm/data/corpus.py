@@ -213,6 +213,10 @@ def _read_text(path: Path, split_on: SplitOn, lines: Iterator[Line]) -> Iterator
         except UnicodeDecodeError as error:
             yield BadDocument(f"{path}:{number}", f"not UTF-8 (byte {error.start + 1} of the line)")
             continue
+        # ASCII in UTF-16 or UTF-32 is valid UTF-8, with a NUL beside every letter.
+        if line.count(0) * 4 >= len(line) > 0:
+            yield BadDocument(f"{path}:{number}", "mostly NUL bytes, as of UTF-16 or UTF-32; convert the file to UTF-8")
+            continue
         blank = split_on == "blank-line" and not text.strip()
         if not blank:
             first = first if parts else number
