@@ -6,6 +6,7 @@ Pages are gathered in build/docs first. Links to files of the repository that ar
 site does not carry those files.
 """
 
+import html
 import re
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ AT_ROOT = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
+# Code with a bar in a table, which GitHub shows as one and Python's Markdown with the backslash before it.
+_ESCAPED_BAR = re.compile(r"(?<!`)`([^`\n]*\\\|[^`\n]*)`(?!`)")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 
 
@@ -55,7 +58,11 @@ def _with_site_links(text: str, folder: Path) -> str:
         here = Path("docs") if folder == Path(".") else folder
         return f"{mark}[{label}]({'../' * (len(here.parts) - 1)}{target.relative_to('docs')}{anchor})"
 
-    return _LINK.sub(link, text)
+    return _ESCAPED_BAR.sub(_as_html, _LINK.sub(link, text))
+
+
+def _as_html(match: re.Match[str]) -> str:
+    return f"<code>{html.escape(match[1]).replace(chr(92) + '|', '&#124;')}</code>"
 
 
 def commands_page() -> str:

@@ -2,6 +2,7 @@
 
     python -m tests.commands                # all of them, with the long ones
     python -m tests.commands first-model    # those of one page; `help` for the examples of --help
+    python -m tests.commands "help eval"    # the examples of one command or group
     python -m tests.commands demo           # README's demo, all 400 steps, and whether README shows its losses
 
 A fenced block is run if the line above it is `<!-- runs -->`, or `<!-- runs, minutes -->`, which the tests leave out. Where
@@ -47,9 +48,10 @@ _FAST = (
     "recipes ", "estimate ", "doctor", "eval ls", "eval compare", "tokenizer inspect", "data sample", "data inspect web",
 )  # fmt: skip
 
-# By how much a loss of README's demo may differ. Another kind of CPU, or another number of threads, sums in another order,
-# and 400 updates grow that difference of 1e-7. The limit is an estimate: how far it grows has not been measured.
-DEMO_TOLERANCE = 0.01
+# By how much a loss of README's demo may differ. On one kind of CPU all of them are equal, with one thread and with two,
+# today and in the week before. Another kind sums in another order: 1e-7 of the loss in the first steps, which 400 updates
+# grew to 0.05 in the worst of the lines shown, between the two kinds that were tried. This is twice that.
+DEMO_TOLERANCE = 0.1
 
 # What readers of the pages have already: a short run, texts, prompts, scores.
 PREPARE = """
@@ -239,7 +241,7 @@ def demo(shell: Shell, folder: Path) -> int:
 
 def main(pages: list[str]) -> int:
     commands = [command for path in PAGES for command in of_page(path)] + of_help()
-    chosen = [command for command in commands if not pages or command.page.split()[0] in pages]
+    chosen = [command for command in commands if not pages or {command.page, command.page.split()[0]} & set(pages)]
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         environment = build_wheel(Path(name))

@@ -100,6 +100,8 @@ def check(
             if config.eval.tasks:
                 scorer(config.eval, config.prompt_template)
         except UserError as error:
+            if len(recipes) == 1 and not as_json:
+                raise
             results.append({"recipe": name, "ok": False, "error": str(error)})
             if not as_json:
                 print(f"{name}: {error}", file=sys.stderr)
