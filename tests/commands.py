@@ -64,7 +64,9 @@ cp corpus/web.jsonl web/a.jsonl && cp corpus/web.jsonl web.jsonl
 python -c "import zstandard as z; open('web.jsonl.zst', 'wb').write(z.compress(open('web.jsonl', 'rb').read()))"
 for name in book.txt sample.txt question.txt; do echo 'It was the best of times, it was the worst of times.' > $name; done
 echo '{"prompt": "My dear"}' > prompts.jsonl && cp prompts.jsonl questions.jsonl
-echo '{"goal": "Boil water.", "sol1": "Use a kettle.", "sol2": "Use a sieve.", "label": 0}' > data/piqa.jsonl
+mkdir data/piqa data/openbookqa
+A=$(python -c "import tnllm.assets as a; print(a.folder())")/eval && cp $A/piqa.jsonl data/piqa/dev.jsonl
+A=$(python -c "import tnllm.assets as a; print(a.folder())")/eval && cp $A/openbookqa.jsonl data/openbookqa/test.jsonl
 tnllm tokenizer train corpus/ --vocab-size 8000 -o my-tokenizer
 tnllm data tokenize corpus/ --tokenizer my-tokenizer -o my-tokens
 tnllm recipes show tiny > mine.yaml
