@@ -130,7 +130,9 @@ def mentioned_files() -> list[tuple[Path, str]]:
 
 
 def test_files_that_prose_names_exist():
-    existing = [str(path.relative_to(ROOT)) for path in [*FILES, *(ROOT / "tests").rglob("*.py")]]
+    existing = [
+        str(path.relative_to(ROOT)) for path in [*FILES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("scripts/*.py")]
+    ]
     missing = [
         f"{path.relative_to(ROOT)} names {name}"
         for path, name in mentioned_files()
