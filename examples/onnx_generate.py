@@ -17,8 +17,9 @@ graph = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecu
 tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 settings = json.loads((folder / "generation_config.json").read_text())
 
-# The state: a matrix for each head and layer, of the same size after ten tokens and after a million.
-state = {item.name: np.zeros((1, *item.shape[1:]), np.float32) for item in graph.get_inputs()[2:]}
+# A matrix for each head and layer, of constant size; a hybrid has caches too, whose length is a name here and grows from 0.
+sizes = {item.name: [n if isinstance(n, int) else 0 for n in item.shape[1:]] for item in graph.get_inputs()[2:]}
+state = {name: np.zeros((1, *size), np.float32) for name, size in sizes.items()}
 position = np.zeros(1, np.int64)
 
 
@@ -33,9 +34,8 @@ def read(ids: list[int]) -> np.ndarray:
 ids = tokenizer.encode(prompt)
 for start in range(0, len(ids), 128):  # a long prompt in chunks
     logits = read(ids[start : start + 128])
-print(prompt, end="", flush=True)
 made: list[int] = []
 while len(made) < limit and (token := int(logits.argmax())) != settings["eos_token_id"]:
     made.append(token)
     logits = read([token])
-print(tokenizer.decode([*ids, *made]).removeprefix(prompt))
+print(tokenizer.decode([*ids, *made]))

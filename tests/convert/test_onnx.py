@@ -24,6 +24,7 @@ VARIANTS = [
         "tie_embeddings": False,
     },
     {"position": "ape", "norm": "rmsnorm", "gate": "none", "num_heads": 1, "max_position": 64},
+    {"softmax_every": 2, "qk_norm": True, "rope_base": 500.0},
 ]
 
 
@@ -40,7 +41,7 @@ def weights(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choices", VARIANTS, ids=["released", "decay", "ape"])
+@pytest.mark.parametrize("choices", VARIANTS, ids=["released", "decay", "ape", "hybrid"])
 def test_the_graph_is_the_model(choices, weights, run, tmp_path):
     folder = weights(**choices)
     report = run(folder, tmp_path / "graph", "onnx")
@@ -75,8 +76,6 @@ def test_int8_is_close_and_smaller(weights, run, tmp_path):
 def test_what_a_graph_cannot_hold(weights, run, tmp_path):
     with pytest.raises(UserError, match=r"a graph .* is for TransNormerLLM"):
         run(weights(kind="transformer"), tmp_path / "graph", "onnx")
-    with pytest.raises(UserError, match="without softmax layers"):
-        run(weights(softmax_every=2), tmp_path / "graph", "onnx")
     with pytest.raises(UserError, match=r"a graph .* holds float32"):
         run(weights(), tmp_path / "graph", "onnx", dtype=torch.bfloat16)
     assert not (tmp_path / "graph").exists() or not list((tmp_path / "graph").glob("*.onnx"))

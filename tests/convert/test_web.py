@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from tests.serving import chromium
+from tests.small_models import small_model
 from tnllm import assets
 from tnllm.convert.onnx import RUNTIME
 from tnllm.errors import UserError
 from tnllm.generation.decoder import generate
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Result
-from tnllm.modeling.weights import load_model
+from tnllm.modeling.weights import load_model, save_model
 from tnllm.tokenizer import Tokenizer
 
 EXECUTABLE = chromium.find()
@@ -90,14 +91,19 @@ def changed(model, kind):
     return proto.SerializeToString()
 
 
+def write_tokenizer(folder, model):
+    """A page with the tokenizer and without the runtime."""
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "ort.wasm.min.mjs").write_text("export const env = { wasm: {} };")
+    (folder / "tnllm.mjs").write_bytes((assets.browser_page() / "tnllm.mjs").read_bytes())
+    (folder / "index.html").write_text('<!doctype html><link rel="icon" href="data:,">')
+
+
 @in_a_browser
 @pytest.mark.parametrize("kind", ["demo", "64k", "space", "symbol"])
 def test_the_tokenizer_is_ours(kind, tmp_path):
     model = assets.tokenizer_model("tnllm-64k" if kind == "64k" else None).read_bytes()
-    (tmp_path / "tokenizer.model").write_bytes(changed(model, kind))
-    (tmp_path / "ort.wasm.min.mjs").write_text("export const env = { wasm: {} };")  # in place of the runtime
-    (tmp_path / "tnllm.mjs").write_bytes((assets.browser_page() / "tnllm.mjs").read_bytes())
-    (tmp_path / "index.html").write_text('<!doctype html><link rel="icon" href="data:,">')
+    write_tokenizer(tmp_path, changed(model, kind))
     tokenizer, texts = Tokenizer.load(tmp_path), strings(5000 if kind == "demo" else 1000)
     with opened(tmp_path) as page:
         found = page.evaluate(
@@ -112,11 +118,37 @@ def test_the_tokenizer_is_ours(kind, tmp_path):
 
 
 @in_a_browser
+def test_twice_the_text_is_twice_the_work(tmp_path):
+    """Also within one run of characters that all merge; the work is counted in lookups, which no load changes."""
+    write_tokenizer(tmp_path, assets.tokenizer_model(None).read_bytes())
+    rng = random.Random(0)
+    # A U+2581 in a text is a part of its own.
+    texts = ["".join(rng.choices(alphabet, k=length)) for alphabet in ("etaoin", "a\u2581") for length in (4000, 8000)]
+    with opened(tmp_path) as page:
+        found = page.evaluate(
+            "(async () => { const { Tokenizer } = await import('/tnllm.mjs');"
+            "const file = await (await fetch('/tokenizer.model')).arrayBuffer();"
+            "const tokenizer = new Tokenizer(new Uint8Array(file)), get = tokenizer.known.get.bind(tokenizer.known);"
+            "let lookups = 0; tokenizer.known.get = (piece) => (lookups++, get(piece));"
+            f"return {json.dumps(texts)}.map((text) => {{ lookups = 0; const ids = tokenizer.encode(text);"
+            "return [ids, lookups]; }); })()"
+        )
+    tokenizer = Tokenizer.load(tmp_path)
+    assert [ids for ids, _ in found] == [tokenizer.encode(text) for text in texts]
+    lookups = [count for _, count in found]
+    assert all(1.9 < twice / once < 2.1 for once, twice in (lookups[:2], lookups[2:])), lookups
+
+
+@in_a_browser
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED.is_dir(), reason="onnxruntime-web is not installed: npm install onnxruntime-web")
-def test_the_text_is_that_of_generate(run, tmp_path):
-    run(DEMO, tmp_path / "page", "web", runtime=INSTALLED, verify=False)  # the graph has tests of its own
-    model, tokenizer = load_model(DEMO, dtype=torch.float32), Tokenizer.load(DEMO)
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_the_text_is_that_of_generate(hybrid, run, tmp_path):
+    source = tmp_path / "weights" if hybrid else DEMO
+    if hybrid:
+        save_model(small_model(vocab_size=8192, softmax_every=2, num_layers=2), source, DEMO / "tokenizer.model")
+    run(source, tmp_path / "page", "web", runtime=INSTALLED, verify=False)  # the graph has tests of its own
+    model, tokenizer = load_model(source, dtype=torch.float32), Tokenizer.load(DEMO)
     params = SamplingParams(temperature=0, repetition_penalty=1.03, max_tokens=40)
     prompts = ["Once upon a time", "从前有一个国王，" * 30]  # the second in two chunks
     results = [event for event in generate(model, tokenizer, prompts, params) if isinstance(event, Result)]

@@ -9,13 +9,13 @@ written. Source: LoRA (arXiv 2106.09685).
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tnllm.convert.source import Source
+from tnllm.convert.source import Source, with_products
 from tnllm.convert.tensors import Info, read_safetensors, safetensors_infos
 from tnllm.errors import UserError
 from tnllm.files import read_json
@@ -97,12 +97,8 @@ def merge(adapter: Adapter, source: Source) -> Source:
                 f"{list(source.expected[name])}; give its own base with --base"
             )
 
-    def read(name: str) -> Tensor:
-        value = source.read(name)
-        if name not in adapter.pairs:
-            return value
+    def product(name: str) -> Tensor:
         a, b = (read_safetensors(info, key).float() for key, info in (adapter.pairs[name][part] for part in "AB"))
-        return value.float() + adapter.scale(name, a.shape[0]) * (b @ a)
+        return adapter.scale(name, a.shape[0]) * (b @ a)
 
-    note = f"merged {len(adapter.pairs)} LoRA pairs of {adapter.folder}"
-    return replace(source, read=read, merged=frozenset(adapter.pairs), notes=(*source.notes, note))
+    return with_products(source, adapter.pairs, product, str(adapter.folder))

@@ -6,6 +6,7 @@ difference, share = compare_with(hf_folder, out / MODEL)     # onnxruntime's log
 Inputs: tokens [B, T] int64, position [B] int64 (tokens of the row read before), state_0 ... state_{L-1} [B, H, D, E] fp32
 (zeros at first). Outputs: logits [B, T, V] fp32, new_state_0 ... . T = 1 is a decoding step. Attention within the T tokens
 is quadratic, so a long text is read in chunks of some hundred. Standard operators of opset 20 only.
+In a hybrid, the state of a softmax layer is its cache [B, 2, read, H, d] (read = 0 at first), which grows by T.
 """
 
 import json
@@ -16,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -30,6 +32,7 @@ from tnllm import __version__, assets
 from tnllm.convert import check, hf_folder
 from tnllm.convert.quantize import quiet_import
 from tnllm.errors import MissingExtra, UserError
+from tnllm.modeling.cache import is_cache
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.weights import CONFIG, GENERATION, TOKENIZER, load_model
 from tnllm.tokenizer import Tokenizer, bits_per_byte
@@ -45,20 +48,13 @@ _FAR = 1_000_000  # a position at which fp32 angles would be wrong
 
 def check_onnx(config: ModelConfig, dtype: torch.dtype | None) -> None:
     """Raise UserError for what the graph does not hold, MissingExtra without the packages that write and run it."""
-    if config.kind != "transnormer" or config.softmax_every:
-        raise UserError(
-            "a graph (--to onnx, web) is for TransNormerLLM without softmax layers, whose state has a constant size"
-        )
+    if config.kind != "transnormer":
+        raise UserError("a graph (--to onnx, web) is for TransNormerLLM and its hybrids; convert the baseline --to hf")
     if dtype not in (None, torch.float32):
         raise UserError("a graph (--to onnx, web) holds float32, or int8 with --quantize int8; leave out --dtype")
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-        import transformers
-    except ImportError as error:
-        raise MissingExtra("onnx", str(error.name)) from None
-    assert onnx and onnxruntime and onnxscript and transformers
+    for name in ("onnx", "onnxruntime", "onnxscript", "transformers"):
+        if find_spec(name) is None:
+            raise MissingExtra("onnx", name)
 
 
 def check_web(num_parameters: int, names: Iterable[str], runtime: Path) -> None:
@@ -113,7 +109,9 @@ def compare_with(folder: Path, file: Path) -> tuple[float, float]:
     model = load_model(folder, dtype=torch.float32)
     tokens = check.prompts(model.config.vocab_size)
     expected, found = [], []
-    for start in (0, _FAR if model.config.position != "ape" else model.config.max_position - tokens.shape[1] - 1):
+    far = _FAR if model.config.position != "ape" else model.config.max_position - tokens.shape[1] - 1
+    # A cache has a slot for each token before.
+    for start in (0, *([] if model.config.num_softmax else [far])):
         state = model.init_state(tokens.shape[0])
         state.position += start
         run = Session(file, tokens.shape[0], start)
@@ -133,7 +131,9 @@ class Session:
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         self._state: dict[str, Any] = {
-            item.name: np.zeros((batch, *item.shape[1:]), np.float32) for item in self._session.get_inputs()[2:]
+            # A size without a number is that of a cache, empty at first.
+            item.name: np.zeros([batch, *(size if isinstance(size, int) else 0 for size in item.shape[1:])], np.float32)
+            for item in self._session.get_inputs()[2:]
         }
         self._position = np.full(batch, start, np.int64)
 
@@ -154,7 +154,11 @@ class _Graph(nn.Module):
         self.model, self.state = model, state
 
     def forward(self, tokens: Tensor, position: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        output = self.model(tokens, past_key_values=self.state([*states], position), use_cache=True, return_dict=True)
+        # Rows of one batch have read as many tokens, all of which a hybrid's softmax layers see.
+        caches = [state for state in states if is_cache(state)]
+        visible = torch.ones_like(caches[0][:, 0, :, 0, 0], dtype=torch.bool) if caches else None
+        state = self.state([*states], position, 0, visible)
+        output = self.model(tokens, past_key_values=state, use_cache=True, return_dict=True)
         return output.logits, output.past_key_values.layers
 
 
@@ -184,9 +188,10 @@ def _export(folder: Path, file: Path) -> None:
         operators.traced_attention = _one_chunk  # type: ignore[attr-defined]
         # No size is 1, which would become a constant of the graph.
         state = model.model.init_state(2, torch.device("cpu"))
-        states = state.layers
+        # Nor is a cache empty.
+        states = [torch.zeros(2, 2, 3, *layer.shape[3:]) if is_cache(layer) else layer for layer in state.layers]
         tokens, position = torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-        batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+        batch, length, read = (torch.export.Dim(name) for name in ("batch", "length", "read"))
         program = torch.onnx.export(
             _Graph(model, type(state)).eval(),
             (tokens, position, states),
@@ -197,7 +202,7 @@ def _export(folder: Path, file: Path) -> None:
             dynamic_shapes={
                 "tokens": {0: batch, 1: length},
                 "position": {0: batch},
-                "states": [{0: batch}] * len(states),
+                "states": [{0: batch, 2: read} if is_cache(layer) else {0: batch} for layer in states],
             },
             verbose=False,
         )
@@ -247,14 +252,11 @@ def _quiet() -> Iterator[None]:
 
     quiet_import()
     disable_progress_bar()
-    logger = logging.getLogger()
-    level = logger.level
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
         try:
             yield
         finally:
-            logger.setLevel(level)
+            logging.disable(before)
             enable_progress_bar()

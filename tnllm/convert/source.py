@@ -8,7 +8,7 @@ Kinds: `official` (released checkpoints), `hf` (written by `--to hf`, or saved b
 (weights folders) and `checkpoint` (step folders of a run).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,22 +152,30 @@ def open_source(path: Path) -> Source:
 
 
 def _merge_lora(source: Source, lora: LoraConfig | None) -> Source:
-    """A checkpoint with an adapter's tensors beside the frozen weights: `read` gives the sum in fp32."""
+    """A checkpoint with an adapter's tensors beside the frozen weights."""
     if lora is None:
         return source
     parts = {name: [f"{name.removesuffix('weight')}lora_{part}.weight" for part in "AB"] for name in source.expected}
     pairs = {name: keys for name, keys in parts.items() if all(key in source.tensors.infos for key in keys)}
 
-    def read(name: str) -> Tensor:
-        value = source.read(name)
-        if name not in pairs:
-            return value
+    def product(name: str) -> Tensor:
         a, b = (source.tensors.read(key).float() for key in pairs[name])
-        return value.float() + lora.alpha / lora.rank * (b @ a)
+        return lora.alpha / lora.rank * (b @ a)
 
-    keys = frozenset(key for pair in pairs.values() for key in pair)
-    note = f"merged the {len(pairs)} LoRA pairs of the checkpoint"
-    return replace(source, read=read, merged=frozenset(pairs), adapter_keys=keys, notes=(*source.notes, note))
+    source = with_products(source, pairs, product, "the checkpoint")
+    return replace(source, adapter_keys=frozenset(key for pair in pairs.values() for key in pair))
+
+
+def with_products(source: Source, names: Iterable[str], product: Callable[[str], Tensor], origin: str) -> Source:
+    """The source whose `read` adds scale * B A of an adapter, `product(name)`, to the weights of these names, in fp32."""
+    merged = frozenset(names)
+
+    def read(name: str) -> Tensor:
+        return source.read(name).float() + product(name) if name in merged else source.read(name)
+
+    return replace(
+        source, read=read, merged=merged, notes=(*source.notes, f"merged {len(merged)} LoRA pairs of {origin}")
+    )
 
 
 def _build(kind: str, folder: Path, config: ModelConfig, to_key: Callable[[str], str]) -> Source:

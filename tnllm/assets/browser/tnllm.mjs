@@ -32,6 +32,33 @@ function* fields(bytes) {
   }
 }
 
+// Pairs of neighbours: the best score is taken first, of equals the one furthest left.
+class Heap {
+  #items = [];
+
+  #precedes(a, b) {
+    return a.score > b.score || (a.score === b.score && a.left < b.left);
+  }
+
+  push(item) {
+    let at = this.#items.push(item) - 1;
+    for (let up; at && this.#precedes(item, this.#items[(up = (at - 1) >> 1)]); at = up) this.#items[at] = this.#items[up];
+    this.#items[at] = item;
+  }
+
+  pop() {
+    const items = this.#items, top = items[0], item = items.pop();
+    let at = 0;
+    for (let down; (down = 2 * at + 1) < items.length; at = down) {
+      if (down + 1 < items.length && this.#precedes(items[down + 1], items[down])) down++;
+      if (!this.#precedes(items[down], item)) break;
+      items[at] = items[down];
+    }
+    if (items.length) items[at] = item;
+    return top;
+  }
+}
+
 // SentencePiece's byte pair encoding: of all neighbours the pair of the best score is joined, the first of equals.
 export class Tokenizer {
   constructor(model) {
@@ -67,22 +94,13 @@ export class Tokenizer {
   encode(text) {
     if (this.addsSpace || this.fallback.size < 256) return text ? this.#encode((this.addsSpace ? " " : "") + text) : [];
     // The character itself goes through its bytes.
-    const [first, ...rest] = text.split(SPACE).map((part) => this.#encode(part));
-    return rest.reduce((ids, part) => ids.concat(this.#spell(SPACE), part), first);
+    return text.split(SPACE).flatMap((part, i) => (i ? this.#spell(SPACE) : []).concat(this.#encode(part)));
   }
 
   #encode(text) {
     const ids = [];
-    const join = (run) => {
-      for (;;) {
-        let best = 0, top = -Infinity;
-        for (let i = 1; i < run.length; i++) {
-          const score = this.known.get(run[i - 1] + run[i])?.[1];
-          if (score > top) [top, best] = [score, i];
-        }
-        if (!best) break;
-        run.splice(best - 1, 2, run[best - 1] + run[best]);
-      }
+    const join = (characters) => {
+      const run = this.#merge(characters);
       for (const piece of run) {
         const [id] = this.known.get(piece) ?? [];
         if (id !== undefined) ids.push(id);
@@ -100,6 +118,26 @@ export class Tokenizer {
       join(run);
     });
     return ids;
+  }
+
+  #merge(run) {
+    const pairs = new Heap(), before = run.map((_, i) => i - 1), after = run.map((_, i) => i + 1);
+    const consider = (left) => {
+      const piece = run[left] + run[after[left]], score = this.known.get(piece)?.[1];
+      if (score !== undefined) pairs.push({ score, left, piece });
+    };
+    for (let i = 0; i + 1 < run.length; i++) consider(i);
+    for (let pair; (pair = pairs.pop()); ) {
+      const { left, piece } = pair, right = after[left];
+      if (!run[left] || run[left] + run[right] !== piece) continue; // joined meanwhile
+      [run[left], run[right], after[left]] = [piece, "", after[right]];
+      if (left > 0) consider(before[left]);
+      if (after[left] < run.length) {
+        before[after[left]] = left;
+        consider(left);
+      }
+    }
+    return run.filter(Boolean);
   }
 
   #spell(piece) {
@@ -133,10 +171,11 @@ class Model {
     const penalty = options.penalty ?? this.settings.repetition_penalty ?? 1;
     const ids = this.tokenizer.encode(prompt);
     if (this.settings.add_bos_token || !ids.length) ids.unshift(this.settings.bos_token_id);
-    // A matrix for each head and layer, of the same size after ten tokens and after a million.
+    // A matrix for each head and layer, of the same size after ten tokens and after a million. Only a hybrid's softmax
+    // layers have caches that grow from nothing: their length is a name.
     let position = 0, state = {}, logits;
     for (const { name, shape } of this.session.inputMetadata.slice(2)) {
-      const size = [1, ...shape.slice(1)];
+      const size = [1, ...shape.slice(1).map((n) => (typeof n === "number" ? n : 0))];
       state[name] = new ort.Tensor("float32", new Float32Array(size.reduce((a, b) => a * b)), size);
     }
     const read = async (part) => {
