@@ -19,9 +19,15 @@ from tnllm.modeling.hf_names import to_hf_config, to_official
 NAMES = {
     "vllm.distributed": ("get_tp_group", "tensor_model_parallel_all_gather"),
     "vllm.forward_context": ("get_forward_context",),
+    "vllm.model_executor.layers.attention": ("Attention",),
     "vllm.model_executor.layers.mamba.abstract": ("MambaBase",),
     "vllm.model_executor.layers.mamba.mamba_utils": ("MambaStateCopyFuncCalculator",),
-    "vllm.model_executor.models.interfaces": ("HasInnerState", "IsAttentionFree", "SupportsMambaPrefixCaching"),
+    "vllm.model_executor.models.interfaces": (
+        "HasInnerState",
+        "IsAttentionFree",
+        "IsHybrid",
+        "SupportsMambaPrefixCaching",
+    ),
     "vllm.v1.attention.backends.mamba1_attn": ("Mamba1AttentionBackend", "Mamba1AttentionMetadataBuilder"),
     "vllm.v1.attention.backends.registry": ("MambaAttentionBackendEnum",),
 }
@@ -44,12 +50,40 @@ def vllm_model(monkeypatch):
         module = ModuleType(name)
         vars(module).update({part: type(part, (), {}) for part in parts})
         monkeypatch.setitem(sys.modules, name, module)
+    vars(sys.modules["vllm.model_executor.layers.attention"])["Attention"] = Attention
     group = SimpleNamespace(rank_in_group=0, world_size=1)
     monkeypatch.setattr(sys.modules["vllm.distributed"], "get_tp_group", lambda: group)
     monkeypatch.delitem(sys.modules, "tnllm.engines.vllm_model", raising=False)
     module = import_module("tnllm.engines.vllm_model")
     yield module
     del sys.modules[module.__name__]
+
+
+class Attention(torch.nn.Module):
+    """In place of vLLM's: keys and values of each page, and softmax over a text's."""
+
+    def __init__(self, num_heads, head_size, scale, cache_config=None, prefix=""):
+        super().__init__()
+        self.num_heads, self.scale, self.pages = num_heads, scale, {}
+
+    def forward(self, query, key, value):
+        """[T, heads x channels] of all texts of a batch, `engine.parts`."""
+        assert query.shape[1] == key.shape[1] == value.shape[1]
+        attended = torch.empty_like(query)
+        at = 0
+        for page, start, length in self.engine.parts:
+            rows = slice(at, at := at + length)
+            new = torch.stack([key[rows], value[rows]])
+            kept = self.pages[page] if start else new[:, :0]
+            assert kept.shape[1] == start
+            self.pages[page] = torch.cat([kept, new], 1)
+            q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (query[rows], *self.pages[page]))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
+            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(start + 1)
+            attended[rows] = torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), v).flatten(
+                1
+            )
+        return attended
 
 
 class Engine:
@@ -61,10 +95,12 @@ class Engine:
         hf = SimpleNamespace(to_dict=lambda: to_hf_config(small.config))
         config = SimpleNamespace(
             model_config=SimpleNamespace(hf_config=hf, dtype=dtype),
+            cache_config=None,
             compilation_config=SimpleNamespace(static_forward_context={}),
         )
         with torch.device(device):
-            self.model = vllm_model.TnllmForCausalLM(vllm_config=config)
+            kind = vllm_model.TnllmHybridForCausalLM if small.config.num_softmax else vllm_model.TnllmForCausalLM
+            self.model = kind(vllm_config=config)
         loaded = self.model.load_weights((to_official(name), value) for name, value in small.named_parameters())
         assert loaded == {name for name, _ in self.model.named_parameters()}
         self.layers = config.compilation_config.static_forward_context
@@ -72,12 +108,16 @@ class Engine:
             # Page 0 is where padding goes; what a page held before may be anything.
             [shape] = layer.get_state_shape()
             layer.kv_cache = (torch.full((SLOTS + 1, *shape), torch.nan, device=device),)
+        for module in self.model.modules():
+            if isinstance(module, Attention):
+                module.engine = self
 
     def tensor(self, values, dtype):
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def prepare(self, steps, prefills):
         """Inputs of a batch: `steps` and `prefills` are lists of (page, first position, token ids), steps of one token."""
+        self.parts = [(page, start, len(tokens)) for page, start, tokens in steps + prefills]
         ids = [id for _, _, tokens in steps + prefills for id in tokens]
         positions = [start + i for _, start, tokens in steps + prefills for i in range(len(tokens))]
         offsets = torch.tensor([0, *(len(tokens) for _, _, tokens in prefills)]).cumsum(0).tolist()
@@ -145,7 +185,14 @@ def make_texts():
 @each_device
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "choices", [{}, {"position": "lrpe-d", "gate": "low-rank"}, {"position": "ape", "norm": "layernorm"}]
+    "choices",
+    [
+        {},
+        {"position": "lrpe-d", "gate": "low-rank"},
+        {"position": "ape", "norm": "layernorm"},
+        {"softmax_every": 2, "qk_norm": True, "rope_base": 500.0},
+        {"softmax_every": 1},
+    ],
 )
 def test_texts_in_reused_slots(vllm_model, device, choices):
     small, texts = small_model(**SIZES, **choices), make_texts()

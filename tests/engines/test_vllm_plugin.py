@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tnllm.engines.vllm_plugin import ARCHITECTURE, refuse, register
+from tnllm.engines.vllm_plugin import ARCHITECTURE, HYBRID, refuse, register
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.hf_names import to_hf_config
 
@@ -60,12 +61,13 @@ def test_registration_names_the_model_and_repeats(stub, caplog):
     registered = stub()
     register()
     register()
-    [(architecture, target)] = registered.items()
-    assert architecture == ARCHITECTURE
-    assert list(sys.modules["vllm.model_executor.models.config"].MODELS_CONFIG_MAP) == [ARCHITECTURE]
-    # vLLM imports it later; here it is enough that the file has the class.
-    module, _, name = target.partition(":")
-    assert f"\nclass {name}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    assert list(registered) == [ARCHITECTURE, HYBRID]
+    assert list(sys.modules["vllm.model_executor.models.config"].MODELS_CONFIG_MAP) == [ARCHITECTURE, HYBRID]
+    # vLLM imports them later; here it is enough that the file has the classes.
+    for architecture, target in registered.items():
+        module, _, name = target.partition(":")
+        assert name == architecture
+        assert f"\nclass {name}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
     assert not warnings_of(caplog)
 
 
@@ -106,17 +108,31 @@ def test_registration_loads_nothing_heavy(tmp_path):
     added = json.loads(run.stdout.splitlines()[-1])
     own = {name for name in added if name.split(".")[0] == "tnllm"}
     assert own <= {
-        "tnllm", "tnllm.errors", "tnllm.engines", "tnllm.engines.vllm_plugin", "tnllm.modeling",
-        "tnllm.modeling.config", "tnllm.modeling.hf_names", "tnllm.convert", "tnllm.convert.hf_code",
+        "tnllm", "tnllm.errors", "tnllm.engines", "tnllm.engines.vllm_config", "tnllm.engines.vllm_plugin",
+        "tnllm.modeling", "tnllm.modeling.config", "tnllm.modeling.hf_names", "tnllm.convert", "tnllm.convert.hf_code",
         "tnllm.convert.hf_code.configuration_tnllm",
     }  # fmt: skip
     assert not {name.split(".")[0] for name in added} & {"triton", "sentencepiece", "lm_eval", "fastapi", "datasets"}
 
 
+def test_a_hybrid_has_a_class_of_its_own():
+    from tnllm.engines.vllm_config import VllmConfig
+
+    def read(**choices):
+        values = to_hf_config(get_preset("demo", **choices))
+        return pickle.loads(pickle.dumps(VllmConfig(architectures=[ARCHITECTURE], **values)))
+
+    assert read().architectures == [ARCHITECTURE]
+    assert not hasattr(read(), "layer_types")
+    hybrid = read(softmax_every=3)
+    assert hybrid.architectures == [HYBRID]
+    every_third = ["full_attention" if layer % 3 == 2 else "linear_attention" for layer in range(hybrid.num_layers)]
+    assert hybrid.layer_types == every_third
+
+
 def configuration(model=None, **changes):
     """What vLLM hands to the check, of what it reads."""
     hf = SimpleNamespace(**to_hf_config(get_preset("demo", **(model or {}))))
-    hf.num_softmax = get_preset("demo", **(model or {})).num_softmax
     settings = {"pipeline": 1, "tensor": 1, "quantization": None, "length": 2048, "lora": None, "draft": None} | changes
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -133,19 +149,18 @@ def configuration(model=None, **changes):
 def test_what_is_served_passes():
     refuse(configuration())
     refuse(configuration(tensor=4, length=10**6))
+    refuse(configuration({"softmax_every": 2, "norm_position": "output"}, tensor=2))
     refuse(configuration({"position": "ape", "max_position": 4096}, length=4096))
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model": {"softmax_every": 2}}, r"softmax layers \(softmax_every\): use tnllm serve"),
         ({"pipeline": 2}, "pipeline parallelism: use --tensor-parallel-size"),
         ({"draft": object()}, "speculative decoding: a recurrent state cannot be rolled back"),
         ({"lora": object()}, "LoRA: merge the adapter with tnllm convert"),
         ({"quantization": "torchao"}, r"quantization \(torchao\): serve float32 or bfloat16 weights"),
         ({"tensor": 3}, "--tensor-parallel-size 3, which does not divide num_heads, glu_dim, vocab_size"),
-        ({"model": {"norm_position": "output"}, "tensor": 2}, "--tensor-parallel-size with norm_position output"),
         (
             {"model": {"position": "ape", "max_position": 512}, "length": 513},
             "--max-model-len above 512, the learned positions",

@@ -27,6 +27,7 @@ from tnllm.training.sections import OptimizerSection
 STEPS = 10
 SIZE = {"vocab_size": 64, "model_dim": 32, "num_heads": 4, "num_layers": 2, "glu_dim": 48, "pad_token_id": None}
 V3 = {"gate": "low-rank", "gate_dim": 4, "value_activation": "silu", "norm": "rmsnorm"}
+OUTPUT_NORM = {"norm_position": "output", "norm": "layernorm"}
 UNTIED = {"norm": "layernorm", "tie_embeddings": False, "position": "lrpe-d"}
 # name → ranks, (replicate, shard, sequence, tensor), model, packed, activation checkpointing
 CASES = {
@@ -36,6 +37,7 @@ CASES = {
     "replicate 2": (2, (2, 1, 1, 1), {}, False, "none"),
     "tp 2, low-rank gate": (2, (1, 1, 1, 2), V3, True, "none"),
     "tp 2, untied, layernorm": (2, (1, 1, 1, 2), UNTIED, False, "full"),
+    "tp 2, norm of the output": (2, (1, 1, 1, 2), OUTPUT_NORM, True, "none"),
     "tp 2, softmax": (2, (1, 1, 1, 2), {"kind": "transformer"}, True, "none"),
     "tp 2, hybrid": (2, (1, 1, 1, 2), {"softmax_every": 2}, True, "none"),
     "fsdp 2, hybrid": (2, (1, 2, 1, 1), {"softmax_every": 2, "qk_norm": True}, False, "selective"),

@@ -5,11 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tnllm.errors import UserError
-from tnllm.modeling.config import get_preset
 from tnllm.parallel.layout import TENSOR_PLAN, Layout
 from tnllm.parallel.sequence import shard_sequence
-from tnllm.parallel.tensor import check_tensor
 
 NAMES = [*(f"layers.3.{end}" for end in TENSOR_PLAN), "layers.0.token_norm.weight"]
 
@@ -65,10 +62,3 @@ def test_a_sharded_batch_keeps_positions_within_documents(size):
     assert torch.cat([packed_index(part[2], 32 // size)[1] for part in slices]).tolist() == positions.tolist()
     rows = [shard_sequence(tokens.view(2, 16), labels.view(2, 16), None, rank, size) for rank in range(size)]
     assert [part[3].tolist() for part in rows] == [[rank * 16 // size] * 2 for rank in range(size)]
-
-
-def test_a_norm_after_the_sum_over_ranks_is_refused():
-    config = get_preset("tiny", norm_position="output")
-    check_tensor(config, 1)
-    with pytest.raises(UserError, match=r"parallel\.tensor is 2; with model\.norm_position output it must be 1"):
-        check_tensor(config, 2)

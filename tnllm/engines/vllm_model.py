@@ -4,6 +4,8 @@ vLLM keeps a page for each running text and each state layer, and lends pages as
 caching it keeps those at block boundaries. LRPE's keys are twice as wide, so their matrix is kept as two states of the
 common size, one for the cosines and one for the sines: all pages are then equal, and none is padded.
 
+The softmax layers of a hybrid keep keys and values in vLLM's blocks. vLLM makes these as large as a state or larger.
+
 Tensor parallelism is that of training: `shard_heads` replaces parameters and adds the all-reduces.
 """
 
@@ -14,9 +16,15 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
-from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+from vllm.model_executor.models.interfaces import (
+    HasInnerState,
+    IsAttentionFree,
+    IsHybrid,
+    SupportsMambaPrefixCaching,
+)
 from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionBackend, Mamba1AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
@@ -25,6 +33,7 @@ from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.config import ModelConfig, make_config
 from tnllm.modeling.hf_names import HEAD, IGNORED, from_hf_config, from_official
 from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.transformer import SoftmaxAttention
 from tnllm.parallel.layout import Layout
 from tnllm.parallel.tensor import shard_heads
 
@@ -89,14 +98,7 @@ class CachedAttention(GatedLinearAttention):
         parts = ("cos", "sin") if self.lrpe is not None else ("state",)
         self.states = [StateLayer(shape, f"{prefix}layers.{layer}.{part}", vllm_config) for part in parts]
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        longest: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, positions: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """x [1, T, M], positions [1, T] → y [1, T, M]; states are read and written in place, so none is returned."""
         q, k, v, gate = self._project(x, positions)
         metadata = get_forward_context().attn_metadata
@@ -143,7 +145,21 @@ class CachedAttention(GatedLinearAttention):
             layer.kv_cache[0][row.long()] = part
 
 
-class TnllmForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
+class PagedAttention(SoftmaxAttention):
+    """Softmax attention over one row of packed tokens, with keys and values in vLLM's cache."""
+
+    def attach(self, vllm_config: Any, tensor_size: int, name: str) -> None:
+        """Become a layer to vLLM, whose scales, which it fills itself, are allocated here: not on the meta device."""
+        heads, width = self.config.num_heads // tensor_size, self.config.head_dim
+        self.cached = Attention(heads, width, width**-0.5, cache_config=vllm_config.cache_config, prefix=name)
+
+    def forward(self, x: Tensor, positions: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """x [1, T, M], positions [1, T] → y [1, T, M]; the cache is read and written in place."""
+        attended = self.cached(*(part[0].flatten(-2) for part in self.project(x, positions)))
+        return self.out_proj(attended)[None], None
+
+
+class _Model(nn.Module, HasInnerState, SupportsMambaPrefixCaching):
     """What vLLM builds, loads and runs."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -155,11 +171,17 @@ class TnllmForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaP
         with torch.device("meta"):
             model = LanguageModel(config)
             for index, block in enumerate(model.blocks):
-                block.token_mixer = CachedAttention(config, index, vllm_config, group.world_size, prefix)
+                if config.is_softmax(index):
+                    block.token_mixer = PagedAttention(config)
+                else:
+                    block.token_mixer = CachedAttention(config, index, vllm_config, group.world_size, prefix)
             self.full_shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
             if group.world_size > 1:
                 shard_heads(model, *self.tensor, group.device_group.group_name)
         self.model = model.to(vllm_config.model_config.dtype).to_empty(device=device).requires_grad_(False)
+        for index, block in enumerate(self.model.blocks):
+            if isinstance(block.token_mixer, PagedAttention):
+                block.token_mixer.attach(vllm_config, group.world_size, f"{prefix}layers.{index}.softmax")
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token ids [T] → embeddings [T, M]."""
@@ -215,3 +237,11 @@ class TnllmForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaP
     def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
         """How a page is copied for prefix caching: as it is."""
         return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
+
+
+class TnllmForCausalLM(_Model, IsAttentionFree):
+    """Layers with states only."""
+
+
+class TnllmHybridForCausalLM(_Model, IsHybrid):
+    """Softmax layers among them."""

@@ -7,7 +7,7 @@ as if this package were not installed. What can only be known of a model is chec
 import logging
 from typing import Any
 
-ARCHITECTURE = "TnllmForCausalLM"
+ARCHITECTURE, HYBRID = "TnllmForCausalLM", "TnllmHybridForCausalLM"
 TESTED = "0.32"
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def _register() -> None:
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 
-    from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
+    from tnllm.engines.vllm_config import VllmConfig
 
     class Checks(MambaModelConfig):
         """What vLLM asks of a model before it allocates anything."""
@@ -42,10 +42,11 @@ def _register() -> None:
             super().verify_and_update_config(vllm_config)
             use_decode_graphs(vllm_config)
 
-    AutoConfig.register(TnllmConfig.model_type, TnllmConfig, exist_ok=True)
-    MODELS_CONFIG_MAP[ARCHITECTURE] = Checks
-    # A name, so that vLLM imports the model in the processes that serve it.
-    vllm.ModelRegistry.register_model(ARCHITECTURE, f"tnllm.engines.vllm_model:{ARCHITECTURE}")
+    AutoConfig.register(VllmConfig.model_type, VllmConfig, exist_ok=True)
+    for name in (ARCHITECTURE, HYBRID):
+        MODELS_CONFIG_MAP[name] = Checks
+        # A name, so that vLLM imports the model in the processes that serve it.
+        vllm.ModelRegistry.register_model(name, f"tnllm.engines.vllm_model:{name}")
 
 
 def refuse(vllm_config: Any) -> None:
@@ -56,13 +57,11 @@ def refuse(vllm_config: Any) -> None:
     size = parallel.tensor_parallel_size
     undivided = [key for key in ("num_heads", "glu_dim", "vocab_size") if getattr(config, key) % size]
     reasons = {
-        "softmax layers (softmax_every): use tnllm serve": config.num_softmax,
         "pipeline parallelism: use " + tensor: parallel.pipeline_parallel_size > 1,
         "speculative decoding: a recurrent state cannot be rolled back": vllm_config.speculative_config is not None,
         "LoRA: merge the adapter with tnllm convert": vllm_config.lora_config is not None,
         f"quantization ({model.quantization}): serve float32 or bfloat16 weights": model.quantization is not None,
         f"{tensor} {size}, which does not divide {', '.join(undivided)}": undivided,
-        f"{tensor} with norm_position output": size > 1 and config.norm_position == "output",
         f"--max-model-len above {longest}, the learned positions": longest and model.max_model_len > longest,
     }
     for reason, holds in reasons.items():

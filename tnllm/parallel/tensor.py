@@ -10,10 +10,12 @@ and backward), and embedding and output projection are split by vocabulary.
 Modules are unchanged; hooks add the all-reduces. `layout.TENSOR_PLAN` says which dim of which parameter is split.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tnllm.errors import UserError
@@ -36,21 +38,34 @@ class HeadsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width / ranks] → the same shape and dtype; statistics in fp32 or wider."""
+        return self._normalize(x, partial(sum_both, group=self.group), lambda weight: weight)
+
+    def _normalize(self, x: Tensor, total: Callable[[Tensor], Tensor], full: Callable[[Tensor], Tensor]) -> Tensor:
+        """`total` sums over ranks what is a sum of x's channels, `full` gives the weight of x's channels."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.kind == "layernorm":
-            wide = wide - sum_both(wide.sum(-1, keepdim=True), self.group) / self.width
-        mean_square = sum_both(wide.square().sum(-1, keepdim=True), self.group) / self.width
+            wide = wide - total(wide.sum(-1, keepdim=True)) / self.width
+        mean_square = total(wide.square().sum(-1, keepdim=True)) / self.width
         y = (wide * (mean_square + self.eps).rsqrt()).to(x.dtype)
-        return y if self.kind == "srmsnorm" else y * self.weight.to(x.dtype)
+        return y if self.kind == "srmsnorm" else y * full(self.weight).to(x.dtype)
+
+
+class OutputNorm(HeadsNorm):
+    """The norm of a mixer's output [..., width], of which every rank has a summand, and a part of the norm's weight."""
+
+    def __init__(self, config: ModelConfig, weight: nn.Parameter | None, group: str, rank: int, size: int) -> None:
+        super().__init__(config, weight, group)
+        width = self.width // size
+        self.padding = (rank * width, (size - rank - 1) * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Summand → normalised sum, the same on every rank; so is its gradient, which each cuts its weight's part from."""
+        total = sum_forward(x, self.group)
+        return self._normalize(total, lambda own: own, lambda own: sum_forward(F.pad(own, self.padding), self.group))
 
 
 def check_tensor(config: ModelConfig, size: int) -> None:
     """Raise UserError for a model that `size` tensor ranks cannot split."""
-    if size > 1 and config.norm_position == "output":
-        raise UserError(
-            f"parallel.tensor is {size}; with model.norm_position output it must be 1, because that norm follows the sum "
-            "over ranks; shard the model with parallel.shard instead"
-        )
     for key in ("num_heads", "glu_dim", "vocab_size"):
         value = getattr(config, key)
         if value % size:
@@ -71,12 +86,19 @@ def shard_heads(model: LanguageModel, rank: int, size: int, group: str) -> None:
     for block in model.blocks:
         for mixer in (block.token_mixer, block.channel_mixer):
             mixer.register_forward_pre_hook(before)
-            mixer.register_forward_hook(after)
+        block.channel_mixer.register_forward_hook(after)
         if isinstance(block.token_mixer, GatedLinearAttention):
             mixer = block.token_mixer
-            mixer.norm = HeadsNorm(model.config, getattr(mixer.norm, "weight", None), group)
+            weight = getattr(mixer.norm, "weight", None)
+            if model.config.norm_position == "output":
+                mixer.norm = OutputNorm(model.config, weight, group, rank, size)
+            else:
+                mixer.norm = HeadsNorm(model.config, weight, group)
+                mixer.register_forward_hook(after)
             heads = model.config.num_heads // size
             mixer.keep_heads(slice(rank * heads, (rank + 1) * heads))
+        else:
+            block.token_mixer.register_forward_hook(after)
     setattr(model, "embed_tokens", VocabularyEmbedding(model.get_parameter("embed_tokens.weight"), rank, group))  # noqa: B010
     model.cross_entropy = partial(vocabulary_cross_entropy, rank=rank, group=group)
 

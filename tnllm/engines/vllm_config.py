@@ -1,0 +1,20 @@
+"""The configuration of an exported folder as vLLM reads it."""
+
+from typing import Any
+
+from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
+
+
+class VllmConfig(TnllmConfig):
+    """Says which layers are softmax, and names the class of a hybrid: vLLM decides by class what it allocates.
+
+    In a module of its own, because vLLM pickles configurations.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        """What TnllmConfig takes."""
+        super().__init__(**kwargs)
+        if self.num_softmax:
+            kinds = ("linear_attention", "full_attention")
+            self.architectures = ["TnllmHybridForCausalLM"]
+            self.layer_types = [kinds[self.is_softmax(layer)] for layer in range(self.num_layers)]
