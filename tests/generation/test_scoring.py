@@ -107,7 +107,7 @@ def test_evaluation_data_score_perplexity_and_the_server_give_one_number(tokeniz
     [score] = Scorer(model).score([Request([ready.bos_id], ids)])
     with Engine(ready, num_slots=2) as engine:
         params = ready.params(max_tokens=0, logprobs=2)
-        read = next(iter(engine.submit([ready.bos_id, *ids], params, prompt_logprobs=True)))
+        read = next(iter(engine.submit([ready.bos_id, *ids], params, prompt_logprobs=2)))
     # The server gives the vocabulary's padding no probability, which raises all others alike.
     logits = model(torch.tensor([[ready.bos_id, *ids[:-1]]]))[0][0]
     padding = logits.logsumexp(-1) - logits[:, : tokenizer.vocab_size].logsumexp(-1)

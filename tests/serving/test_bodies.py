@@ -9,7 +9,8 @@ from pydantic_core import from_json
 from tests.small_models import make_ready
 from tnllm.generation.samples import TokenLogprob
 from tnllm.serving import bodies
-from tnllm.serving.api import ChatAnswer, ChatRequest, CompletionRequest, TextAnswer, check_size, validated
+from tnllm.serving.answers import ChatAnswer, TextAnswer
+from tnllm.serving.api import ChatRequest, CompletionRequest, check_size, validated
 from tnllm.serving.bodies import RequestError
 
 TALK = [{"role": "user", "content": "a"}]
@@ -64,12 +65,10 @@ def test_what_asks_for_nothing_is_accepted(ready, more):
     ("more", "name"),
     [
         ({"best_of": 2}, "best_of"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"suffix": "end"}, "suffix"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"json_schema": {}}, "json_schema"),
@@ -186,7 +185,9 @@ def test_an_assistant_message_may_have_no_text(ready):
 @pytest.mark.parametrize(
     ("message", "explanation"),
     [
-        ({"role": "tool", "content": "a"}, "messages.0.role is 'tool'; allowed: system, developer, user, assistant"),
+        ({"role": "robot", "content": "a"}, "messages.0.role is 'robot'; allowed: system, developer, user, assistant, tool"),
+        ({"role": "tool", "content": None}, "messages.0.content is null"),
+        ({"role": "assistant", "tool_calls": "f"}, "messages.0.tool_calls is 'f'; allowed: a list of calls"),
         ({"role": "user"}, "messages.0.content is null; allowed: a text, or a list of parts"),
         ({"role": "user", "content": 5}, "messages.0.content is 5"),
         ({"role": "user", "content": [5]}, "messages.0.content.0 is 5"),

@@ -340,7 +340,7 @@ def test_prompt_logprobs_are_those_of_the_full_forward_pass(ready):
     ids = ready.encode("The quick brown fox jumps over the lazy dog. " * 5)
     params = SamplingParams(max_tokens=0, logprobs=2)
     with Engine(ready, num_slots=2, prefill_tokens=16) as engine:
-        first = next(iter(engine.submit(ids, params, prompt_logprobs=True)))
+        first = next(iter(engine.submit(ids, params, prompt_logprobs=2)))
     logits = ready.model(torch.tensor([ids]))[0][0]
     logits[:, ready.tokenizer.vocab_size :] = -torch.inf
     expected = logits.log_softmax(-1)

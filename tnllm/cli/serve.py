@@ -1,9 +1,11 @@
 """`tnllm serve`: a model behind an OpenAI-compatible API, with a web page to try it."""
 
 import os
+import re
 import socket
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -29,12 +31,19 @@ def command(
         [], help="Another name this server may be called by in the Host header; may be repeated."
     ),
     name: str | None = typer.Option(None, help="Name of the model in the API. Default: that of its folder."),
+    adapter: list[str] = typer.Option(
+        [], help="NAME=FOLDER: a LoRA adapter, served as a model of that name beside the base; may be repeated."
+    ),
     api_key: str | None = typer.Option(
         None, help=f"Key that clients must send; better given as the variable {KEY_VARIABLE}."
     ),
     api_key_file: Path | None = typer.Option(
         None, help="File with more keys, one a line; # begins a comment. States belong to the key that made them."
     ),
+    cors_origin: list[str] = typer.Option(
+        [], help="Origin of web pages that may use this server, such as https://app.example; * is every page."
+    ),
+    log_requests: bool = typer.Option(False, "--log-requests", help="Write a line on stderr for each request."),
     slots: int | None = _limits(None, min=1, help="Texts decoded together. Default 32 on CPU, 256 on a GPU."),
     queue: int = _limits(512, min=1, help="Prompts that may wait; more get 429."),
     max_prompt_tokens: int = _limits(1 << 20, min=1, help="Longest prompt."),
@@ -50,6 +59,8 @@ def command(
     dtype: str = DTYPE,
 ) -> None:
     """Serve a model over HTTP: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics and a page at /."""
+    origins = tuple(_origin(one) for one in cors_origin)
+    folders = _adapters(adapter)
     more_keys = _keys(api_key_file) if api_key_file is not None else ()
     key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and (not key or not key.isascii() or any(char.isspace() for char in key)):
@@ -62,7 +73,7 @@ def command(
     except ImportError:
         raise MissingExtra("serve", "fastapi or uvicorn") from None
 
-    from tnllm.generation.loading import load
+    from tnllm.generation.loading import load, with_adapter
     from tnllm.serving.app import Settings, make_app
     from tnllm.serving.engine import Engine
     from tnllm.serving.middleware import is_loopback
@@ -76,18 +87,25 @@ def command(
         stack.enter_context(only_writer(state_dir))
     log_default_model(model)
     ready = load(model, device, dtype)
+    given_name = name or _name(model, ready.folder)
+    if given_name in folders:
+        raise UserError(f"--adapter {given_name}=... has the base model's name; give it another, or the model a --name")
+    adapted = {one: with_adapter(ready, folder) for one, folder in folders.items()}
     on_gpu = ready.model.device.type == "cuda"
-    engine = Engine(
-        ready,
-        num_slots=slots or (256 if on_gpu else 32),
-        queue_size=queue,
-        cache_bytes=int(cache_gib * 2**30),
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_tokens,
-    )
+    limits: dict[str, Any] = {
+        "num_slots": slots or (256 if on_gpu else 32),
+        "queue_size": queue,
+        "cache_bytes": int(cache_gib * 2**30),
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": max_tokens,
+    }
+    engine = Engine(ready, **limits)
+    others = {one: Engine(other, **limits, beside=engine) for one, other in adapted.items()}
     local = is_loopback(host)
     settings = Settings(
-        name=name or _name(model, ready.folder),
+        name=given_name,
+        cors_origins=origins,
+        log_requests=log_requests,
         api_key=key,
         more_keys=more_keys,
         states_are_hidden=not local and key is None and not more_keys,
@@ -98,7 +116,7 @@ def command(
     if not local and key is None and not more_keys:
         log(f"no API key: anybody who can reach {host} may use this model; set {KEY_VARIABLE} to require one")
     # Those beyond slots and queue are pages, and clients about to be refused.
-    most = engine.num_slots + queue
+    most = (engine.num_slots + queue) * (1 + len(others))
     states = StateStore(
         ready,
         engine.weights,
@@ -107,9 +125,10 @@ def command(
         max_bytes_of_owner=None if state_gib_per_key is None else int(state_gib_per_key * 2**30),
         seconds=max(1, int(state_hours * 3600)),
         folder=state_dir,
+        more={one.weights: one.loaded for one in others.values()},
     )
     config = server_config(
-        make_app(engine, settings, states),
+        make_app(engine, settings, states, others),
         max_requests=most + 256,
         max_requests_per_address=most + 64,
         # Its warnings are of clients, who could fill a disk with them.
@@ -122,11 +141,33 @@ def command(
     log(
         f"serving {settings.name} on {address} ({engine.num_slots} slots, {engine.slots.nbytes / 2**20:.0f} MiB of states)"
     )
+    if others:
+        log(f"adapters, each with as many slots: {', '.join(others)}")
     log(f"try the page at {address}/ or: curl {address}/v1/completions -H 'Content-Type: application/json' "
          '-d \'{"prompt": "Once upon a time", "max_tokens": 20}\'')  # fmt: skip
 
     with stack:
-        run_until_signal(engine, uvicorn.Server(config), listening, drain_seconds, signals)
+        run_until_signal([engine, *others.values()], uvicorn.Server(config), listening, drain_seconds, signals)
+
+
+def _origin(given: str) -> str:
+    """An origin as browsers send it."""
+    if given != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", given):
+        raise UserError(f"--cors-origin is {given!r}; allowed: *, or scheme and host, such as https://app.example")
+    return given.lower()
+
+
+def _adapters(given: list[str]) -> dict[str, Path]:
+    """Name → folder."""
+    folders: dict[str, Path] = {}
+    for one in given:
+        name, separator, folder = one.partition("=")
+        if not separator or not name or not folder:
+            raise UserError(f"--adapter is {one!r}; allowed: NAME=FOLDER, such as legal=runs/legal/adapter")
+        if name in folders:
+            raise UserError(f"--adapter names {name!r} twice; give each adapter a name of its own")
+        folders[name] = Path(folder)
+    return folders
 
 
 def _keys(path: Path) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ params = loaded.params(temperature=0.5)                    # generation_config.j
 ids = loaded.encode("Once upon a time")
 """
 
-from dataclasses import dataclass, fields
+import copy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tnllm.errors import UserError
 from tnllm.files import read_json
 from tnllm.generation.sampler import SamplingParams
 from tnllm.modeling.cpu_step import pack_weights
-from tnllm.modeling.lora import merge_adapter
+from tnllm.modeling.lora import adapted_weights, merge_adapter
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import GENERATION, load_model, resolve_model
 from tnllm.tokenizer import Tokenizer
@@ -94,6 +95,19 @@ def load(
     return LoadedModel(folder, weights, tokenizer, sampling, eos_ids, bos_id, add_bos, template, is_chat_tuned)
 
 
+def with_adapter(loaded: LoadedModel, adapter: Path | str) -> LoadedModel:
+    """The model with an adapter merged into copies of the weights that it changes; all others are shared.
+
+    Raises UserError as `load` does.
+    """
+    folder = Path(hub.local(adapter))
+    changed = adapted_weights(loaded.model, folder)
+    shared = {id(weight): weight for name, weight in loaded.model.named_parameters() if name not in changed}
+    model = copy.deepcopy(loaded.model, shared)
+    merge_adapter(model, folder)
+    return replace(loaded, model=model)
+
+
 # The keys that generation_config.json and SamplingParams share.
-_OWN = {"n", "seed", "stop", "logprobs", "max_tokens", "ignore_eos"}
+_OWN = {"n", "seed", "stop", "logprobs", "max_tokens", "ignore_eos", "logit_bias", "grammar"}
 _SAMPLING = {field.name for field in fields(SamplingParams)} - _OWN

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from tnllm.errors import UserError, did_you_mean
+from tnllm.generation.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
+# Tokens of one logit_bias.
+MAX_BIASES = 1024
 MAX_SEED = _MAX_INT = 2**63 - 1
 
 
@@ -28,7 +31,7 @@ MAX_SEED = _MAX_INT = 2**63 - 1
 class SamplingParams:
     """A request's options for sampler and decoder. Raises UserError for a value out of range.
 
-    Options apply in this order: penalties, temperature, top_k, top_p, min_p.
+    Options apply in this order: grammar, logit_bias, penalties, temperature, top_k, top_p, min_p.
     """
 
     max_tokens: int = 256  # most tokens to generate; 0 only prefills the prompt
@@ -44,6 +47,8 @@ class SamplingParams:
     logprobs: int | None = None  # log-probabilities of the sampled token and of this many most likely ones
     n: int = 1  # samples; sample i has seed + i
     ignore_eos: bool = False  # continue after the end token, for measurements
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit); from a dict, too
+    grammar: Grammar | None = None  # what the text must fit; it ends where that is complete
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -65,6 +70,9 @@ class SamplingParams:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos is {self.ignore_eos!r}; allowed: true, false")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        if not isinstance(self.grammar, Grammar | None):
+            raise UserError(f"grammar is {self.grammar!r}; allowed: a compiled Grammar, from Python")
 
     @staticmethod
     def of(values: dict[str, Any]) -> "SamplingParams":
@@ -76,6 +84,20 @@ class SamplingParams:
                     f"{key!r} is not a sampling option; allowed: {', '.join(names)}{did_you_mean(key, names)}"
                 )
         return SamplingParams(**values)
+
+
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    pairs = list(given.items()) if isinstance(given, dict) else given
+    try:
+        biases = tuple((int(id), bias) for id, bias in pairs)
+    except (TypeError, ValueError):
+        raise UserError('logit_bias must be an object of token ids and numbers, such as {"42": -100}') from None
+    if len(biases) > MAX_BIASES:
+        raise UserError(f"logit_bias has {len(biases)} tokens; at most {MAX_BIASES}")
+    for id, bias in biases:
+        _check_int("a token of logit_bias", id, 0, None)
+        _check_float(f"logit_bias of token {id}", bias, -100, 100)
+    return biases
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None) -> None:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from tnllm.generation.context import Context
+from tnllm.generation.grammar import Matcher
 from tnllm.generation.sampler import MAX_SEED, SamplingParams
 from tnllm.generation.text import TextStream
 from tnllm.tokenizer import Tokenizer
 
+# "eos": the end token, or the end of a grammar.
 FinishReason = Literal["stop", "length", "eos"]
 
 
@@ -93,6 +95,7 @@ class Row:
     num_chars: int = 0  # of `texts`
     reason: FinishReason | None = None
     context: Context | None = None  # after its last token, if it is to be kept
+    matcher: Matcher | None = None  # where it stands in its grammar, if it has one
 
     @property
     def left(self) -> int:
@@ -123,6 +126,8 @@ class Row:
             text = self.stream.push(token)
             if self.stream.stopped:
                 self.reason = "stop"
+            elif self.matcher is not None and self.matcher.push(token):
+                self.reason = "eos"
             elif len(self.tokens) == self.params.max_tokens:
                 self.reason = "length"
         if self.reason:
@@ -165,7 +170,7 @@ def start_rows(
     return [
         Row(
             index, sample, params, (first + sample) & MAX_SEED, prompt_tokens, tail,
-            TextStream(tokenizer, tail, params.stop),
+            TextStream(tokenizer, tail, params.stop), matcher=params.grammar.matcher() if params.grammar else None,
         )
         for sample in range(params.n)
     ]  # fmt: skip

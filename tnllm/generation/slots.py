@@ -21,6 +21,7 @@ from torch import Tensor
 from tnllm.errors import RunError
 from tnllm.generation.captured_step import MIN_STEPS, CapturedStep, can_capture
 from tnllm.generation.context import Context
+from tnllm.generation.grammar import Matcher
 from tnllm.generation.sampler import Options, log_probabilities, sample_ids
 from tnllm.generation.samples import Piece, Row, SampledTokens
 from tnllm.generation.text import TAIL_TOKENS
@@ -54,6 +55,8 @@ class _Active:
     counts: Tensor | None
     tokens: Tensor
     position: Tensor
+    bias: Tensor | None  # [B, V], added to the logits
+    matchers: dict[int, Matcher]  # by row, of those with a grammar
 
 
 class Slots:
@@ -161,7 +164,9 @@ class Slots:
         self._catch_up()
         rows = list(self.rows)
         columns: list[list[Tensor]] = []
-        for _ in range(min(self._sync_every, max(row.left for row in rows))):
+        # What may follow in a grammar is known once the host has seen the token.
+        has_grammar = any(row.matcher is not None for row in rows)
+        for _ in range(1 if has_grammar else min(self._sync_every, max(row.left for row in rows))):
             if columns:
                 self._read()
             columns.append(self._sample())
@@ -171,7 +176,9 @@ class Slots:
         results: list[tuple[Row, list[Piece] | RunError]] = []
         for index, row in enumerate(rows):
             # Logits after a row's last token are discarded, so they need not be finite.
-            if all(sampled.finite[index][: row.left]):
+            if row.matcher is not None and (error := row.matcher.error):
+                results.append((row, error))
+            elif all(sampled.finite[index][: row.left]):
                 results.append((row, list(row.append(sampled, index, eos_ids, self._tokenizer))))
             else:
                 near = int(self._state.position[index])
@@ -197,6 +204,7 @@ class Slots:
         active = self._views()
         options, logits = active.options, active.logits
         plain = not (options.draws or options.repetition or options.counts) and active.num_top is None
+        plain = plain and active.bias is None and not active.matchers
         if plain and self._latest is not None and self._latest.top_token is not None:
             # The graph has computed the argmax.
             count = len(self.rows)
@@ -206,7 +214,7 @@ class Slots:
             finite = logits.amax(dim=-1).isfinite()
             if active.padding is not None:
                 active.padding.fill_(-torch.inf)
-            tokens = sample_ids(logits, options, active.position, active.seen, active.counts)
+            tokens = sample_ids(_allowed(active), options, active.position, active.seen, active.counts)
             column = [tokens, finite]
             if active.num_top is not None:
                 column += log_probabilities(logits, tokens, active.num_top)
@@ -226,8 +234,19 @@ class Slots:
                 None if self._counts is None else self._counts[:count],
                 self._tokens[:count],
                 self._state.position[:count],
+                self._biases(),
+                {index: row.matcher for index, row in enumerate(rows) if row.matcher is not None},
             )
         return self._active
+
+    def _biases(self) -> Tensor | None:
+        if not any(row.params.logit_bias for row in self.rows):
+            return None
+        bias = torch.zeros(len(self.rows), self._logits.shape[1])
+        for index, row in enumerate(self.rows):
+            for id, value in row.params.logit_bias:
+                bias[index, id] = value
+        return bias.to(self._logits.device)
 
     def _read(self) -> None:
         """Feed each active row its latest token."""
@@ -265,6 +284,18 @@ class Slots:
             self._seen[slot : slot + 1].clone(),
             (*row.tail, *row.tokens)[-TAIL_TOKENS:],
         )
+
+
+def _allowed(active: _Active) -> Tensor:
+    """The logits with the rows' biases, and -inf for what their grammars exclude."""
+    logits = active.logits if active.bias is None else active.logits + active.bias
+    if active.matchers:
+        excluded = torch.zeros_like(logits, dtype=torch.bool, device="cpu")
+        for index, matcher in active.matchers.items():
+            of_row = torch.from_numpy(matcher.excluded())
+            excluded[index, : len(of_row)] = of_row
+        logits = logits.masked_fill(excluded.to(logits.device), -torch.inf)
+    return logits
 
 
 def _has_counts(row: Row) -> bool:

@@ -146,7 +146,26 @@ def merge_adapter(model: LanguageModel, folder: Path | str) -> int:
     Raises UserError for a folder without an adapter, an adapter other than plain LoRA or one for another model, RunError
     for a damaged file.
     """
-    folder = Path(folder)
+    settings, pairs = _read_adapter(model, Path(folder))
+    weights = dict(model.named_parameters())
+    for name, pair in pairs.items():
+        weight, rank = weights[name], pair["A"].shape[0]
+        scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        with torch.no_grad():
+            a, b = pair["A"].to(weight.device), pair["B"].to(weight.device)
+            weight.copy_(weight.float() + scale * (b @ a))
+    return len(pairs)
+
+
+def adapted_weights(model: LanguageModel, folder: Path | str) -> set[str]:
+    """Names of the parameters that an adapter changes. Raises as `merge_adapter` does."""
+    return set(_read_adapter(model, Path(folder))[1])
+
+
+def _read_adapter(model: LanguageModel, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Its settings, and the matrices A and B of each parameter that it changes."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give an adapter's folder, with its {ADAPTER_CONFIG}")
     settings = _read_settings(folder / ADAPTER_CONFIG)
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
@@ -160,18 +179,16 @@ def merge_adapter(model: LanguageModel, folder: Path | str) -> int:
         match = _KEY.fullmatch(key)
         if match is None:
             raise UserError(f"{file} holds {key!r}, which is not a LoRA matrix; only plain LoRA adapters are supported")
-        pairs.setdefault(from_official(match[1]), {})[match[2]] = tensor.float()
+        pairs.setdefault(f"{from_official(match[1])}.weight", {})[match[2]] = tensor.float()
     weights = dict(model.named_parameters())
     for name, pair in pairs.items():
-        weight = weights.get(f"{name}.weight")
+        weight = weights.get(name)
         if weight is None or len(pair) != 2 or (pair["B"].shape[0], pair["A"].shape[1]) != tuple(weight.shape):
-            raise UserError(f"the adapter in {folder} does not fit: its {name} is not one of this model's projections")
-        rank = pair["A"].shape[0]
-        scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        with torch.no_grad():
-            a, b = pair["A"].to(weight.device), pair["B"].to(weight.device)
-            weight.copy_(weight.float() + scale * (b @ a))
-    return len(pairs)
+            raise UserError(
+                f"the adapter in {folder} does not fit: its {name.removesuffix('.weight')} is not one of this model's "
+                "projections"
+            )
+    return settings, pairs
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

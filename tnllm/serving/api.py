@@ -1,19 +1,12 @@
-"""The bodies of the OpenAI-style API: requests and answers.
+"""The bodies of requests: completions, conversations, states.
 
-    request = CompletionRequest.model_validate(body)
+    request = validated(CompletionRequest, body)
     prompts, params = request.prompts(loaded), request.params(loaded)      # token ids, SamplingParams
-    answer = TextAnswer(loaded, "demo", fingerprint, request, prompts, params)     # or ChatAnswer
-    answer.chunk(answer.piece(choice, event))                              # streaming
-    answer.body([answer.full_choice(choice, result, None)])                # not streaming
 
 A key that is null counts as not given, and so does a value that asks for nothing (`bodies.py`). Everything else that is
 not supported is refused by name.
 """
 
-import codecs
-import time
-import uuid
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -22,11 +15,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from tnllm.chat_template import stop_strings
 from tnllm.errors import UserError
 from tnllm.generation.conversation import part_ids
+from tnllm.generation.grammar import Grammars
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import MAX_LOGPROBS, MAX_SAMPLES, MAX_SEED, SamplingParams
-from tnllm.generation.samples import Piece, Result, TokenLogprob
-from tnllm.serving import bodies
+from tnllm.serving import bodies, constraints
 from tnllm.serving.bodies import MAX_MESSAGES, MAX_PROMPTS, MAX_STOP_CHARACTERS, MAX_STOPS, RequestError, shown
+from tnllm.serving.constraints import Call, ResponseFormat, StructuredOutputs, Tool, ToolChoice, Wanted
 
 _Stop = Annotated[
     list[str],
@@ -38,17 +32,19 @@ _Stop = Annotated[
         ],
     ),
 ]
+PROMPT_IDS = Annotated[list[int], Field(min_length=1)]
 _Prompt = Annotated[
     str | list[Any],
     PlainValidator(
         bodies.check_prompt,
         json_schema_input_type=str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)],
+        | PROMPT_IDS
+        | Annotated[list[PROMPT_IDS], Field(min_length=1, max_length=MAX_PROMPTS)],
     ),
 ]
 _Int = BeforeValidator(bodies.whole)
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 # Log-probabilities of one answer, and tokens of prompts that it repeats. So many take a few hundred MB for a while.
 MAX_SIZE = 1 << 20
 
@@ -70,7 +66,17 @@ def _check_stream_options(given: Any) -> StreamOptions:
     return StreamOptions(include_usage=usage)
 
 
-class _Request(BaseModel):
+def _check_biases(given: Any) -> dict[str, float]:
+    if not isinstance(given, dict) or not all(str(key).isdecimal() and len(key) < 10 for key in given):
+        raise RequestError(f"logit_bias is {shown(given)}; allowed: an object of token ids and numbers", "logit_bias")
+    try:
+        SamplingParams.of({"logit_bias": given})
+    except UserError as error:
+        raise RequestError(str(error), "logit_bias") from None
+    return given
+
+
+class GenerateRequest(BaseModel):
     """The keys of both kinds of request. Values that mean "off" elsewhere, such as -1, mean it here too."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -107,6 +113,19 @@ class _Request(BaseModel):
     stop: _Stop | None = Field(None, description="End before any of these texts.")
     n: Annotated[int, _Int] = Field(1, ge=1, le=MAX_SAMPLES, description="Choices for each prompt.")
     ignore_eos: bool = Field(False, description="Continue after the end token.")
+    logit_bias: (
+        Annotated[dict[str, float], PlainValidator(_check_biases, json_schema_input_type=dict[str, _Bias])] | None
+    ) = Field(None, description="An object of token ids and what is added to their logits, -100 to 100.")
+    response_format: Annotated[
+        Wanted | None, PlainValidator(constraints.check_response_format, json_schema_input_type=ResponseFormat)
+    ] = Field(None, description="What the text must be: JSON, JSON that fits a schema, or a pattern.")
+    structured_outputs: Annotated[
+        Wanted | None, PlainValidator(constraints.check_structured_outputs, json_schema_input_type=StructuredOutputs)
+    ] = Field(None, description="The same: json, regex, choice or grammar.")
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None = Field(
+        None, description="Log-probabilities of the prompt's tokens and of this many most likely ones; not in a stream."
+    )
+    return_tokens_as_token_ids: bool = Field(False, description="Spell tokens of log-probabilities as token_id:ID.")
     stream: bool = Field(False, description="Send the text as it is generated, as server-sent events.")
     stream_options: Annotated[
         StreamOptions | None, PlainValidator(_check_stream_options, json_schema_input_type=StreamOptions)
@@ -115,20 +134,48 @@ class _Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        values = bodies.without_neutral(values, bodies.REQUEST, cls.model_fields)
+        values = bodies.without_neutral(cls._translated(values), bodies.REQUEST, cls.model_fields)
         if "state" in values:
             # The state may be all that is to be continued.
             values.setdefault(cls.text_key, [] if cls.text_key == "messages" else "")
         return values
 
     @model_validator(mode="after")
-    def _streams(self) -> "_Request":
+    def _streams(self) -> "GenerateRequest":
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise RequestError("stream_options.include_usage is true; it needs stream to be true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is given; it needs stream to be false", "prompt_logprobs")
+        self._constraint()
         return self
 
-    def _sampling(self, loaded: LoadedModel, more: dict[str, Any], most_tokens: int | None) -> SamplingParams:
-        names = {field.name for field in fields(SamplingParams)} - {"logprobs"}
+    @classmethod
+    def _translated(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Another server's keys as ours."""
+        return values
+
+    def call(self) -> Call | None:
+        """The call that the answer must be. Raises RequestError."""
+        return None
+
+    def scored_prompt(self, params: SamplingParams) -> int | None:
+        """How many most likely tokens to give for each token of the prompt; None: not even its own log-probability."""
+        return self.prompt_logprobs
+
+    def _constraint(self) -> dict[str, Wanted]:
+        """What the text must fit, by the key that says so. Raises RequestError."""
+        given = {"response_format": self.response_format, "structured_outputs": self.structured_outputs}
+        call = self.call()
+        wanted = {key: value for key, value in given.items() if value is not None}
+        wanted |= {"tools": ("json", call.schema)} if call is not None else {}
+        if len(wanted) > 1:
+            raise RequestError(f"{' and '.join(wanted)} are both given; give one of them", list(wanted)[-1])
+        return wanted
+
+    def _sampling(
+        self, loaded: LoadedModel, more: dict[str, Any], most_tokens: int | None, grammars: Grammars | None
+    ) -> SamplingParams:
+        names = {field.name for field in fields(SamplingParams)} - {"logprobs", "grammar"}
         given = {name: value for name in names if (value := getattr(self, name)) is not None} | more
         for name in ("max_tokens", "seed"):
             if given.get(name) == -1:
@@ -145,10 +192,13 @@ class _Request(BaseModel):
             if given["max_tokens"] > most_tokens:
                 message = f"max_tokens is {shown(given['max_tokens'])}; this server gives at most {most_tokens}"
                 raise RequestError(message, "max_tokens")
+        for key, wanted in self._constraint().items():
+            grammars = grammars or Grammars(loaded.tokenizer, loaded.eos_ids)
+            given["grammar"] = constraints.compiled(grammars, wanted, key)
         return loaded.params(**given)
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(GenerateRequest):
     """POST /v1/completions."""
 
     text_key: ClassVar[str] = "prompt"
@@ -172,9 +222,15 @@ class CompletionRequest(_Request):
         is_start = self.state is None
         return [loaded.encode(one, start=is_start) if isinstance(one, str) else one for one in given]
 
-    def params(self, loaded: LoadedModel, most_tokens: int | None = None) -> SamplingParams:
+    def params(
+        self, loaded: LoadedModel, most_tokens: int | None = None, grammars: Grammars | None = None
+    ) -> SamplingParams:
         """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
-        return self._sampling(loaded, {"logprobs": self.logprobs}, most_tokens)
+        return self._sampling(loaded, {"logprobs": self.logprobs}, most_tokens, grammars)
+
+    def scored_prompt(self, params: SamplingParams) -> int | None:
+        given = [self.prompt_logprobs, params.logprobs if self.echo else None]
+        return max((num for num in given if num is not None), default=None)
 
 
 class TextPart(BaseModel):
@@ -191,27 +247,52 @@ class Message(BaseModel):
     content: str | list[TextPart]
 
 
+class CalledFunction(BaseModel):
+    """A function's name, and its arguments as a JSON text."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CalledTool(BaseModel):
+    """A call that an answer was."""
+
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     """A turn of the model's. As the last message it is the beginning of the answer, which continues it."""
 
     role: Literal["assistant"]
     content: str | list[TextPart] | None = None
+    tool_calls: list[CalledTool] | None = None
 
 
-class ChatRequest(_Request):
+class ToolMessage(BaseModel):
+    """What a tool gave; the model reads it as the user's."""
+
+    role: Literal["tool"]
+    content: str | list[TextPart]
+    tool_call_id: str | None = None
+
+
+MESSAGES = Annotated[
+    list[Any],
+    PlainValidator(
+        bodies.check_messages,
+        json_schema_input_type=Annotated[
+            list[Message | AssistantMessage | ToolMessage], Field(max_length=MAX_MESSAGES)
+        ],
+    ),
+]
+
+
+class ChatRequest(GenerateRequest):
     """POST /v1/chat/completions."""
 
     text_key: ClassVar[str] = "messages"
 
-    messages: Annotated[
-        list[Any],
-        PlainValidator(
-            bodies.check_messages,
-            json_schema_input_type=Annotated[
-                list[Message | AssistantMessage], Field(min_length=1, max_length=MAX_MESSAGES)
-            ],
-        ),
-    ] = Field(description="a list of messages: system, developer, user and assistant, in any order")
+    messages: MESSAGES = Field(description="a list of messages: system, developer, user and assistant, in any order")
     max_completion_tokens: Annotated[int, Field(ge=-1), _Int] | None = Field(
         None, description="Another name for max_tokens, which it precedes unless it is -1."
     )
@@ -219,6 +300,28 @@ class ChatRequest(_Request):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None = Field(
         None, description="Also those of this many most likely tokens; needs logprobs."
     )
+    tools: Annotated[
+        list[tuple[str, Any]] | None,
+        PlainValidator(
+            constraints.check_tools,
+            json_schema_input_type=Annotated[list[Tool], Field(max_length=constraints.MAX_TOOLS)],
+        ),
+    ] = Field(None, description="Functions, one of which the answer calls if tool_choice says so.")
+    tool_choice: Annotated[
+        str | tuple[str, str] | None,
+        PlainValidator(
+            constraints.check_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice
+        ),
+    ] = Field(None, description="none, required, or a function; auto only without tools, which no template here has.")
+
+    @classmethod
+    def _translated(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # Tools that must not be called ask for nothing, whatever they are.
+        unused = values.get("tool_choice") == "none"
+        return {key: value for key, value in values.items() if not (unused and key in ("tools", "tool_choice"))}
+
+    def call(self) -> Call | None:
+        return constraints.tool_call(self.tools, self.tool_choice)
 
     def prompts(
         self, loaded: LoadedModel, most_tokens: int | None = None, awaits_answer: bool = False
@@ -227,17 +330,22 @@ class ChatRequest(_Request):
 
         awaits_answer: whether the state ends where an answer begins.
         """
-        ids, _ = _turns(loaded, self.messages, most_tokens, awaits_answer, is_last=True)
+        ids, _ = turns(loaded, self.messages, most_tokens, awaits_answer, is_last=True)
         return [loaded.at_start(ids) if self.state is None else ids]
 
-    def params(self, loaded: LoadedModel, most_tokens: int | None = None) -> SamplingParams:
+    def params(
+        self, loaded: LoadedModel, most_tokens: int | None = None, grammars: Grammars | None = None
+    ) -> SamplingParams:
         """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs to be true", "top_logprobs")
         more: dict[str, Any] = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
         if self.max_completion_tokens not in (None, -1):
             more["max_tokens"] = self.max_completion_tokens
-        params = self._sampling(loaded, more, most_tokens)
+        params = self._sampling(loaded, more, most_tokens, grammars)
+        if params.grammar is not None:
+            # It says itself where the answer ends.
+            return params
         # As in `tnllm generate --chat`: an answer ends where the model starts to speak for the user.
         return replace(params, stop=(*params.stop, *stop_strings(loaded.chat_template)))
 
@@ -249,13 +357,7 @@ class StateRequest(BaseModel):
 
     model: str | None = Field(None, description="The served model's id, or nothing.")
     prompt: _Prompt | None = Field(None, description="a text or token ids to read; instead of messages")
-    messages: Annotated[
-        list[Any],
-        PlainValidator(
-            bodies.check_messages,
-            json_schema_input_type=Annotated[list[Message | AssistantMessage], Field(max_length=MAX_MESSAGES)],
-        ),
-    ] | None = Field(None, description="a list of messages to read; instead of a prompt")  # fmt: skip
+    messages: MESSAGES | None = Field(None, description="a list of messages to read; instead of a prompt")
     expires_in: Annotated[int, Field(ge=1), _Int] | None = Field(
         None, description="Seconds without use until the state is deleted; at most, and by default, the server's."
     )
@@ -275,7 +377,7 @@ class StateRequest(BaseModel):
         if self.prompt is not None and self.messages is not None:
             raise RequestError("prompt and messages are both given; give one of them", "messages")
         if self.messages is not None:
-            ids, awaits_answer = _turns(loaded, self.messages, most_tokens, awaits_answer, is_last=False)
+            ids, awaits_answer = turns(loaded, self.messages, most_tokens, awaits_answer, is_last=False)
             return loaded.at_start(ids) if is_start else ids, awaits_answer
         if self.prompt is None and not is_start:
             return None, awaits_answer
@@ -287,9 +389,10 @@ class StateRequest(BaseModel):
         return loaded.encode(self.prompt, start=is_start), False
 
 
-def _turns(
+def turns(
     loaded: LoadedModel, messages: list[tuple[str, str]], most_tokens: int | None, awaits_answer: bool, is_last: bool
 ) -> tuple[list[int], bool]:
+    """Token ids of messages, and whether an answer follows them, as `part_ids` gives. Raises RequestError."""
     check_text_length(loaded, "".join([text for _, text in messages]), most_tokens, "messages")
     try:
         return part_ids(loaded, messages, awaits_answer, is_last)
@@ -306,7 +409,8 @@ def validated(kind: type[_R], content: bytes, most_tokens: int | None = None) ->
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise bodies.explained(error, kind) from None
+        names = {ours: theirs for theirs, ours in getattr(kind, "other_names", {}).items() if theirs in values}
+        raise bodies.explained(error, kind, names) from None
 
 
 def check_text_length(loaded: LoadedModel, text: str, most_tokens: int | None, param: str) -> None:
@@ -330,213 +434,7 @@ def _least_tokens(loaded: LoadedModel, text: str, enough: int) -> int:
     return least
 
 
-def error_body(message: str, type: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
-
-
-_FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
-
-
-class Answer:
-    """The answer to one request while it grows; choices are numbered over prompts and samples."""
-
-    id_prefix = ""
-    object = chunk_object = ""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        model: str,
-        fingerprint: str,
-        request: Any,
-        prompts: list[list[int]],
-        params: SamplingParams,
-    ) -> None:
-        self._tokenizer, self._params = loaded.tokenizer, params
-        self._request, self._prompts = request, prompts
-        self._head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-        self.prompt_tokens = sum(map(len, prompts))
-        self.cached_tokens = self.completion_tokens = 0
-
-    @property
-    def num_choices(self) -> int:
-        return len(self._prompts) * self._params.n
-
-    def usage(self) -> dict[str, Any]:
-        """Token counts so far."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """One event of a stream."""
-        return {**self._head, "object": self.chunk_object, "choices": choices}
-
-    def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The answer that is not streamed."""
-        return {**self._head, "object": self.object, "choices": choices, "usage": self.usage()}
-
-    def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
-        """The chunks of a choice before its first token."""
-        raise NotImplementedError
-
-    def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        """The chunks for one token; one that completes no text has none."""
-        if not piece.text and not piece.logprobs:
-            return []
-        return [self._choice(choice, piece.text, piece.logprobs or None, None)]
-
-    def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
-        """The chunks at the end of a choice."""
-        return [self._choice(choice, None, None, result.finish_reason)]
-
-    def full_choice(
-        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
-    ) -> dict[str, Any]:
-        """A choice that is not streamed."""
-        raise NotImplementedError
-
-    def _choice(self, choice: int, text: str | None, entries: Any, reason: str | None) -> dict[str, Any]:
-        """A choice of a chunk; at its end `text` is None and `reason` is set. `entries`: a TokenLogprob per token."""
-        raise NotImplementedError
-
-    def _spelled(self, id: int) -> str:
-        """A token as text; bytes that are not UTF-8 by themselves as `bytes:\\xe4`; a control token by its name."""
-        data = self._tokenizer.token_bytes[id]
-        if not data:
-            return self._tokenizer.piece(id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-class TextAnswer(Answer):
-    """Answers /v1/completions."""
-
-    id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        # Where the next token begins in each choice's text, in characters.
-        self._offsets = [_Offset() for _ in range(self.num_choices)]
-
-    def _echo(self, choice: int) -> str:
-        if not self._request.echo:
-            return ""
-        prompt, index = self._request.prompt, choice // self._params.n
-        if isinstance(prompt, str):
-            return prompt
-        return prompt[index] if isinstance(prompt[0], str) else self._tokenizer.decode(self._prompts[index])
-
-    def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
-        text = self._echo(choice)
-        if not text:
-            return []
-        return [self._choice(choice, text, self._prompt_entries(choice, prompt_logprobs), None)]
-
-    def full_choice(
-        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
-    ) -> dict[str, Any]:
-        entries: list[TokenLogprob | int] | None = None
-        if result.logprobs is not None:
-            entries = [*(self._prompt_entries(choice, prompt_logprobs) or []), *result.logprobs]
-        return self._choice(choice, self._echo(choice) + result.text, entries, result.finish_reason)
-
-    def _prompt_entries(
-        self, choice: int, logprobs: list[TokenLogprob | None] | None
-    ) -> "list[TokenLogprob | int] | None":
-        """The prompt's tokens; the first has an id and no probability."""
-        if logprobs is None or not self._request.echo:
-            return None
-        ids = self._prompts[choice // self._params.n]
-        return [entry if entry is not None else ids[index] for index, entry in enumerate(logprobs)]
-
-    def _choice(self, choice: int, text: str | None, entries: Any, reason: str | None) -> dict[str, Any]:
-        """`entries` may also hold the id of a token without a log-probability."""
-        logprobs = None
-        if entries is not None:
-            ids = [entry if isinstance(entry, int) else entry.id for entry in entries]
-            logprobs = {
-                "tokens": [self._spelled(id) for id in ids],
-                "token_logprobs": [None if isinstance(entry, int) else entry.logprob for entry in entries],
-                "top_logprobs": [None if isinstance(entry, int) else self._tops(entry) for entry in entries],
-                "text_offset": [self._offsets[choice].take(self._tokenizer.token_bytes[id]) for id in ids],
-            }
-        finish = None if reason is None else _FINISH[reason]
-        return {"index": choice, "text": text or "", "logprobs": logprobs, "finish_reason": finish}
-
-    def _tops(self, entry: TokenLogprob) -> dict[str, float]:
-        """By spelling, the token itself always among them: of two ids that are spelled alike, the more likely one stays."""
-        tops: dict[str, float] = {}
-        for top in sorted((entry, *entry.top), key=lambda top: -top.logprob):
-            tops.setdefault(self._spelled(top.id), top.logprob)
-        return tops
-
-
-class _Offset:
-    """Counts the characters of tokens, which may split a character."""
-
-    def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._count = 0
-
-    def take(self, data: bytes) -> int:
-        before = self._count
-        self._count += len(self._utf8.decode(data))
-        try:
-            # Only now may an incomplete character before it have become U+FFFD.
-            return self._count - len(data.decode())
-        except UnicodeDecodeError:
-            return before
-
-
-class ChatAnswer(Answer):
-    """Answers /v1/chat/completions."""
-
-    id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}]
-
-    def full_choice(
-        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
-    ) -> dict[str, Any]:
-        return {
-            "index": choice,
-            "message": {"role": "assistant", "content": result.text, "refusal": None},
-            "logprobs": self._logprobs(result.logprobs),
-            "finish_reason": _FINISH[result.finish_reason],
-        }
-
-    def _choice(self, choice: int, text: str | None, entries: Any, reason: str | None) -> dict[str, Any]:
-        delta = {} if text is None else {"content": text}
-        finish = None if reason is None else _FINISH[reason]
-        return {"index": choice, "delta": delta, "logprobs": self._logprobs(entries), "finish_reason": finish}
-
-    def _logprobs(self, entries: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        if entries is None:
-            return None
-
-        def plain(entry: TokenLogprob) -> dict[str, Any]:
-            data = self._tokenizer.token_bytes[entry.id]
-            return {"token": self._spelled(entry.id), "logprob": entry.logprob, "bytes": list(data)}
-
-        content = [plain(entry) | {"top_logprobs": [plain(top) for top in entry.top]} for entry in entries]
-        return {"content": content, "refusal": None}
-
-
-def check_size(request: "_Request", prompts: list[list[int]], params: SamplingParams) -> None:
+def check_size(request: "GenerateRequest", prompts: list[list[int]], params: SamplingParams) -> None:
     """Raise RequestError for more choices, log-probabilities or repeated tokens than one answer may have."""
     choices = len(prompts) * params.n
     echoed = params.n * sum(map(len, prompts)) if isinstance(request, CompletionRequest) and request.echo else 0
@@ -546,6 +444,8 @@ def check_size(request: "_Request", prompts: list[list[int]], params: SamplingPa
     if echoed > MAX_SIZE:
         raise RequestError(f"echo would repeat {echoed} tokens (prompts times n); at most {MAX_SIZE}", "echo")
     scored = (echoed + choices * params.max_tokens) * (0 if params.logprobs is None else params.logprobs + 1)
+    if request.prompt_logprobs is not None:
+        scored += params.n * sum(map(len, prompts)) * (request.prompt_logprobs + 1)
     if scored > MAX_SIZE:
         message = f"the answer may have {scored} log-probabilities (its tokens times logprobs + 1); at most {MAX_SIZE}"
         raise RequestError(message, "logprobs")

@@ -3,7 +3,7 @@
     values = read(content)                                   # bytes → dict; raises RequestError
     values = without_neutral(values, REQUEST, allowed=CompletionRequest.model_fields)
     try: CompletionRequest.model_validate(values)
-    except ValidationError as error: raise explained(error, CompletionRequest)
+    except ValidationError as error: raise explained(error, CompletionRequest, {})
 
 Everything here may hold the interpreter for as long as a body of the largest size takes, so a server calls it on another
 thread than its event loop's, and the bounds come before the work.
@@ -13,6 +13,7 @@ import codecs
 import reprlib
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,18 @@ class RequestError(UserError):
     ) -> None:
         super().__init__(message)
         self.param, self.code, self.status, self.headers = param, code, status, dict(headers or {})
+
+
+# The id of the request that is being answered, on its own task and the threads that work for it.
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+
+def error_body(message: str, type: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape, and the request's id if it has one."""
+    error: dict[str, Any] = {"message": message, "type": type, "param": param, "code": code}
+    if (id := REQUEST_ID.get()) is not None:
+        error["request_id"] = id
+    return {"error": error}
 
 
 def shown(value: Any) -> str:
@@ -116,11 +129,12 @@ def _parse(content: bytes, commas: np.ndarray, brackets: np.ndarray) -> Any:
     except ValueError:
         # Positions in the message shall be those of the body.
         return from_json(content)
-    prompt = value.get("prompt") if isinstance(value, dict) else None
-    if isinstance(prompt, str):
-        value["prompt"] = lists.pop(prompt, prompt)
-    elif isinstance(prompt, list):
-        value["prompt"] = [lists.pop(one, one) if isinstance(one, str) else one for one in prompt]
+    for key in ("prompt", "tokens"):
+        given = value.get(key) if isinstance(value, dict) else None
+        if isinstance(given, str):
+            value[key] = lists.pop(given, given)
+        elif isinstance(given, list):
+            value[key] = [lists.pop(one, one) if isinstance(one, str) else one for one in given]
     return value if value is not None and not lists else from_json(content)
 
 
@@ -222,11 +236,6 @@ REQUEST: dict[str, Neutral] = {
     **_names("n_predict max_new_tokens thinking_budget_tokens", _one_of(-1)),
     **_names("skip_special_tokens detokenize add_bos_token", _one_of(True)),
     "modalities": _one_of([], ["text"]),
-    "response_format": _one_of({"type": "text"}),
-    "logit_bias": Neutral(
-        lambda value, values: isinstance(value, dict) and all(_same(one, 0) for one in value.values()),
-        {"type": ["object", "null"], "additionalProperties": {"const": 0}},
-    ),
     "best_of": Neutral(
         lambda value, values: any(_same(value, one) for one in (0, 1, values.get("n", 1))),
         {"type": ["integer", "null"]},
@@ -293,11 +302,12 @@ def _refusal(key: str, value: Any, is_known: bool, allowed: Collection[str], whe
     return RequestError(message, name)
 
 
-def explained(error: ValidationError, model: type[BaseModel]) -> RequestError:
-    """A scalar that does not fit its key, as what was given and what is allowed."""
+def explained(error: ValidationError, model: type[BaseModel], names: Mapping[str, str]) -> RequestError:
+    """A scalar that does not fit its key, as what was given and what is allowed. names: those given for keys."""
     [first, *_] = error.errors(include_url=False, include_context=False)
     key = str(first["loc"][0])
     rule = _rule(model.model_json_schema()["properties"][key])
+    key = names.get(key, key)
     if first["type"] == "missing":
         return RequestError(f"{key} is missing; give {rule}", key)
     return RequestError(f"{key} is {shown(first['input'])}; allowed: {rule}", key)
@@ -344,13 +354,20 @@ def check_prompt(given: Any) -> Any:
     return given
 
 
+def check_tokens(given: Any) -> list[int]:
+    """A list of token ids, which may be empty. Raises RequestError."""
+    if not isinstance(given, list):
+        raise RequestError(f"tokens is {shown(given)}; allowed: a list of token ids", "tokens")
+    return _check_ids(given, "tokens") if given else []
+
+
 def _check_ids(ids: list[Any], where: str) -> list[Any]:
     if not ids:
         raise RequestError(f'{where} is an empty list; give a text, "" to start from nothing', "prompt")
     # In slices, since no other thread runs during one.
     if any(set(map(type, ids[start : start + 32_768])) - {int} for start in range(0, len(ids), 32_768)):
         index = next(index for index, id in enumerate(ids) if type(id) is not int)
-        raise RequestError(f"{where}.{index} is {shown(ids[index])}; token ids are whole numbers", "prompt")
+        raise RequestError(f"{where}.{index} is {shown(ids[index])}; token ids are whole numbers", where.split(".")[0])
     return ids
 
 
@@ -380,18 +397,36 @@ def _check_message(message: Any, where: str) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise RequestError(f"{where} is {shown(message)}; allowed: an object with role and content", where)
     role = message.get("role")
-    if role not in ROLES:
-        raise RequestError(f"{where}.role is {shown(role)}; allowed: {', '.join(ROLES)}", f"{where}.role")
-    content = without_neutral(message, MESSAGE, ("role", "content"), f"{where}.").get("content")
-    if content is None and role == "assistant":
-        # As in an answer that called a tool or refused; there was no text.
-        return role, ""
+    if role not in (*ROLES, "tool"):
+        raise RequestError(f"{where}.role is {shown(role)}; allowed: {', '.join(ROLES)}, tool", f"{where}.role")
+    own = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
+    kept = without_neutral(message, MESSAGE, ("role", "content", *own), f"{where}.")
+    content, calls = kept.get("content"), kept.get("tool_calls") or []
+    if role == "tool":
+        # The template has no tools, so what one gave is read as the user's.
+        role = "user"
+    if role == "assistant" and (calls or content is None):
+        # What the model wrote is the arguments. An answer that refused has no text.
+        return role, "".join([content if isinstance(content, str) else "", *_check_calls(calls, f"{where}.tool_calls")])
     where += ".content"
     if isinstance(content, str):
         return role, content
     if not isinstance(content, list):
         raise RequestError(f"{where} is {shown(content)}; allowed: a text, or a list of parts of type text", where)
     return role, "".join([_check_part(part, f"{where}.{index}") for index, part in enumerate(content)])
+
+
+def _check_calls(calls: Any, where: str) -> list[str]:
+    """The arguments of each call."""
+    texts = []
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function") if isinstance(call, dict) else None
+        text = function.get("arguments") if isinstance(function, dict) else None
+        if not isinstance(text, str):
+            message = f"{where} is {shown(calls)}; allowed: a list of calls, each with function.arguments as a text"
+            raise RequestError(message, where)
+        texts.append(text)
+    return texts
 
 
 def _check_part(part: Any, where: str) -> str:

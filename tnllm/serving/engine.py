@@ -14,7 +14,6 @@ The scheduler divides the slots among clients and requests; a row that loses its
 `queue_size` prompts wait, `submit` raises Busy with the seconds after which to try again.
 """
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.generation.context import Context, after_reading, weights_hash
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams
-from tnllm.generation.samples import Piece, Result, Row, TokenLogprob, start_rows, token_logprob
+from tnllm.generation.samples import Row, TokenLogprob, start_rows, token_logprob
 from tnllm.generation.scoring import score_tokens
 from tnllm.generation.slots import Parked, Slots
 from tnllm.modeling.flops import state_bytes
@@ -38,6 +37,7 @@ from tnllm.modeling.state import State
 from tnllm.serving.metrics import Metrics
 from tnllm.serving.prefix_cache import PrefixCache
 from tnllm.serving.scheduler import Scheduler
+from tnllm.serving.tickets import Busy, Event, Failed, PromptRead, Ticket, TooLong
 
 # Prompt tokens prefilled between two decoding steps. On a CPU they cost about as much as a few steps, so that running texts
 # slow down but do not stop; on a GPU they are enough to keep it busy.
@@ -46,63 +46,6 @@ PREFILL_TOKENS = {"cpu": 128, "cuda": 2048}
 _PARKED_BYTES = 2 << 30
 # Of a parked sample of a model with key-value caches, to count how many fit.
 _CACHE_TOKENS = 4096
-
-
-class Busy(UserError):
-    """Too many requests wait, or the engine is about to stop. The request was not queued."""
-
-    def __init__(self, message: str, retry_after_s: int, stopping: bool = False) -> None:
-        super().__init__(message)
-        self.retry_after_s, self.stopping = retry_after_s, stopping
-
-
-class TooLong(UserError):
-    """More tokens than the engine or the model takes."""
-
-
-@dataclass(frozen=True)
-class PromptRead:
-    """The first event of a prompt: it was read."""
-
-    index: int  # of the prompt
-    prompt_tokens: int
-    cached_tokens: int  # of these, not read now: found in the prefix cache, or in the context that it follows
-    logprobs: list[TokenLogprob | None] | None  # of each prompt token, if asked for; the first has none
-    context: Context | None = None  # after the prompt, on the host, if asked for
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The last event of a request that failed or was cancelled."""
-
-    error: UserError
-
-
-Event = PromptRead | Piece | Result | Failed
-
-
-class Ticket:
-    """A submitted request. Iterate over its events, or pass `submit` a function that receives them."""
-
-    def __init__(self, samples: int, deliver: Callable[[list[Event]], None] | None) -> None:
-        """samples: of all its prompts together."""
-        self._samples = samples
-        self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-        self.deliver = deliver or self._events.put
-        self.cancelled = threading.Event()
-
-    def cancel(self) -> None:
-        """Release the request's slots at the next step. Does nothing if it has ended."""
-        self.cancelled.set()
-
-    def __iter__(self) -> Iterator[PromptRead | Piece | Result]:
-        results = 0
-        while results < self._samples:
-            for event in self._events.get():
-                if isinstance(event, Failed):
-                    raise event.error
-                results += isinstance(event, Result)
-                yield event
 
 
 @dataclass(eq=False)
@@ -114,7 +57,7 @@ class _Job:
     params: SamplingParams
     request: Ticket
     client: str
-    prompt_logprobs: bool
+    prompt_logprobs: int | None
     submitted: float
     start: Context | None = None  # what the prompt follows
     keep_context: bool = False
@@ -124,6 +67,7 @@ class _Job:
     cache_at: int = 0  # length of the prefix shared with an earlier prompt: its context is cached
     logits: Tensor | None = None  # [1, V] after the last token read
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    started: float = 0.0  # reading
     first_token: float | None = None
 
     @property
@@ -138,6 +82,24 @@ class _Sample:
     job: _Job
     row: Row
     parked: Parked | None
+
+
+class Turns:
+    """A lock that is given in the order in which it was asked for, so that no engine waits while another has two turns."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._next = self._served = 0
+
+    def __enter__(self) -> None:
+        with self._change:
+            number, self._next = self._next, self._next + 1
+            self._change.wait_for(lambda: self._served == number)
+
+    def __exit__(self, *error: object) -> None:
+        with self._change:
+            self._served += 1
+            self._change.notify_all()
 
 
 def _slices(ids: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -162,10 +124,11 @@ class Engine:
         cache_bytes: int = 1 << 28,
         max_prompt_tokens: int = 1 << 20,
         max_new_tokens: int = 1 << 16,
+        beside: "Engine | None" = None,
     ) -> None:
         """num_slots: texts decoded together. queue_size: requests that may wait for a slot. cache_bytes: size of the
-        prefix cache; 0 turns it off. The last two limit a single request. Raises UserError for a model that cannot be
-        served.
+        prefix cache; 0 turns it off. The next two limit a single request. beside: another engine on the same device; the
+        two take turns and share their metrics. Raises UserError for a model that cannot be served.
         """
         model = loaded.model
         self.loaded, self.num_slots, self.queue_size = loaded, num_slots, queue_size
@@ -175,7 +138,9 @@ class Engine:
         self.slots = Slots(model, loaded.tokenizer, num_slots)
         self.weights = weights_hash(model)
         self.cache = PrefixCache(self.weights, cache_bytes)
-        self.metrics = Metrics(self._gauges)
+        self.metrics: Metrics = Metrics() if beside is None else beside.metrics
+        self.metrics.gauges.append(self._gauges)
+        self._device: Turns = Turns() if beside is None else beside._device
         self._ends = frozenset(loaded.eos_ids)
         self._wake = threading.Condition()
         row_bytes = self.slots.nbytes // num_slots + state_bytes(model.config, _CACHE_TOKENS)
@@ -262,7 +227,7 @@ class Engine:
         if params.max_tokens > self.max_new_tokens:
             raise UserError(f"max_tokens is {params.max_tokens}; this server gives at most {self.max_new_tokens}")
         vocab_size = self.loaded.tokenizer.vocab_size
-        for part in _slices(ids):
+        for part in (*_slices(ids), [id for id, _ in params.logit_bias] or [0]):
             if not 0 <= min(part) <= max(part) < vocab_size:
                 bad = next(id for id in part if not 0 <= id < vocab_size)
                 raise UserError(f"token id {bad} is outside the vocabulary of {vocab_size}")
@@ -282,7 +247,7 @@ class Engine:
         params: SamplingParams,
         *,
         client: str = "",
-        prompt_logprobs: bool = False,
+        prompt_logprobs: int | None = None,
         start: Context | None = None,
         keep_context: bool = False,
         deliver: Callable[[list[Event]], None] | None = None,
@@ -290,7 +255,7 @@ class Engine:
         """Queue all prompts or none, from any thread; `deliver` is called on the engine's thread with their events.
 
         The events of a prompt are in order. client: clients take turns. prompt_logprobs: return those of the prompt's
-        tokens too, with the params.logprobs most likely alternatives. start: every prompt follows it, and may be empty.
+        tokens too, with so many most likely alternatives. start: every prompt follows it, and may be empty.
         keep_context: deliver the context after each prompt. Raises UserError for a bad request, Busy if the
         queue has no room for all prompts, or the engine stops.
         """
@@ -320,7 +285,8 @@ class Engine:
         if self.loaded.model.device.type == "cuda":
             torch.cuda.set_device(self.loaded.model.device)
         try:
-            self.slots.warm_up()
+            with self._device:
+                self.slots.warm_up()
             while self._turn():
                 pass
         except BaseException as error:
@@ -340,16 +306,17 @@ class Engine:
         if self._abandon:
             self._fail_all(Busy("the server shut down before the text was finished", 10, stopping=True))
             return False
-        with self._wake:
-            self._drop_cancelled()
-            admitted = self.scheduler.admit()
-        for job in admitted:
-            self._start_reading(job)
-        if self.scheduler.reading:
-            self._prefill()
-        self._change_rows()
-        if self.slots.rows:
-            self._decode()
+        with self._device:
+            with self._wake:
+                self._drop_cancelled()
+                admitted = self.scheduler.admit()
+            for job in admitted:
+                self._start_reading(job)
+            if self.scheduler.reading:
+                self._prefill()
+            self._change_rows()
+            if self.slots.rows:
+                self._decode()
         return True
 
     def _drop_cancelled(self) -> None:
@@ -370,13 +337,14 @@ class Engine:
                 self.slots.leave(sample.row)
 
     def _start_reading(self, job: _Job) -> None:
-        self.metrics.queue_s.observe(time.monotonic() - job.submitted)
+        job.started = time.monotonic()
+        self.metrics.queue_s.observe(job.started - job.submitted)
         if job.start is not None:
             # On this thread, to which the device belongs.
             device = self.loaded.model.device
             job.state, job.logits = job.start.state.to(device), job.start.logits.to(device)
             return
-        if not job.prompt_logprobs:
+        if job.prompt_logprobs is None:
             job.cached = self.cache.longest(job.ids)
             job.cache_at = self.cache.branch(job.ids)
         if job.cached is not None:
@@ -414,14 +382,14 @@ class Engine:
             self.metrics.prompt_tokens += ends[-1]
             for index, (job, share) in enumerate(pieces):
                 end = ends[index]
-                if job.prompt_logprobs:
+                if job.prompt_logprobs is not None:
                     self._add_logprobs(job, hidden[0, end - share : end])
                 job.done += share
                 job.state = after if len(pieces) == 1 else after.select([index])
                 if job.done in (job.cache_at, len(job.ids)):
                     job.logits = model.logits(hidden[:, end - 1])
                     context = self._context(job)
-                    if not job.prompt_logprobs and job.start is None:
+                    if job.prompt_logprobs is None and job.start is None:
                         self.cache.put(job.ids[: job.done], context)
         for job in [job for job in self.scheduler.reading if job.done == len(job.ids)]:
             self._start_rows(job)
@@ -433,7 +401,7 @@ class Engine:
         following = job.ids[job.done + 1 : job.done + 1 + len(hidden)].tolist()
         if following:
             model, tokenizer = self.loaded.model, self.loaded.tokenizer
-            num_top = job.params.logprobs or 0
+            num_top = job.prompt_logprobs or 0
             scores = score_tokens(
                 model, hidden[: len(following)], torch.tensor(following), None, num_top, tokenizer.vocab_size
             )
@@ -452,9 +420,10 @@ class Engine:
         self.metrics.cached_tokens += cached
         before = job.start.num_tokens if job.start is not None else 0
         self.metrics.state_tokens += before
-        num_tokens, logprobs = before + len(job.ids), job.logprobs if job.prompt_logprobs else None
+        num_tokens, logprobs = before + len(job.ids), job.logprobs if job.prompt_logprobs is not None else None
         kept = context.to("cpu") if job.keep_context else None
-        events: list[Event] = [PromptRead(job.index, num_tokens, before + cached, logprobs, kept)]
+        times = job.started - job.submitted, time.monotonic() - job.started
+        events: list[Event] = [PromptRead(job.index, num_tokens, before + cached, *times, logprobs, kept)]
         samples: list[_Sample] = []
         for row in start_rows(self.loaded.tokenizer, job.index, job.params, num_tokens, context.tail):
             if job.params.max_tokens == 0:

@@ -1,6 +1,7 @@
 """What an engine has done and is doing, as Prometheus text (exposition format 0.0.4).
 
-metrics = Metrics(lambda: {"requests_waiting": 3, ...})
+metrics = Metrics()
+metrics.gauges.append(lambda: {"requests_waiting": 3, ...})
 metrics.generated_tokens += 8
 print(metrics.text())
 """
@@ -49,6 +50,8 @@ _COUNTERS = {
     "cancelled": ("requests_cancelled", "Requests whose client disconnected."),
     "parks": ("parks", "Times a sample lost its slot to others."),
     "failed": ("samples_failed", "Samples that ended with an error."),
+    "grammars": ("requests_with_grammar", "Requests whose text had to fit a schema, an expression or a grammar."),
+    "tool_calls": ("tool_calls", "Answers that called a tool."),
 }
 _HISTOGRAMS = {
     "queue_s": ("queue_seconds", "From submission to the start of reading."),
@@ -81,23 +84,28 @@ class Histogram:
 
 
 class Metrics:
-    """Written by the engine's thread, read by any."""
+    """Written by the engine's thread, read by any. `gauges` give values of this moment by name, which are added up."""
 
-    def __init__(self, gauges: Callable[[], dict[str, int]]) -> None:
-        """`gauges` gives the values of this moment by name."""
-        self._gauges = gauges
-        self.more_gauges: list[Callable[[], dict[str, int]]] = []
+    def __init__(self) -> None:
+        self.gauges: list[Callable[[], dict[str, int]]] = []
         self.started = time.time()  # seconds since 1970
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.state_tokens = self.states_made = self.states_refused = self.states_expired = 0
-        self.refused = self.cancelled = self.failed = self.parks = 0
+        self.refused = self.cancelled = self.failed = self.parks = self.grammars = self.tool_calls = 0
+        self.requests: Counter[str] = Counter()  # by model
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "eos": 0})
         self.queue_s, self.first_token_s, self.step_s, self.request_s = (Histogram() for _ in range(4))
+
+    def _now(self) -> Counter[str]:
+        values: Counter[str] = Counter()
+        for gauges in self.gauges:
+            values.update(gauges())
+        return values
 
     def retry_after_s(self) -> int:
         """Seconds after which a request that is refused now may try again: about when a slot is free; 1 to 60."""
         mean = self.request_s.total / self.request_s.count if self.request_s.count else 1.0
-        now = self._gauges()
+        now = self._now()
         return min(60, max(1, math.ceil(mean * now["requests_waiting"] / now["slots"])))
 
     def text(self) -> str:
@@ -111,10 +119,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What a prometheus_client registry asks of a collector."""
-        gauges = self._gauges()
-        for more in self.more_gauges:
-            gauges |= more()
-        for name, value in gauges.items():
+        for name, value in self._now().items():
             yield GaugeMetricFamily(f"tnllm_{name}", _GAUGES[name], value)
         for attribute, (name, help) in _COUNTERS.items():
             yield CounterMetricFamily(f"tnllm_{name}", help, getattr(self, attribute))
@@ -122,6 +127,10 @@ class Metrics:
         for reason, count in sorted(self.finished.items()):
             finished.add_metric([reason], count)
         yield finished
+        requests = CounterMetricFamily("tnllm_requests", "Requests that were queued, by model.", labels=["model"])
+        for model, count in sorted(self.requests.items()):
+            requests.add_metric([model], count)
+        yield requests
         for attribute, (name, help) in _HISTOGRAMS.items():
             histogram = getattr(self, attribute)
             yield HistogramMetricFamily(f"tnllm_{name}", help, histogram.buckets(), histogram.total)

@@ -11,20 +11,25 @@ import hmac
 import ipaddress
 import json
 import re
+import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tnllm.serving.api import error_body
-from tnllm.serving.bodies import RequestError, shown
+from tnllm.progress import log
+from tnllm.serving.bodies import REQUEST_ID, RequestError, error_body, shown
 
 # Served without a key, as is what begins with the second: the files of the page, which asks for the key.
 _OPEN_PATHS, _OPEN_FOLDER = ("/", "/health"), "/page/"
-# The key of a request's scope that says whose states it may use.
-OWNER = "tnllm.owner"
+# Keys of a request's scope: whose states it may use, and the answer whose tokens are counted.
+OWNER, TOKENS = "tnllm.owner", "tnllm.tokens"
+REQUEST_ID_HEADER = "X-Request-Id"
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _BODY_SECONDS = 30.0
 
 
@@ -35,7 +40,8 @@ class Settings:
     api_key: what clients must send as a bearer token; more_keys: others that will do too. hosts: names that are served
     besides those of the loopback; None serves every name. A server on the loopback serves no others, so that a web page
     elsewhere cannot reach it by DNS rebinding. states_are_hidden: none are listed; for a server that others reach and
-    that has no keys.
+    that has no keys. cors_origins: pages of these origins may read answers; "*" is every page. log_requests: write a line
+    for each request.
     """
 
     name: str
@@ -44,6 +50,13 @@ class Settings:
     max_body_bytes: int = 8 << 20
     hosts: tuple[str, ...] | None = ()
     states_are_hidden: bool = False
+    cors_origins: tuple[str, ...] = ()
+    log_requests: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys."""
+        return self.more_keys if self.api_key is None else (self.api_key, *self.more_keys)
 
 
 class JSON(Response):
@@ -69,30 +82,38 @@ class RequestChecks:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         """A fault here or behind it is answered by the application that it is added to."""
         self._app, self._settings = app, settings
-        keys = settings.more_keys if settings.api_key is None else (settings.api_key, *settings.more_keys)
-        self._keys = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+        self._keys = [hashlib.sha256(key.encode()).hexdigest() for key in settings.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             # The lifespan protocol; websockets have no route.
             await self._app(scope, receive, send)
             return
-        started = False
+        begun, status = time.monotonic(), 0
+        given = dict(scope["headers"]).get(REQUEST_ID_HEADER.lower().encode(), b"")
+        id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}".encode()
+        REQUEST_ID.set(id.decode())
+        scope = {**scope, TOKENS: None}
 
         async def watched_send(message: Message) -> None:
-            nonlocal started
-            started = True
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (REQUEST_ID_HEADER.lower().encode(), id)]}
             await send(message)
 
         try:
             await self._checked(scope, receive, watched_send)
         except asyncio.CancelledError:
             # The server has ended, and this request's body or a client that reads slowly keeps it waiting.
-            if not started:
+            if not status:
                 body = error_body(
                     "the server is shutting down; try another one", "service_unavailable", "shutting_down"
                 )
-                await JSON(body, 503, {"Retry-After": "10"})(scope, receive, send)
+                await JSON(body, 503, {"Retry-After": "10"})(scope, receive, watched_send)
+        finally:
+            if self._settings.log_requests:
+                log(_request_line(scope, status, time.monotonic() - begun))
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -111,7 +132,8 @@ class RequestChecks:
             body = error_body(message, "authentication_error", "invalid_api_key")
             await JSON(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
-        await self._app({**scope, "path": path, OWNER: owner}, receive, send)
+        scope.update({"path": path, OWNER: owner})
+        await self._app(scope, receive, send)
 
     def _host_allowed(self, host: bytes | None, http_version: str) -> bool:
         hosts = self._settings.hosts
@@ -132,6 +154,16 @@ class RequestChecks:
         # Every key is compared, so that the time tells nothing.
         is_right = any([hmac.compare_digest(digest, one) for one in self._keys])
         return digest if is_right and scheme.lower() == b"bearer" else None
+
+
+def _request_line(scope: Scope, status: int, seconds: float) -> str:
+    """id, address, method, path, status (0: the client left before), seconds, and tokens if there are any."""
+    address = scope["client"][0] if scope.get("client") else "-"
+    # A path may hold what a terminal would obey.
+    path = quote(scope["path"], safe="/:@!$&'()*+,;=~")[:200]
+    usage = scope[TOKENS].usage() if scope[TOKENS] is not None else {}
+    tokens = f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens" if usage else ""
+    return f"{REQUEST_ID.get()} {address} {scope['method']} {path} {status} in {seconds:.3f} s{tokens}"
 
 
 def is_loopback(name: str) -> bool:

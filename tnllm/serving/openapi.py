@@ -3,7 +3,7 @@
 @app.post("/v1/completions", **described(Completion, CompletionRequest))
 async def completions(request: Request) -> Response: ...
 
-add_openapi(app, engine, name="demo")
+add_openapi(app, engine, ["demo"])
 """
 
 from typing import Any
@@ -13,19 +13,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from tnllm.serving import api, bodies
-from tnllm.serving.api import ChatRequest, CompletionRequest, StateRequest
+from tnllm.serving import bodies
+from tnllm.serving.api import GenerateRequest
 from tnllm.serving.engine import Engine
 from tnllm.serving.schemas import Error
 
 _REFERENCE = "#/components/schemas/{model}"
-_REQUESTS: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, StateRequest)
-# Every body that the API declares, so that a new route needs no line here.
-_BODIES = [
-    kind
-    for name, kind in vars(api).items()
-    if isinstance(kind, type(BaseModel)) and kind.__module__ == api.__name__ and not name.startswith("_")
-]
 _ERRORS = {
     400: "A key or value that is not allowed.",
     401: "A wrong or missing API key.",
@@ -43,6 +36,10 @@ _ERRORS = {
 # Of an answer with the keys of the other kind, an error, or the text [DONE].
 _EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON, or [DONE]."}}}
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+
+
+# Those of all routes that were described.
+_REQUESTS: set[type[BaseModel]] = set()
 
 
 def described(
@@ -64,18 +61,19 @@ def described(
     else:
         responses[200] = {"description": "Text, or a file.", "content": {media_type: {"schema": {"type": "string"}}}}
     if request is not None:
-        if request is not StateRequest:
+        if issubclass(request, GenerateRequest):
             responses[200]["content"] = {"text/event-stream": {"schema": _EVENT}}
         reference = {"$ref": _REFERENCE.format(model=request.__name__)}
         body = {"required": True, "content": {"application/json": {"schema": reference}}}
         more["openapi_extra"] = {"requestBody": body}
+        _REQUESTS.add(request)
     return more
 
 
-def add_openapi(app: FastAPI, engine: Engine, name: str) -> None:
-    """Make /openapi.json say what this engine takes; `name` is the model's."""
+def add_openapi(app: FastAPI, engine: Engine, names: list[str]) -> None:
+    """Make /openapi.json say what this engine takes; `names` are the models'."""
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _, definitions = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REFERENCE)
+    _, definitions = models_json_schema([(body, "validation") for body in _REQUESTS], ref_template=_REFERENCE)
     for operations in document["paths"].values():
         for operation in operations.values():
             schema = operation["responses"]["200"].get("content", {}).get("application/json", {}).get("schema", {})
@@ -84,12 +82,12 @@ def add_openapi(app: FastAPI, engine: Engine, name: str) -> None:
                 schema.pop("type", None)
     schemas = definitions["$defs"]
     for request in _REQUESTS:
-        _open(schemas[request.__name__], bodies.REQUEST if request is not StateRequest else {})
-        _limit(schemas[request.__name__]["properties"], engine, name)
-    for message in ("Message", "AssistantMessage"):
+        _open(schemas[request.__name__], bodies.REQUEST if issubclass(request, GenerateRequest) else {})
+        _limit(schemas[request.__name__]["properties"], engine, names)
+    for message in ("Message", "AssistantMessage", "ToolMessage"):
         _open(schemas[message], bodies.MESSAGE)
-    _open(schemas["TextPart"], bodies.PART)
-    _open(schemas["StreamOptions"], {})
+    for name, neutral in (("TextPart", bodies.PART), ("StreamOptions", {})):
+        _open(schemas[name], neutral)
     document["components"]["schemas"] |= schemas
     app.openapi = lambda: document  # type: ignore[method-assign]
 
@@ -100,18 +98,19 @@ def _open(schema: dict[str, Any], neutral: dict[str, bodies.Neutral]) -> None:
         if key not in schema.get("required", ()):
             options = value.pop("anyOf", None) or [{k: value.pop(k) for k in list(value) if k not in _NOTES}]
             value["anyOf"] = [*(option for option in options if option != {"type": "null"}), {"type": "null"}]
-    schema["properties"] |= {key: dict(value.schema) for key, value in neutral.items()}
+    schema["properties"] = {key: dict(value.schema) for key, value in neutral.items()} | schema["properties"]
     schema["additionalProperties"] = dict(bodies.OFF.schema)
 
 
 _NOTES = ("title", "description", "default")
 
 
-def _limit(properties: dict[str, Any], engine: Engine, name: str) -> None:
+def _limit(properties: dict[str, Any], engine: Engine, names: list[str]) -> None:
     """The server's own limits."""
-    properties["model"]["anyOf"][0] = {"type": "string", "enum": [name]}
-    for key in ("max_tokens", "max_completion_tokens"):
-        if key in properties:
+    if "model" in properties:
+        properties["model"]["anyOf"][0] = {"type": "string", "enum": names}
+    for key in ("max_tokens", "max_completion_tokens", "n_predict"):
+        if "anyOf" in properties.get(key, {}):
             properties[key]["anyOf"][0]["maximum"] = engine.max_new_tokens
     if "echo" in properties:
         # What the chat's key of this name says for none.

@@ -18,7 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tnllm.serving.api import error_body
+from tnllm.serving.bodies import error_body
 from tnllm.serving.middleware import JSON, encode_json
 
 # Of a request: from connection, or from its first byte if it is a later one, to the end of its headers.

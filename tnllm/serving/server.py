@@ -1,7 +1,7 @@
 """A server's life: it runs until a signal, then refuses what is new, lets running requests end, and cuts the rest.
 
     signals = catch_signals()
-    run_until_signal(engine, uvicorn.Server(config), listening_socket, 30, signals)      # raises Terminated
+    run_until_signal([engine], uvicorn.Server(config), listening_socket, 30, signals)      # raises Terminated
 
 Until the last running request has ended, new ones and /health are answered with 503, so that a load balancer notices. A
 request that is cut gets an error like any other: a stream an event, a plain request a 503.
@@ -13,7 +13,8 @@ import queue
 import signal
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from tnllm.errors import RunError, Terminated
@@ -38,7 +39,7 @@ def catch_signals() -> Signals:
 
 
 def run_until_signal(
-    engine: Engine, server: "uvicorn.Server", listening: socket.socket, drain_s: float, happened: Signals
+    engines: Sequence[Engine], server: "uvicorn.Server", listening: socket.socket, drain_s: float, happened: Signals
 ) -> NoReturn:
     """Serve on `listening` until SIGTERM or Ctrl-C; a second one cuts what is still running.
 
@@ -55,18 +56,20 @@ def run_until_signal(
         thread.start()
         return thread
 
-    engine.start()
+    for engine in engines:
+        engine.start()
     # uvicorn's own handling of signals would close the listening socket at once; beside the main thread it has none.
     http = start(lambda: server.run(sockets=[listening]))
     by = happened.get()
-    running = engine.drain()
+    running = sum([engine.drain() for engine in engines])
     if running:
         log(
             f"stopping: running requests ({running}) have {drain_s:g} s, or until a second signal, to end; new ones get 503"
         )
-    start(lambda: engine.stop(timeout_s=drain_s))
+    end = time.monotonic() + drain_s
+    start(lambda: [engine.stop(timeout_s=max(0.0, end - time.monotonic())) for engine in engines])
     happened.get()
-    cut = engine.stop(finish=False)
+    cut = sum([engine.stop(finish=False) for engine in engines])
     server.should_exit = True
     http.join()
     if by is None:

@@ -1,6 +1,6 @@
 """The routes of /v1/states.
 
-add_state_routes(app, engine, settings, StateStore(engine.loaded, engine.weights, engine.metrics))
+add_state_routes(app, models, settings, StateStore(engine.loaded, engine.weights, engine.metrics))
 """
 
 import asyncio
@@ -16,11 +16,13 @@ from tnllm.errors import UserError
 from tnllm.generation.context import Context
 from tnllm.serving.api import StateRequest, validated
 from tnllm.serving.bodies import RequestError, shown
-from tnllm.serving.engine import Busy, Engine, Event, Failed, PromptRead, Ticket, TooLong
+from tnllm.serving.engine import Engine
 from tnllm.serving.middleware import JSON, OWNER, Settings, read_body, read_json_body
 from tnllm.serving.openapi import described
 from tnllm.serving.schemas import StateDeleted, StateList, StateObject
+from tnllm.serving.served import Models
 from tnllm.serving.states import StateStore, Stored
+from tnllm.serving.tickets import Busy, Event, Failed, PromptRead, Ticket, TooLong
 
 _BINARY = "application/octet-stream"
 _UPLOAD = {"requestBody": {"required": True, "content": {_BINARY: {"schema": {"type": "string", "format": "binary"}}}}}
@@ -73,18 +75,19 @@ class _Reading:
 class _Answers:
     """What the routes answer."""
 
-    def __init__(self, engine: Engine, settings: Settings, store: StateStore) -> None:
-        self._engine, self._settings, self._store = engine, settings, store
+    def __init__(self, models: Models, settings: Settings, store: StateStore) -> None:
+        self._models, self._settings, self._store = models, settings, store
 
     def shown(self, stored: Stored, read: PromptRead | None = None) -> dict[str, Any]:
         """A state as JSON, and what was read for it."""
+        served = self._models.of(stored)
         body: dict[str, Any] = {
             "id": stored.id,
             "object": "state",
             "created": int(stored.created),
             "expires_at": int(stored.expires),
-            "model": self._settings.name,
-            "system_fingerprint": f"fp_{self._engine.weights[:12]}",
+            "model": served.name,
+            "system_fingerprint": served.fingerprint,
             **self._store.identity,
             "version": __version__,
             "bytes": stored.content.nbytes,
@@ -106,16 +109,14 @@ class _Answers:
         owner, loop = request.scope[OWNER], asyncio.get_running_loop()
         client = request.client.host if request.client else ""
 
-        def parse() -> tuple[StateRequest, Stored | None, list[int] | None, bool]:
-            body = validated(StateRequest, content, self._engine.max_prompt_tokens)
-            if body.model not in (None, self._settings.name):
-                message = f"model is {shown(body.model)}; this server has {self._settings.name!r}"
-                raise RequestError(message, "model", "model_not_found", 404)
+        def parse() -> tuple[StateRequest, Stored | None, Engine, list[int] | None, bool]:
+            body = validated(StateRequest, content, self._models.first.engine.max_prompt_tokens)
             stored = None if before is None else self._store.get(owner, before)
+            engine = self._models.chosen(body.model, stored).engine
             awaits = stored is not None and stored.awaits_answer
-            return body, stored, *body.ids(self._engine.loaded, self._engine.max_prompt_tokens, stored is None, awaits)
+            return body, stored, engine, *body.ids(engine.loaded, engine.max_prompt_tokens, stored is None, awaits)
 
-        body, stored, ids, awaits_answer = await run_in_threadpool(parse)
+        body, stored, engine, ids, awaits_answer = await run_in_threadpool(parse)
         if ids is None:
             assert stored is not None
             return JSON(self.shown(await run_in_threadpool(self._store.fork, stored, body.expires_in)))
@@ -123,7 +124,7 @@ class _Answers:
         num_tokens = len(ids) + (stored.num_tokens if stored is not None else 0)
         with self._store.room(owner, self._store.estimate(num_tokens)):
             try:
-                reading = await run_in_threadpool(_Reading, self._engine, ids, start, client, loop)
+                reading = await run_in_threadpool(_Reading, engine, ids, start, client, loop)
             except Busy:
                 raise
             except UserError as error:
@@ -131,7 +132,9 @@ class _Answers:
                 raise RequestError(str(error), "prompt" if body.messages is None else "messages", code) from None
             read = await reading.result(request)
             assert read.context is not None
-            made = await run_in_threadpool(self._store.add, owner, read.context, awaits_answer, body.expires_in)
+            made = await run_in_threadpool(
+                self._store.add, owner, read.context, engine.weights, awaits_answer, body.expires_in
+            )
         return JSON(self.shown(made, read))
 
     async def upload(self, request: Request, id: str | None) -> JSON:
@@ -140,7 +143,7 @@ class _Answers:
         length = request.headers.get("content-length", "")
         if not length.isdigit() or len(length) > 18:
             raise RequestError("an upload needs a Content-Length", status=411)
-        state = self._engine.loaded.model.init_state(1)
+        state = self._models.first.engine.loaded.model.init_state(1)
         most = self._store.estimate(0) + _HEADER_BYTES if not state.grows else self._store.max_bytes
         if int(length) > most:
             message = f"the upload has {length} bytes; a state of this model has at most {most}"
@@ -169,9 +172,9 @@ class _Answers:
         return JSON({"object": "list", "data": data, "has_more": len(data) < len(states)})
 
 
-def add_state_routes(app: FastAPI, engine: Engine, settings: Settings, store: StateStore) -> None:
+def add_state_routes(app: FastAPI, models: Models, settings: Settings, store: StateStore) -> None:
     """Reading, forking, listing, deleting, and files of states."""
-    answers = _Answers(engine, settings, store)
+    answers = _Answers(models, settings, store)
 
     @app.post("/v1/states", **described(StateObject, StateRequest))
     async def make_state(request: Request) -> JSON:

@@ -3,7 +3,7 @@
     store = StateStore(loaded, weights, metrics, max_bytes=1 << 30, folder=Path("states"))
     with store.room(owner, store.estimate(num_tokens)):     # before the text is read
         context = ...
-        stored = store.add(owner, context)
+        stored = store.add(owner, context, weights)
     context = store.context(store.get(owner, stored.id))    # raises RequestError for anybody else's
 
 A context is immutable, so a fork is another name for it, and who continues it keeps it when it is deleted. With a folder,
@@ -17,9 +17,9 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class _Content:
 
     name: str
     nbytes: int
+    weights: str  # hash of those of its model
     context: Context | None  # None: in the folder, not read yet
     num_states: int = 0
 
@@ -61,6 +62,9 @@ class Stored:
     created: float  # seconds since 1970
     used: float
     seconds: int  # without use until it expires
+    # Of a slot's state that was saved: the file's name that a client gave, and a digest of the tokens.
+    file: str = ""
+    digest: str = ""
 
     @property
     def expires(self) -> float:
@@ -79,9 +83,13 @@ class StateStore:
         max_bytes_of_owner: int | None = None,
         seconds: int = 86_400,
         folder: Path | None = None,
+        more: Mapping[str, LoadedModel] | None = None,
     ) -> None:
-        """Limits of all states and of one owner's; seconds without use until a state expires."""
-        self._loaded, self.weights, self._metrics, self.seconds = loaded, weights, metrics, seconds
+        """Limits of all states and of one owner's; seconds without use until a state expires. more: other models of the
+        same shape, dtype and tokenizer, by the hash of their weights.
+        """
+        self._loaded, self._metrics, self.seconds = loaded, metrics, seconds
+        self._models = {weights: loaded, **(more or {})}
         self.max_bytes = max_bytes
         self.max_bytes_of_owner = max_bytes if max_bytes_of_owner is None else min(max_bytes, max_bytes_of_owner)
         self._folder = folder
@@ -92,7 +100,7 @@ class StateStore:
             "dtype": str(loaded.model.head_weight.dtype).removeprefix("torch."),
             "tokenizer": loaded.tokenizer.sha256,
         }
-        metrics.more_gauges.append(self._gauges)
+        metrics.gauges.append(self._gauges)
         if folder is not None:
             self._open(folder)
         self._swept = time.monotonic()
@@ -135,10 +143,18 @@ class StateStore:
             with self._lock:
                 self._reserved.remove(reserved)
 
-    def add(self, owner: str, context: Context, awaits_answer: bool = False, seconds: int | None = None) -> Stored:
-        """Keep a context, for which `room` was made. Raises RequestError if the disk is full."""
-        content = _Content(f"content-{secrets.token_hex(16)}", context.nbytes, context)
-        stored = self._new(owner, content, context.num_tokens, awaits_answer, seconds)
+    def add(
+        self, owner: str, context: Context, weights: str, awaits_answer: bool = False, seconds: int | None = None,
+        file: str = "",
+        digest: str = "",
+    ) -> Stored:  # fmt: skip
+        """Keep a context of the model with these weights, for which `room` was made; `file` and `digest` as
+        in Stored. Raises RequestError if the disk is full.
+        """
+        content = _Content(f"content-{secrets.token_hex(16)}", context.nbytes, weights, context)
+        stored = replace(
+            self._new(owner, content, context.num_tokens, awaits_answer, seconds), file=file, digest=digest
+        )
         self._write(content.name + ".safetensors", self.to_bytes(stored))
         return self._keep(stored)
 
@@ -155,8 +171,9 @@ class StateStore:
         )
 
     def _keep(self, stored: Stored) -> Stored:
-        record = {name: getattr(stored, name) for name in _RECORD} | {
-            "content": stored.content.name, "nbytes": stored.content.nbytes, "weights": self.weights, **self.identity,
+        record = {name: getattr(stored, name) for name in (*_RECORD, *_SLOT)} | {
+            "content": stored.content.name, "nbytes": stored.content.nbytes, "weights": stored.content.weights,
+            **self.identity,
         }  # fmt: skip
         with self._lock:
             # Counted first: another state's deletion must not remove a file that this one is about to share.
@@ -207,7 +224,7 @@ class StateStore:
                 assert self._folder is not None
                 try:
                     data = (self._folder / f"{content.name}.safetensors").read_bytes()
-                    content.context = self.parse(data, "the file of this state")
+                    content.context, _ = self.parse(data, "the file of this state")
                 except (OSError, UserError) as error:
                     self._remove(stored)
                     reason = error.strerror if isinstance(error, OSError) else error
@@ -218,27 +235,28 @@ class StateStore:
     def to_bytes(self, stored: Stored) -> bytes:
         """The state as a safetensors file."""
         more = {**self.identity, "version": __version__, "awaits_answer": "1" if stored.awaits_answer else ""}
-        return context_bytes(self.context(stored), self.weights, **more)
+        return context_bytes(self.context(stored), stored.content.weights, **more)
 
-    def parse(self, data: bytes, name: str) -> Context:
-        """The context in a safetensors file. Raises UserError unless it is whole and this model's."""
+    def parse(self, data: bytes, name: str) -> tuple[Context, str]:
+        """The context in a safetensors file, and its weights. Raises UserError unless it is whole and a served model's."""
         metadata = metadata_of_bytes(data, name)
         for key, ours in self.identity.items():
             if metadata.get(key, ours) != ours:
                 raise UserError(f"{name} was made with the {key} {metadata[key][:12]}; this server has {ours[:12]}")
-        return context_from_bytes(data, metadata, self._loaded.model, self.weights, name, device="cpu")
+        weights = metadata["weights"] if metadata["weights"] in self._models else next(iter(self._models))
+        return context_from_bytes(data, metadata, self._models[weights].model, weights, name, device="cpu"), weights
 
     def upload(self, owner: str, data: bytes, id: str | None = None) -> Stored:
         """Keep the state in a safetensors file: as a new one, or in place of the context of `id`. Raises RequestError."""
         old = None if id is None else self.get(owner, id)
         try:
-            context = self.parse(data, "the upload")
+            context, weights = self.parse(data, "the upload")
         except UserError as error:
             raise RequestError(str(error), code="state_refused") from None
         awaits_answer = metadata_of_bytes(data, "the upload").get("awaits_answer") == "1"
         if old is None:
-            return self.add(owner, context, awaits_answer)
-        content = _Content(f"content-{secrets.token_hex(16)}", context.nbytes, context)
+            return self.add(owner, context, weights, awaits_answer)
+        content = _Content(f"content-{secrets.token_hex(16)}", context.nbytes, weights, context)
         new = Stored(old.id, owner, content, context.num_tokens, awaits_answer, old.created, time.time(), old.seconds)
         self._write(content.name + ".safetensors", self.to_bytes(new))
         with self._lock:
@@ -303,10 +321,13 @@ class StateStore:
         for path in sorted(folder.glob("state-*.json"), key=lambda path: path.stat().st_mtime):
             try:
                 record = json.loads(path.read_bytes())
-                content = _Content(str(record["content"]), int(record["nbytes"]), None)
+                content = _Content(str(record["content"]), int(record["nbytes"]), str(record["weights"]), None)
                 values = {name: record[name] for name in _RECORD}
+                values |= {name: str(record.get(name, "")) for name in _SLOT}
                 stored = Stored(path.stem, content=content, used=path.stat().st_mtime, **values)
-                is_ours = all(record[key] == ours for key, ours in {"weights": self.weights, **self.identity}.items())
+                is_ours = content.weights in self._models and all(
+                    record[key] == one for key, one in self.identity.items()
+                )
                 if not _NAME.fullmatch(path.name) or not _NAME.fullmatch(f"{content.name}.safetensors"):
                     raise ValueError("name")
                 stored.seconds = min(int(stored.seconds), self.seconds)
@@ -337,3 +358,4 @@ def _no_state(id: Any) -> RequestError:
 
 
 _RECORD = ("owner", "num_tokens", "awaits_answer", "created", "seconds")
+_SLOT = ("file", "digest")
