@@ -65,6 +65,21 @@ def test_states_of_a_server(tmp_path, tokenizer):
     assert (tmp_path / "book.state").is_file()
 
 
+def test_answers_in_a_schema(tmp_path, tokenizer):
+    pytest.importorskip("llguidance", reason="needs the extra schema")
+    with running(make_ready(small_model(), tokenizer), Settings(name="small"), num_slots=2) as (address, engine):
+        lines = run("answers_in_a_schema.py", address, cwd=tmp_path).splitlines()
+        assert engine.metrics.grammars == 4 and engine.metrics.tool_calls == 1
+    assert lines[0].startswith("a ") and lines[2] in ("yes", "no") and lines[3].startswith("introduce {")
+
+
+@pytest.mark.slow
+def test_adapters_of_a_server(tmp_path):
+    lines = run("adapters_of_a_server.py", "1", cwd=tmp_path, OMP_NUM_THREADS="1").splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["cook", "sailor", "tnllm-demo", "cook", "sailor"]
+    assert (tmp_path / "adapters" / "cook" / "adapter_config.json").is_file()
+
+
 @pytest.mark.slow
 def test_onnx_generate(tmp_path):
     """The greedy text of `tnllm generate`, without torch."""

@@ -15,6 +15,9 @@ import urllib.request
 
 import pytest
 
+from tnllm.cli.serve import _keys
+from tnllm.files import only_writer
+
 
 def start(*args, **environment):
     process = subprocess.Popen(
@@ -165,6 +168,35 @@ def test_a_taken_port(tnllm):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no key; give one a line"),
+        (b"# only a comment\n\n", "holds no key; give one a line"),
+        (b"one\ntwo words\n", "line 2: a key has no spaces; give one a line"),
+        ("schl\u00fcssel".encode(), "which cannot be read (it is not ASCII text)"),
+    ],
+)
+def test_files_of_keys_that_are_none(tnllm, tmp_path, content, message):
+    path = tmp_path / "keys"
+    path.write_bytes(content)
+    code, out, err = tnllm("serve", "--api-key-file", path)
+    assert code == 2 and out == "" and message in err
+    assert "words" not in err and "schl" not in err, "a message never shows a key"
+
+
+def test_a_file_of_keys(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# of two people\none   # the first\n\ntwo\none\n")
+    assert _keys(path) == ("one", "two", "one")
+
+
+def test_a_folder_of_states_that_another_server_uses(tnllm, tmp_path):
+    with only_writer(tmp_path):
+        code, _, err = tnllm("serve", "--state-dir", tmp_path)
+    assert code == 2 and str(tmp_path) in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("args", "code", "message"),
     [
         (["--model", "nowhere"], 2, "nowhere"),
@@ -172,6 +204,20 @@ def test_a_taken_port(tnllm):
         (["--port", "70000"], 2, "--port"),
         (["--host", "not.a.host.invalid"], 1, "cannot listen on not.a.host.invalid"),
         (["--device", "tpu"], 2, "device is 'tpu'"),
+        (["--cors-origin", "app.example"], 2, "--cors-origin is 'app.example'; allowed: *, or scheme and host"),
+        (["--cors-origin", "https://app.example/"], 2, "--cors-origin is 'https://app.example/'; allowed: *"),
+        (["--adapter", "legal"], 2, "--adapter is 'legal'; allowed: NAME=FOLDER"),
+        (["--adapter", "=x"], 2, "--adapter is '=x'; allowed: NAME=FOLDER"),
+        (["--adapter", "a=x", "--adapter", "a=y"], 2, "--adapter names 'a' twice"),
+        (["--adapter", "a=nowhere"], 2, "nowhere is not a folder; give an adapter's folder"),
+        (["--adapter", f"a={__file__}"], 2, "is not a folder; give an adapter's folder"),
+        (["--adapter", "tnllm-demo=x"], 2, "has the base model's name"),
+        (["--api-key-file", "nowhere"], 2, "nowhere, which cannot be read (No such file or directory)"),
+        (["--api-key-file", "."], 2, "which cannot be read (Is a directory); give a file of keys"),
+        (["--state-dir", __file__], 2, "--state-dir"),
+        (["--state-gib", "-1"], 2, "--state-gib"),
+        (["--state-gib-per-key", "-1"], 2, "--state-gib-per-key"),
+        (["--state-hours", "0"], 2, "--state-hours"),
     ],
 )
 def test_bad_input(tnllm, args, code, message):

@@ -185,7 +185,7 @@ def test_an_assistant_message_may_have_no_text(ready):
 @pytest.mark.parametrize(
     ("message", "explanation"),
     [
-        ({"role": "robot", "content": "a"}, "messages.0.role is 'robot'; allowed: system, developer, user, assistant, tool"),
+        ({"role": "robot", "content": "a"}, "messages.0.role is 'robot'; allowed: system, developer, user, assistant"),
         ({"role": "tool", "content": None}, "messages.0.content is null"),
         ({"role": "assistant", "tool_calls": "f"}, "messages.0.tool_calls is 'f'; allowed: a list of calls"),
         ({"role": "user"}, "messages.0.content is null; allowed: a text, or a list of parts"),

@@ -38,8 +38,8 @@ def serving(ready, monkeypatch, keys=("one", "two"), **options):
     """Yield (engine, a client for each key); `options` are the store's."""
     stores = []
 
-    def store(*args):
-        stores.append(StateStore(*args, **options))
+    def store(*args, **more):
+        stores.append(StateStore(*args, **more, **options))
         return stores[-1]
 
     monkeypatch.setattr(app_module, "StateStore", store)

@@ -33,6 +33,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "trackio": ("trackio",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
+    "schema": ("llguidance",),
     "hf": ("transformers", "tiktoken", "accelerate"),
     "bench": ("fla",),
     "onnx": ("onnx", "onnxruntime", "onnxscript", "transformers"),
