@@ -23,7 +23,10 @@ def post(path: str, **body: object) -> dict:
 
 PERSON = {
     "type": "object",
-    "properties": {"trade": {"enum": ["smith", "baker", "sailor"]}, "age": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "properties": {
+        "trade": {"enum": ["smith", "baker", "sailor"]},
+        "age": {"type": "integer", "minimum": 1, "maximum": 99},
+    },
     "required": ["trade", "age"],
     "additionalProperties": False,
 }
@@ -36,8 +39,9 @@ person = json.loads(answer["choices"][0]["message"]["content"])
 print(f"a {person['trade']} of {person['age']} years")
 
 # A text that matches an expression, and one of several texts.
-date = post("/v1/completions", prompt="It was on ", structured_outputs={"regex": "[0-9]{1,2} (May|June) 1[0-9]{3}"}, seed=1)
-print(re.fullmatch("[0-9]{1,2} (May|June) 1[0-9]{3}", date["choices"][0]["text"])[0])
+DATE = "[0-9]{1,2} (May|June) 1[0-9]{3}"
+date = post("/v1/completions", prompt="It was on ", structured_outputs={"regex": DATE}, seed=1)
+print(re.fullmatch(DATE, date["choices"][0]["text"])[0])
 vote = post("/v1/completions", prompt="Will it rain? ", structured_outputs={"choice": ["yes", "no"]}, seed=1)
 print(vote["choices"][0]["text"])
 

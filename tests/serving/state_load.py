@@ -1,8 +1,9 @@
 """Many states and forks of them under load: is each text the one that it is alone? In float32 on a CPU.
 
+tnllm serve --device cpu --queue 1024 &
 python -m tests.serving.state_load http://127.0.0.1:8000 --states 200 --forks 50
 
-The server must serve the model that ships with tnllm; without keys.
+The server must serve the model that ships with tnllm; without keys. A state takes 0.75 MiB there, forks nearly nothing.
 """
 
 import argparse
@@ -14,13 +15,14 @@ import httpx
 from tnllm.generation.context import read
 from tnllm.generation.decoder import generate
 from tnllm.generation.samples import Result
+from tnllm.progress import Progress
 
 TEXT = "The quick brown fox jumps over the lazy dog and the cat in the old house by the river"
 WORDS = TEXT.split()
 
 
-def load(ready, client, num_states, num_forks, num_tokens, workers):
-    """(texts, texts that differ): every fork of every state is continued in random order."""
+def load(ready, client, num_states, num_forks, num_tokens, workers, report=lambda stage, done, total: None):
+    """(texts, texts that differ): every fork of every state is continued in random order. `report` shows how far it is."""
     draw = random.Random(0)
     books = [" ".join(draw.choices(WORDS, k=draw.randrange(20, 120))) for _ in range(num_states)]
 
@@ -30,7 +32,10 @@ def load(ready, client, num_states, num_forks, num_tokens, workers):
         return answer.json()
 
     with ThreadPoolExecutor(workers) as pool:
-        ids = list(pool.map(lambda book: post("/v1/states", prompt=book)["id"], books))
+        ids = []
+        for id in pool.map(lambda book: post("/v1/states", prompt=book)["id"], books):
+            ids.append(id)
+            report("reading", len(ids), num_states)
         forks = [(state, seed) for state in range(num_states) for seed in range(num_forks)]
         draw.shuffle(forks)
 
@@ -41,7 +46,10 @@ def load(ready, client, num_states, num_forks, num_tokens, workers):
             assert client.delete(f"/v1/states/{id}").status_code == 200
             return answer["choices"][0]["text"]
 
-        answers = dict(zip(forks, pool.map(text, forks), strict=True))
+        answers = {}
+        for fork, answer in zip(forks, pool.map(text, forks), strict=True):
+            answers[fork] = answer
+            report("continuing forks", len(answers), len(forks))
     different = 0
     for state, book in enumerate(books):
         [context] = read(ready.model, [ready.encode(book)])
@@ -51,6 +59,7 @@ def load(ready, client, num_states, num_forks, num_tokens, workers):
             events = generate(ready.model, ready.tokenizer, [prompt], params, contexts=[context], eos_ids=ready.eos_ids)
             [result] = [event for event in events if isinstance(event, Result)]
             different += result.text != answers[state, seed]
+        report("comparing", (state + 1) * num_forks, len(forks))
     return len(answers), different
 
 
@@ -62,8 +71,10 @@ def main():
     for name, value in (("states", 200), ("forks", 50), ("tokens", 8), ("workers", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    with httpx.Client(base_url=args.url, timeout=3600, limits=httpx.Limits(max_connections=args.workers)) as client:
-        count, different = load(load_model(), client, args.states, args.forks, args.tokens, args.workers)
+    limits = httpx.Limits(max_connections=args.workers)
+    with httpx.Client(base_url=args.url, timeout=3600, limits=limits) as client, Progress() as progress:
+        sizes = args.states, args.forks, args.tokens, args.workers
+        count, different = load(load_model(device="cpu"), client, *sizes, progress.update)
     print(f"{args.states} states x {args.forks} forks: {count} texts, {different} differ from those alone")
     raise SystemExit(bool(different))
 

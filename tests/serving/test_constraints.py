@@ -246,6 +246,8 @@ def test_a_bias_bans_and_forces(server, ready):
     params = ready.params(max_tokens=5, seed=1, logit_bias=banned)
     [result] = [event for event in generate(ready.model, ready.tokenizer, ["The"], params) if isinstance(event, Result)]
     assert free.tokens[0] not in result.tokens
+    with pytest.raises(UserError, match="logit_bias has token 9999; the vocabulary has"):
+        generate(ready.model, ready.tokenizer, ["The"], ready.params(logit_bias={"9999": 1}))
     assert client.post("/v1/completions", json={**body, "max_tokens": 1, "logit_bias": banned}).json()["choices"][0][
         "text"
     ] == ready.tokenizer.decode(result.tokens[:1])

@@ -71,6 +71,8 @@ def generate(
     for index, (prompt, before) in enumerate(zip(ids, befores, strict=True)):
         if not prompt and before is None:
             raise UserError(f"prompt {index} is empty; give text, or the begin token to start from nothing")
+    for bad in {id for one in params for id, _ in one.logit_bias if id >= tokenizer.vocab_size}:
+        raise UserError(f"logit_bias has token {bad}; the vocabulary has {tokenizer.vocab_size}")
     tokenizer.check_vocabulary(model.config.vocab_size)
     stop_ids = frozenset([tokenizer.eos_id] if eos_ids is None else eos_ids)
 

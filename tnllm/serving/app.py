@@ -91,6 +91,7 @@ def make_app(
         return {"id": served.name, "object": "model", "created": int(created), "owned_by": "tnllm"}
 
     @app.get("/v1/models", **described(ModelList))
+    @app.get("/models", **described(ModelList))
     async def list_models() -> JSON:
         """The models that are served."""
         return JSON({"object": "list", "data": [described_model(served) for served in models]})
