@@ -1,6 +1,6 @@
 """Train two small adapters, serve both beside the model, and ask each: python examples/adapters_of_a_server.py [STEPS]
 
-Each learns one sentence by heart, so that the difference shows (about half a minute on a CPU). The adapters stay in adapters/.
+Each learns one sentence by heart, so that the difference shows. The adapters stay in adapters/.
 """
 
 import json
