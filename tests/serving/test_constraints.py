@@ -199,6 +199,7 @@ def test_a_json_object_is_one(server):
          "response_format.json_schema.schema", "is 5; allowed: a JSON schema"),
         ({"response_format": {"type": "regex", "pattern": 5}}, "response_format.pattern", "is 5; allowed: a text"),
         ({"response_format": {"type": "text", "x": 5}}, "response_format.x", "'response_format.x' is not supported"),
+        ({"response_format": {"type": "text", "pattern": {}}}, "response_format", "pattern is {}; it needs another type"),
         ({"structured_outputs": {}}, "structured_outputs", "has []; give one of json, regex, choice, grammar"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "give one of"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "is []; allowed: a list of texts"),

@@ -149,6 +149,20 @@ def test_pages_of_an_allowed_origin_may_ask(client):
     assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/states", "GET, HEAD, POST"),
+        ("/v1/states/x", "DELETE, GET, HEAD"),
+        ("/slots", "GET, HEAD"),
+        ("/tokenize", "POST"),
+    ],
+)
+def test_refused_methods_name_all_that_are_allowed(client, path, methods):
+    answer = client.patch(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+
+
 def test_every_key_of_several_opens(client):
     for key, status in (("one", 200), ("two", 200), ("three", 401), ("one two", 401)):
         answer = client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from tnllm import __version__
 from tnllm.errors import UserError
@@ -49,7 +49,13 @@ def _add_error_handlers(app: FastAPI) -> None:
             405: f"{request.method} is not allowed here; see /openapi.json",
         }
         message = messages.get(error.status_code, str(error.detail))
-        return JSON(error_body(message, "invalid_request_error"), error.status_code, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            # Starlette names the methods of the first route of this path alone.
+            routes = [route for route in request.app.routes if isinstance(route, Route)]
+            fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+            headers["Allow"] = ", ".join(sorted({name for route in fitting for name in route.methods or ()}))
+        return JSON(error_body(message, "invalid_request_error"), error.status_code, headers)
 
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> JSON:

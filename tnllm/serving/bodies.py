@@ -403,6 +403,8 @@ def _check_message(message: Any, where: str) -> tuple[str, str]:
     kept = without_neutral(message, MESSAGE, ("role", "content", *own), f"{where}.")
     content, calls = kept.get("content"), kept.get("tool_calls") or []
     if role == "tool":
+        if not isinstance(kept.get("tool_call_id", ""), str):
+            raise RequestError(f"{where}.tool_call_id is {shown(kept['tool_call_id'])}; allowed: a text", where)
         # The template has no tools, so what one gave is read as the user's.
         role = "user"
     if role == "assistant" and (calls or content is None):

@@ -103,6 +103,11 @@ def check_response_format(given: Any) -> Wanted | None:
     values = _object(given, "response_format", rule)
     kind = values.get("type")
     own = {"json_schema": "json_schema", "regex": "pattern"}.get(str(kind))
+    for key, fitting in (("pattern", str), ("json_schema", dict)):
+        if key != own and values.get(key) is not None and not isinstance(values[key], fitting):
+            raise RequestError(
+                f"response_format.{key} is {shown(values[key])}; it needs another type", "response_format"
+            )
     kept = without_neutral(values, {}, ["type", *([own] if own else [])], "response_format.")
     if kind == "text":
         return None

@@ -30,7 +30,7 @@ from tnllm.serving.bodies import RequestError, shown
 from tnllm.serving.generating import Generator, Submission
 from tnllm.serving.middleware import JSON, OWNER
 from tnllm.serving.openapi import described
-from tnllm.serving.schemas import ChatCompletion, NativeCompletion, Slot, SlotAction
+from tnllm.serving.schemas import ChatCompletion, NativeCompletions, Slot, SlotAction, SlotList
 from tnllm.serving.served import Models
 from tnllm.serving.states import StateStore
 from tnllm.serving.tickets import PromptRead
@@ -281,8 +281,8 @@ def add_llama_routes(app: FastAPI, models: Models, store: StateStore, generator:
     slots = SlotStates(engine.num_slots, store)
     make = type("SlotSubmission", (_SlotSubmission,), {"slots": slots})
 
-    @app.post("/completion", **described(NativeCompletion, NativeRequest))
-    @app.post("/completions", **described(NativeCompletion, NativeRequest))
+    @app.post("/completion", **described(NativeCompletions, NativeRequest))
+    @app.post("/completions", **described(NativeCompletions, NativeRequest))
     async def completion(request: Request) -> Response:
         """Continue a text: llama.cpp's form of requests and answers."""
         return await generator.respond(request, NativeRequest, NativeAnswer, make)
@@ -297,7 +297,7 @@ def add_llama_routes(app: FastAPI, models: Models, store: StateStore, generator:
             raise RequestError(f"the slot is {shown(id)}; allowed: 0 to {engine.num_slots - 1}", "id_slot")
         return int(id)
 
-    @app.get("/slots", **described(None, media_type="application/json"))
+    @app.get("/slots", **described(SlotList))
     async def list_slots(request: Request) -> JSON:
         """The slots, and what this key's requests have put there."""
         active, owner = engine.num_slots - engine.slots.free, request.scope[OWNER]

@@ -5,7 +5,7 @@ A test compares them with what the server sends.
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 
 
 class Usage(BaseModel):
@@ -286,6 +286,10 @@ class NativeCompletion(BaseModel):
     completion_probabilities: list[NativeLogprobs] | None = None
 
 
+class NativeCompletions(RootModel[NativeCompletion | list[NativeCompletion]]):
+    """One, or a list for several texts."""
+
+
 class Slot(BaseModel):
     """A slot."""
 
@@ -293,6 +297,10 @@ class Slot(BaseModel):
     n_ctx: int
     is_processing: bool
     n_past: int = Field(description="Tokens of the state that this key's requests have put there.")
+
+
+class SlotList(RootModel[list[Slot]]):
+    """All slots."""
 
 
 class SlotAction(BaseModel):
