@@ -188,6 +188,7 @@ def test_an_assistant_message_may_have_no_text(ready):
         ({"role": "robot", "content": "a"}, "messages.0.role is 'robot'; allowed: system, developer, user, assistant"),
         ({"role": "tool", "content": None}, "messages.0.content is null"),
         ({"role": "tool", "content": "a", "tool_call_id": {}}, "messages.0.tool_call_id is {}; allowed: a text"),
+        ({"role": "assistant", "content": "a", "tool_calls": {}}, "messages.0.tool_calls is {}; allowed: a list"),
         ({"role": "assistant", "tool_calls": "f"}, "messages.0.tool_calls is 'f'; allowed: a list of calls"),
         ({"role": "user"}, "messages.0.content is null; allowed: a text, or a list of parts"),
         ({"role": "user", "content": 5}, "messages.0.content is 5"),

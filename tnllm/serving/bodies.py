@@ -401,13 +401,13 @@ def _check_message(message: Any, where: str) -> tuple[str, str]:
         raise RequestError(f"{where}.role is {shown(role)}; allowed: {', '.join(ROLES)}, tool", f"{where}.role")
     own = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
     kept = without_neutral(message, MESSAGE, ("role", "content", *own), f"{where}.")
-    content, calls = kept.get("content"), kept.get("tool_calls") or []
+    content, calls = kept.get("content"), kept.get("tool_calls", [])
     if role == "tool":
         if not isinstance(kept.get("tool_call_id", ""), str):
             raise RequestError(f"{where}.tool_call_id is {shown(kept['tool_call_id'])}; allowed: a text", where)
         # The template has no tools, so what one gave is read as the user's.
         role = "user"
-    if role == "assistant" and (calls or content is None):
+    if role == "assistant" and (calls != [] or content is None):
         # What the model wrote is the arguments. An answer that refused has no text.
         return role, "".join([content if isinstance(content, str) else "", *_check_calls(calls, f"{where}.tool_calls")])
     where += ".content"

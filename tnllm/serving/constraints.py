@@ -36,7 +36,8 @@ class ResponseFormat(BaseModel):
     """What the text must be; a schema, or a pattern, is needed with its type."""
 
     type: Literal["text", "json_object", "json_schema", "regex"]
-    json_schema: NamedSchema | None = None
+    # Another object has no effect beside another type.
+    json_schema: NamedSchema | dict[str, Any] | None = None
     pattern: str | None = Field(None, description="Of the complete text, in Rust's syntax.")
 
 
