@@ -27,27 +27,56 @@ NEGLIGIBLE_LOG2_32_BIT = tl.constexpr(32.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def _start(cu_ptr, n, num_seqs, T, REVERSE: tl.constexpr):
-    """First token of sequence n; T for n = num_seqs."""
-    if REVERSE:
-        return T - tl.load(cu_ptr + num_seqs - n)
-    else:
-        return tl.load(cu_ptr + n)
+@triton.jit(do_not_specialize=["T", "num_seqs", "steps"])
+def bounds_kernel(cu_ptr, bounds_ptr, T, num_seqs, steps, BLOCK: tl.constexpr):
+    """Grid (T / BLOCK): of each token its sequence's first token, the first one after it, and its index.
 
-
-@triton.jit
-def _sequence_at(cu_ptr, t, num_seqs, T, REVERSE: tl.constexpr):
-    """Index of the sequence that holds token t: the last that starts at or before t, so never an empty one."""
-    low = 0
-    high = num_seqs
-    while high - low > 1:
+    bounds [3, T rounded up to BLOCK] int32. `steps` of bisection: at least log2(num_seqs). Empty sequences have no token.
+    """
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + num_seqs
+    for _ in range(steps):
         middle = (low + high) // 2
-        if _start(cu_ptr, middle, num_seqs, T, REVERSE) <= t:
-            low = middle
-        else:
-            high = middle
-    return low
+        started = tl.load(cu_ptr + middle) <= t
+        low = tl.where(started, middle, low)
+        high = tl.where(started, high, middle)
+    size = tl.num_programs(0) * BLOCK
+    tl.store(bounds_ptr + t, tl.load(cu_ptr + low))
+    tl.store(bounds_ptr + size + t, tl.load(cu_ptr + low + 1))
+    tl.store(bounds_ptr + 2 * size + t, low)
+
+
+@triton.jit
+def _layout(bounds_ptr, bounds_size, token, rows, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
+    """How the sequences lie in the chunk of `rows` tokens at `token`, in rows counted in time.
+
+    first [CHUNK]: the first row of each row's sequence, negative if it began before the chunk. Rows below `lead` continue
+    the sequence before the chunk. tail: `first` of the last row.
+    """
+    starts = bounds_ptr + token
+    ends = starts + bounds_size
+    if REVERSE:
+        first = rows + token - tl.load(ends + tl.arange(0, CHUNK))
+        tail = rows + token - tl.load(ends)
+        continues = tl.load(ends + rows - 1) > token + rows
+        lead = tl.where(continues, token + rows - tl.load(starts + rows - 1), 0)
+    else:
+        first = tl.load(starts + tl.arange(0, CHUNK)) - token
+        tail = tl.load(starts + rows - 1) - token
+        lead = tl.where(tl.load(starts) < token, tl.load(ends) - token, 0)
+    return first, lead, tail
+
+
+@triton.jit
+def _sequence(cu_ptr, n, T, REVERSE: tl.constexpr):
+    """First token in time of sequence n, and the first one after it."""
+    start = tl.load(cu_ptr + n)
+    end = tl.load(cu_ptr + n + 1)
+    if REVERSE:
+        return T - end, T - start
+    else:
+        return start, end
 
 
 @triton.jit
@@ -96,14 +125,15 @@ def _state_tile(first_col, transposed, D: tl.constexpr, E: tl.constexpr, BD: tl.
 
 @triton.jit
 def _chunk(
-    ptrs, row_strides, descriptors, token, state, g, b_decay, rows, cols,
+    ptrs, row_strides, descriptors, token, state, g, b_decay, rows, cols, layout, initial,
     MASK_ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it.
 
-    ptrs, row_strides, descriptors: of a, b, c and o. b_decay [CHUNK]: `to_end` of a full chunk. descriptors and b_decay
-    are read only with TMA.
+    ptrs, row_strides, descriptors: of a, b, c and o. b_decay: `to_end` of a full chunk, [CHUNK], or with PACKED where it
+    is stored. descriptors and b_decay are read only with TMA; layout, of `_layout`, and initial only with PACKED.
     """
     MASK_D: tl.constexpr = BD != D
     MASK_E: tl.constexpr = E % BE != 0
@@ -118,6 +148,11 @@ def _chunk(
     from_start = tl.exp2(g * tl.maximum(r + 1 - REVERSE, 0).to(tl.float32))
     to_end = tl.exp2(g * tl.maximum(rows - 1 - r + REVERSE, 0).to(tl.float32))
     over_chunk = tl.exp2(g * (rows * 1.0))
+    if PACKED:
+        first, lead, tail = layout
+        from_start = tl.where(r < lead, from_start, 0.0)
+        to_end = tl.where(r >= tail, to_end, 0.0)
+        over_chunk = tl.where(tail < 0, over_chunk, 0.0)
 
     if TMA and not MASK_ROWS:
         a = a_desc.load([token, 0])
@@ -130,6 +165,8 @@ def _chunk(
     dtype = a.dtype
     rounded = state.to(dtype)
     scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * decay
+    if PACKED:
+        scores = tl.where(r[None, :] >= first[:, None], scores, 0.0)
     out = tl.dot(a, rounded, input_precision=PRECISION) * from_start[:, None]
     out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
     if TMA and not MASK_ROWS:
@@ -137,8 +174,18 @@ def _chunk(
     else:
         _store_tile(o_ptr, out, o_t, token, rows, cols, MASK_ROWS, MASK_E, CHUNK, BE)
     state *= over_chunk
+    if PACKED and HAS_INITIAL:  # noqa: SIM102
+        if tail >= 0:
+            initial_ptr, index_ptr, initial_size, offsets, mask = initial
+            n = tl.load(index_ptr + token + (0 if REVERSE else rows - 1)).to(tl.int64)
+            since = tl.exp2(g * (rows - tail).to(tl.float32))
+            state = tl.load(initial_ptr + n * initial_size + offsets, mask=mask, other=0.0) * since
     if TMA:
-        decayed = (tl.trans(b).to(tl.float32) * (to_end if MASK_ROWS else b_decay)[None, :]).to(dtype)
+        if MASK_ROWS:
+            b_decay = to_end
+        elif PACKED:
+            b_decay = tl.load(b_decay + tl.arange(0, CHUNK), mask=r >= tail, other=0.0)
+        decayed = (tl.trans(b).to(tl.float32) * b_decay[None, :]).to(dtype)
         return tl.dot(decayed, c, state, input_precision=PRECISION)
     decayed = (c.to(tl.float32) * to_end[:, None]).to(dtype)
     return tl.dot(tl.trans(b), decayed, state, input_precision=PRECISION)
@@ -146,42 +193,56 @@ def _chunk(
 
 @triton.jit
 def _scan_chunks(
-    ptrs, row_strides, descriptors, t, stop, T, state, g, b_decay, cols,
+    ptrs, row_strides, descriptors, t, stop, T, state, g, b_decay, cols, bounds, initial,
     RAGGED: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """Attend over tokens [t, stop) of one sequence, chunk by chunk; return the state after them."""
+    """Attend over tokens [t, stop) of a row, chunk by chunk; return the state after them. bounds: pointer and length."""
     num_chunks = (stop - t) // CHUNK
+    bounds_ptr, bounds_size = bounds
+    # The layout of a chunk is loaded one chunk ahead; without PACKED it is a placeholder.
+    first, lead, tail = T, T, T
+    if PACKED:
+        token = tl.maximum(T - CHUNK - t, 0) if REVERSE else t
+        first, lead, tail = _layout(bounds_ptr, bounds_size, token, CHUNK, CHUNK, REVERSE)
     for i in range(num_chunks):
         token = t + i * CHUNK
         if REVERSE:
             token = T - CHUNK - token
+        layout = (first, lead, tail)
+        if PACKED:
+            ahead = tl.maximum(token - CHUNK, 0) if REVERSE else tl.minimum(token + CHUNK, T - CHUNK)
+            first, lead, tail = _layout(bounds_ptr, bounds_size, ahead, CHUNK, CHUNK, REVERSE)
         state = _chunk(
             ptrs, row_strides, descriptors, token, state, g, b_decay,
             CHUNK,
-            cols,
+            cols, layout, initial,
             False,
-            D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
+            D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION, PACKED, HAS_INITIAL,
         )  # fmt: skip
     if RAGGED:
         rows = (stop - t) % CHUNK
         if rows > 0:
             token = T - stop if REVERSE else stop - rows
+            layout = (first, lead, tail)
+            if PACKED:
+                layout = _layout(bounds_ptr, bounds_size, token, rows, CHUNK, REVERSE)
             state = _chunk(
-                ptrs, row_strides, descriptors, token, state, g, b_decay, rows, cols,
+                ptrs, row_strides, descriptors, token, state, g, b_decay, rows, cols, layout, initial,
                 True,
-                D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
+                D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION, PACKED, HAS_INITIAL,
             )  # fmt: skip
     return state
 
 
 # Complexity: its branches are compile-time variants of one scan; a second kernel would repeat the scan.
-@triton.jit(do_not_specialize=["T", "H", "split_len", "states_per_split", "num_states", "num_seqs"])
+@triton.jit(do_not_specialize=["T", "H", "split_len", "states_per_split", "num_states", "bounds_size"])
 def attend_kernel(  # noqa: C901
     a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, log_decay_ptr, b_decay_ptr, initial_ptr, before_ptr, final_ptr,
-    cu_ptr,
+    bounds_ptr,
     a_b, a_t, a_h, b_b, b_t, b_h, c_b, c_t, c_h, o_b, o_t, o_h, a2_b, a2_t, a2_h, o2_b, o2_t, o2_h,
-    T, H, split_len, states_per_split, num_states, num_seqs,
+    T, H, split_len, states_per_split, num_states, bounds_size,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr,
     REVERSE: tl.constexpr, DUAL: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_BEFORE: tl.constexpr, STORE_FINAL: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
@@ -193,6 +254,8 @@ def attend_kernel(  # noqa: C901
     then run side by side, and one finds in the L2 cache what the other has read. Requires D = E.
 
     initial, final [num_seqs, H, D, E] fp32: states before and after each sequence (None without HAS_INITIAL, STORE_FINAL).
+    With PACKED, bounds is that of `bounds_kernel`, final states come from `sub_split_states_kernel`, and what a sequence
+    gets of its initial state in the chunk it begins in from `add_initial_kernel`.
     before [B, H, num_states, D, E] fp32, from scan_states_kernel: every states_per_split-th is the state before a split.
     States are [E, D] in memory if STATE_TRANSPOSED. b_decay [H, CHUNK] fp32: scratch, None without TMA.
     """
@@ -239,7 +302,10 @@ def attend_kernel(  # noqa: C901
         to_end = r + 1 if REVERSE else CHUNK - 1 - r
         tl.store(b_decay_ptr + head * CHUNK + r, tl.exp2(g * to_end.to(tl.float32)))
         tl.debug_barrier()
-        b_decay = tl.load(b_decay_ptr + head * CHUNK + r)
+        if PACKED:
+            b_decay = b_decay_ptr + head * CHUNK
+        else:
+            b_decay = tl.load(b_decay_ptr + head * CHUNK + r)
 
     offsets, mask = _state_tile(first_col, transposed, D, E, BD, BE)
     begin = split * split_len
@@ -248,70 +314,97 @@ def attend_kernel(  # noqa: C901
     if HAS_BEFORE:
         index = (row * H + head) * num_states + split * states_per_split
         state = tl.load(before_ptr + index * (D * E) + offsets, mask=mask, other=0.0)
-    if PACKED:
-        n = _sequence_at(cu_ptr, begin, num_seqs, T, REVERSE)
-        t = begin
-        while t < end:
-            while _start(cu_ptr, n + 1, num_seqs, T, REVERSE) <= t:
-                n += 1
-            next_start = _start(cu_ptr, n + 1, num_seqs, T, REVERSE)
-            stop = tl.minimum(next_start, end)
-            sequence = num_seqs - 1 - n if REVERSE else n
-            state_offset = (sequence * H + head) * (D * E)
-            if _start(cu_ptr, n, num_seqs, T, REVERSE) == t:
-                if HAS_INITIAL:
-                    state = tl.load(initial_ptr + state_offset + offsets, mask=mask, other=0.0)
-                else:
-                    state = tl.zeros_like(state)
-            state = _scan_chunks(
-                ptrs, row_strides, descriptors, t, stop, T, state, g, b_decay, cols,
-                RAGGED, D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
-            )  # fmt: skip
-            if STORE_FINAL:  # noqa: SIM102
-                if stop == next_start and first_of_dual:
-                    tl.store(final_ptr + state_offset + offsets, state, mask=mask)
-            t = stop
-    else:
-        state_offset = (row * H + head) * (D * E)
-        if HAS_INITIAL and not HAS_BEFORE:
-            state = tl.load(initial_ptr + state_offset + offsets, mask=mask, other=0.0)
-        state = _scan_chunks(
-            ptrs, row_strides, descriptors, begin, end, T, state, g, b_decay, cols,
-            RAGGED, D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION,
-        )  # fmt: skip
-        if STORE_FINAL:  # noqa: SIM102
-            if end == T and first_of_dual:
-                tl.store(final_ptr + state_offset + offsets, state, mask=mask)
+    state_offset = (row * H + head) * (D * E)
+    if HAS_INITIAL and not HAS_BEFORE and not PACKED:
+        state = tl.load(initial_ptr + state_offset + offsets, mask=mask, other=0.0)
+    initial = (initial_ptr, bounds_ptr, H, offsets, mask)
+    if PACKED and HAS_INITIAL:
+        initial = (initial_ptr + head * (D * E), bounds_ptr + 2 * bounds_size, H * D * E, offsets, mask)
+    state = _scan_chunks(
+        ptrs, row_strides, descriptors, begin, end, T, state, g, b_decay, cols, (bounds_ptr, bounds_size), initial,
+        RAGGED, D, E, BD, BE, CHUNK, REVERSE, TMA, PRECISION, PACKED, HAS_INITIAL,
+    )  # fmt: skip
+    if STORE_FINAL:  # noqa: SIM102
+        if end == T and first_of_dual:
+            tl.store(final_ptr + state_offset + offsets, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "H", "sub_split", "offset", "num_seqs"])
-def sub_split_states_kernel(
-    b_ptr, c_ptr, log_decay_ptr, initial_ptr, added_ptr, carries_ptr, cu_ptr,
+@triton.jit(do_not_specialize=["T", "H"])
+def add_initial_kernel(
+    a_ptr, o_ptr, log_decay_ptr, initial_ptr, cu_ptr,
+    a_t, a_h, o_t, o_h,
+    T, H,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (sequences x heads x column blocks): add to o what a sequence gets of its initial state in its first chunk.
+
+    `attend_kernel` cuts a row in chunks wherever sequences begin: several may begin in one chunk, which carries one state.
+    """
+    COL_BLOCKS: tl.constexpr = tl.cdiv(E, BE)
+    index = tl.program_id(0) // COL_BLOCKS
+    first_col = tl.program_id(0) % COL_BLOCKS * BE
+    head = (index % H).to(tl.int64)
+    n = index // H
+    g = tl.load(log_decay_ptr + head) * LOG2E
+    start, end = _sequence(cu_ptr, n, T, REVERSE)
+    stop = tl.minimum(end, start // CHUNK * CHUNK + CHUNK)
+    rows = stop - start
+    token = T - stop if REVERSE else start
+    r = tl.arange(0, CHUNK)
+    if REVERSE:
+        r = rows - 1 - r
+    from_start = tl.exp2(g * tl.maximum(r + 1 - REVERSE, 0).to(tl.float32))
+    cols = E - first_col
+    a = _load_tile(a_ptr + head * a_h, a_t, token, rows, D, True, True, CHUNK, BD)
+    o_ptr += head * o_h + first_col
+    out = _load_tile(o_ptr, o_t, token, rows, cols, True, True, CHUNK, BE).to(tl.float32)
+    offsets, mask = _state_tile(first_col, STATE_TRANSPOSED, D, E, BD, BE)
+    state = tl.load(initial_ptr + index.to(tl.int64) * (D * E) + offsets, mask=mask, other=0.0).to(a.dtype)
+    out += tl.dot(a, state, input_precision=PRECISION) * from_start[:, None]
+    _store_tile(o_ptr, out, o_t, token, rows, cols, True, True, CHUNK, BE)
+
+
+@triton.jit(do_not_specialize=["T", "H", "sub_split", "offset", "num_states", "bounds_size"])
+def sub_split_states_kernel(  # noqa: C901 (as attend_kernel)
+    b_ptr, c_ptr, log_decay_ptr, initial_ptr, before_ptr, out_ptr, carries_ptr, bounds_ptr, cu_ptr,
     b_b, b_t, b_h, c_b, c_t, c_h,
-    T, H, sub_split, offset, num_seqs,
+    T, H, sub_split, offset, num_states, bounds_size,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr,
     REVERSE: tl.constexpr, STATE_TRANSPOSED: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr,
-    RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    FINAL: tl.constexpr, HAS_BEFORE: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads x column blocks, sub-splits, batch): what each sub-split adds to the state.
 
-    The first sub-split is `offset` tokens shorter (needs RAGGED if not 0). added [B, H, sub-splits + 1, D, E]: index i + 1
+    The first sub-split is `offset` tokens shorter (needs RAGGED if not 0). out [B, H, sub-splits + 1, D, E]: index i + 1
     gets the state after sub-split i from a zero state before it. carries [sub-splits + 1]: 1 if the sequence at the
     sub-split's end began before the sub-split, else 0.
+
+    With FINAL (needs PACKED) the grid is (sequences x heads x column blocks, 1, 1), and out [num_seqs, H, D, E] gets the
+    state after each sequence. before [H, num_states, D, E] is that of `attend_kernel` (None without HAS_BEFORE).
     """
     COL_BLOCKS: tl.constexpr = tl.cdiv(E, BE)
-    head = (tl.program_id(0) // COL_BLOCKS).to(tl.int64)
     first_col = tl.program_id(0) % COL_BLOCKS * BE
+    head = (tl.program_id(0) // COL_BLOCKS).to(tl.int64)
     index = tl.program_id(1)
+    if FINAL:
+        index = (head // H).to(tl.int32)
+        head = head % H
     row = tl.program_id(2).to(tl.int64)
     g = tl.load(log_decay_ptr + head) * LOG2E
     end = index * sub_split + sub_split - offset
     begin = tl.maximum(end - sub_split, 0)
     starts_inside = False
     start = begin
-    if PACKED:
-        n = _sequence_at(cu_ptr, end - 1, num_seqs, T, REVERSE)
-        start = _start(cu_ptr, n, num_seqs, T, REVERSE)
+    sequence = index
+    if FINAL:
+        start, end = _sequence(cu_ptr, index, T, REVERSE)
+        begin = tl.maximum(end - 1, 0) // sub_split * sub_split
+        starts_inside = start >= begin
+    elif PACKED:
+        last = T - end if REVERSE else end - 1
+        start = T - tl.load(bounds_ptr + bounds_size + last) if REVERSE else tl.load(bounds_ptr + last)
+        sequence = tl.load(bounds_ptr + 2 * bounds_size + last)
         starts_inside = start >= begin
         tl.store(carries_ptr + index, tl.where(starts_inside, 0, 1))
     # Skip tokens whose contribution is negligible at the end of the sub-split; a multiple of CHUNK tokens, at least one
@@ -353,12 +446,16 @@ def sub_split_states_kernel(
     offsets, mask = _state_tile(first_col, STATE_TRANSPOSED, D, E, BD, BE)
     if PACKED and HAS_INITIAL:  # noqa: SIM102
         if starts_inside:
-            sequence = num_seqs - 1 - n if REVERSE else n
-            state_offset = (sequence * H + head) * (D * E)
-            initial = tl.load(initial_ptr + state_offset + offsets, mask=mask, other=0.0)
-            state += initial * tl.exp2(g * (end - start).to(tl.float32))
-    state_index = (row * H + head) * (tl.num_programs(1) + 1) + index + 1
-    tl.store(added_ptr + state_index * (D * E) + offsets, state, mask=mask)
+            initial_ptr += (sequence.to(tl.int64) * H + head) * (D * E)
+            state += tl.load(initial_ptr + offsets, mask=mask, other=0.0) * tl.exp2(g * (end - start).to(tl.float32))
+    if HAS_BEFORE:  # noqa: SIM102
+        if start < begin:
+            before_ptr += (head * num_states + begin // sub_split) * (D * E)
+            state += tl.load(before_ptr + offsets, mask=mask, other=0.0) * tl.exp2(g * (end - begin).to(tl.float32))
+    out_index = (row * H + head) * (tl.num_programs(1) + 1) + index + 1
+    if FINAL:
+        out_index = index.to(tl.int64) * H + head
+    tl.store(out_ptr + out_index * (D * E) + offsets, state, mask=mask)
 
 
 @triton.jit(do_not_specialize=["H", "sub_split", "num_states"])

@@ -11,7 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from tnllm.kernels.lightning_attention.kernels import attend_kernel, scan_states_kernel, sub_split_states_kernel
+from tnllm.kernels.lightning_attention.kernels import (
+    add_initial_kernel,
+    attend_kernel,
+    bounds_kernel,
+    scan_states_kernel,
+    sub_split_states_kernel,
+)
 
 
 @dataclass(frozen=True)
@@ -111,21 +117,24 @@ class _Scan:
 
     log_decay: Tensor
     cu_seqlens: Tensor | None
-    num_seqs: int
+    bounds: Tensor | None  # of bounds_kernel; None: not packed
     T: int
     reverse: bool
 
     @property
     def packed(self) -> bool:
-        return self.cu_seqlens is not None
+        return self.bounds is not None
 
-    def new_final(self, initial: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        # No program writes the state of an empty packed sequence: it must be the initial one.
-        if not self.packed:
-            return torch.empty(shape, device=like.device, dtype=torch.float32)
-        if initial is None:
-            return torch.zeros(shape, device=like.device, dtype=torch.float32)
-        return initial.clone()
+    @property
+    def bounds_size(self) -> int:
+        return 0 if self.bounds is None else self.bounds.shape[1]
+
+
+def _bounds(cu_seqlens: Tensor, T: int) -> Tensor:
+    blocks, num_seqs = triton.cdiv(T, 1024), cu_seqlens.shape[0] - 1
+    bounds = torch.empty(3, blocks * 1024, device=cu_seqlens.device, dtype=torch.int32)
+    bounds_kernel[(blocks,)](cu_seqlens, bounds, T, num_seqs, num_seqs.bit_length(), BLOCK=1024, num_warps=8)
+    return bounds
 
 
 def _precision(x: Tensor) -> str:
@@ -143,6 +152,25 @@ def _states_before(
     return _states(scan, splits.sub_split, num_before_last, 0, b, c, initial, transposed)
 
 
+def _sub_split_states(
+    scan: _Scan, grid: tuple[int, int, int], sub_split: int, offset: int, b: Tensor, c: Tensor, out: Tensor,
+    carries: Tensor | None, initial: Tensor | None, before: Tensor | None, transposed: bool, final: bool = False,
+) -> None:  # fmt: skip
+    """Grid (heads or sequences x heads, sub-splits, batch), without the column blocks."""
+    H, D = b.shape[2:]
+    E = c.shape[-1]
+    config = attend_config(D, b.element_size(), _device(b))
+    sub_split_states_kernel[(grid[0] * triton.cdiv(E, config.cols), *grid[1:])](
+        b, c, scan.log_decay, initial, before, out, carries, scan.bounds, scan.cu_seqlens,
+        *b.stride()[:3], *c.stride()[:3],
+        scan.T, H, sub_split, offset, 0 if before is None else before.shape[2], scan.bounds_size,
+        D=D, E=E, BD=triton.next_power_of_2(D), BE=config.cols, CHUNK=config.chunk,
+        REVERSE=scan.reverse, STATE_TRANSPOSED=transposed, HAS_INITIAL=initial is not None,
+        PACKED=scan.packed, FINAL=final, HAS_BEFORE=before is not None, RAGGED=scan.packed or offset > 0,
+        PRECISION=_precision(b), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
 def _states(
     scan: _Scan, sub_split: int, num_sub_splits: int, offset: int, b: Tensor, c: Tensor, initial: Tensor | None,
     transposed: bool,
@@ -150,17 +178,10 @@ def _states(
     """The state before each of `num_sub_splits` sub-splits, and after the last [B, H, num_sub_splits + 1, D * E]."""
     B, _, H, D = b.shape
     E = c.shape[-1]
-    config = attend_config(D, b.element_size(), _device(b))
     states = torch.empty(B, H, num_sub_splits + 1, D * E, device=b.device, dtype=torch.float32)
     carries = torch.empty(num_sub_splits + 1, device=b.device, dtype=torch.int32) if scan.packed else None
-    sub_split_states_kernel[(H * triton.cdiv(E, config.cols), num_sub_splits, B)](
-        b, c, scan.log_decay, initial, states, carries, scan.cu_seqlens,
-        *b.stride()[:3], *c.stride()[:3], scan.T, H, sub_split, offset, scan.num_seqs,
-        D=D, E=E, BD=triton.next_power_of_2(D), BE=config.cols, CHUNK=config.chunk,
-        REVERSE=scan.reverse, STATE_TRANSPOSED=transposed, HAS_INITIAL=initial is not None,
-        PACKED=scan.packed, RAGGED=scan.packed or offset > 0, PRECISION=_precision(b),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    grid = (H, num_sub_splits, B)
+    _sub_split_states(scan, grid, sub_split, offset, b, c, states, carries, initial, None, transposed)
     scan_states_kernel[(D * E // 128, B * H)](
         states, scan.log_decay, initial, carries, H, sub_split, num_sub_splits + 1,
         SIZE=D * E, BLOCK=128, GROUP=8, HAS_INITIAL=initial is not None, PACKED=scan.packed, num_warps=4,
@@ -186,16 +207,35 @@ def _attend(
     splits = plan(T, B * programs, device.num_sms, config.chunk)
     before = _states_before(scan, splits, b, c, initial, transposed)
     attend_kernel[(programs, triton.cdiv(T, splits.split), B)](
-        a, b, c, out, a2, out2, scan.log_decay, b_decay, initial, before, final, scan.cu_seqlens,
+        a, b, c, out, a2, out2, scan.log_decay, b_decay, initial, before,
+        None if scan.packed else final, scan.bounds,
         *a.stride()[:3], *b.stride()[:3], *c.stride()[:3],
         *out.stride()[:3], *a2.stride()[:3], *out2.stride()[:3],
-        T, H, splits.split, splits.split // splits.sub_split, triton.cdiv(T, splits.sub_split), scan.num_seqs,
+        T, H, splits.split, splits.split // splits.sub_split, triton.cdiv(T, splits.sub_split), scan.bounds_size,
         D=D, E=E, BD=triton.next_power_of_2(D), BE=config.cols, CHUNK=config.chunk,
         REVERSE=scan.reverse, DUAL=second is not None, STATE_TRANSPOSED=transposed,
-        HAS_INITIAL=initial is not None, HAS_BEFORE=before is not None, STORE_FINAL=final is not None,
-        PACKED=scan.packed, RAGGED=scan.packed or T % config.chunk != 0,
+        HAS_INITIAL=initial is not None, HAS_BEFORE=before is not None, STORE_FINAL=final is not None and not scan.packed,
+        PACKED=scan.packed, RAGGED=T % config.chunk != 0,
         TMA=config.tma, PRECISION=_precision(a),
         num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if scan.packed and final is not None:
+        grid = (final.shape[0] * H, 1, 1)
+        _sub_split_states(scan, grid, splits.sub_split, 0, b, c, final, None, initial, before, transposed, final=True)
+    if scan.packed and initial is not None:
+        _add_initial(scan, a, out, initial, transposed)
+        if second:
+            _add_initial(scan, a2, out2, initial, not transposed)
+
+
+def _add_initial(scan: _Scan, a: Tensor, out: Tensor, initial: Tensor, transposed: bool) -> None:
+    H, D = a.shape[2:]
+    E = out.shape[-1]
+    config = attend_config(D, a.element_size(), _device(a))
+    add_initial_kernel[(initial.shape[0] * H * triton.cdiv(E, config.cols),)](
+        a, out, scan.log_decay, initial, scan.cu_seqlens, *a.stride()[1:3], *out.stride()[1:3], scan.T, H,
+        D=D, E=E, BD=triton.next_power_of_2(D), BE=config.cols, CHUNK=config.chunk, REVERSE=scan.reverse,
+        STATE_TRANSPOSED=transposed, PRECISION=_precision(a), num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -211,10 +251,9 @@ def _optional(x: Tensor | None) -> Tensor | None:
 
 
 def _scans(q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> tuple[_Scan, _Scan]:
-    num_seqs = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    log_decay, cu_seqlens = log_decay.contiguous(), _optional(cu_seqlens)
-    shared = (log_decay, cu_seqlens, num_seqs, q.shape[1])
-    return _Scan(*shared, reverse=False), _Scan(*shared, reverse=True)
+    log_decay, cu_seqlens, T = log_decay.contiguous(), _optional(cu_seqlens), q.shape[1]
+    bounds = None if cu_seqlens is None else _bounds(cu_seqlens, T)
+    return _Scan(log_decay, cu_seqlens, bounds, T, False), _Scan(log_decay, cu_seqlens, bounds, T, True)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -229,8 +268,10 @@ def triton_forward(
     q, k, v = _readable(q), _readable(k), _readable(v)
     scan, _ = _scans(q, log_decay, cu_seqlens)
     initial, o = _optional(initial_state), _like(v)
-    shape = (scan.num_seqs, *q.shape[2:], v.shape[-1])
-    final = scan.new_final(initial, q, shape) if need_state else None
+    final = None
+    if need_state:
+        num_seqs = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        final = torch.empty(num_seqs, *q.shape[2:], v.shape[-1], device=q.device, dtype=torch.float32)
     _attend(scan, q, k, v, o, initial, final, transposed=False)
     return o, final
 
@@ -243,7 +284,7 @@ def triton_state(b: Tensor, c: Tensor, log_decay: Tensor, reverse: bool = False)
     b, c = _readable(b), _readable(c)
     B, T, H, D = b.shape
     E, device = c.shape[-1], _device(b)
-    scan = _Scan(log_decay.contiguous(), None, B, T, reverse)
+    scan = _Scan(log_decay.contiguous(), None, None, T, reverse)
     config = attend_config(D, b.element_size(), device)
     programs = B * H * triton.cdiv(E, config.cols)
     max_sub_splits = max(1, min(4 * device.num_sms // programs, T // (8 * config.chunk)))
@@ -262,7 +303,7 @@ def triton_backward(
     forward, backward = _scans(q, log_decay, cu_seqlens)
     initial, dfinal = _optional(initial_state), _optional(dfinal)
     dq, dk, dv = into or (_like(q), _like(k), _like(v))
-    dinitial = None if initial is None else backward.new_final(dfinal, q, tuple(initial.shape))
+    dinitial = None if initial is None else torch.empty_like(initial)
     _attend(forward, do, v, k, dq, initial, None, transposed=True)
     if q.shape[-1] == v.shape[-1]:
         _attend(backward, v, do, q, dk, dfinal, dinitial, transposed=True, second=(k, dv))
