@@ -49,23 +49,24 @@ def bounds_kernel(cu_ptr, bounds_ptr, T, num_seqs, steps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _layout(bounds_ptr, bounds_size, token, rows, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
-    """How the sequences lie in the chunk of `rows` tokens at `token`, in rows counted in time.
+    """How the sequences lie in the chunk of `rows` tokens at `token`.
 
-    first [CHUNK]: the first row of each row's sequence, negative if it began before the chunk. Rows below `lead` continue
-    the sequence before the chunk. tail: `first` of the last row.
+    edge [CHUNK]: where each row's sequence begins, in rows of memory; with time reversed, where it ends. In rows counted
+    in time: those below `lead` continue the sequence before the chunk; the last sequence has those from `tail` on, which
+    is negative if it began before the chunk.
     """
     starts = bounds_ptr + token
     ends = starts + bounds_size
     if REVERSE:
-        first = rows + token - tl.load(ends + tl.arange(0, CHUNK))
+        edge = tl.load(ends + tl.arange(0, CHUNK)) - token
         tail = rows + token - tl.load(ends)
         continues = tl.load(ends + rows - 1) > token + rows
         lead = tl.where(continues, token + rows - tl.load(starts + rows - 1), 0)
     else:
-        first = tl.load(starts + tl.arange(0, CHUNK)) - token
+        edge = tl.load(starts + tl.arange(0, CHUNK)) - token
         tail = tl.load(starts + rows - 1) - token
         lead = tl.where(tl.load(starts) < token, tl.load(ends) - token, 0)
-    return first, lead, tail
+    return edge, lead, tail
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def _chunk(
     to_end = tl.exp2(g * tl.maximum(rows - 1 - r + REVERSE, 0).to(tl.float32))
     over_chunk = tl.exp2(g * (rows * 1.0))
     if PACKED:
-        first, lead, tail = layout
+        edge, lead, tail = layout
         from_start = tl.where(r < lead, from_start, 0.0)
         to_end = tl.where(r >= tail, to_end, 0.0)
         over_chunk = tl.where(tail < 0, over_chunk, 0.0)
@@ -165,8 +166,11 @@ def _chunk(
     dtype = a.dtype
     rounded = state.to(dtype)
     scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * decay
-    if PACKED:
-        scores = tl.where(r[None, :] >= first[:, None], scores, 0.0)
+    if PACKED:  # noqa: SIM102
+        if lead < CHUNK:
+            m = tl.arange(0, CHUNK)[None, :]
+            same = m < edge[:, None] if REVERSE else m >= edge[:, None]
+            scores = tl.where(same, scores, 0.0)
     out = tl.dot(a, rounded, input_precision=PRECISION) * from_start[:, None]
     out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
     if TMA and not MASK_ROWS:
@@ -202,18 +206,18 @@ def _scan_chunks(
     num_chunks = (stop - t) // CHUNK
     bounds_ptr, bounds_size = bounds
     # The layout of a chunk is loaded one chunk ahead; without PACKED it is a placeholder.
-    first, lead, tail = T, T, T
+    edge, lead, tail = T, T, T
     if PACKED:
         token = tl.maximum(T - CHUNK - t, 0) if REVERSE else t
-        first, lead, tail = _layout(bounds_ptr, bounds_size, token, CHUNK, CHUNK, REVERSE)
+        edge, lead, tail = _layout(bounds_ptr, bounds_size, token, CHUNK, CHUNK, REVERSE)
     for i in range(num_chunks):
         token = t + i * CHUNK
         if REVERSE:
             token = T - CHUNK - token
-        layout = (first, lead, tail)
+        layout = (edge, lead, tail)
         if PACKED:
             ahead = tl.maximum(token - CHUNK, 0) if REVERSE else tl.minimum(token + CHUNK, T - CHUNK)
-            first, lead, tail = _layout(bounds_ptr, bounds_size, ahead, CHUNK, CHUNK, REVERSE)
+            edge, lead, tail = _layout(bounds_ptr, bounds_size, ahead, CHUNK, CHUNK, REVERSE)
         state = _chunk(
             ptrs, row_strides, descriptors, token, state, g, b_decay,
             CHUNK,
@@ -225,7 +229,7 @@ def _scan_chunks(
         rows = (stop - t) % CHUNK
         if rows > 0:
             token = T - stop if REVERSE else stop - rows
-            layout = (first, lead, tail)
+            layout = (edge, lead, tail)
             if PACKED:
                 layout = _layout(bounds_ptr, bounds_size, token, rows, CHUNK, REVERSE)
             state = _chunk(
