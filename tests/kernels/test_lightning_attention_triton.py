@@ -3,9 +3,12 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tnllm.kernels.lightning_attention import chunk, lightning_attention, lightning_attention_step
 from tnllm.kernels.lightning_attention.op import HEAD_DIMS
+from tnllm.kernels.lightning_attention.reference import quadratic
 
 launch = pytest.importorskip("tnllm.kernels.lightning_attention.launch")
 step = pytest.importorskip("tnllm.kernels.lightning_attention.step")
@@ -107,6 +110,56 @@ def test_splits(short_splits, with_state):
 )
 def test_packed_splits(short_splits, lengths, with_state):
     check(make(1, sum(lengths), 1, 32, 32, torch.float32, lengths, with_state))
+
+
+def check_against_alone(args):
+    """Against the definition in float64, which takes one sequence after the other, and its gradients by autograd."""
+    do, dfinal, *inputs = args
+    results = launch.triton_forward(*inputs), launch.triton_backward(do, dfinal, *inputs)
+    q, k, v, initial = leaves = [None if x is None else x.double().requires_grad_() for x in (*inputs[:3], inputs[4])]
+    o, final = quadratic(q, k, v, inputs[3], initial, inputs[5])
+    outputs, given_grads = ([o], [do.double()]) if dfinal is None else ([o, final], [do.double(), dfinal.double()])
+    exact = torch.autograd.grad(outputs, [x for x in leaves if x is not None], given_grads)
+    for name, ours, theirs in zip(
+        ("o", "final", "dq", "dk", "dv", "dinitial"),
+        (*results[0], *results[1]),
+        (o, final, *exact),
+        strict=initial is not None,
+    ):
+        error = float((ours.double() - theirs.detach()).norm() / theirs.detach().norm())
+        assert error <= TOLERANCE[do.dtype], f"{name}: relative error {error:.1e}"
+
+
+def make_packed(lengths, state, gradient, seed, **kind):
+    """As `make`, each of the two states there or not."""
+    args = list(make(1, sum(lengths), 2, **kind, lengths=lengths, seed=seed))
+    args[1], args[6] = args[1] if gradient else None, args[6] if state else None
+    return args
+
+
+# Lengths around the chunk of 16 tokens: several sequences in a chunk, none, and some over many chunks and splits.
+SHORT = st.lists(st.one_of(st.integers(0, 5), st.integers(14, 18), st.integers(0, 70)), min_size=1, max_size=9)
+
+
+@pytest.mark.slow
+@settings(max_examples=5, deadline=None)
+@given(SHORT.filter(any), st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**16))
+@example([0, 16, 0, 16, 3, 0], True, True, True, True, 0)
+def test_packed_equals_alone(lengths, state, gradient, splits, tma, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "attend_config", lambda *_, dual=False: launch.Config(16, 64, 4, 2, dual and tma))
+        patch.setattr(launch, "plan", lambda T, *_: launch.Plan(64, 32) if splits and T > 64 else launch.Plan(T, T))
+        check_against_alone(make_packed(lengths, state, gradient, seed, D=32, E=32, dtype=torch.float32))
+
+
+@pytest.mark.gpu
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=60).filter(any),
+    st.booleans(), st.booleans(), st.integers(0, 2**16),
+)  # fmt: skip
+def test_packed_equals_alone_compiled(lengths, state, gradient, seed):
+    check_against_alone(make_packed(lengths, state, gradient, seed, D=128, E=128, dtype=torch.bfloat16))
 
 
 @pytest.mark.slow

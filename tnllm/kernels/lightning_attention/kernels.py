@@ -242,7 +242,7 @@ def _scan_chunks(
 
 # Complexity: its branches are compile-time variants of one scan; a second kernel would repeat the scan.
 @triton.jit(do_not_specialize=["T", "H", "split_len", "states_per_split", "num_states", "bounds_size"])
-def attend_kernel(  # noqa: C901
+def attend_kernel(
     a_ptr, b_ptr, c_ptr, o_ptr, a2_ptr, o2_ptr, log_decay_ptr, b_decay_ptr, initial_ptr, before_ptr, final_ptr,
     bounds_ptr,
     a_b, a_t, a_h, b_b, b_t, b_h, c_b, c_t, c_h, o_b, o_t, o_h, a2_b, a2_t, a2_h, o2_b, o2_t, o2_h,
@@ -370,7 +370,7 @@ def add_initial_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "H", "sub_split", "offset", "num_states", "bounds_size"])
-def sub_split_states_kernel(  # noqa: C901 (as attend_kernel)
+def sub_split_states_kernel(
     b_ptr, c_ptr, log_decay_ptr, initial_ptr, before_ptr, out_ptr, carries_ptr, bounds_ptr, cu_ptr,
     b_b, b_t, b_h, c_b, c_t, c_h,
     T, H, sub_split, offset, num_states, bounds_size,
