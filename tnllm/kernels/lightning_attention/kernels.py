@@ -27,46 +27,53 @@ NEGLIGIBLE_LOG2_32_BIT = tl.constexpr(32.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "steps"])
-def bounds_kernel(cu_ptr, bounds_ptr, T, num_seqs, steps, BLOCK: tl.constexpr):
-    """Grid (T / BLOCK): of each token its sequence's first token, the first one after it, and its index.
+@triton.jit
+def _bisect(cu_ptr, t, low, high):
+    """One step towards the last sequence that begins at or before t, so never an empty one."""
+    middle = (low + high) // 2
+    started = tl.load(cu_ptr + middle) <= t
+    return tl.where(started, middle, low), tl.where(started, high, middle)
 
-    bounds [3, T rounded up to BLOCK] int32. `steps` of bisection: at least log2(num_seqs). Empty sequences have no token.
+
+@triton.jit(do_not_specialize=["T", "num_seqs", "steps"])
+def bounds_kernel(cu_ptr, bounds_ptr, T, num_seqs, steps, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Grid (T / BLOCK): where sequences begin and end, for each token and each chunk.
+
+    bounds int32, with N = T rounded up to BLOCK: of each token its sequence's first token, the first one after it, and its
+    index [3, N]; then `lead` and `tail` of each chunk, forward and with time reversed [2, N / CHUNK, 2]. In rows counted in
+    time, those below `lead` continue the sequence before the chunk; its last sequence has those from `tail` on, which is
+    negative if it began before the chunk. `steps` of bisection: at least log2(num_seqs).
     """
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    CHUNKS: tl.constexpr = BLOCK // CHUNK
+    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)[None, :]
+    # Forward: a chunk's first token and its last; with time reversed likewise.
+    side = tl.arange(0, 4)[:, None]
+    backward = side >= 2
+    begin = tl.where(backward, T - (chunk + 1) * CHUNK, chunk * CHUNK)
+    stop = tl.minimum(begin + CHUNK, T)
+    begin = tl.maximum(begin, 0)
+    edge = tl.where(side % 2 == 0, begin, stop - 1)
     low = tl.zeros([BLOCK], tl.int32)
     high = low + num_seqs
+    edge_low = tl.zeros([4, CHUNKS], tl.int32)
+    edge_high = edge_low + num_seqs
     for _ in range(steps):
-        middle = (low + high) // 2
-        started = tl.load(cu_ptr + middle) <= t
-        low = tl.where(started, middle, low)
-        high = tl.where(started, high, middle)
+        low, high = _bisect(cu_ptr, t, low, high)
+        edge_low, edge_high = _bisect(cu_ptr, edge, edge_low, edge_high)
     size = tl.num_programs(0) * BLOCK
     tl.store(bounds_ptr + t, tl.load(cu_ptr + low))
     tl.store(bounds_ptr + size + t, tl.load(cu_ptr + low + 1))
     tl.store(bounds_ptr + 2 * size + t, low)
-
-
-@triton.jit
-def _layout(bounds_ptr, bounds_size, token, rows, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
-    """How the sequences lie in the chunk of `rows` tokens at `token`.
-
-    edge [CHUNK]: where each row's sequence begins, in rows of memory; with time reversed, where it ends. In rows counted
-    in time: those below `lead` continue the sequence before the chunk; the last sequence has those from `tail` on, which
-    is negative if it began before the chunk.
-    """
-    starts = bounds_ptr + token
-    ends = starts + bounds_size
-    if REVERSE:
-        edge = tl.load(ends + tl.arange(0, CHUNK)) - token
-        tail = rows + token - tl.load(ends)
-        continues = tl.load(ends + rows - 1) > token + rows
-        lead = tl.where(continues, token + rows - tl.load(starts + rows - 1), 0)
-    else:
-        edge = tl.load(starts + tl.arange(0, CHUNK)) - token
-        tail = tl.load(starts + rows - 1) - token
-        lead = tl.where(tl.load(starts) < token, tl.load(ends) - token, 0)
-    return edge, lead, tail
+    first = tl.load(cu_ptr + edge_low)
+    after = tl.load(cu_ptr + edge_low + 1)
+    begun = tl.where(backward, after > stop, first < begin)
+    lead = tl.where(begun, tl.where(backward, stop - first, after - begin), 0)
+    tail = tl.where(backward, stop - after, first - begin)
+    ptrs = bounds_ptr + 3 * size + (backward * (size // CHUNK) + chunk) * 2
+    oldest = (side == 0) | (side == 3)
+    tl.store(ptrs, lead, mask=oldest)
+    tl.store(ptrs + 1, tail, mask=(side == 1) | (side == 2))
 
 
 @triton.jit
@@ -134,7 +141,8 @@ def _chunk(
     """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it.
 
     ptrs, row_strides, descriptors: of a, b, c and o. b_decay: `to_end` of a full chunk, [CHUNK], or with PACKED where it
-    is stored. descriptors and b_decay are read only with TMA; layout, of `_layout`, and initial only with PACKED.
+    is stored. descriptors and b_decay are read only with TMA; layout (`lead`, `tail`, and where the bounds of tokens lie) and
+    initial only with PACKED.
     """
     MASK_D: tl.constexpr = BD != D
     MASK_E: tl.constexpr = E % BE != 0
@@ -150,7 +158,7 @@ def _chunk(
     to_end = tl.exp2(g * tl.maximum(rows - 1 - r + REVERSE, 0).to(tl.float32))
     over_chunk = tl.exp2(g * (rows * 1.0))
     if PACKED:
-        edge, lead, tail = layout
+        lead, tail, edge_ptr = layout
         from_start = tl.where(r < lead, from_start, 0.0)
         to_end = tl.where(r >= tail, to_end, 0.0)
         over_chunk = tl.where(tail < 0, over_chunk, 0.0)
@@ -168,9 +176,10 @@ def _chunk(
     scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * decay
     if PACKED:  # noqa: SIM102
         if lead < CHUNK:
+            # One bound for each row instead of a sequence index for each row and column: fewer registers.
+            edge = tl.load(edge_ptr + token + tl.arange(0, CHUNK))[:, None] - token
             m = tl.arange(0, CHUNK)[None, :]
-            same = m < edge[:, None] if REVERSE else m >= edge[:, None]
-            scores = tl.where(same, scores, 0.0)
+            scores = tl.where(m < edge if REVERSE else m >= edge, scores, 0.0)
     out = tl.dot(a, rounded, input_precision=PRECISION) * from_start[:, None]
     out = tl.dot(scores.to(dtype), c, out, input_precision=PRECISION)
     if TMA and not MASK_ROWS:
@@ -205,19 +214,22 @@ def _scan_chunks(
     """Attend over tokens [t, stop) of a row, chunk by chunk; return the state after them. bounds: pointer and length."""
     num_chunks = (stop - t) // CHUNK
     bounds_ptr, bounds_size = bounds
-    # The layout of a chunk is loaded one chunk ahead; without PACKED it is a placeholder.
-    edge, lead, tail = T, T, T
+    # The layout of a chunk is loaded one chunk ahead, and used as loaded, so that nothing waits for it.
+    lead, tail = T, T
+    layout_ptr, edge_ptr = bounds_ptr, bounds_ptr
     if PACKED:
-        token = tl.maximum(T - CHUNK - t, 0) if REVERSE else t
-        edge, lead, tail = _layout(bounds_ptr, bounds_size, token, CHUNK, CHUNK, REVERSE)
+        if REVERSE:
+            edge_ptr += bounds_size
+        layout_ptr += 3 * bounds_size + (REVERSE * (bounds_size // CHUNK) + t // CHUNK) * 2
+        lead, tail = tl.load(layout_ptr), tl.load(layout_ptr + 1)
     for i in range(num_chunks):
         token = t + i * CHUNK
         if REVERSE:
             token = T - CHUNK - token
-        layout = (edge, lead, tail)
+        layout = (lead, tail, edge_ptr)
         if PACKED:
-            ahead = tl.maximum(token - CHUNK, 0) if REVERSE else tl.minimum(token + CHUNK, T - CHUNK)
-            edge, lead, tail = _layout(bounds_ptr, bounds_size, ahead, CHUNK, CHUNK, REVERSE)
+            # Beyond the last chunk there is memory to read: two more entries.
+            lead, tail = tl.load(layout_ptr + 2 * i + 2), tl.load(layout_ptr + 2 * i + 3)
         state = _chunk(
             ptrs, row_strides, descriptors, token, state, g, b_decay,
             CHUNK,
@@ -229,9 +241,7 @@ def _scan_chunks(
         rows = (stop - t) % CHUNK
         if rows > 0:
             token = T - stop if REVERSE else stop - rows
-            layout = (edge, lead, tail)
-            if PACKED:
-                layout = _layout(bounds_ptr, bounds_size, token, rows, CHUNK, REVERSE)
+            layout = (lead, tail, edge_ptr)
             state = _chunk(
                 ptrs, row_strides, descriptors, token, state, g, b_decay, rows, cols, layout, initial,
                 True,

@@ -127,13 +127,20 @@ class _Scan:
 
     @property
     def bounds_size(self) -> int:
-        return 0 if self.bounds is None else self.bounds.shape[1]
+        """Entries of `bounds` for each of the three things it knows of a token."""
+        return triton.cdiv(self.T, _BOUNDS_BLOCK) * _BOUNDS_BLOCK
 
 
-def _bounds(cu_seqlens: Tensor, T: int) -> Tensor:
-    blocks, num_seqs = triton.cdiv(T, 1024), cu_seqlens.shape[0] - 1
-    bounds = torch.empty(3, blocks * 1024, device=cu_seqlens.device, dtype=torch.int32)
-    bounds_kernel[(blocks,)](cu_seqlens, bounds, T, num_seqs, num_seqs.bit_length(), BLOCK=1024, num_warps=8)
+_BOUNDS_BLOCK = 1024
+
+
+def _bounds(cu_seqlens: Tensor, T: int, chunk: int) -> Tensor:
+    blocks, num_seqs = triton.cdiv(T, _BOUNDS_BLOCK), cu_seqlens.shape[0] - 1
+    size = blocks * _BOUNDS_BLOCK
+    bounds = torch.empty(3 * size + 4 * size // chunk + 2, device=cu_seqlens.device, dtype=torch.int32)
+    bounds_kernel[(blocks,)](
+        cu_seqlens, bounds, T, num_seqs, num_seqs.bit_length(), BLOCK=_BOUNDS_BLOCK, CHUNK=chunk, num_warps=8
+    )
     return bounds
 
 
@@ -252,7 +259,8 @@ def _optional(x: Tensor | None) -> Tensor | None:
 
 def _scans(q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> tuple[_Scan, _Scan]:
     log_decay, cu_seqlens, T = log_decay.contiguous(), _optional(cu_seqlens), q.shape[1]
-    bounds = None if cu_seqlens is None else _bounds(cu_seqlens, T)
+    chunk = attend_config(q.shape[-1], q.element_size(), _device(q)).chunk
+    bounds = None if cu_seqlens is None else _bounds(cu_seqlens, T, chunk)
     return _Scan(log_decay, cu_seqlens, bounds, T, False), _Scan(log_decay, cu_seqlens, bounds, T, True)
 
 
