@@ -141,8 +141,8 @@ def _chunk(
     """Write the outputs of the chunk of `rows` tokens at `token`; return the state after it.
 
     ptrs, row_strides, descriptors: of a, b, c and o. b_decay: `to_end` of a full chunk, [CHUNK], or with PACKED where it
-    is stored. descriptors and b_decay are read only with TMA; layout (`lead`, `tail`, and where the bounds of tokens lie) and
-    initial only with PACKED.
+    is stored. descriptors and b_decay are read only with TMA; layout (`lead`, `tail`, and where the bounds of tokens lie)
+    and initial only with PACKED.
     """
     MASK_D: tl.constexpr = BD != D
     MASK_E: tl.constexpr = E % BE != 0
