@@ -406,13 +406,16 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     bars = left.barh([row["step"] for row in rows], speeds, color="#4269d0")
     left.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
     left.invert_yaxis()
+    left.set_xscale("log")
     left.margins(x=0.15)
+    left.xaxis.set_major_formatter("{x:g}")
     left.set_xlabel("MB of text per core second")
     cores, size = [2**n for n in range(1, 11)], state["gigabytes"] * 1e3
     right.plot(cores, [sum(days(row, size, count) for row in rows) for count in cores], color="#4269d0", marker="o")
     right.set(xscale="log", yscale="log", xlabel="cores", ylabel=f"days for {_TERABYTES} TB")
     right.set_xticks(cores[::2], [str(count) for count in cores[::2]])
     right.minorticks_off()
+    right.yaxis.set_major_formatter("{x:g}")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "steps.png", dpi=160)

@@ -4,7 +4,8 @@
     python -m tests.cleaning.peers CORPUS [MB] [--save FILE.csv]     # default: 20 MB of text
 
 Run it in a checkout. The input is that of tests/cleaning/speed.py, its English documents only. Rows of one kind do the
-same work by their own means: rules (Gopher's quality and repetition, C4, FineWeb), personal data, encodings, MinHash.
+same work by their own means: rules (Gopher's quality and repetition, C4, FineWeb), personal data, encodings, MinHash. They
+take turns, 32 documents each (MinHash: all), so that other work on the machine slows them alike.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import csv
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from datetime import date
 from importlib.metadata import version
@@ -43,6 +44,8 @@ from tnllm.cleaning.steps import Personal, Repair, Rules, Writer
 from tnllm.data.remote import read_documents
 
 Rows = list[dict[str, Any]]
+Work = Callable[[list[Document]], int]
+_BLOCK = 32
 
 
 def read(corpus: Path, megabytes: float, folder: Path) -> list[Document]:
@@ -57,24 +60,23 @@ def read(corpus: Path, megabytes: float, folder: Path) -> list[Document]:
     return docs
 
 
-def timed(rows: Rows, kind: str, name: str, docs: list[Document], work: Callable[[list[Document]], Any]) -> None:
-    """Add a row for `work` on a copy of the documents; `work` returns how many are left."""
-    own = deepcopy(docs)
-    start = time.process_time()
-    kept = work(own)
-    seconds, megabytes = time.process_time() - start, size_of(docs) / 1e6
-    rows.append(
-        {
-            "kind": kind,
-            "step": name,
-            "seconds": round(seconds, 1),
-            "mb_per_s": round(megabytes / seconds, 2),
-            "kept": kept,
-        }
-    )
+def timed(rows: Rows, kind: str, works: Mapping[str, Work], docs: list[Document], block: int = _BLOCK) -> None:
+    """Add a row for each of `works`, in turn on copies of `block` documents; a work returns how many are left."""
+    seconds, kept = dict.fromkeys(works, 0.0), dict.fromkeys(works, 0)
+    for number, begin in enumerate(range(0, len(docs), block)):
+        # Each of them is first as often as last.
+        for name in list(works)[:: -1 if number % 2 else 1]:
+            own = deepcopy(docs[begin : begin + block])
+            start = time.process_time()
+            kept[name] += works[name](own)
+            seconds[name] += time.process_time() - start
+    megabytes = size_of(docs) / 1e6
+    for name, spent in seconds.items():
+        row = {"kind": kind, "step": name, "seconds": round(spent, 1), "mb_per_s": round(megabytes / spent, 2)}
+        rows.append(row | {"kept": kept[name]})
 
 
-def theirs(*steps: Any) -> Callable[[list[Document]], int]:
+def theirs(*steps: Any) -> Work:
     """datatrove's steps one after the other."""
 
     def work(docs: list[Document]) -> int:
@@ -86,7 +88,7 @@ def theirs(*steps: Any) -> Callable[[list[Document]], int]:
     return work
 
 
-def ours(step: Any) -> Callable[[list[Document]], int]:
+def ours(step: Any) -> Work:
     """One of our steps."""
 
     def work(docs: list[Document]) -> int:
@@ -97,7 +99,7 @@ def ours(step: Any) -> Callable[[list[Document]], int]:
     return work
 
 
-def their_minhash(folder: Path) -> Callable[[list[Document]], int]:
+def their_minhash(folder: Path) -> Work:
     """All four steps, as one task each."""
 
     def work(docs: list[Document]) -> int:
@@ -115,7 +117,7 @@ def their_minhash(folder: Path) -> Callable[[list[Document]], int]:
     return work
 
 
-def our_minhash(folder: Path, settings: CleanSettings) -> Callable[[list[Document]], int]:
+def our_minhash(folder: Path, settings: CleanSettings) -> Work:
     """Sign, match, verify and group, drop; with the reading and writing of the documents between the stages."""
     chosen = settings.dedup
     signatures, pairs, kept = folder / "signatures", folder / "pairs", folder / "filtered"
@@ -146,17 +148,19 @@ def main() -> None:
         warm = deepcopy(docs[:20])  # loads word lists and models
         for step in (GopherQualityFilter(), Rules(settings), Repair(settings), Personal(settings)):
             (ours if hasattr(step, "settings") else theirs)(step)(deepcopy(warm))
-        timed(rows, "rules", "tnllm: rules (all four sets)", docs, ours(Rules(settings)))
-        for filter in (GopherQualityFilter(), GopherRepetitionFilter(), C4QualityFilter(), FineWebQualityFilter()):
-            timed(rows, "rules", f"datatrove: {type(filter).__name__}", docs, theirs(filter))
-        timed(rows, "personal", "tnllm: personal", docs, ours(Personal(settings)))
-        timed(rows, "personal", "datatrove: PIIFormatter", docs, theirs(PIIFormatter()))
-        timed(rows, "encodings", "tnllm: repair (also HTML, URLs, characters)", docs, ours(Repair(settings)))
-        timed(rows, "encodings", "datatrove: FTFYFormatter", docs, theirs(FTFYFormatter()))
-        timed(rows, "dedup", "tnllm: MinHash, 256 values, pairs verified", docs, our_minhash(folder, settings))
-        timed(
-            rows, "dedup", "datatrove: MinHash, 112 values, pairs not verified", docs, their_minhash(folder / "theirs")
-        )
+        filters = (GopherQualityFilter(), GopherRepetitionFilter(), C4QualityFilter(), FineWebQualityFilter())
+        rules = {f"datatrove: {type(filter).__name__}": theirs(filter) for filter in filters}
+        timed(rows, "rules", {"tnllm: rules (all four sets)": ours(Rules(settings))} | rules, docs)
+        personal = {"tnllm: personal": ours(Personal(settings)), "datatrove: PIIFormatter": theirs(PIIFormatter())}
+        timed(rows, "personal", personal, docs)
+        repair = {"tnllm: repair (also HTML, URLs, characters)": ours(Repair(settings))}
+        timed(rows, "encodings", repair | {"datatrove: FTFYFormatter": theirs(FTFYFormatter())}, docs)
+        minhash = {
+            "tnllm: MinHash, 256 values, pairs verified": our_minhash(folder, settings),
+            "datatrove: MinHash, 112 values, pairs not verified": their_minhash(folder / "theirs"),
+        }
+        # Copies are found among all documents.
+        timed(rows, "dedup", minhash, docs, len(docs))
     names = ("datatrove", "spacy", "ftfy", "rensa", "numpy")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     print(f"{len(docs):,} documents, {size_of(docs) / 1e6:.1f} MB; {platform.machine()}, Python "
