@@ -21,6 +21,17 @@ with only_writer(Path(sys.argv[1])):
     time.sleep(60)
 """
 
+NO_GUARD = """
+from multiprocessing import get_context
+from pathlib import Path
+from tnllm.files import only_writer
+with only_writer(Path("folder"), wait_s=float("inf")):
+    process = get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+    raise SystemExit(process.exitcode)
+"""
+
 
 def test_a_second_writer_is_refused_by_name_until_the_first_dies(tmp_path):
     folder = tmp_path / "run"
@@ -114,3 +125,32 @@ def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="nothing can be written into /proc"):
         check_output_folder(Path("/proc/a/b"), "--out")
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["file", "nothing yet"])
+def test_a_link_stays_one_and_its_target_is_written(tmp_path, there):
+    target, link = tmp_path / "elsewhere" / "target.txt", tmp_path / "link.txt"
+    target.parent.mkdir()
+    if there:
+        target.write_text("before")
+    link.symlink_to("elsewhere/target.txt")
+    check_output_file(link, "--output")
+    write_bytes_atomic(link, b"after")
+    assert link.is_symlink() and target.read_text() == "after"
+    assert [path.name for path in target.parent.iterdir()] == ["target.txt"]
+
+
+def test_a_link_into_a_missing_folder_is_named_before_the_work(tmp_path):
+    link = tmp_path / "link.txt"
+    link.symlink_to(tmp_path / "none" / "target.txt")
+    with pytest.raises(UserError, match=r"link.txt: there is no folder .*none; make it first"):
+        check_output_file(link, "--output")
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    """Its workers import it, and would wait for ever for the lock that their parent holds."""
+    (tmp_path / "script.py").write_text(NO_GUARD)
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 1 and (tmp_path / "folder").is_dir() is False
+    assert 'tnllm: a worker ran the whole script again; put its code under if __name__ == "__main__":' in done.stderr

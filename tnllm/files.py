@@ -16,6 +16,7 @@ import errno
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -53,18 +54,24 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     if is_special(path):
         path.write_bytes(data)
         return
-    temporary = _temporary(path)
+    target = end_of_links(path)
+    temporary = _temporary(target)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise _named(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    fsync_dir(target.parent)
+
+
+def end_of_links(path: Path) -> Path:
+    """The file that is written for `path`: where its symbolic links lead, so that a link stays one."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 def _temporary(path: Path) -> Path:
@@ -85,8 +92,9 @@ def check_output_file(path: Path, name: str, inputs: Sequence[Path] = ()) -> Non
     """Raise UserError unless a file can be written at `path`, which replaces none of `inputs`. `name` is the option."""
     if path.name in ("", "..") or os.path.isdir(path):
         raise UserError(f"{name} is {path}, a folder; give the name of a file to write")
-    if not os.path.isdir(path.absolute().parent):
-        raise UserError(f"{name} is {path}: there is no folder {path.parent}; make it first, or give another file")
+    target = end_of_links(path)
+    if not os.path.isdir(target.absolute().parent):
+        raise UserError(f"{name} is {path}: there is no folder {target.parent}; make it first, or give another file")
     for other in inputs:
         if _is_same(path, other):
             raise UserError(f"{name} is {path}, which is also the input; give another file, so that no input is lost")
@@ -94,7 +102,7 @@ def check_output_file(path: Path, name: str, inputs: Sequence[Path] = ()) -> Non
         return
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise UserError(f"{name} is {path}, which may not be written (its permissions); give another file")
-    _try_writing(_temporary(path), f"{name} is {path}, which cannot be written")
+    _try_writing(_temporary(target), f"{name} is {path}, which cannot be written")
 
 
 def check_output_folder(path: Path, name: str) -> None:
@@ -225,6 +233,9 @@ def only_writer(
     is one after `wait_s`. A .lock left by another machine is refused too, since that machine may still be writing; `force`
     ignores it. None: this command has no --force-unlock.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker that imports the script which started it: to wait for that one's lock would never end.
+        raise SystemExit('tnllm: a worker ran the whole script again; put its code under if __name__ == "__main__":')
     folder = Path(folder)
     path, made = folder / LOCK, [item for item in (folder, *folder.parents) if not item.exists()]
     until, waiting = time.monotonic() + wait_s, False

@@ -37,7 +37,7 @@ from datatrove.pipeline.filters import (
 from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
 
 from tests.cleaning.speed import make_input, size_of
-from tnllm.cleaning.dedup import Drop, Group, Match, Sign, num_bands
+from tnllm.cleaning.dedup import Choose, Drop, Group, Match, Shingle, Sign, num_bands
 from tnllm.cleaning.hashing import counts_characters
 from tnllm.cleaning.settings import CleanSettings
 from tnllm.cleaning.steps import Personal, Repair, Rules, Writer
@@ -120,14 +120,17 @@ def their_minhash(folder: Path) -> Work:
 def our_minhash(folder: Path, settings: CleanSettings) -> Work:
     """Sign, match, verify and group, drop; with the reading and writing of the documents between the stages."""
     chosen = settings.dedup
-    signatures, pairs, kept = folder / "signatures", folder / "pairs", folder / "filtered"
+    signatures, pairs, kept, groups = (folder / name for name in ("signatures", "pairs", "filtered", "groups.npz"))
+    shingles = folder / "shingles"
 
     def work(docs: list[Document]) -> int:
         list(Writer(kept, None, "filter").run(Sign(signatures, chosen).run(iter(docs), 0, 1), 0, 1))
         for rank in range(num_bands(chosen) + 1):
             list(Match(signatures, pairs, chosen).run(None, rank, num_bands(chosen) + 1))
-        list(Group(signatures, pairs, kept, folder / "groups.npz", chosen).run(None, 0, 1))
-        rows = Drop(settings, kept, folder / "groups.npz", signatures).run(None, 0, 1)
+        Choose(signatures, pairs, shingles, chosen).run()
+        Shingle(kept, shingles, chosen).run()
+        Group(signatures, pairs, shingles, groups, chosen).run()
+        rows = Drop(settings, kept, groups, signatures).run(None, 0, 1)
         return sum("rejected" not in doc.metadata for doc in rows)
 
     return work

@@ -10,6 +10,7 @@ import pytest
 from tests.cleaning.texts import CHINESE, ENGLISH
 from tnllm.data.upload import begin_output, finish_output
 from tnllm.errors import RunError, UserError
+from tnllm.files import only_writer
 
 
 @pytest.fixture
@@ -114,6 +115,18 @@ def test_an_interrupted_upload_never_looks_complete(storage, monkeypatch):
     finish_output("memory://out/x/", folder := written(), last="a.json")
     assert sorted(storage.find("/out/x")) == ["/out/x/a.json", "/out/x/b/1", "/out/x/b/2"]
     assert not folder.exists()
+
+
+def test_two_processes_never_upload_to_one_url_at_once(storage):
+    folder = begin_output("memory://out/y/")
+    (folder / "a.json").write_text("{}")
+    with only_writer(folder), pytest.raises(UserError, match="is being written by pid"):
+        finish_output("memory://out/y/", folder, last="a.json")
+    assert not storage.exists("/out/y/a.json") and (folder / "a.json").exists()
+    finish_output("memory://out/y/", folder, last="a.json")
+    with pytest.raises(UserError, match="another process has uploaded memory://out/y/ just now"):
+        finish_output("memory://out/y/", folder, last="a.json")
+    assert storage.find("/out/y") == ["/out/y/a.json"] and not folder.exists()
 
 
 def test_outputs_that_cannot_be(tnllm, storage, tmp_path):

@@ -282,6 +282,16 @@ def test_the_part_of_another_batch_is_not_continued_and_not_lost(run, monkeypatc
     assert "is not known to hold results of this batch" in run(*command, "--seed", 1)[2]
 
 
+def test_results_are_written_where_a_link_leads(run, tmp_path):
+    lines, target, link = tmp_path / "in.jsonl", tmp_path / "elsewhere/out.jsonl", tmp_path / "link.jsonl"
+    lines.write_text(LINES)
+    target.parent.mkdir()
+    link.symlink_to(target)
+    assert run("--input", lines, "--output", link, "--max-new-tokens", 2)[0] == 0
+    assert link.is_symlink() and target.read_text().startswith("{")
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_outputs_are_checked_before_the_work(run, tmp_path, monkeypatch):
     """Before the model is loaded, too: there is none here."""
     lines, prompt, folder = tmp_path / "in.jsonl", tmp_path / "prompt.txt", tmp_path / "folder"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tnllm.data.remote import is_remote, local_path, network, open_url
 from tnllm.errors import UserError
-from tnllm.files import LOCK, format_bytes
+from tnllm.files import LOCK, format_bytes, only_writer
 from tnllm.progress import log
 
 _MARK = ".uploading"
@@ -53,25 +53,30 @@ def begin_output(out: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
 def finish_output(out: str | Path, folder: Path, last: str) -> None:
     """Upload what `begin_output` gave, the file `last` after all others, and remove it here. A path stays as it is.
 
-    Raises RunError if the network fails; what was written is kept, and the same command uploads it.
+    Raises RunError if the network fails; what was written is kept, and the same command uploads it. Raises UserError if
+    another process uploads it.
     """
     if not is_remote(out):
         return
     storage, path = open_url(str(out).rstrip("/") + "/")
     path = path.rstrip("/")
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    names = [str(file.relative_to(folder)) for file in files if file.relative_to(folder).parts[0] not in _LOCAL]
-    names = [name for name in names if name != last and ".tmp" not in name] + [last]
-    size = sum((folder / name).stat().st_size for name in names)
-    log(f"uploading {len(names)} files, {format_bytes(size)}, to {out}")
-    with network(str(out), "be written"):
-        ours = {f"{path}/{name}".lstrip("/") for name in (*names, _MARK)}
-        for stray in storage.find(path):
-            # Left by an upload of other content that was interrupted.
-            if stray.lstrip("/") not in ours:
-                storage.rm_file(stray)
-        for name in names:
-            storage.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
-            storage.put_file(str(folder / name), f"{path}/{name}")
-        storage.rm_file(f"{path}/{_MARK}")
-    shutil.rmtree(folder)
+    # Another process with the same command may have found the work done.
+    with only_writer(folder):
+        if not (folder / last).exists():
+            raise UserError(f"another process has uploaded {out} just now")
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        names = [str(file.relative_to(folder)) for file in files if file.relative_to(folder).parts[0] not in _LOCAL]
+        names = [name for name in names if name != last and ".tmp" not in name] + [last]
+        size = sum((folder / name).stat().st_size for name in names)
+        log(f"uploading {len(names)} files, {format_bytes(size)}, to {out}")
+        with network(str(out), "be written"):
+            ours = {f"{path}/{name}".lstrip("/") for name in (*names, _MARK)}
+            for stray in storage.find(path):
+                # Left by an upload of other content that was interrupted.
+                if stray.lstrip("/") not in ours:
+                    storage.rm_file(stray)
+            for name in names:
+                storage.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
+                storage.put_file(str(folder / name), f"{path}/{name}")
+            storage.rm_file(f"{path}/{_MARK}")
+        shutil.rmtree(folder)

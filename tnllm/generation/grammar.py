@@ -23,7 +23,7 @@ from tnllm.tokenizer import Tokenizer
 # At most one space between the parts of JSON: a small model may otherwise write spaces until its tokens end.
 _JSON = {"whitespace_pattern": "[ ]?"}
 # What needs more is refused. The library's own limits let a step take a second, in which all other texts wait.
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 60_000,
     "step_max_items": 20_000,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tnllm.errors import UserError
-from tnllm.files import is_special, read_json, write_text_atomic
+from tnllm.files import end_of_links, is_special, read_json, write_text_atomic
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Result, TokenLogprob
@@ -116,7 +116,8 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
 
 
 def part_path(path: Path) -> Path:
-    """Where the results for `path` are until all are there."""
+    """Where the results for `path`, of a link for where it leads, are until all are there."""
+    path = end_of_links(path)
     return path.with_name(f"{path.name}.part")
 
 
@@ -144,6 +145,7 @@ def part_file(path: Path, identity: dict[str, str], requests: Sequence[Request])
         with open(path, "w", encoding="utf-8") as file:
             yield file, 0
         return
+    path = end_of_links(path)
     part, note = part_path(path), path.with_name(f"{path.name}.part.json")
     with open(part, "a", encoding="utf-8", newline="\n") as file:
         _lock(file, path)
