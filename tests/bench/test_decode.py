@@ -10,7 +10,8 @@ from tnllm.bench import decode
 from tnllm.bench.decode_baseline import FixedStep, cache_of
 from tnllm.cli.main import main
 from tnllm.modeling.config import get_preset
-from tnllm.modeling.model import LanguageModel, build_model
+from tnllm.modeling.cpu_step import CpuStep
+from tnllm.modeling.model import build_model
 
 
 def run(capfd, *args):
@@ -49,13 +50,13 @@ def test_rows_and_files(capfd, tmp_path):
 
 
 def test_a_wrong_step_is_not_timed(capfd, monkeypatch):
-    right = LanguageModel.step
+    right = CpuStep.__call__
 
-    def wrong(self, tokens, state):
-        state.layers[1] *= 0.99  # a decay that is slightly off
-        return right(self, tokens, state)
+    def wrong(self, tokens):
+        self._state.layers[1] *= 0.99  # a decay that is slightly off
+        return right(self, tokens)
 
-    monkeypatch.setattr(LanguageModel, "step", wrong)
+    monkeypatch.setattr(CpuStep, "__call__", wrong)
     code, out, err = run(capfd, *SMALL)
     assert code == 1 and out == ""
     assert "the decoding step of tiny transnormer is wrong, so nothing is timed" in err.splitlines()[-1]

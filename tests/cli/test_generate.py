@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tnllm.cli.main import main
-from tnllm.modeling.model import LanguageModel
+from tnllm.modeling.cpu_step import CpuStep
 
 
 @pytest.fixture
@@ -186,14 +186,14 @@ def test_an_empty_chat_template_is_refused(run):
 
 def interrupt_after(monkeypatch, steps):
     """The model's `steps`-th step is a Ctrl-C."""
-    step, count = LanguageModel.step, iter(range(10**6))
+    step, count = CpuStep.__call__, iter(range(10**6))
 
-    def interrupted(self, tokens, state):
+    def interrupted(self, tokens):
         if next(count) == steps:
             raise KeyboardInterrupt
-        return step(self, tokens, state)
+        return step(self, tokens)
 
-    monkeypatch.setattr(LanguageModel, "step", interrupted)
+    monkeypatch.setattr(CpuStep, "__call__", interrupted)
 
 
 def test_ctrl_c_keeps_the_text_so_far(run, monkeypatch):
@@ -226,14 +226,14 @@ def test_ctrl_c_that_python_drops_stops_a_batch(run, monkeypatch, tmp_path):
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
-    step, count = LanguageModel.step, iter(range(10**6))
+    step, count = CpuStep.__call__, iter(range(10**6))
 
-    def step_with_finaliser(self, tokens, state):
+    def step_with_finaliser(self, tokens):
         if next(count) == 8:
             Finaliser()
-        return step(self, tokens, state)
+        return step(self, tokens)
 
-    monkeypatch.setattr(LanguageModel, "step", step_with_finaliser)
+    monkeypatch.setattr(CpuStep, "__call__", step_with_finaliser)
     (tmp_path / "in.jsonl").write_text('{"prompt": "The", "max_tokens": 4}\n' * 40)
     options = "--batch-size", 1, "--seed", 1
     code, _, err = run("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *options)
