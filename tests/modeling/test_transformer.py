@@ -12,6 +12,7 @@ from tnllm.errors import UserError
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.flops import count_parameters
 from tnllm.modeling.model import build_model
+from tnllm.modeling.softmax_attention import softmax_attention
 from tnllm.tokenizer import Tokenizer
 
 SMALL = {"kind": "transformer", "num_layers": 2, "model_dim": 64, "num_heads": 2, "glu_dim": 96}
@@ -72,3 +73,24 @@ def test_qk_norm_bounds_scores_and_is_the_same_in_decoding() -> None:
 def test_qk_norm_is_for_softmax_attention() -> None:
     with pytest.raises(UserError, match="qk_norm does not apply to kind transnormer"):
         get_preset("tiny", qk_norm=True)
+
+
+@pytest.mark.parametrize("lengths", [[23], [9, 14]])
+def test_a_long_chunk_after_a_cache_is_attended_in_parts(monkeypatch, lengths) -> None:
+    """Whatever a part holds, down to one query, outputs and caches are those of one call."""
+    rng = torch.Generator().manual_seed(0)
+    heads, dim, before = 2, 8, 40
+
+    def some(count: int) -> torch.Tensor:
+        return torch.randn(1, count, heads, dim, generator=rng, dtype=torch.float64)
+
+    total = sum(lengths)
+    q, k, v = some(total), some(total), some(total)
+    cache = torch.randn(len(lengths), 2, before, heads, dim, generator=rng, dtype=torch.float64)
+    positions = torch.cat([torch.arange(before, before + length) for length in lengths])[None]
+    packed = torch.tensor([0, *lengths]).cumsum(0) if len(lengths) > 1 else None
+    whole = softmax_attention(q, k, v, positions, cache, packed)
+    for limit in (1, 500):
+        monkeypatch.setattr("tnllm.modeling.softmax_attention._MASK_ELEMENTS", limit)
+        for ours, theirs in zip(softmax_attention(q, k, v, positions, cache, packed), whole, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

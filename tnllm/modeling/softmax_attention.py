@@ -10,6 +10,9 @@ from torch import Tensor
 from tnllm.modeling.cache import attend_cache, grow
 from tnllm.modeling.packing import packed_index, unpack_padded
 
+# Of the mask of one call: a long chunk after a long cache would otherwise need more memory than the model.
+_MASK_ELEMENTS = 1 << 24
+
 
 def softmax_attention(
     q: Tensor,
@@ -63,5 +66,7 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Tensor) -
     slots = positions[row, column]
     cache[row, 0, slots] = k[row, column].to(cache.dtype)
     cache[row, 1, slots] = v[row, column].to(cache.dtype)
-    mask = torch.arange(cache.shape[2], device=q.device) <= positions.clamp(min=0)[..., None]
-    return attend_cache(q, cache, mask), cache
+    slots_of_keys, last = torch.arange(cache.shape[2], device=q.device), positions.clamp(min=0)[..., None]
+    step = max(1, _MASK_ELEMENTS // (len(q) * cache.shape[2]))
+    parts = zip(q.split(step, dim=1), last.split(step, dim=1), strict=True)
+    return torch.cat([attend_cache(part, cache, slots_of_keys <= end) for part, end in parts], dim=1), cache
