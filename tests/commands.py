@@ -48,9 +48,9 @@ _FAST = (
     "recipes ", "estimate ", "doctor", "eval ls", "eval compare", "tokenizer inspect", "data sample", "data inspect web",
 )  # fmt: skip
 
-# By how much a loss of README's demo may differ. On one kind of CPU all of them are equal, with one thread and with two,
-# today and in the week before. Another kind sums in another order: 1e-7 of the loss in the first steps, which 400 updates
-# grew to 0.05 in the worst of the lines shown, between the two kinds that were tried. This is twice that.
+# By how much a loss of README's demo may differ. On one machine all of them are equal with one thread and with two, and
+# the first 125 steps also with the code of a day before. That code had printed others, up to 0.05 away, elsewhere: the CPU
+# is the likely cause (sums in another order, 1e-7 at first, grown by 400 updates), but it was not known. Twice that.
 DEMO_TOLERANCE = 0.1
 
 # What readers of the pages have already: a short run, texts, prompts, scores.
