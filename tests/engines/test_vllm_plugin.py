@@ -38,6 +38,10 @@ def stub(**parts):
 
 @pytest.fixture
 def stub(monkeypatch):
+    from transformers import CONFIG_MAPPING
+
+    # Registration is for the process, so it is undone for the tests that follow in this one.
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
     names = ("vllm", "vllm.model_executor", "vllm.model_executor.models", "vllm.model_executor.models.config")
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))  # undone at the end
@@ -115,12 +119,27 @@ def test_registration_loads_nothing_heavy(tmp_path):
     assert not {name.split(".")[0] for name in added} & {"triton", "sentencepiece", "lm_eval", "fastapi", "datasets"}
 
 
+def test_a_folders_own_code_loads_beside_the_registered_configuration(stub, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from tests.small_models import small_model
+    from tnllm.convert.run import Options, convert
+    from tnllm.modeling.weights import save_model
+
+    save_model(small_model(), tmp_path / "weights")
+    convert(tmp_path / "weights", tmp_path / "hf", Options("hf", verify=False), print, lambda *args: None)
+    stub()
+    register()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert type(model).__name__ == "TnllmForCausalLM"
+
+
 def test_a_hybrid_has_a_class_of_its_own():
-    from tnllm.engines.vllm_config import VllmConfig
+    from tnllm.engines.vllm_config import TnllmConfig
 
     def read(**choices):
         values = to_hf_config(get_preset("demo", **choices))
-        return pickle.loads(pickle.dumps(VllmConfig(architectures=[ARCHITECTURE], **values)))
+        return pickle.loads(pickle.dumps(TnllmConfig(architectures=[ARCHITECTURE], **values)))
 
     assert read().architectures == [ARCHITECTURE]
     assert not hasattr(read(), "layer_types")

@@ -101,7 +101,8 @@ def check(
                 scorer(config.eval, config.prompt_template)
         except UserError as error:
             if len(recipes) == 1 and not as_json:
-                raise
+                # Of whatever kind it is, the answer is no: exit 2.
+                raise UserError(str(error)) from None
             results.append({"recipe": name, "ok": False, "error": str(error)})
             if not as_json:
                 print(f"{name}: {error}", file=sys.stderr)

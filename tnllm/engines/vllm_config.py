@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from tnllm.convert.hf_code.configuration_tnllm import TnllmConfig
+from tnllm.convert.hf_code import configuration_tnllm
 
 
-class VllmConfig(TnllmConfig):
+class TnllmConfig(configuration_tnllm.TnllmConfig):
     """Says which layers are softmax, and names the class of a hybrid: vLLM decides by class what it allocates.
 
-    In a module of its own, because vLLM pickles configurations.
+    In a module of its own, because vLLM pickles configurations. It has the name of the folder's class, because transformers
+    compares names where a folder's own code is loaded in the same process.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ def _register() -> None:
     from transformers import AutoConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 
-    from tnllm.engines.vllm_config import VllmConfig
+    from tnllm.engines.vllm_config import TnllmConfig
 
     class Checks(MambaModelConfig):
         """What vLLM asks of a model before it allocates anything."""
@@ -42,7 +42,7 @@ def _register() -> None:
             super().verify_and_update_config(vllm_config)
             use_decode_graphs(vllm_config)
 
-    AutoConfig.register(VllmConfig.model_type, VllmConfig, exist_ok=True)
+    AutoConfig.register(TnllmConfig.model_type, TnllmConfig, exist_ok=True)
     for name in (ARCHITECTURE, HYBRID):
         MODELS_CONFIG_MAP[name] = Checks
         # A name, so that vLLM imports the model in the processes that serve it.
