@@ -6,7 +6,7 @@
     matcher.excluded()                          # [V] bool, the tokens that may not follow
     matcher.push(token)                         # whether the text is complete
 
-A grammar is compiled once, by whoever reads the request, so that decoding never waits for it.
+A grammar is compiled once, by the thread that reads the request, so that decoding never waits for it.
 """
 
 import importlib.util

@@ -348,7 +348,7 @@ class TnllmForCausalLM(TnllmPreTrainedModel, GenerationMixin):
 
     def _get_initial_cache_position(self, *args: Any) -> dict[str, Any]:
         # transformers 4 looks into caches here; all that is needed is that later steps count up from 0. The dictionary
-        # itself is changed: the caller in transformers 5.0 goes on with its own.
+        # itself is changed: the caller in transformers 5.0 keeps its own.
         args[-1]["cache_position"] = torch.zeros(1, dtype=torch.int64, device=self.device)
         return args[-1]
 
