@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tnllm.training.config import describe_keys, load_recipe
+from tnllm.recipe import describe_keys
+from tnllm.training.config import FORMAT, load_recipe
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -33,7 +34,7 @@ def test_what_show_prints_is_a_recipe(tnllm: Run, tmp_path: Path, doc: list[str]
 def test_show_doc_explains_every_key(tnllm: Run) -> None:
     _, out, _ = tnllm("recipes", "show", "demo", "--doc")
     words = " ".join(out.replace("#", " ").split())
-    assert [key for key, text in describe_keys().items() if " ".join(text.split()) not in words] == []
+    assert [key for key, text in describe_keys(FORMAT).items() if " ".join(text.split()) not in words] == []
 
 
 def test_show_json(tnllm: Run) -> None:

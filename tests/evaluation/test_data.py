@@ -7,7 +7,7 @@ import pytest
 from tnllm import assets
 from tnllm.errors import UserError
 from tnllm.evaluation.cards import PAPER_TASKS, find_card, load_cards, subject_card
-from tnllm.evaluation.datasets import KINDS
+from tnllm.evaluation.datasets import _DOCUMENTS
 from tnllm.evaluation.prompt_encoding import LineEncoder
 from tnllm.tokenizer import Tokenizer
 
@@ -111,7 +111,7 @@ def test_cards_are_complete():
     cards = load_cards()
     assert set(PAPER_TASKS) <= set(cards)
     for card in cards.values():
-        assert card.rows in KINDS
+        assert card.rows in _DOCUMENTS
         assert (card.sample is not None) == card.sample_file.is_file()
         if card.sample:
             split = next(iter(card.files))

@@ -21,8 +21,8 @@ import yaml
 from tests.training.sections import memory_of
 from tnllm.errors import UserError
 from tnllm.modeling.config import PRESETS
-from tnllm.recipe import packaged_recipes
-from tnllm.training.config import FORMAT, describe_keys, load_recipe
+from tnllm.recipe import describe_keys, packaged_recipes
+from tnllm.training.config import FORMAT, load_recipe
 from tnllm.training.dry_run import dry_run_text
 from tnllm.training.recipe_check import check_recipe
 
@@ -88,7 +88,7 @@ def mutate(draw: random.Random) -> str:
     for section, keys in (yaml.safe_load(path.read_text()) or {}).items():
         if isinstance(keys, dict):
             values[section] = {key: one_line(value) for key, value in keys.items()}
-    known = [key for key in describe_keys() if "." in key]
+    known = [key for key in describe_keys(FORMAT) if "." in key]
     for _ in range(draw.choice((1, 1, 1, 2, 2, 3, 4))):
         section, _, key = draw.choice(known).partition(".")
         chosen = fitting(section, key, draw) if draw.random() < 0.6 else draw.choice(VALUES)

@@ -9,11 +9,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from tests.training.sections import memory_of
-from tnllm.device import GPUS
 from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.model import build_model
 from tnllm.training.config import load_recipe
-from tnllm.training.estimate import activation_bytes, estimate_cost
+from tnllm.training.estimate import activation_bytes, estimate
 
 ROWS, LENGTH = 2, 256
 
@@ -156,8 +155,7 @@ def test_sharding_divides_and_tensor_ranks_share_the_work() -> None:
 
 def test_time_is_work_over_rate() -> None:
     config = load_recipe("7b")
-    work = config.model, config.data.seq_len, config.total_steps * config.train.global_batch_tokens
-    cost = estimate_cost(*work, GPUS["h100"], mfu=0.4, num_gpus=64)
-    assert cost.seconds == pytest.approx(cost.flops / (0.4 * 989e12 * 64))
-    assert estimate_cost(*work, GPUS["h100"], mfu=0.4, num_gpus=128).seconds == pytest.approx(cost.seconds / 2)
-    assert estimate_cost(*work).seconds is None
+    result = estimate(config, "h100", mfu=0.4, num_gpus=64)
+    assert result["days"] * 86400 == pytest.approx(result["flops"] / (0.4 * 989e12 * 64))
+    assert estimate(config, "h100", mfu=0.4, num_gpus=128)["days"] == pytest.approx(result["days"] / 2)
+    assert estimate(config)["days"] is None

@@ -86,14 +86,6 @@ class Provider:
         return None
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    return lightning_attention(q, k, v, log_decay)[0]
-
-
-def _our_state(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    return lightning_attention(q, k, v, log_decay)[1]
-
-
 def _plain_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """The masked left product [(q k^T) * decay] v, [T, T] per head: the papers' point of comparison."""
     mask = decay_mask(log_decay, q.shape[2], q.dtype)
@@ -184,7 +176,10 @@ _DELTA = "gated delta rule with normalised q and k"
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("tnllm", _ours, devices=("cuda", "cpu"), state=_our_state),
+        Provider(
+            "tnllm", lambda *x: lightning_attention(*x)[0], devices=("cuda", "cpu"),
+            state=lambda *x: lightning_attention(*x)[1],
+        ),
         Provider("torch", _plain_torch, heads_first=True, devices=("cuda", "cpu"), quadratic_memory=True),
         Provider("fla", _fla, module="fla", state=_fla_state),
         Provider("lightning-attn", _official, heads_first=True, module="lightning_attn"),

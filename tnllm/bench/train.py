@@ -30,7 +30,7 @@ from tnllm.modeling.model import build_model
 from tnllm.parallel.mesh import Mesh
 from tnllm.training.checkpoint import TrainState
 from tnllm.training.config import RunConfig
-from tnllm.training.metrics import matmul_rate
+from tnllm.training.metrics import cpu_rate, matmul_rate
 from tnllm.training.sections import DataSection, ParallelSection, ScheduleSection, TrainSection
 from tnllm.training.signals import StopSignals
 from tnllm.training.trainer import Trainer, compute_dtype, make_trainer, train_step
@@ -228,19 +228,13 @@ def bench_training(
                 )
         on_start(results)
         budget.part(1)
-        guess = peak or _cpu_rate()
+        guess = peak or cpu_rate(512)
         timed = [case for case in cases if _form(case) in passed]
         for done, case in enumerate(timed):
             row = _row(case, device, dtype, compiled, (steps, warmup), peak, guess, budget, len(timed) - done)
             results["rows"].append(row)
             on_row(row, results)
     return results
-
-
-def _cpu_rate() -> float:
-    """FLOP/s of an fp32 product of matrices as small as a small model's, for a first forecast."""
-    a = torch.randn(512, 512)
-    return 2 * 512**3 / min(cpu_times(lambda: a @ a, 5)) * 1e3
 
 
 def _row(

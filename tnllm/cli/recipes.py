@@ -1,6 +1,7 @@
 """`tnllm recipes list|show|check`: find a recipe, read all of it, check that it would start."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -107,7 +108,7 @@ def check(
             if not as_json:
                 print(f"{name}: {error}", file=sys.stderr)
             continue
-        results.append({"ok": True, **report.to_dict()})
+        results.append({"ok": True, **asdict(report)})
         if not as_json:
             ranks = "1 rank" if report.ranks == 1 else f"{report.ranks} ranks"
             parameters, tokens = format_count(report.parameters), format_count(report.tokens)

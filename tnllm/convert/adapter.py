@@ -49,11 +49,6 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter."""
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
 def open_adapter(folder: Path) -> Adapter:
     """Read config and tensor names. Raises UserError for an adapter that is not plain LoRA."""
     path = folder / ADAPTER_CONFIG

@@ -49,7 +49,8 @@ def recorded_sums(folder: Path, files: list[Path]) -> dict[Path, str]:
             listed = {name: entry[1] for name, entry in manifest.items()}
         except (ValueError, TypeError, AttributeError, LookupError):
             raise RunError(f"{folder / MANIFEST} is damaged; take another step") from None
-        sums.update({file: listed[str(file.relative_to(folder))] for file in files if _inside(file, folder, listed)})
+        names = {file: str(file.relative_to(folder)) for file in files if file.is_relative_to(folder)}
+        sums.update({file: listed[name] for file, name in names.items() if name in listed})
     if (folder / SUMS).is_file():
         listed = {}
         with reading(folder / SUMS):
@@ -60,10 +61,6 @@ def recorded_sums(folder: Path, files: list[Path]) -> dict[Path, str]:
             listed[name[1:]] = digest
         sums.update({file: listed[file.name] for file in files if file.parent == folder and file.name in listed})
     return sums
-
-
-def _inside(file: Path, folder: Path, listed: dict[str, str]) -> bool:
-    return file.is_relative_to(folder) and str(file.relative_to(folder)) in listed
 
 
 def _downloaded_sum(file: Path) -> str | None:
@@ -117,8 +114,3 @@ def _total_bytes(files: Iterable[Path]) -> int:
         with reading(file):
             total += file.stat().st_size
     return total
-
-
-def sums_text(sums: dict[str, str]) -> str:
-    """Return the text of a SHA256SUMS file."""
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))

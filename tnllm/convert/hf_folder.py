@@ -102,8 +102,9 @@ def _with_definitions(text: str) -> str:
     text = re.sub(
         r"^    (\w+) = ModelConfig\.\1$", lambda m: _definition("tnllm.modeling.config", m[1]), text, flags=re.M
     )
+    fields = {**ModelConfig.model_fields, "tie_word_embeddings": ModelConfig.model_fields["tie_embeddings"]}
     keys = "".join(
-        f"{textwrap.fill(_description(key), 120, initial_indent='    # ', subsequent_indent='    # ')}\n"
+        f"{textwrap.fill(str(fields[key].description), 120, initial_indent='    # ', subsequent_indent='    # ')}\n"
         f'    "{key}": {json.dumps(value) if isinstance(value, str) else value},\n'
         for key, value in DEFAULTS.items()
     )
@@ -122,11 +123,6 @@ def _definition(module: str, name: str) -> str:
             start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             return "\n".join(lines[start - 1 : node.end_lineno])
     raise AssertionError(f"{module} has no function {name}")
-
-
-def _description(key: str) -> str:
-    field = ModelConfig.model_fields["tie_embeddings" if key == "tie_word_embeddings" else key]
-    return str(field.description)
 
 
 # A name of its own for each import: folders may differ, and one may still be in use when another is forgotten.

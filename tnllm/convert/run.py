@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tnllm import hub
 from tnllm.convert import check
-from tnllm.convert.adapter import is_adapter, merge, open_adapter
-from tnllm.convert.checksums import SUMS, Progress, reading, recorded_sums, sums_text, verify_archives, verify_sums
+from tnllm.convert.adapter import ADAPTER_CONFIG, merge, open_adapter
+from tnllm.convert.checksums import SUMS, Progress, reading, recorded_sums, verify_archives, verify_sums
 from tnllm.convert.official import V3_NOTE
 from tnllm.convert.onnx import MODEL, check_onnx, check_web, compare_with, write_onnx, write_page
 from tnllm.convert.plan import Plan, make_plan
@@ -66,9 +66,9 @@ class Report:
 def open_input(path: Path, base: Path | None = None) -> Source:
     """Open a folder or hub name; for an adapter, its base (`base`, or the folder it names) with the adapter merged in."""
     path = hub.local(path)
-    if not is_adapter(path):
+    if not (path / ADAPTER_CONFIG).is_file():
         if base is not None:
-            raise UserError(f"--base is for adapters; {path} has no adapter_config.json")
+            raise UserError(f"--base is for adapters; {path} has no {ADAPTER_CONFIG}")
         return open_source(path)
     adapter = open_adapter(path)
     base = hub.local(base) if base else adapter.base
@@ -136,10 +136,8 @@ def _convert(
                 write_page(temporary, options.runtime)
             num_bytes = sum(file.stat().st_size for file in temporary.glob(f"{MODEL}*"))
             if options.verify:
-                checked = (
-                    *compare_with(folder, temporary / MODEL),
-                    check.LIMITS["int8 graph" if options.quantize else "same"],
-                )
+                limit = check.LIMITS["int8 graph" if options.quantize else "same"]
+                checked = (*compare_with(folder, temporary / MODEL), limit)
                 _require_equal(checked, target, log)
             shutil.rmtree(folder)
     names = sorted(file.name for file in target.iterdir())
@@ -234,7 +232,8 @@ def _write(
         (folder / name).write_bytes(data)
         # Of the original, so that the check below sees a bad copy.
         sums[name] = hashlib.sha256(data).hexdigest()
-    (folder / SUMS).write_text(sums_text(sums), encoding="utf-8")
+    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    (folder / SUMS).write_text(text, encoding="utf-8")
 
 
 def _compare(

@@ -31,8 +31,8 @@ def folder_files(
 
     Raises UserError for a file that is not a tokenizer, or not this model's.
     """
-    file = tokenizer or _find_tokenizer(source.folder)
-    loaded = Tokenizer.load(file) if file is not None else None
+    own = (source.folder / TOKENIZER).is_file() or len([*source.folder.glob(f"*{TIKTOKEN_SUFFIX}")]) == 1
+    loaded = Tokenizer.load(tokenizer or source.folder) if tokenizer or own else None
     notes = []
     copies: dict[str, Path] = {}
     if loaded is None:
@@ -40,9 +40,8 @@ def folder_files(
             f"{source.folder} has no {TOKENIZER} and no *{TIKTOKEN_SUFFIX}; the result has none either (see --tokenizer)"
         )
     else:
-        copies[f"transnormer_100k{TIKTOKEN_SUFFIX}" if loaded.path.suffix == TIKTOKEN_SUFFIX else TOKENIZER] = (
-            loaded.path
-        )
+        tiktoken = loaded.path.suffix == TIKTOKEN_SUFFIX
+        copies[f"transnormer_100k{TIKTOKEN_SUFFIX}" if tiktoken else TOKENIZER] = loaded.path
         loaded.check_vocabulary(source.config.vocab_size)
     generation = _generation_config(source, loaded)
     files = {GENERATION: hf_folder.json_text(generation)}
@@ -78,13 +77,6 @@ def folder_files(
         files["README.md"] = model_card(source, plan.dtype, _run_facts(path, source), kind, quantized, licence)
         files[GENERATION] = hf_folder.json_text(hf_folder.generation_values(generation))
     return files, copies, notes
-
-
-def _find_tokenizer(folder: Path) -> Path | None:
-    if (folder / TOKENIZER).is_file():
-        return folder / TOKENIZER
-    files = sorted(folder.glob(f"*{TIKTOKEN_SUFFIX}"))
-    return files[0] if len(files) == 1 else None
 
 
 def _generation_config(source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -179,15 +179,7 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
             f"{file} {what}: it holds more than tensors or is damaged. No code in it was run; "
             "download it again from a source you trust, or as safetensors"
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"{file} is damaged ({reason}); copy it again") from None
     if not isinstance(values, dict):

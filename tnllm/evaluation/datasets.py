@@ -24,15 +24,8 @@ def read_rows(path: Path, csv_columns: Sequence[str] = ()) -> Iterator[tuple[str
 
     Raises UserError with file and line for anything that cannot be read.
     """
-    readers: dict[str, Callable[[], Iterator[tuple[str, Row]]]] = {
-        ".jsonl": lambda: _read_jsonl(path),
-        ".json": lambda: _read_json(path),
-        ".csv": lambda: _read_csv(path, csv_columns),
-        ".parquet": lambda: _read_parquet(path),
-        ".txt": lambda: _read_articles(path),
-        ".raw": lambda: _read_articles(path),
-    }
-    rows = readers[path.suffix]()
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".txt": _read_articles}
+    rows = _read_csv(path, csv_columns) if path.suffix == ".csv" else readers.get(path.suffix, _read_articles)(path)
     labels_file = path.with_name(f"{path.stem}-labels.lst")
     if not labels_file.is_file():
         yield from rows
@@ -175,18 +168,14 @@ def _boolq(row: Row) -> Row:
     return {"passage": row["passage"], "question": row["question"], "label": int(value)}
 
 
-def _piqa(row: Row) -> Row:
-    return {**{key: row[key] for key in ("goal", "sol1", "sol2")}, "label": _number(row["label"], "01")}
+def _kept(*keys: str, label: str = "", form: Callable[[int], Any] = int) -> Callable[[Row], Row]:
+    """A conversion that keeps `keys` and, if its values are given, the `label`, as the `form` of its index among them."""
 
+    def convert(row: Row) -> Row:
+        kept = {key: row[key] for key in keys}
+        return {**kept, "label": form(_number(row["label"], label))} if label else kept
 
-def _siqa(row: Row) -> Row:
-    kept = {key: row[key] for key in ("context", "question", "answerA", "answerB", "answerC")}
-    return {**kept, "label": str(_number(row["label"], "123") + 1)}
-
-
-def _hellaswag(row: Row) -> Row:
-    kept = {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")}
-    return {**kept, "label": str(_number(row["label"], "0123"))}
+    return convert
 
 
 def _winogrande(row: Row) -> Row:
@@ -194,16 +183,6 @@ def _winogrande(row: Row) -> Row:
     if "_" not in kept["sentence"]:
         raise ValueError("the sentence has no gap '_'")
     return {**kept, "answer": str(_number(row["answer"], "12") + 1)}
-
-
-def _sciq(row: Row) -> Row:
-    keys = ("question", "distractor1", "distractor2", "distractor3", "correct_answer", "support")
-    return {key: row[key] for key in keys}
-
-
-def _copa(row: Row) -> Row:
-    kept = {key: row[key] for key in ("premise", "choice1", "choice2", "question")}
-    return {**kept, "label": _number(row["label"], "01")}
 
 
 _DOCUMENTS: dict[str, tuple[tuple[set[str], ...], Callable[[Row], Row]]] = {
@@ -217,16 +196,24 @@ _DOCUMENTS: dict[str, tuple[tuple[set[str], ...], Callable[[Row], Row]]] = {
     ),
     "openbookqa": (({"question_stem"}, {"question", "answerKey"}), lambda row: _choices(row, "question_stem")),
     "boolq": (({"passage", "question"},), _boolq),
-    "piqa": (({"goal", "sol1"},), _piqa),
-    "siqa": (({"context", "answerA"},), _siqa),
-    "hellaswag": (({"ctx_a", "endings"},), _hellaswag),
+    "piqa": (({"goal", "sol1"},), _kept("goal", "sol1", "sol2", label="01")),
+    "siqa": (
+        ({"context", "answerA"},),
+        _kept("context", "question", "answerA", "answerB", "answerC", label="123", form=lambda index: str(index + 1)),
+    ),
+    "hellaswag": (
+        ({"ctx_a", "endings"},),
+        _kept("activity_label", "ctx_a", "ctx_b", "endings", label="0123", form=str),
+    ),
     "winogrande": (({"sentence", "option1"},), _winogrande),
-    "sciq": (({"distractor1", "support"},), _sciq),
-    "copa": (({"premise", "choice1"},), _copa),
-    "text": (({"text"},), lambda row: {"text": row["text"]}),
-    "page": (({"page"},), lambda row: {"page": row["page"]}),
+    "sciq": (
+        ({"distractor1", "support"},),
+        _kept("question", "distractor1", "distractor2", "distractor3", "correct_answer", "support"),
+    ),
+    "copa": (({"premise", "choice1"},), _kept("premise", "choice1", "choice2", "question", label="01")),
+    "text": (({"text"},), _kept("text")),
+    "page": (({"page"},), _kept("page")),
 }
-KINDS = tuple(_DOCUMENTS)
 
 
 def is_kind(kind: str, row: Row) -> bool:

@@ -51,13 +51,18 @@ def task_scorer(
         raise UserError(f"eval.tasks: {advice.removesuffix(', or --online to download it')}") from None
 
     def score(model: LanguageModel, tokenizer: Tokenizer) -> Scores:
+        # As in the weights that the run publishes, so that `tnllm eval` gives the same texts.
+        sampling = {key: GENERATION_DEFAULTS[key] for key in ("temperature", "top_p", "repetition_penalty")}
+        about = sampling, (tokenizer.eos_id,), tokenizer.bos_id, False, chat_template
         states = random.getstate(), np.random.get_state()
         devices = [model.device] if model.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
                 # Tasks keep their requests, so they are loaded again each time.
                 loaded = load_tasks(choices, folder, False, lambda text: None)
-                results = evaluate(TransNormerLM(_loaded_model(model, tokenizer, chat_template)), loaded, settings)
+                results = evaluate(
+                    TransNormerLM(LoadedModel(Path("training"), model, tokenizer, *about)), loaded, settings
+                )
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
@@ -73,10 +78,3 @@ def task_scorer(
         }
 
     return score
-
-
-def _loaded_model(model: LanguageModel, tokenizer: Tokenizer, chat_template: str) -> LoadedModel:
-    # As in the weights that the run publishes, so that `tnllm eval` gives the same texts.
-    sampling = {key: GENERATION_DEFAULTS[key] for key in ("temperature", "top_p", "repetition_penalty")}
-    eos_ids = (tokenizer.eos_id,)
-    return LoadedModel(Path("training"), model, tokenizer, sampling, eos_ids, tokenizer.bos_id, False, chat_template)

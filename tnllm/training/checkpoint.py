@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -108,7 +108,11 @@ class Saver:
         self.run, self.folder, self.keep, self.background = run, run / "checkpoints", keep, background
         self.tokenizer, self.ranks, self.recipe = tokenizer, ranks or SingleProcess(), recipe
         if self.ranks.main:
-            remove_unfinished(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Left unfinished by a killed process.
+            for leftover in self.folder.glob("step-*.tmp-*"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
         self._thread: threading.Thread | None = None
         self._error: str | None = None
 
@@ -144,7 +148,12 @@ class Saver:
         final = self.folder / name
         temporary = final.with_name(f"{name}.tmp-save")
         main = self.ranks.main
-        started = self._on_all_ranks(lambda: _make_folders(temporary, owned) if main else None)
+
+        def make_folders() -> None:
+            for part in owned if main else ():
+                (temporary / part).mkdir(parents=True)
+
+        started = self._on_all_ranks(make_folders)
         sums = None if started is None else self._on_all_ranks(lambda: self._write_own(owned, temporary))
         if sums is not None:
             self._on_all_ranks(lambda: self._finish(described, temporary, final, sums) if main else None)
@@ -172,7 +181,11 @@ class Saver:
         text = json.dumps(dict(sorted(manifest.items())), indent=2) + "\n"
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
         replace_dir(temporary, final)
-        publish_checkpoint(final, self.run, self.keep)
+        write_text_atomic(self.run / LATEST, f"{final.name}\n")
+        for old in list_checkpoints(self.run)[: -self.keep] if self.keep else []:
+            shutil.rmtree(
+                old, ignore_errors=True
+            )  # a link, or a file that another user owns: what stays is still valid
 
     def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any] | None:
         """Call `work` on every rank and return all results. If it failed on one: keeps the error and returns None."""
@@ -195,26 +208,6 @@ def _reason(error: Exception) -> str:
     return system[1] if system else str(error)
 
 
-def _make_folders(temporary: Path, names: Iterable[str]) -> None:
-    for name in names:
-        (temporary / name).mkdir(parents=True)
-
-
-def publish_checkpoint(folder: Path, run: Path, keep: int) -> None:
-    """Make the complete `folder` the run's `latest`, and remove all but the newest `keep` (0: none)."""
-    write_text_atomic(run / LATEST, f"{folder.name}\n")
-    for old in list_checkpoints(run)[:-keep] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)  # a link, or a file that another user owns: what stays is still valid
-
-
-def remove_unfinished(checkpoints: Path) -> None:
-    """Create the folder of checkpoints, or remove what a killed process left unfinished in it."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for leftover in checkpoints.glob("step-*.tmp-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-
-
 def _file_sums(files: list[Path], folder: Path) -> dict[str, list[int | str]]:
     """The manifest's entries for `files`: size and SHA-256, by path relative to `folder`."""
     return {str(path.relative_to(folder)): [path.stat().st_size, sha256_file(path)] for path in files}
@@ -224,12 +217,6 @@ def list_checkpoints(run: Path) -> list[Path]:
     """Step folders, oldest first. One that is still being written has a temporary name and is not listed."""
     folder = run / "checkpoints"
     return sorted(path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name) and path.is_dir())
-
-
-def stray_files(run: Path) -> list[Path]:
-    """What lies in the run's checkpoints/ and is none."""
-    listed = set(list_checkpoints(run))
-    return sorted(path for path in (run / "checkpoints").glob("*") if path not in listed)
 
 
 def verify_checkpoint(folder: Path) -> None:

@@ -234,11 +234,6 @@ FORMAT = recipe.Format(
 )
 
 
-def describe_keys() -> dict[str, str]:
-    """Every dotted key of a recipe and what it means, in order."""
-    return recipe.describe_keys(FORMAT)
-
-
 def load_recipe(name: str, sets: Sequence[str] = ()) -> RunConfig:
     """Read the recipe `name` (a path, or the name of a packaged one) with `sets` (`"section.key=value"`) on top.
 

@@ -3,10 +3,6 @@
 print(dry_run_text(config))     # tnllm train RECIPE --dry-run
 """
 
-import time
-
-import torch
-
 from tnllm.device import GPUS, pick_device
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_count, format_duration
@@ -20,6 +16,7 @@ from tnllm.training.estimate import RESERVE, Memory, estimate_memory
 from tnllm.training.loaders import corpus_tokens, open_tokenizer, planned
 from tnllm.training.memory import fit_memory, free_bytes
 from tnllm.training.mesh import config_mesh
+from tnllm.training.metrics import cpu_rate
 from tnllm.training.run_model import make_meta_model, weights_dtype
 
 # Above this, a run over a small corpus is rarely what was meant.
@@ -91,18 +88,8 @@ def _this_machine(config: RunConfig, work: float) -> str:
     text = f"{device}: {format_bytes(needed)} of {format_bytes(free_bytes(device))} free"
     text += "".join(f"; {change}" for change in changes)
     if device.type == "cpu":
-        text += f"; at least {format_duration(work / _cpu_rate())} at the rate of its matrix products"
+        text += f"; at least {format_duration(work / cpu_rate(1024))} at the rate of its matrix products"
     return text
-
-
-def _cpu_rate() -> float:
-    """FLOP/s of an fp32 matrix product on this CPU, the fastest of three."""
-    a, times = torch.randn(1024, 1024), []
-    for _ in range(3):
-        started = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(times)
 
 
 def _lines_of_ranks(config: RunConfig) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 estimate(config, gpu="h100", mfu=0.4)             # everything, ready for JSON
 memory = estimate_memory(model, lora, train, parallel, seq_len)     # bytes of one rank: weights, gradients, ...
-cost = estimate_cost(model, seq_len, tokens, tokens_per_s=4e5)      # FLOPs of the run and how long it takes
 GPUS["h100"].memory_gib
 
 Nothing here is measured. `activation_bytes` counts the tensors that autograd saves for the backward pass; its docstring
@@ -13,7 +12,7 @@ fragmentation and communication buffers are not included (see RESERVE).
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tnllm.device import GPUS, Gpu
+from tnllm.device import GPUS
 from tnllm.errors import UserError, did_you_mean
 from tnllm.modeling.checkpointing import MODES
 from tnllm.modeling.config import LoraConfig, ModelConfig
@@ -30,13 +29,6 @@ from tnllm.training.sections import ParallelSection, TrainSection
 
 # Share of a card left for what is not counted: the CUDA context, workspaces and fragmentation.
 RESERVE = 0.08
-
-
-def find_gpu(name: str) -> Gpu:
-    """The GPU `name`. Raises UserError if it is not in the table."""
-    if name.lower() not in GPUS:
-        raise UserError(f"--gpu is {name!r}; allowed: {', '.join(GPUS)}{did_you_mean(name.lower(), GPUS)}")
-    return GPUS[name.lower()]
 
 
 @dataclass(frozen=True)
@@ -174,47 +166,6 @@ def head_bytes(model: ModelConfig, num_tokens: int, itemsize: int, tensor: int =
     return rows * vocabulary * (4 + copy) + num_tokens * model.model_dim * itemsize + 4 * vocabulary * model.model_dim
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Work of a run. `tokens_per_s`: of all ranks together; None if no rate is known."""
-
-    parameters: int
-    state_bytes: int
-    flops_per_token: float
-    tokens: int
-    flops: float
-    tokens_per_s: float | None
-    seconds: float | None
-
-
-def estimate_cost(
-    model: ModelConfig,
-    seq_len: int,
-    tokens: int,
-    gpu: Gpu | None = None,
-    mfu: float | None = None,
-    tokens_per_s: float | None = None,
-    num_gpus: int = 1,
-) -> Cost:
-    """FLOPs and time of training on `tokens` in rows of `seq_len`, at `tokens_per_s` of all ranks together.
-
-    Without that rate: at the share `mfu` of the peak of `num_gpus` of `gpu`.
-    """
-    per_token = flops_per_token(model, seq_len)
-    if tokens_per_s is None and mfu is not None:
-        assert gpu is not None, "mfu is a share of a GPU's peak"
-        tokens_per_s = mfu * gpu.peak_flops * num_gpus / per_token
-    return Cost(
-        parameters=count_parameters(model),
-        state_bytes=state_bytes(model, seq_len),
-        flops_per_token=per_token,
-        tokens=tokens,
-        flops=per_token * tokens,
-        tokens_per_s=tokens_per_s,
-        seconds=tokens / tokens_per_s if tokens_per_s else None,
-    )
-
-
 def settings_at_length(train: TrainSection, before: int, data_ranks: int, seq_len: int) -> list[str]:
     """`--set` items for rows of `seq_len` tokens instead of `before`, with as many tokens per pass and per step."""
     rows = max(1, train.micro_batch_size * before // seq_len)
@@ -234,17 +185,21 @@ def estimate(
     """The complete estimate as plain values.
 
     `rank_gib`: components and total for each mode of train.activation_checkpointing. `fits`: whether a total leaves RESERVE
-    free on the named GPU, in `memory_gib`, or else on every known GPU. `again`: recomputed FLOPs as a share of the
-    model's own.
+    free on the named GPU, in `memory_gib`, or else on every known GPU. `tokens_per_s`: of all ranks together; without it
+    the share `mfu` of the peak of `num_gpus` of `gpu`. `again`: recomputed FLOPs as a share of the model's own.
     """
-    card = find_gpu(gpu) if gpu else None
+    card = GPUS.get(gpu.lower()) if gpu else None
+    if gpu and card is None:
+        raise UserError(f"--gpu is {gpu!r}; allowed: {', '.join(GPUS)}{did_you_mean(gpu.lower(), GPUS)}")
     model, train, seq_len = config.model, config.train, config.data.seq_len
-    tokens = config.total_steps * train.global_batch_tokens
-    cost = estimate_cost(model, seq_len, tokens, card, mfu, tokens_per_s, num_gpus or config.world_size)
+    tokens, per_token = config.total_steps * train.global_batch_tokens, flops_per_token(model, seq_len)
+    if tokens_per_s is None and mfu is not None:
+        assert card is not None, "mfu is a share of a GPU's peak"
+        tokens_per_s = mfu * card.peak_flops * (num_gpus or config.world_size) / per_token
     rank: dict[str, dict[str, float]] = {}
     again: dict[str, float] = {}
     for mode in MODES:
-        again[mode] = recomputed_flops_per_token(model, seq_len, mode) / cost.flops_per_token
+        again[mode] = recomputed_flops_per_token(model, seq_len, mode) / per_token
         memory = estimate_memory(model, config.lora, train, config.parallel, seq_len, mode)
         rank[mode] = {**{key: value / 2**30 for key, value in asdict(memory).items()}, "total": memory.total / 2**30}
     sizes = {name: known.memory_gib for name, known in GPUS.items()}
@@ -255,7 +210,7 @@ def estimate(
     return {
         "kind": model.kind,
         "softmax_layers": model.num_softmax,
-        "parameters": cost.parameters,
+        "parameters": count_parameters(model),
         "ranks": config.world_size,
         "rows_per_pass": train.micro_batch_size,
         "seq_len": seq_len,
@@ -266,10 +221,10 @@ def estimate(
         "fits": {
             name: {mode: rank[mode]["total"] <= size * (1 - RESERVE) for mode in rank} for name, size in sizes.items()
         },
-        "state_gib": cost.state_bytes / 2**30,
-        "flops_per_token": cost.flops_per_token,
+        "state_gib": state_bytes(model, seq_len) / 2**30,
+        "flops_per_token": per_token,
         "tokens": tokens,
-        "flops": cost.flops,
-        "tokens_per_s": cost.tokens_per_s,
-        "days": None if cost.seconds is None else cost.seconds / 86400,
+        "flops": per_token * tokens,
+        "tokens_per_s": tokens_per_s,
+        "days": tokens / tokens_per_s / 86400 if tokens_per_s else None,
     }

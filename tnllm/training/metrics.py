@@ -90,3 +90,13 @@ def matmul_rate(device: torch.device) -> float | None:
         torch.cuda.synchronize(device)
         times.append((time.perf_counter() - start) / 4)
     return 2 * size**3 / min(times)
+
+
+def cpu_rate(size: int) -> float:
+    """FLOP/s of an fp32 product of matrices of that size on this CPU, the fastest of three."""
+    a, times = torch.randn(size, size), []
+    for _ in range(3):
+        started = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)

@@ -43,13 +43,7 @@ def make_optimizer(model: Parameters, config: OptimizerSection, compiled: bool =
     groups = [group for group in groups if group["params"]]
     if any(p.dtype == torch.bfloat16 for _, p in named):
         return Bf16AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, compiled=compiled)
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 def clip_and_step(

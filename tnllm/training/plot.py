@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tnllm.errors import MissingExtra, UserError
+from tnllm.files import format_count
 from tnllm.progress import log
 from tnllm.training.metrics import read_metrics
 
@@ -129,7 +130,7 @@ def draw(runs: list[Run], x: Axis = "step", suffix: str = ".png", span: int | No
         speed.set_ylim(bottom=0)
         speed.set_xlabel(label)
         speed.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-        speed.yaxis.set_major_formatter(lambda value, _: _short(value))
+        speed.yaxis.set_major_formatter(lambda value, _: format_count(value))
         figure.align_ylabels()
         return picture(figure, suffix, dpi=200)
 
@@ -175,10 +176,3 @@ def _axis(runs: list[Run], x: Axis) -> tuple[float, str]:
         if far >= 2 * size:
             return size, f"time since the first row ({word})"
     return 1.0, "time since the first row (s)"
-
-
-def _short(value: float) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"

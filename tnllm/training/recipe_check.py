@@ -4,8 +4,7 @@ report = check_recipe("385m", ["data.path=corpus"])    # UserError with one line
 report.parameters                                       # counted on the meta device; nothing is allocated
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from tnllm import assets
 from tnllm.chat_template import split_template
@@ -35,10 +34,6 @@ class Report:
     ranks: int
     tokenizer: str
     data: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:

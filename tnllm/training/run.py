@@ -34,10 +34,10 @@ from tnllm.training.checkpoint import (
     Saver,
     TrainState,
     check_same_model,
+    list_checkpoints,
     load_checkpoint,
     read_state,
     step_name,
-    stray_files,
 )
 from tnllm.training.config import RunConfig
 from tnllm.training.display import RunDisplay
@@ -187,7 +187,9 @@ def open_run(
         if ends:
             display.log(ends)
         signals = stack.enter_context(StopSignals(ranks.size > 1, config.train.max_time if ranks.main else None))
-        free = ranks.all_reduce_min(free_bytes(device) / _sharing(device))
+        # Ranks on a CPU share its memory.
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+        free = ranks.all_reduce_min(free_bytes(device) / sharing)
         fitted = fit_memory(
             config.model, config.lora, config.train, config.parallel, config.data.seq_len, device, display.log, free
         )
@@ -277,7 +279,12 @@ def _prepare_folder(
     checkpoint = choose_checkpoint(out, resume, log) if resume else None
     state, changed = TrainState(), True
     if checkpoint is not None:
-        keep_tokenizer(checkpoint, tokenizer)
+        ours = checkpoint / TOKENIZER
+        if ours.is_file() and Tokenizer.load(ours).sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{tokenizer.path} is not the tokenizer this run was trained with ({ours}); a resumed run keeps its "
+                "tokenizer"
+            )
         check_same_model(checkpoint, trainer.model)
         state = read_state(checkpoint)
         if state.step > config.total_steps:
@@ -290,26 +297,12 @@ def _prepare_folder(
         recipe = config.model_dump(mode="json")
         data = fingerprint(trainer.loader)
         changed = check_changes(checkpoint, recipe, state.data, data, allow_data_change, position, log)
-    for path in stray_files(out):
+    for path in sorted({*(out / "checkpoints").glob("*")} - {*list_checkpoints(out)}):
         log(f"{path} is not a checkpoint; it is left alone")
     repair_metrics(out / METRICS, log)
     roll_back(out, state.step, changed, bool(state.owed), log)
     write_environment(out, config.to_yaml(), trainer.device, state.step, fingerprint(trainer.loader))
     return checkpoint
-
-
-def keep_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError if `tokenizer` is not the one that the checkpoint was trained with."""
-    ours = checkpoint / TOKENIZER
-    if ours.is_file() and Tokenizer.load(ours).sha256 != tokenizer.sha256:
-        raise UserError(
-            f"{tokenizer.path} is not the tokenizer this run was trained with ({ours}); a resumed run keeps its tokenizer"
-        )
-
-
-def _sharing(device: torch.device) -> int:
-    """Processes that share the memory of `device`."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
 
 
 def write_environment(out: Path, config_yaml: str, device: torch.device, step: int, data: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from tnllm.errors import Terminated
@@ -31,9 +31,7 @@ class StopSignals:
             signal.setitimer(signal.ITIMER_REAL, self._max_time)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._max_time:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
