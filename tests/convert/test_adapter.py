@@ -99,7 +99,7 @@ def test_the_base_an_adapter_names_is_found(tmp_path, base, run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; convert merges LORA adapters"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; allowed: LORA"),
         ({"use_dora": True}, "use_dora is True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"key": "layers.7.token_mixer.out_proj"}, "'layers.7.token_mixer.out_proj.weight', which .* does not have"),

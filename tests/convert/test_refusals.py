@@ -20,6 +20,7 @@ from tnllm import files
 from tnllm.convert import check, writer
 from tnllm.convert.tensors import open_tensors
 from tnllm.errors import CheckFailed, RunError, Terminated, UserError
+from tnllm.modeling import lora
 
 
 def edit_config(folder, **changes) -> None:
@@ -324,13 +325,11 @@ def test_an_adapter_that_cannot_be_read_is_named(tmp_path, run, monkeypatch):
     key = "base_model.model.layers.0.token_mixer.out_proj.lora_{}.weight"
     pair = {key.format("A"): torch.ones(2, 32), key.format("B"): torch.ones(32, 2)}
     save_file(pair, tmp_path / "adapter/adapter_model.safetensors")
-    original = writer._bytes
 
-    def unplugged(output):
-        (tmp_path / "adapter/adapter_model.safetensors").unlink(missing_ok=True)
-        return original(output)
+    def unplugged(file):
+        raise FileNotFoundError(2, "No such file or directory", str(file))
 
-    monkeypatch.setattr(writer, "_bytes", unplugged)
+    monkeypatch.setattr(lora, "load_file", unplugged)
     with pytest.raises(RunError, match=r"cannot read .*/adapter/adapter_model\.safetensors"):
         run(tmp_path / "adapter", tmp_path / "result", "tnllm", base=tmp_path / "release", verify=False)
     assert not (tmp_path / "result").exists()

@@ -140,7 +140,7 @@ def test_rank_stabilised_scale(tmp_path):
         (
             "other model",
             UserError,
-            "does not fit: its layers.0.channel_mixer.l1 is not one of this model's projections",
+            "make [48, 32], the weight in this model is [64, 32]; give its own base",
         ),
         ("other key", UserError, "holds 'lora_embedding', which is not a LoRA matrix"),
     ],

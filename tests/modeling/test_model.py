@@ -15,7 +15,7 @@ from tnllm.modeling.hf_names import HEAD, to_official
 from tnllm.modeling.layers import GLU
 from tnllm.modeling.lora import add_lora
 from tnllm.modeling.model import build_model
-from tnllm.modeling.packing import pack_padded, unpack_padded
+from tnllm.modeling.packing import pack, unpack_padded
 
 SMALL = {"vocab_size": 97, "model_dim": 64, "num_heads": 4, "num_layers": 3, "glu_dim": 96}
 VARIANTS = {
@@ -120,7 +120,7 @@ def test_packed_equals_alone(lengths, name):
     model = small(name)
     tokens = text(len(lengths), max(lengths))
     with torch.no_grad():
-        packed, cu_seqlens = pack_padded(tokens, torch.tensor(lengths))
+        packed, cu_seqlens = pack([row[:length] for row, length in zip(tokens, lengths, strict=True)])
         logits, state = model(packed, None, cu_seqlens)
         rows = unpack_padded(logits, cu_seqlens, max(lengths))
         more, state = model(text(len(lengths), 3, seed=5), state)

@@ -21,17 +21,18 @@ from torch import Tensor
 
 from tnllm import hub
 from tnllm.convert import check
-from tnllm.convert.adapter import ADAPTER_CONFIG, merge, open_adapter
 from tnllm.convert.checksums import SUMS, Progress, reading, recorded_sums, verify_archives, verify_sums
 from tnllm.convert.official import V3_NOTE
 from tnllm.convert.onnx import MODEL, check_onnx, check_web, compare_with, write_onnx, write_page
 from tnllm.convert.plan import Plan, make_plan
-from tnllm.convert.source import Source, open_source
+from tnllm.convert.source import Source, open_source, with_products
 from tnllm.convert.targets import folder_files
 from tnllm.convert.tensors import open_tensors
-from tnllm.convert.writer import plan_shards, write_shards
+from tnllm.convert.writer import write_shards
 from tnllm.errors import CheckFailed, RunError, Terminated, UserError
 from tnllm.files import LOCK, format_bytes, only_writer, written_folder
+from tnllm.modeling.lora import ADAPTER_CONFIG, read_adapter
+from tnllm.modeling.weights import split_shards
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,17 @@ def open_input(path: Path, base: Path | None = None) -> Source:
         if base is not None:
             raise UserError(f"--base is for adapters; {path} has no {ADAPTER_CONFIG}")
         return open_source(path)
-    adapter = open_adapter(path)
-    base = hub.local(base) if base else adapter.base
+    adapter = read_adapter(path)
+    named = base or adapter.settings.get("base_model_name_or_path")
+    base = hub.local(base) if base else Path(named) if named else None
     if base is None or not base.is_dir():
         raise UserError(
             f"the adapter's base {str(base)!r} is not a folder here; give it with --base FOLDER or --base hf://ORG/NAME"
         )
     source = open_source(base)
     source.check()
-    return merge(adapter, source)
+    adapter.check(source.expected, str(source.folder), "give its own base with --base")
+    return with_products(source, adapter.pairs, adapter.product, str(adapter.folder))
 
 
 def convert(path: Path, target: Path, options: Options, log: Callable[[str], None], progress: Progress) -> Report:
@@ -136,8 +139,8 @@ def _convert(
                 write_page(temporary, options.runtime)
             num_bytes = sum(file.stat().st_size for file in temporary.glob(f"{MODEL}*"))
             if options.verify:
-                limit = check.LIMITS["int8 graph" if options.quantize else "same"]
-                checked = (*compare_with(folder, temporary / MODEL), limit)
+                allowed = check.LIMITS["int8 graph" if options.quantize else "same"]
+                checked = (*compare_with(folder, temporary / MODEL), allowed)
                 _require_equal(checked, target, log)
             shutil.rmtree(folder)
     names = sorted(file.name for file in target.iterdir())
@@ -289,5 +292,5 @@ def key_map(source: Source, plan: Plan) -> list[dict[str, Any]]:
 
 def shard_names(plan: Plan, shard_bytes: int) -> dict[str, int]:
     """Return the weight files of the result: name → bytes of tensors."""
-    shards = plan_shards(plan.outputs, shard_bytes)
-    return {name: sum(output.num_bytes for output in shard) for name, shard in shards.items()}
+    sizes = {output.name: output.num_bytes for output in plan.outputs}
+    return {file: sum(sizes[name] for name in names) for file, names in split_shards(sizes, shard_bytes).items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tnllm.convert.checksums import Progress
 from tnllm.convert.tensors import DTYPE_NAMES
-from tnllm.modeling.weights import INDEX, SINGLE
+from tnllm.modeling.weights import INDEX, index_json, split_shards
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()} | {torch.int8: "I8"}
 
@@ -37,31 +37,17 @@ class Output:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def plan_shards(outputs: list[Output], shard_bytes: int) -> dict[str, list[Output]]:
-    """File name → tensors, in the given order; a tensor larger than `shard_bytes` gets its own file."""
-    shards: list[list[Output]] = [[]]
-    size = 0
-    for output in outputs:
-        if size and size + output.num_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(output)
-        size += output.num_bytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    count = len(shards)
-    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards)}
-
-
 def write_shards(
     folder: Path, outputs: list[Output], shard_bytes: int, metadata: dict[str, str], progress: Progress
 ) -> dict[str, str]:
     """Write all tensors, and an index if there are several files. Returns the SHA-256 of each file."""
-    shards = plan_shards(outputs, shard_bytes)
+    by_name = {output.name: output for output in outputs}
+    shards = split_shards({output.name: output.num_bytes for output in outputs}, shard_bytes)
     total = sum(output.num_bytes for output in outputs)
     done = 0
     sums = {}
-    for file, shard in shards.items():
+    for file, names in shards.items():
+        shard = [by_name[name] for name in names]
         digest = hashlib.sha256()
         # Wide dtypes first, so that every tensor is aligned to its item size. The parts of an int8 matrix, which are made
         # together, keep their order: sorted apart, the rest of every matrix would stay in memory until its turn.
@@ -79,8 +65,7 @@ def write_shards(
                 progress(f"writing {file}", done, total)
         sums[file] = digest.hexdigest()
     if len(shards) > 1:
-        weight_map = {output.name: file for file, shard in shards.items() for output in shard}
-        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+        index = index_json(shards, total)
         (folder / INDEX).write_text(index, encoding="utf-8")
         sums[INDEX] = hashlib.sha256(index.encode()).hexdigest()
     return sums

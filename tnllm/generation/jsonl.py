@@ -23,7 +23,7 @@ from tnllm.errors import UserError
 from tnllm.files import end_of_links, is_special, read_json, write_text_atomic
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams
-from tnllm.generation.samples import Result, TokenLogprob
+from tnllm.generation.samples import Result
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,13 @@ def result_object(result: Result, echo: str = "", id: Any = None) -> dict[str, A
         "text": echo + result.text,
         "finish_reason": result.finish_reason,
         "tokens": result.tokens,
-        "logprobs": None if logprobs is None else [_logprob(entry) for entry in logprobs],
+        "logprobs": None
+        if logprobs is None
+        else [
+            {"id": entry.id, "text": entry.text, "logprob": entry.logprob}
+            | {"top": [{"id": top.id, "text": top.text, "logprob": top.logprob} for top in entry.top]}
+            for entry in logprobs
+        ],
         "seed": result.seed,
         "usage": {
             "prompt_tokens": result.prompt_tokens,
@@ -108,11 +114,6 @@ def result_object(result: Result, echo: str = "", id: Any = None) -> dict[str, A
             "total_tokens": result.prompt_tokens + len(result.tokens),
         },
     }
-
-
-def _logprob(entry: TokenLogprob) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": entry.id, "text": entry.text, "logprob": entry.logprob}
-    return row | {"top": [{"id": top.id, "text": top.text, "logprob": top.logprob} for top in entry.top]}
 
 
 def part_path(path: Path) -> Path:

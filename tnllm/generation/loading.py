@@ -18,7 +18,7 @@ from tnllm.errors import UserError
 from tnllm.files import read_json
 from tnllm.generation.sampler import SamplingParams
 from tnllm.modeling.cpu_step import pack_weights
-from tnllm.modeling.lora import adapted_weights, merge_adapter
+from tnllm.modeling.lora import merge_adapter, read_adapter
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import GENERATION, load_model, resolve_model
 from tnllm.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def with_adapter(loaded: LoadedModel, adapter: Path | str) -> LoadedModel:
     Raises UserError as `load` does.
     """
     folder = Path(hub.local(adapter))
-    changed = adapted_weights(loaded.model, folder)
+    changed = read_adapter(folder).pairs
     shared = {id(weight): weight for name, weight in loaded.model.named_parameters() if name not in changed}
     model = copy.deepcopy(loaded.model, shared)
     merge_adapter(model, folder)

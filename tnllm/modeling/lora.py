@@ -12,6 +12,8 @@ gate in one matrix) gets one pair.
 import json
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,63 +142,82 @@ def save_adapter(model: LanguageModel, folder: Path | str, base: str | None = No
         save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder: its settings and, by the parameters that it changes, A [r, in] and B [out, r] in fp32."""
+
+    folder: Path
+    settings: dict[str, Any]
+    pairs: dict[str, dict[str, Tensor]]
+
+    def product(self, name: str) -> Tensor:
+        """scale * B A [out, in], fp32: scale is alpha / r, or alpha / sqrt(r) with use_rslora.
+
+        `alpha_pattern` overrides `lora_alpha` for the modules that it matches.
+        """
+        a, b = self.pairs[name]["A"], self.pairs[name]["B"]
+        alpha = self.settings["lora_alpha"]
+        for pattern, value in (self.settings.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", name.removesuffix(".weight")):
+                alpha = value
+        return alpha / (math.sqrt(len(a)) if self.settings.get("use_rslora") else len(a)) * (b @ a)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], base: str, advice: str) -> None:
+        """Raise UserError, which ends with `advice`, where names or shapes are not those of `base`."""
+        for name, pair in self.pairs.items():
+            (rank, width), (height, rank_b) = pair["A"].shape, pair["B"].shape
+            if name not in shapes:
+                raise UserError(f"the adapter in {self.folder} changes {name!r}, which {base} does not have; {advice}")
+            if (height, width) != tuple(shapes[name]) or rank != rank_b:
+                raise UserError(
+                    f"the matrices for {name} of the adapter in {self.folder} make {[height, width]}, the weight in "
+                    f"{base} is {list(shapes[name])}; {advice}"
+                )
+
+
 def merge_adapter(model: LanguageModel, folder: Path | str) -> int:
     """Merge an adapter in PEFT's format into a plain model; returns the number of changed weights.
 
-    Raises UserError for a folder without an adapter, an adapter other than plain LoRA or one for another model, RunError
-    for a damaged file.
+    Raises as `read_adapter` does, and UserError for an adapter of another model.
     """
-    settings, pairs = _read_adapter(model, Path(folder))
-    weights = dict(model.named_parameters())
-    for name, pair in pairs.items():
-        weight, rank = weights[name], pair["A"].shape[0]
-        scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        with torch.no_grad():
-            a, b = pair["A"].to(weight.device), pair["B"].to(weight.device)
-            weight.copy_(weight.float() + scale * (b @ a))
-    return len(pairs)
+    adapter, weights = read_adapter(Path(folder)), dict(model.named_parameters())
+    adapter.check({name: tuple(weight.shape) for name, weight in weights.items()}, "this model", "give its own base")
+    with torch.no_grad():
+        for name in adapter.pairs:
+            weights[name].copy_(weights[name].float() + adapter.product(name).to(weights[name].device))
+    return len(adapter.pairs)
 
 
-def adapted_weights(model: LanguageModel, folder: Path | str) -> set[str]:
-    """Names of the parameters that an adapter changes. Raises as `merge_adapter` does."""
-    return set(_read_adapter(model, Path(folder))[1])
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter in PEFT's format.
 
-
-def _read_adapter(model: LanguageModel, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Its settings, and the matrices A and B of each parameter that it changes."""
+    Raises UserError for a folder without one and for one that is not plain LoRA, RunError for a damaged file.
+    """
+    path, file = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give an adapter's folder, with its {ADAPTER_CONFIG}")
-    settings = _read_settings(folder / ADAPTER_CONFIG)
-    file = folder / ADAPTER_WEIGHTS
+    settings = read_json(path, advice="give an adapter's folder")
+    if settings.get("peft_type") != "LORA" or not isinstance(settings.get("lora_alpha"), int | float):
+        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; allowed: LORA, with a lora_alpha")
+    plain = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
+    for key, value in plain.items():
+        if settings.get(key) not in (value, None, []):
+            raise UserError(f"{path}: {key} is {settings[key]!r}, which is not supported; allowed: {value!r}")
     if not file.is_file():
         raise UserError(f"{file} is missing; the adapter folder is incomplete")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
         raise RunError(f"{file} is damaged ({error}); copy it again") from None
+    except OSError as error:
+        raise RunError(f"cannot read {file} ({error.strerror or error}); make it readable or copy it again") from None
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None:
+        if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
             raise UserError(f"{file} holds {key!r}, which is not a LoRA matrix; only plain LoRA adapters are supported")
         pairs.setdefault(f"{from_official(match[1])}.weight", {})[match[2]] = tensor.float()
-    weights = dict(model.named_parameters())
     for name, pair in pairs.items():
-        weight = weights.get(name)
-        if weight is None or len(pair) != 2 or (pair["B"].shape[0], pair["A"].shape[1]) != tuple(weight.shape):
-            raise UserError(
-                f"the adapter in {folder} does not fit: its {name.removesuffix('.weight')} is not one of this model's "
-                "projections"
-            )
-    return settings, pairs
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    settings = read_json(path, advice="give an adapter's folder")
-    if settings.get("peft_type") != "LORA" or not isinstance(settings.get("lora_alpha"), int | float):
-        raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; allowed: LORA, with a lora_alpha")
-    plain = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None, "alpha_pattern": {}}
-    for key, value in plain.items():
-        if settings.get(key) not in (value, None, [], {}):
-            raise UserError(f"{path}: {key} is {settings[key]!r}, which is not supported; allowed: {value!r}")
-    return settings
+        if len(pair) != 2:
+            raise UserError(f"{file} holds only one of the two matrices of {name}; copy the adapter again")
+    return Adapter(folder, settings, pairs)

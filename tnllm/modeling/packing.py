@@ -1,9 +1,8 @@
 """Ragged batches as one packed row, so that padding never enters a state.
 
 tokens, cu_seqlens = pack([[5, 6, 7], [8]])             # [1, total], [N + 1], both on the CPU
-packed, cu_seqlens = pack_padded(tokens, lengths)       # [1, total], [B + 1]
-hidden, state = model.hidden(packed, state, cu_seqlens)
-hidden = unpack_padded(hidden, cu_seqlens, tokens.shape[1])
+hidden, state = model.hidden(tokens, state, cu_seqlens)
+hidden = unpack_padded(hidden, cu_seqlens, length=3)    # [N, 3, M]
 """
 
 from collections.abc import Sequence
@@ -22,14 +21,6 @@ def pack(sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> tuple[Tens
     tokens = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return torch.from_numpy(tokens)[None], F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-
-
-def pack_padded(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop right padding: [B, T] int64 and [B] lengths (0 <= length <= T) → [1, total], cu_seqlens [B + 1] int32."""
-    keep = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=tokens.device)
-    cu_seqlens[1:] = lengths.cumsum(0)
-    return tokens[keep][None], cu_seqlens
 
 
 def unpack_padded(packed: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:

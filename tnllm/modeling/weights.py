@@ -10,7 +10,7 @@ run folder, a step folder or None. Nothing here is ever unpickled.
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,30 +76,37 @@ def save_model(
         (temporary / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / TOKENIZER)
-        _save_tensors(model, temporary, stored, shard_bytes)
+        tensors = {
+            name: (tensor if name.endswith("lrpe.theta") else tensor.to(stored)).cpu().contiguous()
+            for name, tensor in model.state_dict().items()
+        }
+        shards = split_shards({name: tensor.nbytes for name, tensor in tensors.items()}, shard_bytes)
+        for file, names in shards.items():
+            save_file({name: tensors[name] for name in names}, temporary / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            (temporary / INDEX).write_text(index_json(shards, total), encoding="utf-8")
 
 
-def _save_tensors(model: LanguageModel, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in model.state_dict().items():
-        value = tensor if name.endswith("lrpe.theta") else tensor.to(dtype)
-        if size and size + value.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value.cpu().contiguous()
-        size += value.nbytes
+def split_shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+    """File name → names of tensors, in the given order; a tensor larger than `shard_bytes` gets its own file."""
+    shards: list[list[str]] = [[]]
+    left = shard_bytes
+    for name, size in sizes.items():
+        if size > left and shards[-1]:
+            shards.append([])
+            left = shard_bytes
+        shards[-1].append(name)
+        left -= size
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
-        return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    weight_map = {}
-    for file, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def index_json(shards: Mapping[str, Sequence[str]], num_bytes: int) -> str:
+    """The text of the index beside several files."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    return json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}, indent=2) + "\n"
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype]:

@@ -54,11 +54,7 @@ class Layout:
         """Shape of the tensor-parallel shard."""
         if self.dim is None:
             return self.full_shape
-        assert self.full_shape[self.dim] % (self.blocks * self.tensor[1]) == 0, (
-            self.name,
-            self.full_shape,
-            self.tensor,
-        )
+        assert self.full_shape[self.dim] % (self.blocks * self.tensor[1]) == 0, self
         return tuple(n // self.tensor[1] if d == self.dim else n for d, n in enumerate(self.full_shape))
 
     @property

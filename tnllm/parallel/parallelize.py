@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from tnllm.errors import UserError
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.lora import add_lora, lora_layers
 from tnllm.modeling.model import LanguageModel, build_model, compile_block
@@ -154,7 +153,7 @@ class ShardedModel:
 def parallelize(
     model: LanguageModel, mesh: Mesh, checkpointing: str = "none", compiled: bool = False, low_precision: bool = False
 ) -> ShardedModel:
-    """Parallelize `model`, on the meta device, over `mesh`. Raises UserError for a model that an axis cannot split.
+    """Parallelize `model`, on the meta device, over `mesh`, whose axes can split it: RunConfig says so.
 
     `low_precision`: blocks are gathered in bf16; weights, gradient reduction, embedding and head stay fp32. Add an
     adapter before (`add_lora` on the meta device); tensor parallelism does not support one.
@@ -164,7 +163,14 @@ def parallelize(
         assert model.lora is None, "RunConfig refuses it"
         shard_heads(model, *mesh.tensor, mesh.groups["tensor"].group_name)
     if mesh.sizes["sequence"] > 1:
-        split_rows(model, mesh)
+        # Every attention works on one slice of a row, with the state passed between ranks.
+        assert not model.config.num_softmax, "RunConfig refuses it"
+        group = mesh.groups["sequence"].group_name
+        slices: dict[str, Any] = {"rank": mesh.index["sequence"], "size": mesh.sizes["sequence"], "group": group}
+        for block in model.blocks:
+            assert isinstance(block.token_mixer, GatedLinearAttention)
+            block.token_mixer.attend = partial(sequence_attention, **slices)
+            block.token_mixer.gated_attention = partial(sequence_gated_attention, **slices)
     model.set_activation_checkpointing(checkpointing)
     if compiled:
         for block in model.blocks:
@@ -173,25 +179,6 @@ def parallelize(
     if mesh.fsdp is not None:
         _shard_weights(model, mesh, low_precision)
     return ShardedModel(model, mesh)
-
-
-def split_rows(model: LanguageModel, mesh: Mesh) -> None:
-    """Make every attention of `model` work on one slice of a row per rank, with the state passed between ranks."""
-    if model.config.num_softmax:
-        raise UserError(
-            f"parallel.sequence is {mesh.sizes['sequence']}, but softmax attention has no state to pass on; "
-            "set parallel.sequence=1 for model.kind transformer and model.softmax_every"
-        )
-    arguments: dict[str, Any] = {
-        "rank": mesh.index["sequence"],
-        "size": mesh.sizes["sequence"],
-        "group": mesh.groups["sequence"].group_name,
-    }
-    for block in model.blocks:
-        mixer = block.token_mixer
-        assert isinstance(mixer, GatedLinearAttention)
-        mixer.attend = partial(sequence_attention, **arguments)
-        mixer.gated_attention = partial(sequence_gated_attention, **arguments)
 
 
 def _shard_weights(model: LanguageModel, mesh: Mesh, low_precision: bool) -> None:

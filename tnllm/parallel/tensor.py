@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tnllm.errors import UserError
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.model import LanguageModel
@@ -64,25 +63,22 @@ class OutputNorm(HeadsNorm):
         return self._normalize(total, lambda own: own, lambda own: sum_forward(F.pad(own, self.padding), self.group))
 
 
-def check_tensor(config: ModelConfig, size: int) -> None:
-    """Raise UserError for a model that `size` tensor ranks cannot split."""
-    for key in ("num_heads", "glu_dim", "vocab_size"):
-        value = getattr(config, key)
-        if value % size:
-            hint = f"; raise it to {value + size - value % size}" if key == "vocab_size" else ""
-            raise UserError(f"parallel.tensor is {size}; it must divide model.{key} {value}{hint}")
-
-
 def shard_heads(model: LanguageModel, rank: int, size: int, group: str) -> None:
     """Replace every parameter by this rank's shard (shapes only: the model is on the meta device), add the all-reduces."""
-    check_tensor(model.config, size)
     for name, parameter in list(model.named_parameters()):
         owner = model.get_submodule(name.rpartition(".")[0])
         shape = Layout.of(name, tuple(parameter.shape), (rank, size)).shape
         local = nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
         setattr(owner, name.rpartition(".")[2], local)
-    before = partial(_sum_input_gradient, group=group)
-    after = partial(_sum_output, group=group)
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return sum_backward(inputs[0], group), *inputs[1:]
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return sum_forward(output[0], group), *output[1:]
+        return sum_forward(output, group)
+
     for block in model.blocks:
         for mixer in (block.token_mixer, block.channel_mixer):
             mixer.register_forward_pre_hook(before)
@@ -101,13 +97,3 @@ def shard_heads(model: LanguageModel, rank: int, size: int, group: str) -> None:
             block.token_mixer.register_forward_hook(after)
     setattr(model, "embed_tokens", VocabularyEmbedding(model.get_parameter("embed_tokens.weight"), rank, group))  # noqa: B010
     model.cross_entropy = partial(vocabulary_cross_entropy, rank=rank, group=group)
-
-
-def _sum_input_gradient(module: nn.Module, inputs: tuple[Any, ...], group: str) -> tuple[Any, ...]:
-    return sum_backward(inputs[0], group), *inputs[1:]
-
-
-def _sum_output(module: nn.Module, inputs: tuple[Any, ...], output: Any, group: str) -> Any:
-    if isinstance(output, tuple):
-        return sum_forward(output[0], group), *output[1:]
-    return sum_forward(output, group)

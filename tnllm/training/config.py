@@ -136,7 +136,8 @@ class RunConfig(Section):
         for key in ("num_heads", "glu_dim", "vocab_size"):
             size, value = self.parallel.tensor, getattr(self.model, key)
             if value % size:
-                raise ValueError(f"parallel.tensor is {size}; it must divide model.{key} {value}")
+                hint = f"; raise it to {value + size - value % size}" if key == "vocab_size" else ""
+                raise ValueError(f"parallel.tensor is {size}; it must divide model.{key} {value}{hint}")
         if self.parallel.sequence > 1 and self.model.num_softmax:
             raise ValueError(
                 f"parallel.sequence is {self.parallel.sequence}, but softmax attention has no state to pass on; "
