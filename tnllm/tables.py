@@ -31,7 +31,8 @@ def print_table(
     """
     if not sys.stdout.isatty() or find_spec("rich") is None:
         heads = [columns] if any(columns) else []
-        lines = [*([title] if title else []), *("\t".join(map(_one_line, row)) for row in [*heads, *rows])]
+        cells = [[" ".join(cell.split()) for cell in row] for row in [*heads, *rows]]
+        lines = [*([title] if title else []), *map("\t".join, cells)]
         print("\n".join(lines))
         return
     from rich import box
@@ -58,10 +59,6 @@ def print_table(
             table.add_section()
         table.add_row(*cells)
     console.print(table)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _print_paragraph(console: Any, columns: Sequence[str], row: Sequence[Any]) -> None:

@@ -66,9 +66,7 @@ def command(
     check_choice("--to", to, FORMATS)
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--quantize", quantize, ("int8",))
-    shard_bytes = parse_count(
-        shard_size.upper().removesuffix("B") if shard_size.upper().endswith("B") else shard_size, "--shard-size"
-    )
+    shard_bytes = parse_count(shard_size.upper().removesuffix("B"), "--shard-size")
     if shard_bytes < 10**6:
         raise UserError(f"--shard-size is {shard_size!r}; give at least 1MB")
     if to != "hf" and (push or licence):

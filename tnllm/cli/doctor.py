@@ -77,7 +77,8 @@ def command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -
 
 def examine() -> list[Check]:
     """All checks; each runs even if another fails."""
-    checks = [_python()]
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    checks = [Check("python", "ok", found)]
     checks += [_package(name) for name in REQUIRED]
     if sys.platform == "linux":
         checks.append(_package("triton"))
@@ -98,10 +99,6 @@ def _guarded(name: str, check: Callable[[], list[Check]]) -> list[Check]:
         return [
             Check(name, "wrong", f"{type(error).__name__}: {error}", "reinstall: pip install --force-reinstall tnllm")
         ]
-
-
-def _python() -> Check:
-    return Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
 def _version(name: str) -> str:

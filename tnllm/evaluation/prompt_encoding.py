@@ -38,14 +38,11 @@ class LineEncoder:
         # Some models put a space before every text, which the lines after the first must not have.
         newline = tokenizer.encode("\n")
         self._skip = int(len(newline) > 1 and tokenizer.token_bytes[newline[0]] == b" ")
-        self._following = lru_cache(_CACHED_LINES)(self._encode_following)
+        self._following = lru_cache(_CACHED_LINES)(lambda line: tuple(tokenizer.encode("\n" + line)[self._skip :]))
         self._first = lru_cache(_CACHED_LINES)(lambda line: tuple(tokenizer.encode(line)))
         self.by_lines = not any(b"\n" in piece and piece != b"\n" for piece in tokenizer.token_bytes) and all(
             self._by_lines(probe) == tokenizer.encode(probe) for probe in _PROBES
         )
-
-    def _encode_following(self, line: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode("\n" + line)[self._skip :])
 
     def _by_lines(self, text: str) -> list[int]:
         first, *rest = text.split("\n")

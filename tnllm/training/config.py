@@ -286,8 +286,14 @@ def fit_rows(name: str, sets: Sequence[str] = ()) -> list[str]:
 
 
 def _resolve_model(keys: dict[str, Any], origins: dict[str, str], init: Any) -> ModelConfig:
-    overrides = dict(keys)
-    start = None if init is None else _initial_model(str(init), origins)
+    overrides, start = dict(keys), None
+    if init is not None:
+        from tnllm.modeling.weights import read_config
+
+        try:
+            start = read_config(_find_weights(str(init)))[0]
+        except (UserError, OSError) as error:
+            raise UserError(f"train.init: {error}{recipe.origin_of('train.init', origins)}") from None
     if start is not None and not overrides:
         return start
     preset = overrides.pop("preset", "385m")
@@ -310,13 +316,3 @@ def _find_weights(init: str) -> Path:
     from tnllm.modeling.weights import resolve_model
 
     return resolve_model(None if init == PACKAGED else init)
-
-
-def _initial_model(init: str, origins: dict[str, str]) -> ModelConfig:
-    """The config of the weights a run starts from."""
-    from tnllm.modeling.weights import read_config
-
-    try:
-        return read_config(_find_weights(init))[0]
-    except (UserError, OSError) as error:
-        raise UserError(f"train.init: {error}{recipe.origin_of('train.init', origins)}") from None

@@ -43,7 +43,11 @@ def gather_full(tensors: dict[str, dict[str, Local]], mesh: Mesh | None) -> dict
 def _gather(local: Tensor, layout: Layout, mesh: Mesh, owner: int) -> Tensor | None:
     """The full tensor on rank `owner` of the group, None on the others."""
     group = mesh.groups["replica"]
-    layouts = [_layout_at(layout, mesh, rank) for rank in range(group.size())]
+    layouts = []  # of the same parameter on each rank
+    for rank in range(group.size()):
+        weights, tensor = divmod(rank, mesh.tensor[1])
+        other = Layout.of(layout.name, layout.full_shape, (tensor, mesh.tensor[1]))
+        layouts.append(other if layout.rows is None else other.with_rows((weights, mesh.weights[1])))
     # gather needs equal sizes: shorter shards are padded.
     flat = local.new_zeros(max(torch.Size(other.local_shape).numel() for other in layouts))
     flat[: local.numel()] = local.flatten()
@@ -57,10 +61,3 @@ def _gather(local: Tensor, layout: Layout, mesh: Mesh, owner: int) -> Tensor | N
         for mine, slices in other.slices():
             full[slices] = shaped[mine].to("cpu")
     return full
-
-
-def _layout_at(layout: Layout, mesh: Mesh, rank: int) -> Layout:
-    """The layout of the same parameter on another rank of this copy of the model."""
-    weights, tensor = divmod(rank, mesh.tensor[1])
-    other = Layout.of(layout.name, layout.full_shape, (tensor, mesh.tensor[1]))
-    return other if layout.rows is None else other.with_rows((weights, mesh.weights[1]))
