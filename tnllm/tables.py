@@ -31,8 +31,8 @@ def print_table(
     """
     if not sys.stdout.isatty() or find_spec("rich") is None:
         heads = [columns] if any(columns) else []
-        cells = [[" ".join(cell.split()) for cell in row] for row in [*heads, *rows]]
-        lines = [*([title] if title else []), *map("\t".join, cells)]
+        plain = [[" ".join(cell.split()) for cell in row] for row in [*heads, *rows]]
+        lines = [*([title] if title else []), *map("\t".join, plain)]
         print("\n".join(lines))
         return
     from rich import box

@@ -129,6 +129,20 @@ def test_rank_stabilised_scale(tmp_path):
     torch.testing.assert_close(change, 2 * model.get_submodule(name).product(), rtol=1e-3, atol=1e-6)
 
 
+def test_alpha_of_some_modules(tmp_path):
+    model = trained()
+    save_adapter(model, tmp_path)
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**settings, "alpha_pattern": {"channel_mixer.l1": 12}}))
+    plain = build()
+    before = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    merge_adapter(plain, tmp_path)
+    # 12 is twice the adapter's own alpha.
+    for name, factor in (("layers.1.channel_mixer.l1", 2), ("layers.1.channel_mixer.l2", 1)):
+        change = plain.get_submodule(name).weight - before[f"{name}.weight"]
+        torch.testing.assert_close(change, factor * model.get_submodule(name).product(), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -1,14 +1,16 @@
 """What a body may hold: what asks for nothing is accepted, what asks for what is missing is refused by name, fast."""
 
+import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from pydantic_core import from_json
 
 from tests.small_models import make_ready
 from tnllm.generation.samples import TokenLogprob
-from tnllm.serving import bodies
+from tnllm.serving import api, bodies
 from tnllm.serving.answers import ChatAnswer, TextAnswer
 from tnllm.serving.api import ChatRequest, CompletionRequest, check_size, validated
 from tnllm.serving.bodies import RequestError
@@ -393,3 +395,12 @@ def test_ids_with_one_spelling_and_control_tokens_are_told_apart(ready):
     answer = ChatAnswer(ready, "m", "fp", request, request.prompts(ready), request.params(ready))
     [content] = answer._choice(0, "a", [entry], None)["logprobs"]["content"]
     assert [top["token"] for top in content["top_logprobs"]] == ["a", "</s>", "a", "<s>"]
+
+
+def test_a_sampling_option_that_requests_do_not_offer_keeps_its_default(monkeypatch):
+    """A new rule of the sampler alone must not break the server."""
+    unknown = SimpleNamespace(name="rule_of_tomorrow")
+    monkeypatch.setattr(api, "fields", lambda kind: (*dataclasses.fields(kind), unknown))
+    loaded = SimpleNamespace(params=lambda **given: given)
+    given = CompletionRequest.model_validate({"prompt": "a", "top_k": 3}).params(loaded)
+    assert given["top_k"] == 3 and "rule_of_tomorrow" not in given

@@ -175,7 +175,9 @@ class GenerateRequest(BaseModel):
     def _sampling(
         self, loaded: LoadedModel, more: dict[str, Any], most_tokens: int | None, grammars: Grammars | None
     ) -> SamplingParams:
-        names = {field.name for field in fields(SamplingParams)} - {"logprobs", "grammar"}
+        names = {field.name for field in fields(SamplingParams)} & (
+            type(self).model_fields.keys() - {"logprobs", "grammar"}
+        )
         given = {name: value for name in names if (value := getattr(self, name)) is not None} | more
         for name in ("max_tokens", "seed"):
             if given.get(name) == -1:
