@@ -43,7 +43,6 @@ class _Cell(string.Formatter):
 
 
 def cell(form: Form, row: Row) -> str:
-    """The text of one cell."""
     return _Cell().vformat(form, (), row) if isinstance(form, str) else form(row)
 
 

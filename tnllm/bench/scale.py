@@ -100,7 +100,6 @@ class MeshCase:
 
     @property
     def ranks(self) -> int:
-        """Number of GPUs."""
         return math.prod(self.axes.values())
 
     @property
@@ -412,7 +411,6 @@ def _base(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def scaling(axes: dict[str, int]) -> str:
-    """Which scaling a mesh shows."""
     weak = [
         word for word, on in (("rows", axes["replicate"] * axes["shard"] > 1), ("length", axes["sequence"] > 1)) if on
     ]

@@ -214,7 +214,6 @@ def times_of_nccl(events: list[dict[str, Any]], axes: dict[str, str], steps: int
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of spans."""
     total, end = 0.0, -math.inf
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))

@@ -244,7 +244,6 @@ def print_environment(environment: Row) -> None:
 
 
 def print_check(row: Row) -> None:
-    """One line about a mesh's check."""
     name = cell("check of ten steps against one GPU, {preset} {mesh} on {gpus}: ", row)
     result = f"{cell(_SCALE_CHECK, row)}: {verdict(row)}" if row["status"] == "ok" else cell("{status}: {reason}", row)
     print(name + result, flush=True)
@@ -261,7 +260,6 @@ def print_row(row: Row) -> None:
 
 
 def longest_line(row: Row) -> str:
-    """The longest row of a mesh in words."""
     name = f"longest row, {row['preset']}, {_mesh(row)} on {row['gpus']}: "
     reason = f"{row['status']}: {row.get('reason', '')}"
     if row.get("longest") is None:

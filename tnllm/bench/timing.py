@@ -87,7 +87,6 @@ def _gpu_times(run: Callable[[], Any], device: torch.device, repeats: int, host_
 
 
 def cpu_times(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Milliseconds of each call."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()

@@ -49,7 +49,6 @@ class Index:
         return names
 
     def save(self, path: Path) -> None:
-        """Write the index atomically."""
         buffer = io.BytesIO()
         about = json.dumps([self.names, self.word_sizes, self.character_sizes])
         np.savez(buffer, hashes=self.hashes, files=self.files, about=np.frombuffer(about.encode(), np.uint8))
@@ -57,7 +56,6 @@ class Index:
 
     @staticmethod
     def load(path: Path) -> "Index":
-        """Read what `save` wrote."""
         with np.load(path) as arrays:
             names, words, characters = json.loads(arrays["about"].tobytes())
             return Index(arrays["hashes"], arrays["files"], tuple(names), tuple(words), tuple(characters))

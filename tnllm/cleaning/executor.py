@@ -62,7 +62,6 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        """Whether every task is complete."""
         return all((self.log / "completions" / f"{rank:05d}").exists() for rank in range(self.tasks))
 
 

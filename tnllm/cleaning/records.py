@@ -54,7 +54,6 @@ class RecordWriter:
         return self
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add one record."""
         self._gzip.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.count += 1
 

@@ -84,7 +84,6 @@ class Step(PipelineStep):
 
 
 def count_document(step: PipelineStep, doc: Document) -> None:
-    """Count one document and its UTF-8 bytes."""
     step.stat_update("documents")
     step.stat_update("bytes", value=len(doc.text.encode("utf-8", "replace")))
 

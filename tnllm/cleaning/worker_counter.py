@@ -22,7 +22,6 @@ def use_counter(counter: Any) -> None:
 
 
 def advance(num_bytes: int, documents: int) -> None:
-    """Add to this process's counter."""
     if _counter is not None:
         with _counter.get_lock():
             _counter[0] += num_bytes

@@ -220,7 +220,6 @@ def _attention() -> list[Check]:
 
 
 def _kernels() -> list[Check]:
-    """Which path each kernel takes on each device."""
     import torch
 
     checks = [Check("kernels, cpu", "ok", "plain torch for all of them, attention in chunks of 64 tokens")]

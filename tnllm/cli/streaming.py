@@ -40,7 +40,6 @@ class Meter:
         self._last: Result | None = None
 
     def watch(self, events: "Events") -> Iterator["Piece | Result"]:
-        """The same events, counted."""
         from tnllm.generation.samples import Result
 
         for event in events:

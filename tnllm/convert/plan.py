@@ -38,7 +38,6 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors."""
         return sum(output.num_bytes for output in self.outputs)
 
     def reader(self, tensors: Tensors) -> Callable[[str], Tensor]:

@@ -47,7 +47,6 @@ class Int8Quantizer:
         self._known: dict[tuple[tuple[int, ...], torch.dtype], tuple[dict[str, Tensor], str]] = {}
 
     def config_values(self) -> dict[str, Any]:
-        """Return the quantization_config of config.json."""
         from transformers import TorchAoConfig
 
         return TorchAoConfig(self._config, modules_to_not_convert=["lm_head", "embed_tokens"]).to_dict()

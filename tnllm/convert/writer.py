@@ -33,7 +33,6 @@ class Output:
 
     @property
     def num_bytes(self) -> int:
-        """Size of its data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -34,7 +34,6 @@ def open_stored(path: Path) -> IO[bytes]:
 
 
 def stored_size(path: Path) -> int:
-    """Bytes of a corpus file as it is stored."""
     return path.stat().st_size
 
 

@@ -69,7 +69,6 @@ class LeftOut:
         self.count = count
 
     def __call__(self, bad: BadDocument) -> None:
-        """Count one."""
         self.count += 1
         if self.count <= _MAX_NAMED:
             log(f"left out: {bad}")

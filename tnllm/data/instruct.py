@@ -78,7 +78,6 @@ class Conversation:
 
     @property
     def has_answer(self) -> bool:
-        """Whether there is an answer to learn."""
         return any(answer.strip() for turn, (_, answer) in enumerate(self.turns) if turn not in self.not_learned)
 
 

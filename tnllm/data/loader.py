@@ -142,7 +142,6 @@ class Loader:
             stream.restore(position)
 
     def close(self) -> None:
-        """Stop what reads ahead."""
         for stream in self.chunked:
             stream.close()
 

@@ -48,12 +48,10 @@ class Task:
 
     @property
     def keys(self) -> np.ndarray:
-        """Ids of keys."""
         return np.arange(_FIRST, (_FIRST + self.vocab) // 2)
 
     @property
     def values(self) -> np.ndarray:
-        """Ids of values."""
         return np.arange((_FIRST + self.vocab) // 2, self.vocab)
 
     def check(self, tokenizer: Tokenizer) -> None:

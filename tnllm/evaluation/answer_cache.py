@@ -44,11 +44,9 @@ class AnswerCache:
 
     @staticmethod
     def key(kind: str, arguments: Sequence[Any]) -> str:
-        """Return the key of a request."""
         return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
 
     def get(self, keys: Sequence[str]) -> dict[str, Any]:
-        """Return the cached answers among `keys`."""
         answers = {}
         for start in range(0, len(keys), _QUERY_KEYS):
             part = list(keys[start : start + _QUERY_KEYS])
@@ -66,11 +64,9 @@ class AnswerCache:
             raise RunError(f"cannot write the cache {self.path} ({error}); is the disk full?") from None
 
     def flush(self) -> None:
-        """Write all stored answers to disk."""
         self._database.commit()
         self._committed = time.monotonic()
 
     def close(self) -> None:
-        """Flush and close the file."""
         self.flush()
         self._database.close()

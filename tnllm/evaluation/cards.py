@@ -55,7 +55,6 @@ class Card(BaseModel):
 
     @property
     def sample_file(self) -> Path:
-        """Path of the sample in the package."""
         return assets.folder() / "eval" / f"{self.name}.jsonl"
 
     def load(self, data_dir: Path | None, split: str, subject: str | None) -> tuple[list[dict[str, Any]], str, str]:

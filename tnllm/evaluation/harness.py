@@ -104,7 +104,6 @@ class TransNormerLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end token."""
         return self.ready.eos_ids[0]
 
     @property
@@ -114,7 +113,6 @@ class TransNormerLM(TemplateLM):
 
     @property
     def device(self) -> torch.device:
-        """Device of the model."""
         return self.ready.model.device
 
     @property
@@ -123,7 +121,6 @@ class TransNormerLM(TemplateLM):
         return f"tnllm-{self.ready.tokenizer.sha256[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
-        """Values for the results file."""
         model = self.ready.model
         return {
             "model_num_parameters": sum(weight.numel() for weight in model.parameters()), "model_dtype": self._dtype,
@@ -299,6 +296,5 @@ class TransNormerLM(TemplateLM):
         return parts
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()

@@ -55,7 +55,6 @@ class Context:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
         return self.state.nbytes + self.logits.nbytes + self.seen.nbytes
 
     def to(self, device: torch.device | str) -> "Context":

@@ -84,7 +84,6 @@ class Grammars:
 
     @property
     def available(self) -> bool:
-        """Whether the library is installed."""
         return importlib.util.find_spec("llguidance") is not None
 
     def json_schema(self, schema: Any) -> Grammar:

@@ -59,7 +59,6 @@ class Node:
 
     @property
     def tokens(self) -> Ids:
-        """Its token ids."""
         return self.ids[self.start : self.end]
 
 
@@ -169,7 +168,6 @@ def _grow(root: Node, inputs: list[Ids]) -> list[Node]:
 
 
 def _common(first: Ids, second: Ids) -> int:
-    """Length of the common prefix."""
     length = min(len(first), len(second))
     different = first[:length] != second[:length]
     return int(different.argmax()) if different.any() else length

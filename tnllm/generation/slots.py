@@ -98,7 +98,6 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """Number of free slots."""
         return self.num_slots - len(self.rows)
 
     @property
@@ -141,7 +140,6 @@ class Slots:
 
     @torch.no_grad()
     def leave(self, row: Row) -> None:
-        """Free a row's slot."""
         slot, last = self.rows.index(row), len(self.rows) - 1
         if slot != last:
             self._state.write(slot, self._state, last)

@@ -38,7 +38,6 @@ class Talks:
         self._own = ""
 
     def names(self) -> list[str]:
-        """The names of all saved talks."""
         return sorted(path.name.removesuffix(_SUFFIX) for path in self._folder.glob(f"*{_SUFFIX}"))
 
     def save(self, name: str, conversation: Conversation) -> Path:

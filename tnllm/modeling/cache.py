@@ -5,7 +5,6 @@ from torch import Tensor
 
 
 def is_cache(layer: Tensor) -> bool:
-    """Whether a layer's state is a key-value cache."""
     return layer.ndim == 5
 
 

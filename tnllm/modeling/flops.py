@@ -43,7 +43,6 @@ def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
 
 
 def _matrix_parameters(config: ModelConfig, layer: int) -> int:
-    """Parameters of one block's matrices."""
     width = config.model_dim
     mixer = 4 * width * width
     if not config.is_softmax(layer):

@@ -49,7 +49,6 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply the activation a config names."""
     if kind == "silu":
         return F.silu(x)
     if kind == "1+elu":

@@ -115,7 +115,6 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The parameters' device."""
         return self.embed_tokens.weight.device
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

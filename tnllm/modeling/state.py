@@ -26,12 +26,10 @@ class State:
 
     @property
     def batch(self) -> int:
-        """Number of rows."""
         return self.position.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' states."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
@@ -40,7 +38,6 @@ class State:
         return any(map(is_cache, self.layers))
 
     def clone(self) -> "State":
-        """A deep copy."""
         return State([layer.clone() for layer in self.layers], self.position.clone())
 
     def reserve(self, rows: int | None = None) -> None:

@@ -17,7 +17,6 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # groups 
 
 
 def group_named(name: str) -> dist.ProcessGroup:
-    """The process group of that name."""
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 

@@ -40,12 +40,10 @@ class Mesh:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
         return self.data_size * self.sizes["sequence"] * self.sizes["tensor"]
 
     @property
     def index(self) -> dict[str, int]:
-        """This rank's index on each axis."""
         rest, index = self.rank, {}
         for axis in reversed(AXES):
             rest, index[axis] = divmod(rest, self.sizes[axis])

@@ -161,7 +161,6 @@ class Engine:
         self.stop(finish=error[0] is None)
 
     def start(self) -> None:
-        """Start the engine's thread."""
         self._thread.start()
 
     def drain(self) -> int:

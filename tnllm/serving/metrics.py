@@ -109,7 +109,6 @@ class Metrics:
         return min(60, max(1, math.ceil(mean * now["requests_waiting"] / now["slots"])))
 
     def text(self) -> str:
-        """Every metric."""
         # A registry of this call alone: the library's own one is shared by the process, where two engines would collide.
         registry = CollectorRegistry()
         registry.register(self)

@@ -122,7 +122,6 @@ class Scheduler(Generic[J, S]):
 
     @property
     def num_requests(self) -> int:
-        """Requests that have not ended."""
         return sum(len(client.requests) for client in self._clients.values())
 
     @property

@@ -32,7 +32,6 @@ class StepTimer:
         self._started, self._steps, self.data_wait_s, self.rank_wait_s = time.perf_counter(), 0, 0.0, 0.0
 
     def add(self, update: Update) -> None:
-        """Count an update."""
         self._steps += 1
         self.data_wait_s += update.data_wait_s
         self.rank_wait_s += update.rank_wait_s

@@ -29,7 +29,6 @@ class MetricsLog:
         self._file = None if path is None else open(path, "a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -56,7 +55,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace the rows of `path`."""
     write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

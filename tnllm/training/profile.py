@@ -45,7 +45,6 @@ class Profile:
         self._running.start()
 
     def close(self) -> None:
-        """Write the profile, if one is running."""
         if self._running is None:
             return
         profiler, self._running = self._running, None
