@@ -101,6 +101,9 @@ def baseline(folder, **more):
         ({}, "llama"),
         ({"qk_norm": True}, "qwen3"),
         ({"tie_embeddings": False, "rope_base": 500.0, "norm": "srmsnorm", "glu_activation": "none"}, "llama"),
+        ({"rope_scaling": "linear", "rope_factor": 4.0}, "llama"),
+        # The first of the channels keeps its speed, the last is scaled, and some between are mixed.
+        ({"qk_norm": True, "rope_scaling": "yarn", "rope_factor": 8.0, "rope_length": 250}, "qwen3"),
     ],
 )
 def test_the_softmax_baseline_is_a_model_of_transformers(tmp_path, run, more, family):

@@ -81,7 +81,7 @@ def test_near_questions_are_likelier():
 def test_a_folder_is_a_function_of_its_options(tmp_path, tokenizer, name, monkeypatch):
     monkeypatch.setattr(synth, "SHARD_ROWS", 8)
     task = Task(name, **SMALL)
-    manifest = write_task(tmp_path / "a", task, tokenizer, 20, 3, seed=5)
+    manifest = write_task(tmp_path / "a", [task], tokenizer, 20, 3, seed=5)
     assert manifest.total("documents", "train") == 20 and manifest.total("tokens", "val") == 3 * 48
     files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.suffix in (".bin", ".idx")}
 
@@ -93,19 +93,19 @@ def test_a_folder_is_a_function_of_its_options(tmp_path, tokenizer, name, monkey
             raise Stop
 
     with pytest.raises(Stop):
-        write_task(tmp_path / "b", task, tokenizer, 20, 3, seed=5, report=stop)
+        write_task(tmp_path / "b", [task], tokenizer, 20, 3, seed=5, report=stop)
     with pytest.raises(UserError, match="is not finished; run the same"):
         TokenStream.open(tmp_path / "b")
-    resumed = write_task(tmp_path / "b", task, tokenizer, 20, 3, seed=5)
+    resumed = write_task(tmp_path / "b", [task], tokenizer, 20, 3, seed=5)
     assert resumed == manifest
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir() if path.name in files}
     verify_hashes(tmp_path / "b", resumed)
     with pytest.raises(UserError, match="was made with --seed 5"):
-        write_task(tmp_path / "b", task, tokenizer, 20, 3, seed=6)
+        write_task(tmp_path / "b", [task], tokenizer, 20, 3, seed=6)
 
 
 def test_rows_reach_the_loader_whole_and_masked(tmp_path, tokenizer):
-    write_task(tmp_path, Task("mqar", **SMALL), tokenizer, 10, 2)
+    write_task(tmp_path, [Task("mqar", **SMALL)], tokenizer, 10, 2)
     stream = TokenStream.open(tmp_path, "train")
     loader = Loader([Source(stream)], seq_len=96, batch_size=2, seed=3)
     seen = []
@@ -138,5 +138,5 @@ def test_rows_reach_the_loader_whole_and_masked(tmp_path, tokenizer):
 )
 def test_what_cannot_be_written_is_refused(tmp_path, tokenizer, task, message):
     with pytest.raises(UserError, match=message):
-        write_task(tmp_path / "a", task, tokenizer, 1, 1)
+        write_task(tmp_path / "a", [task], tokenizer, 1, 1)
     assert not (tmp_path / "a").exists()

@@ -8,7 +8,7 @@ kept, as in greedy decoding; on a GPU every step is one CUDA graph (for one row 
 runs ahead.
 
 The limit of a step is the bytes it must move over the copy bandwidth measured in the same run: every weight once (of an
-embedding that is not tied to the head only the rows looked up), and per row its state read and written, or its key-value
+embedding that is not tied to the head only the rows looked up), and per row its state read and written and its key-value
 cache read.
 """
 
@@ -29,6 +29,7 @@ from tnllm.bench.timing import calls, copy_bandwidth, free_memory, measure
 from tnllm.device import data_sheet, describe_device
 from tnllm.errors import RunError
 from tnllm.generation.captured_step import CapturedStep, can_capture
+from tnllm.modeling.cache import is_cache, resized
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.cpu_step import cpu_step, pack_weights
 from tnllm.modeling.model import LanguageModel, build_model
@@ -66,9 +67,11 @@ def bench_decode(
     log: Callable[[str], None] = lambda text: None,
     on_row: Callable[[dict[str, Any]], None] = lambda results: None,
     budget: Budget | None = None,
+    softmax_every: int = 0,
 ) -> dict[str, Any]:
     """Measure one preset: batch 1 at every position, every batch, and the baseline at every context and batch.
 
+    `softmax_every`: of the preset, every Nth layer softmax; its caches are empty slots but for a short prompt.
     `on_row` gets the results so far after each row, so that an interrupted run loses none. `compiled`: compile the
     baseline (GPU only). `budget`: minutes for all; what is forecast not to fit, from the bytes a step moves, is skipped.
     Returns environment, accuracy, rows, and what was skipped with its reason. Raises RunError if a step's logits differ
@@ -90,7 +93,8 @@ def bench_decode(
     kinds = ("transnormer", "transformer") if contexts else ("transnormer",)
     with budget:
         for number, kind in enumerate(kinds):
-            model = build_model(get_preset(preset, kind=kind), device, dtype, seed=0).eval().requires_grad_(False)
+            config = get_preset(preset, kind=kind, **({"softmax_every": softmax_every} if kind == "transnormer" else {}))
+            model = build_model(config, device, dtype, seed=0).eval().requires_grad_(False)
             if device.type == "cpu":
                 pack_weights(model)
             log(f"{preset} {kind}: checking the step against the full forward pass")
@@ -104,7 +108,7 @@ def bench_decode(
             budget.part(len(kinds) - number)
             points = list(_points(kind, positions, batches, contexts))
             for done, point in enumerate(points):
-                row = {"preset": preset, **point.__dict__}
+                row = {"preset": preset, "softmax_every": config.softmax_every, **point.__dict__}
                 measured = _row(model, point, bandwidth, budget_s, compiled, budget, len(points) - done)
                 if isinstance(measured, str):
                     skipped.append({**row, "reason": measured})
@@ -171,7 +175,7 @@ def _check(model: LanguageModel, compiled: bool) -> dict[str, Any]:
     worst = {"forward": 0.0, "step": 0.0}
     half = _CHECK_TOKENS // 2
     linear = model.config.kind == "transnormer"
-    for start in (0, _FAR) if linear else (0,):
+    for start in (0, _FAR) if not model.config.num_softmax else (0,):
         states = []
         for net in (wide, model):
             state = net.init_state(2)
@@ -214,7 +218,13 @@ def _own_step(model: LanguageModel, state: Any, num_steps: int) -> Step:
     """The step that `generate` runs: on a GPU a captured one, on a CPU one without modules where there is one."""
     if can_capture(model, num_steps):
         return CapturedStep(model, state)
-    return cpu_step(model, state) or (lambda tokens: model.step(tokens, state))
+
+
+    def plain(tokens: Tensor) -> Tensor:
+        state.reserve()
+        return model.step(tokens, state)
+
+    return cpu_step(model, state) or plain
 
 
 def _next(step: Step, tokens: Tensor) -> Tensor:
@@ -240,8 +250,10 @@ def _time(
         # The state after a short prompt, moved to `position`: a step costs the same whatever the state holds.
         prompt = torch.randint(3, model.config.vocab_size, (1, 64), generator=generator).to(device)
         state = model.hidden(prompt)[1].select([0] * point.batch)
+        if state.grows:
+            state.layers = [resized(x, point.position + _CHAIN[device.type]) if is_cache(x) else x for x in state.layers]
         step = _own_step(model, state, 1 << 30)
-        stored = state.nbytes
+        stored = point.batch * model.init_state(1, "meta").nbytes + _cache_bytes(model, point)
     else:
         cache = filled_cache(model, point.batch, point.position)
         step = FixedStep(model, cache, compiled)
@@ -292,12 +304,13 @@ def _weight_bytes(model: LanguageModel, batch: int) -> int:
 def _moved_bytes(model: LanguageModel, point: _Point) -> int:
     """Bytes that a step must read and write: see the head of this file."""
     if point.provider == "tnllm":
-        return _weight_bytes(model, point.batch) + 2 * point.batch * model.init_state(1, "meta").nbytes
+        constant = 2 * point.batch * model.init_state(1, "meta").nbytes
+        return _weight_bytes(model, point.batch) + constant + _cache_bytes(model, point)
     return _weight_bytes(model, point.batch) + _cache_bytes(model, point)
 
 
 def _cache_bytes(model: LanguageModel, point: _Point) -> int:
-    row = 2 * model.config.num_layers * model.config.model_dim * point.position
+    row = 2 * model.config.num_softmax * model.config.model_dim * point.position
     return point.batch * row * model.head_weight.element_size()
 
 
@@ -307,7 +320,7 @@ def _needed_bytes(model: LanguageModel, point: _Point) -> int:
     logits = 3 * 4 * point.batch * config.vocab_size
     if point.provider == "tnllm":
         # Capturing warms up on a copy of the state.
-        return logits + 2 * point.batch * model.init_state(1, "meta").nbytes
+        return logits + 2 * (point.batch * model.init_state(1, "meta").nbytes + _cache_bytes(model, point))
     return logits + _cache_bytes(model, point)
 
 

@@ -57,11 +57,12 @@ class Case:
     packing: str = "concat"
     same: str = "width"
     weights: str = "fp32"
+    softmax_every: int = 0
 
     @property
     def model(self) -> ModelConfig:
         """The model of this row. Raises UserError for an unknown preset."""
-        own = get_preset(self.preset)
+        own = get_preset(self.preset, softmax_every=self.softmax_every)
         if self.kind == own.kind:
             return own
         other = get_preset(self.preset, kind=self.kind)
@@ -76,6 +77,7 @@ class Case:
 def check_model(full: ModelConfig) -> ModelConfig:
     """`full` cut to a few layers and a small vocabulary, with the same widths and heads."""
     changes = {"num_layers": min(full.num_layers, _CHECK_LAYERS), "vocab_size": min(full.vocab_size, _CHECK_VOCAB)}
+    changes["softmax_every"] = min(full.softmax_every, changes["num_layers"])
     return full.model_copy(update={**changes, "pad_token_id": 0})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import DEVICE, MAX_MINUTES, check_choice, check_outputs, examples, lengths, write_outputs
+from tnllm.cli.options import DEVICE, MAX_MINUTES, SOFTMAX_EVERY, check_choice, check_outputs, examples, lengths, write_outputs
 from tnllm.progress import log
 
 EPILOG = examples("tnllm bench-decode --preset 385m --json decode.json --plot decode.png")
@@ -17,6 +17,7 @@ _CPU = ("demo", "1k,16k,256k,1m", "1,4,16", "1k,16k", "fp32", 0.2)
 
 def command(
     preset: str | None = typer.Option(None, help="Size, random weights. Default 385m on a GPU, demo on CPU."),
+    softmax_every: int = SOFTMAX_EVERY,
     positions: str | None = typer.Option(
         None, help="Tokens before the step, at batch 1: 1k,64k or 1k:1m for every doubling."
     ),
@@ -64,6 +65,7 @@ def command(
         log,
         on_row,
         budget,
+        softmax_every,
     )
     print_decode(results)
     write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_decode))

@@ -7,6 +7,7 @@ import typer
 from tnllm.cli.options import (
     DEVICE,
     MAX_MINUTES,
+    SOFTMAX_EVERY,
     check_choice,
     check_outputs,
     choices,
@@ -28,6 +29,7 @@ _KINDS = ("transnormer", "transformer")
 
 def command(
     preset: str | None = typer.Option(None, help="Sizes: 385m, or 385m,1b,7b. Default 385m on a GPU, tiny on CPU."),
+    softmax_every: int = SOFTMAX_EVERY,
     seqlens: str | None = typer.Option(None, help="Lengths: 2k,8k, or 1k:128k for every doubling."),
     tokens_per_batch: str | None = typer.Option(
         None, help="Tokens in a step, at least one row. Default 32k on a GPU, 2k on CPU."
@@ -76,7 +78,7 @@ def command(
     chosen_lengths = chosen_lengths or lengths(default_lengths, "--seqlens")
     tokens = tokens or length(default_tokens, "--tokens-per-batch")
     cases = [
-        Case(name.strip(), kind, count, batch or max(1, tokens // count), mode, packing, same, weights)
+        Case(name.strip(), kind, count, batch or max(1, tokens // count), mode, packing, same, weights, softmax_every)
         for name in (preset or default_preset).split(",")
         for mode in modes
         for count in chosen_lengths

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from tnllm.cli import data_clean
-from tnllm.cli.options import OnError, examples
+from tnllm.cli.options import OnError, counts, examples
 from tnllm.errors import UserError
 from tnllm.tables import print_json
 
@@ -155,7 +155,7 @@ def synth(
     rows: int = typer.Option(20_000, help="Rows to train on."),
     val_rows: int = typer.Option(1_000, help="Rows held out for validation."),
     seq_len: int = typer.Option(128, help="Tokens of a row; data.seq_len must be a multiple."),
-    pairs: int = typer.Option(8, help="Keys of a row; tokens to copy."),
+    pairs: str = typer.Option("8", help="Keys of a row; tokens to copy. 4,8,16: of each in turn."),
     vocab: int | None = typer.Option(None, help="Ids are below this number. [default: the tokenizer's pieces]"),
     tokenizer: Path | None = typer.Option(None, help="Gives vocabulary and end token. [default: tnllm-8k]"),
     seed: int = typer.Option(0, min=0, help="Of the rows; training and validation never share one."),
@@ -168,9 +168,9 @@ def synth(
     from tnllm.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(assets.tokenizer_model(tokenizer))
-    kind = Task(task, seq_len, pairs, vocab or loaded.vocab_size)
+    kinds = [Task(task, seq_len, count, vocab or loaded.vocab_size) for count in counts(pairs, "--pairs", "4,8,16")]
     with corpus_progress(task) as report:
-        manifest = write_task(out, kind, loaded, rows, val_rows, seed, overwrite=overwrite, report=report)
+        manifest = write_task(out, kinds, loaded, rows, val_rows, seed, overwrite=overwrite, report=report)
     for split in ("train", "val"):
         print(f"{split:6}{manifest.total('documents', split):>12,} rows {manifest.total('tokens', split):>16,} tokens")
 

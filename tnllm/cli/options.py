@@ -22,6 +22,7 @@ MAX_MINUTES = typer.Option(
     help="Minutes for all measurements: what is forecast not to fit is extrapolated or skipped, and named. "
     "Default 1 on a CPU (bench-scale: 5), 60 on a GPU.",
 )
+SOFTMAX_EVERY = typer.Option(0, min=0, help="Every Nth layer of TransNormerLLM has softmax attention; 0: none.")
 OVERWRITE = typer.Option(False, "--overwrite", help="Start over if the folder holds another run.")
 
 

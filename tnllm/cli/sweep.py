@@ -92,11 +92,12 @@ def _show(plan: "Plan", folder: Path) -> int:
             "failed" if line.loss is None else f"{line.loss:.4f}",
             "" if line.spread is None else f"{line.spread:.4f}",
             "" if not line.bits else f"{sum(line.bits) / len(line.bits):.4f}",
+            "" if not line.accuracies else f"{sum(line.accuracies) / len(line.accuracies):.1%}",
             format_count(line.tokens_per_s),
         ]
         for line in lines
     ]
-    columns = ["group", "choice", "tokens", "seeds", "val_loss", "spread", "val_bpb", "tokens/s"]
+    columns = ["group", "choice", "tokens", "seeds", "val_loss", "spread", "val_bpb", "accuracy", "tokens/s"]
     print_table(columns, table, right=columns[2:])
     names = {row["cell"] for row in rows}
     for row in rows:

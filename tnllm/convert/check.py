@@ -6,7 +6,7 @@
     after = llama_logits(config, read, folder, progress)         # transformers' layers, for the softmax baseline
     difference, share = compare(before, after)
 
-The reference shares no code with the layers that it checks; its attention is quadratic, by definition. `read` takes
+But for the speeds of rotary positions, the reference shares no code with the layers that it checks; its attention is quadratic, by definition. `read` takes
 tnllm's parameter names.
 """
 
@@ -26,6 +26,7 @@ from tnllm.modeling.config import ModelConfig
 from tnllm.modeling.hf_names import HEAD, to_hf_config
 from tnllm.modeling.layers import make_norm
 from tnllm.modeling.model import Block
+from tnllm.modeling.transformer import rotary
 
 Read = Callable[[str], Tensor]
 NUM_PROMPTS, PROMPT_TOKENS = 2, 24
@@ -141,8 +142,8 @@ def _softmax(config: ModelConfig, prefix: str, qkv: Tensor, read: Read, gap: Ten
         rms = lambda z: z / (z.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()  # noqa: E731
         q = rms(q) * read(f"{prefix}.query_norm.weight").float()
         k = rms(k) * read(f"{prefix}.key_norm.weight").float()
-    angles = config.rope_base ** (torch.arange(0, -config.head_dim, -2) / config.head_dim)
-    turn = torch.polar(torch.ones(()), gap[:, :1] * angles)
+    speeds, scale = rotary(config, gap.device)
+    turn = torch.polar(torch.tensor(scale), gap[:, :1] * speeds)
     q, k = (torch.complex(*z.chunk(2, -1)) * turn for z in (q, k))
     scores = (q @ k.mH).real / math.sqrt(config.head_dim)
     return (scores.masked_fill(gap < 0, -math.inf).softmax(-1) @ v).transpose(1, 2).flatten(-2)

@@ -78,6 +78,12 @@ def _rows_of(make: Callable[[], Tensor], first: int, count: int) -> Callable[[],
     return lambda: make()[first : first + count]
 
 
+def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
+    """transformers' form of it. Of yarn, the factor of queries and keys follows from these."""
+    values = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    return values | ({"original_max_position_embeddings": config.rope_length} if config.rope_scaling == "yarn" else {})
+
+
 def config_values(
     config: ModelConfig, dtype: torch.dtype, generation: dict[str, Any], max_position: int
 ) -> dict[str, Any]:
@@ -101,7 +107,8 @@ def config_values(
         "hidden_act": _ACTIVATIONS[config.glu_activation],
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,
-        "max_position_embeddings": max_position,
+        **({} if config.rope_scaling == "none" else {"rope_scaling": _rope_scaling(config)}),
+        "max_position_embeddings": int(max_position * config.rope_factor),
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,

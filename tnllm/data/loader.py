@@ -126,6 +126,13 @@ class Loader:
         return any(map(_row_tokens, self._streams))
 
     @property
+    def row_pairs(self) -> tuple[int, list[int]]:
+        """Tokens of a masked document, and the numbers of pairs that documents have in turn; several sources count as one."""
+        first = self._streams[0]
+        pairs = first.manifest.options["pairs"] if len(self._streams) == 1 else 0
+        return _row_tokens(first) or self.seq_len, pairs if isinstance(pairs, list) else [pairs]
+
+    @property
     def num_rows(self) -> int:
         """Rows of one pass over every source; of one that is tokenized while it is read, rows of a chunk."""
         return sum(self._rows)

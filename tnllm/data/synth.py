@@ -1,6 +1,6 @@
 """Synthetic tasks of recall and copying, as token shards of which only the answers count as labels.
 
-    write_task(Path("mqar"), Task("mqar", seq_len=128, pairs=8), tokenizer, rows=20_000, val_rows=1000, seed=0)
+    write_task(Path("mqar"), [Task("mqar", seq_len=128, pairs=8)], tokenizer, rows=20_000, val_rows=1000, seed=0)
 
 mqar    pairs of a key and a value, then each key once more with its value among filler; near ones are likelier, as in
         zoology's multi-query associative recall (arXiv 2312.04927)
@@ -14,7 +14,7 @@ A row is a document of exactly `seq_len` tokens, its end token included, and a f
 nothing: 3 is the separator, the next 16 are noise, then come keys and values, half of the rest each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -132,7 +132,7 @@ def make_row(task: Task, seed: int, split: str, number: int) -> Row:
 
 def write_task(
     out: Path,
-    task: Task,
+    tasks: Sequence[Task],
     tokenizer: Tokenizer,
     rows: int,
     val_rows: int,
@@ -142,13 +142,18 @@ def write_task(
 ) -> Manifest:
     """Write the shards of a task, or resume what is there; the tokenizer gives the folder a vocabulary and an end token.
 
-    Raises UserError for a task that cannot be written and for a folder with something else.
+    Several `tasks` differ in their pairs alone, and rows are of each in turn. Raises UserError for a task that cannot be
+    written and for a folder with something else.
     """
-    task.check(tokenizer)
+    for each in tasks:
+        each.check(tokenizer)
+    task = tasks[0]
     if rows < 1 or val_rows < 0:
         raise UserError(f"--rows is {rows} and --val-rows {val_rows}; give at least one row")
     check_output_folder(out, "the output")
     options = {**asdict(task), "rows": rows, "val_rows": val_rows, "seed": seed, "masked": True}
+    if len(tasks) > 1:
+        options["pairs"] = [each.pairs for each in tasks]
     dtype = token_dtype(tokenizer.vocab_size)
     fresh = Manifest(dtype.str, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, options, [])
     bit = counted_bit(dtype)
@@ -161,7 +166,7 @@ def write_task(
                 count = min(SHARD_ROWS, total - first)
                 tokens = np.full((count, task.seq_len), tokenizer.eos_id, dtype)
                 for row in range(count):
-                    ids, counted = make_row(task, seed, split, first + row)
+                    ids, counted = make_row(tasks[(first + row) % len(tasks)], seed, split, first + row)
                     tokens[row, :-1] = np.array(ids, dtype) | np.where(counted, bit, 0).astype(dtype)
                 shard = write_shard(out, split, number, tokens.reshape(-1), [task.seq_len] * count, 0)
                 manifest = replace(manifest, shards=[*manifest.shards, shard])

@@ -71,6 +71,13 @@ class ModelConfig(BaseModel):
     pad_token_id: int | None = Field(0, ge=0, description="Its embedding row starts at zero.")
     max_position: int = Field(2048, ge=1, le=2**31, description="Rows of the learned positions, for position=ape.")
     rope_base: float = Field(10_000.0, gt=0, description="Base of softmax attention's rotary positions.")
+    rope_scaling: Literal["none", "linear", "yarn"] = Field(
+        "none",
+        description="The baseline beyond the length it was trained at. linear: positions divided by rope_factor (arXiv "
+        "2306.15595). yarn: slow channels alone, and sharper scores (arXiv 2309.00071).",
+    )
+    rope_factor: float = Field(1.0, ge=1, description="How many times rope_length rope_scaling is to reach.")
+    rope_length: int = Field(2048, ge=1, le=2**31, description="Tokens of the rows of training, for rope_scaling=yarn.")
     qk_norm: bool = Field(
         False,
         description="RMSNorm with a weight on softmax attention's queries and keys, a head at a time, before rotary.",
@@ -89,6 +96,10 @@ class ModelConfig(BaseModel):
             )
         if self.qk_norm and not self.num_softmax:
             raise ValueError(f"qk_norm does not apply to kind {self.kind} without softmax_every; remove it")
+        if self.rope_scaling != "none" and self.kind != "transformer":
+            raise ValueError(f"rope_scaling applies to kind transformer alone, not to {self.kind}; remove it")
+        if self.rope_factor != 1 and self.rope_scaling == "none":
+            raise ValueError(f"rope_factor {self.rope_factor} needs rope_scaling: linear or yarn")
         if self.num_softmax and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
         if self.kind == "transformer":
@@ -118,8 +129,9 @@ class ModelConfig(BaseModel):
 
     @property
     def unset(self) -> set[str]:
-        """Keys that files leave out: those of models without softmax layers stay what they were before the key."""
-        return set() if self.softmax_every else {"softmax_every"}
+        """Keys that files leave out: those of models that do not use them stay what they were before the key."""
+        scaling = set() if self.rope_scaling != "none" else {"rope_scaling", "rope_factor", "rope_length"}
+        return scaling | (set() if self.softmax_every else {"softmax_every"})
 
     def is_softmax(self, layer: int) -> bool:
         """Whether this layer has softmax attention: with softmax_every N the layers N - 1, 2 N - 1, ..."""

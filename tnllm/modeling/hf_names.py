@@ -40,7 +40,7 @@ def from_hf_config(values: dict[str, Any]) -> dict[str, Any]:
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The keys of such a config.json that describe the model, without aliases."""
-    own = config.model_dump(exclude={"kind", "tie_embeddings"})
+    own = config.model_dump(exclude={"kind", "tie_embeddings", "rope_scaling", "rope_factor", "rope_length"})
     return {**own, "tie_word_embeddings": config.tie_embeddings}
 
 

@@ -254,22 +254,27 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         start: Tensor | None = None,
         longest: int | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; `labels` has the shape of `tokens`.
 
         `start` [B] int64 is the position of each row's first token; None means zero. No packed sequence has more than
-        `longest` tokens: softmax attention is faster where it knows the bound.
+        `longest` tokens: softmax attention is faster where it knows the bound. `counted` [N] int64: the indices of the labels
+        that are not -100 in the flattened ones; the head then computes no other.
         """
         layers: list[None] = [None] * self.config.num_layers
         x, _ = self._run(tokens, layers, start, cu_seqlens, longest)
-        return self.cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten())
+        x, labels = x.flatten(0, 1), labels.flatten()
+        if counted is not None:
+            x, labels = x.index_select(0, counted), labels.index_select(0, counted)
+        return self.cross_entropy(x, self.head_weight, labels)
 
-    def num_correct(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> int:
-        """How many of the labels that are not -100 are the most likely token; shapes as in `loss`."""
+    def correct(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """[N] bool: which of the N labels that are not -100, in order, are the most likely token; shapes as in `loss`."""
         layers: list[None] = [None] * self.config.num_layers
         x, _ = self._run(tokens, layers, None, cu_seqlens)
         counted = labels != -100
-        return int((self.logits(x[counted]).argmax(-1) == labels[counted]).sum())
+        return self.logits(x[counted]).argmax(-1) == labels[counted]
 
 
 def build_model(

@@ -3,6 +3,8 @@
 Its state is a key-value cache [B, 2, capacity, H, d]; row b holds position[b] tokens. It grows with the length.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,8 @@ class SoftmaxAttention(nn.Module):
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.config.head_dim)).unbind(-3)
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = (rotate(x, positions, self.config.rope_base) for x in (q, k))
+        turn, scale = rotary(self.config, x.device)
+        q, k = (rotate(x, positions, turn, scale) for x in (q, k))
         return q, k, v
 
     def forward(
@@ -64,12 +67,31 @@ class SoftmaxAttention(nn.Module):
         return torch.zeros(shape, dtype=self.out_proj.weight.dtype, device=device)
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary positions on [B, T, H, d] (pairs are channel i and i + d/2), angles in fp32."""
+def rotary(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
+    """Radians a position [d/2] fp32, and the factor of rotated queries and keys, 1 but for yarn."""
+    half = config.head_dim // 2
+    index = torch.arange(half, device=device, dtype=torch.float32)
+    turn = config.rope_base ** (-index / half)
+    if config.rope_scaling == "none":
+        return turn, 1.0
+    scaled = turn / config.rope_factor
+    if config.rope_scaling == "linear":
+        return scaled, 1.0
+    # Channels that turn over 32 times within the length of training keep their speed, those of less than one turn are
+    # scaled, and those between are mixed.
+    low, high = (
+        half * math.log(config.rope_length / (turns * 2 * math.pi)) / math.log(config.rope_base) for turns in (32, 1)
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * half - 1)
+    share = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return scaled * share + turn * (1 - share), 0.1 * math.log(config.rope_factor) + 1
+
+
+def rotate(x: Tensor, positions: Tensor, turn: Tensor, scale: float = 1.0) -> Tensor:
+    """Rotary positions on [B, T, H, d] (pairs are channel i and i + d/2), angles in fp32; see `rotary`."""
     half = x.shape[-1] // 2
-    index = torch.arange(half, device=x.device, dtype=torch.float32)
-    angles = positions[..., None].float() * base ** (-index / half)
-    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    angles = positions[..., None].float() * turn
+    cos, sin = (scale * angles.cos())[:, :, None], (scale * angles.sin())[:, :, None]
     first, second = x.float().split(half, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 

@@ -5,7 +5,8 @@
 `x: tokens` and `x: time` draw the validation loss along the best cell of each group; where none is done, tokens shows an
 unfinished one. Time is tokens over the speed of a cell of the same recipe that ran alone. `x: cell` draws a dot a seed and
 a bar at the mean for each choice. `x: parameters` draws the best cell of each recipe, without the embedding's parameters,
-and the power law through them; `x: repeats` the loss by distance of tnllm.sweep.repeats. Any other x is a key of the grid.
+and the power law through them; `x: repeats` the loss by distance of tnllm.sweep.repeats; `x: pairs` the accuracy of the best
+cell of each group by number of pairs. Any other x is a key of the grid.
 """
 
 import math
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tnllm.sweep.plan import Chart, Row
-from tnllm.sweep.table import summarize
+from tnllm.sweep.table import ACCURACY, summarize
 from tnllm.training.plot import COLORS, new_figure, picture
 
 
@@ -33,6 +34,8 @@ def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row], repeats: Sequ
             _sizes(axes, done)
         elif chart.x == "repeats":
             _repeats(axes, chart, repeats)
+        elif chart.x == "pairs":
+            _pairs(axes, chart, done)
         elif chart.x in ("tokens", "time"):
             _lines(axes, chart, done, curves, alone_speeds(rows) if chart.x == "time" else None)
         else:
@@ -122,6 +125,22 @@ def _repeats(axes: Any, chart: Chart, repeats: Sequence[Row]) -> None:
             axes.plot([row["repeat"] for row in points], [row["val_loss"] for row in points], "o-", **style)
     axes.set_xlabel("tokens since the same pair of tokens")
     axes.set_ylabel("validation loss (nats per token)")
+
+
+def _pairs(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
+    for index, group in enumerate(chart.groups):
+        cells = [row for row in rows if row["group"] == group and row.get("val_accuracy") is not None]
+        best = max(cells, key=lambda row: row["val_accuracy"], default={})
+        points = [
+            (int(key.removeprefix(ACCURACY)), 100 * share)
+            for key, share in best.items()
+            if key.startswith(ACCURACY) and share is not None
+        ]
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), "o-", color=COLORS[index % len(COLORS)], label=group)
+    _log_axis(axes)
+    axes.set_xlabel("pairs in a row")
+    axes.set_ylabel("right answers, %")
 
 
 def _log_axis(axes: Any) -> None:

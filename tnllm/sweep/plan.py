@@ -59,7 +59,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Chart:
-    """One entry of `charts`: `x` is tokens, time, cell, or a key of the grid."""
+    """One entry of `charts`: `x` is what tnllm.sweep.chart lists, or a key of the grid."""
 
     name: str
     title: str

@@ -197,7 +197,7 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
         "train_loss": steps[-1]["loss"] if steps else None,
         "val_loss": checks[-1]["val_loss"] if done else None,
         "val_bpb": checks[-1]["val_bpb"] if done else None,
-        **({"val_accuracy": checks[-1]["val_accuracy"]} if done and "val_accuracy" in checks[-1] else {}),
+        **(_accuracies(checks[-1]) if done else {}),
         "tokens_per_s": round(median(rates)) if rates else None,
         "alone": cell.alone,
         "memory_gib": round(max(item["mem_gib"] for item in steps), 2) if steps else None,
@@ -210,6 +210,12 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
         "date": str(environment.get("time", ""))[:10],
         "curve": curve(metrics),
     }
+
+
+def _accuracies(check: Row) -> Row:
+    by_pairs = check.get("val_accuracy_by_pairs", {})
+    result = {"val_accuracy": check.get("val_accuracy")}
+    return result | {f"accuracy_{pairs}": share for pairs, share in by_pairs.items()}
 
 
 def _environment(folder: Path) -> dict[str, Any]:

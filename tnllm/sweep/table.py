@@ -14,6 +14,8 @@ from tnllm.errors import UserError
 from tnllm.sweep.plan import Row
 
 RESULTS, CURVES, REPEATS = "results.csv", "curves.csv", "repeats.csv"
+# Columns of the accuracy at one number of pairs.
+ACCURACY = "accuracy_"
 _COUNTS = ("seed", "parameters", "parameters_without_embedding", "steps", "step", "tokens")
 _NUMBERS = ("learning_rate", "train_loss", "val_loss", "val_bpb", "val_accuracy", "tokens_per_s", "memory_gib")
 
@@ -28,6 +30,7 @@ class Line:
     tokens: int
     losses: list[float]
     bits: list[float]
+    accuracies: list[float]
     tokens_per_s: float
     failed: int
 
@@ -54,7 +57,7 @@ def read_csv(path: Path) -> list[Row]:
                 row[key] = None
             elif key in _COUNTS:
                 row[key] = int(value)
-            elif key in _NUMBERS:
+            elif key in _NUMBERS or key.startswith(ACCURACY):
                 row[key] = float(value)
     return rows
 
@@ -75,6 +78,7 @@ def summarize(rows: Sequence[Row]) -> list[Line]:
                 max(cell["tokens"] for cell in cells),
                 [cell["val_loss"] for cell in done],
                 [cell["val_bpb"] for cell in done],
+                [cell["val_accuracy"] for cell in done if cell.get("val_accuracy") is not None],
                 mean([cell["tokens_per_s"] for cell in done]) if done else 0.0,
                 len(cells) - len(done),
             )

@@ -90,9 +90,9 @@ def _validate(run: Run) -> None:
     assert run.validation is not None
     rows, tokens = trainer.config.train.micro_batch_size, trainer.config.eval.tokens
     loss, bpb = validate(trainer.loss_sum, run.validation, rows, tokens, trainer.ranks)
-    more = {}
+    more: dict[str, Any] = {}
     if isinstance(run.validation, Loader) and run.validation.masked and trainer.ranks.size == 1:
-        more["val_accuracy"] = accuracy(trainer.model, run.validation, rows, tokens)
+        more = accuracy(trainer.model, run.validation, rows, tokens)
     _report(run, val_loss=loss, val_bpb=bpb, **more)
 
 

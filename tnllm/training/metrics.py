@@ -2,8 +2,8 @@
 
 Training rows: step, tokens, loss (nats per counted label), grad_norm, lr, tokens_per_s, mfu and mfu_sheet (shares of
 the matrix product rate measured at the start and of the card's data sheet; null where unknown), mem_gib, data_wait_s,
-skipped, time (Unix seconds). Validation rows: step, tokens, val_loss, val_bpb, val_accuracy (of data whose labels are
-masked), time. Scores of eval.tasks: step, tokens, tasks/NAME/METRIC, time. Spikes of the loss: step, tokens,
+skipped, time (Unix seconds). Validation rows: step, tokens, val_loss, val_bpb, val_accuracy and val_accuracy_by_pairs
+(of synthetic tasks), time. Scores of eval.tasks: step, tokens, tasks/NAME/METRIC, time. Spikes of the loss: step, tokens,
 spike_loss, usual_loss, first_sample, last_sample, time.
 """
 

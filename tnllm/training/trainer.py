@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tnllm.data.loader import Batch
+from tnllm.data.loader import IGNORE, Batch
 from tnllm.modeling.model import LanguageModel
 from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.ranks import Distributed, SingleProcess
@@ -93,11 +93,15 @@ def make_trainer(config: RunConfig, loader: AnyLoader, device: torch.device, mes
 
     def loss_sum(batch: Batch) -> Tensor:
         # Each empty sequence costs softmax attention kernel blocks.
-        batch = (batch.trimmed() if config.model.num_softmax else batch).to(device)
+        batch, counted = batch.trimmed() if config.model.num_softmax else batch, None
+        if mesh is None and 2 * batch.num_labels < batch.labels.numel():
+            # Found on the host, which needs not wait for the device.
+            counted = (batch.labels.flatten() != IGNORE).nonzero()[:, 0].to(device)
+        batch = batch.to(device)
         inputs = (batch.tokens, batch.labels, batch.cu_seqlens)
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             if mesh is None:
-                return model.loss(*inputs, longest=batch.longest)
+                return model.loss(*inputs, longest=batch.longest, counted=counted)
             part = shard_sequence(*inputs, mesh.index["sequence"], mesh.sizes["sequence"])
             return model.loss(*part, longest=batch.longest)
 

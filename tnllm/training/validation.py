@@ -42,15 +42,28 @@ def validate(
 
 
 @torch.no_grad()
-def accuracy(model: LanguageModel, loader: Loader, rows_per_batch: int, max_tokens: int | None) -> float:
-    """Share of the counted labels that are the model's most likely token; rows as in `validate`."""
+def accuracy(
+    model: LanguageModel, loader: Loader, rows_per_batch: int, max_tokens: int | None
+) -> dict[str, float | dict[int, float]]:
+    """`val_accuracy`: the share of the counted labels that are the model's most likely token; rows as in `validate`.
+
+    `val_accuracy_by_pairs` is there for a synthetic task whose rows are of several numbers of pairs in turn.
+    """
     rows = loader.num_rows if max_tokens is None else min(loader.num_rows, max(1, max_tokens // loader.seq_len))
-    right = labels = 0
+    unit, pairs = loader.row_pairs
+    right, labels = torch.zeros(len(pairs)), torch.zeros(len(pairs))
     for first in range(0, rows, rows_per_batch):
-        batch = loader.batch(first, min(rows_per_batch, rows - first)).to(model.device)
-        right += model.num_correct(batch.tokens, batch.labels, batch.cu_seqlens)
-        labels += batch.num_labels
-    return right / max(labels, 1)
+        batch = loader.batch(first, min(rows_per_batch, rows - first))
+        offsets = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
+        kind = (first * loader.seq_len + offsets) // unit % len(pairs)
+        moved = batch.to(model.device)
+        right.index_add_(0, kind, model.correct(moved.tokens, moved.labels, moved.cu_seqlens).float().cpu())
+        labels += kind.bincount(minlength=len(pairs))
+    shares = dict(zip(pairs, (right / labels.clamp(min=1)).tolist(), strict=True))
+    return {
+        "val_accuracy": float(right.sum() / labels.sum().clamp(min=1)),
+        **({"val_accuracy_by_pairs": shares} if len(pairs) > 1 else {}),
+    }
 
 
 def _batch(loader: Loader | InstructLoader, first: int, count: int, end: int) -> Batch:
