@@ -11,6 +11,7 @@ from tnllm.bench.decode_baseline import FixedStep, cache_of
 from tnllm.cli.main import main
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.cpu_step import CpuStep
+from tnllm.modeling.flops import state_bytes
 from tnllm.modeling.model import build_model
 
 
@@ -47,6 +48,18 @@ def test_rows_and_files(capfd, tmp_path):
         assert row["low_ms"] <= row["step_ms"] <= row["high_ms"]
     assert len(files[1].read_text().splitlines()) == 1 + len(rows)
     assert files[2].read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.slow
+def test_a_hybrid_is_timed_with_its_cache(capfd, tmp_path):
+    args = ("--softmax-every", "2", "--positions", "64", "--batches", "2", "--contexts", "none", "--seconds", "0.01")
+    code, _, err = run(capfd, "--preset", "tiny", *args, "--json", str(tmp_path / "d.json"))
+    assert code == 0, err
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    config = get_preset("tiny", softmax_every=2)
+    for row in rows:
+        assert row["softmax_every"] == 2
+        assert row["state_gib"] * 2**30 == row["batch"] * state_bytes(config, row["position"], cache_itemsize=4)
 
 
 def test_a_wrong_step_is_not_timed(capfd, monkeypatch):

@@ -11,6 +11,7 @@ from tnllm.bench.report import write_csv
 from tnllm.bench.tables import compare_training, plot_training, print_training_head, print_training_row
 from tnllm.bench.train import Case, RandomLoader, Step, bench_training, run_config
 from tnllm.errors import UserError
+from tnllm.modeling.config import get_preset
 from tnllm.modeling.flops import count_parameters, flops_per_token
 from tnllm.training.sections import DataSection
 
@@ -127,6 +128,13 @@ def test_reports(results, tmp_path, capsys):
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 
+def test_a_hybrid_is_timed():
+    case = Case("tiny", "transnormer", 32, 2, softmax_every=4)
+    result = bench_training([case], CPU, compiled=False, steps=1)
+    assert result["accuracy"][0]["passed"] and result["rows"][0]["softmax_every"] == 4
+    assert result["rows"][0]["parameters"] == count_parameters(get_preset("tiny", softmax_every=4))
+
+
 def test_an_unknown_preset_is_told():
     with pytest.raises(UserError, match=r"model.preset is '386m'.*did you mean '385m'"):
         _ = Case("386m", "transnormer", 1, 1).model
@@ -134,9 +142,11 @@ def test_an_unknown_preset_is_told():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("every", [0, 5])
 @pytest.mark.parametrize("packing", ["concat", "reset"])
-def test_compiled_on_a_gpu(packing):
-    cases = [Case("demo", kind, 512, 4, packing=packing) for kind in ("transnormer", "transformer")]
+def test_compiled_on_a_gpu(packing, every):
+    kinds = ("transnormer", "transformer")
+    cases = [Case("demo", kind, 512, 4, packing=packing, softmax_every=every) for kind in kinds]
     result = bench_training(cases, torch.device("cuda"), steps=3)
     assert all(row["passed"] for row in result["accuracy"])
     assert all(row["status"] == "ok" and 0 < row["mfu"] < 1 and row["peak_gib"] > 0.1 for row in result["rows"])

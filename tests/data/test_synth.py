@@ -13,6 +13,7 @@ from tnllm.data.shards import TokenStream, verify_hashes
 from tnllm.data.synth import TASKS, Task, make_row, write_task
 from tnllm.errors import UserError
 from tnllm.tokenizer import Tokenizer
+from tnllm.training.validation import accuracy
 
 SMALL = {"seq_len": 48, "pairs": 4, "vocab": 64}
 
@@ -125,6 +126,39 @@ def test_rows_reach_the_loader_whole_and_masked(tmp_path, tokenizer):
     assert stream.document(4).tolist() == [*make_row(Task("mqar", **SMALL), 0, "train", 4)[0], tokenizer.eos_id]
     with pytest.raises(UserError, match=r"data.seq_len is 100, but the rows of .* have 48: give a multiple"):
         Loader([Source(stream)], seq_len=100, batch_size=2)
+
+
+class Guesses:
+    """Stands for a model that is right where `right` says so of a token."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, right):
+        self.right = right
+
+    def correct(self, tokens, labels, cu_seqlens):
+        return self.right[labels[labels != IGNORE]]
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 3])
+@pytest.mark.parametrize("name", TASKS)
+def test_accuracy_is_told_by_number_of_pairs(tmp_path, tokenizer, name, rows_per_batch):
+    tasks = [Task(name, seq_len=48, pairs=pairs, vocab=64) for pairs in (2, 4, 8)]
+    manifest = write_task(tmp_path, tasks, tokenizer, 6, 10)
+    assert manifest.options["pairs"] == [2, 4, 8]
+    rows = [make_row(tasks[number % 3], 0, "val", number) for number in range(10)]
+    right = torch.arange(64) % 3 > 0
+    loader = Loader([Source(TokenStream.open(tmp_path, "val"))], seq_len=96, batch_size=1, shuffle=False)
+    result = accuracy(Guesses(right), loader, rows_per_batch, None)
+    for index, pairs in enumerate((2, 4, 8)):
+        asked = [right[token] for ids, counted in rows[index::3] for _, token in answers(ids, counted)]
+        assert result["val_accuracy_by_pairs"][pairs] == pytest.approx(float(torch.stack(asked).float().mean()))
+    asked = [right[token] for ids, counted in rows for _, token in answers(ids, counted)]
+    assert result["val_accuracy"] == pytest.approx(float(torch.stack(asked).float().mean()))
+    # A single number of pairs is told once.
+    write_task(tmp_path / "one", tasks[1:2], tokenizer, 1, 3)
+    loader = Loader([Source(TokenStream.open(tmp_path / "one", "val"))], seq_len=96, batch_size=1, shuffle=False)
+    assert set(accuracy(Guesses(right), loader, 1, None)) == {"val_accuracy"}
 
 
 @pytest.mark.parametrize(

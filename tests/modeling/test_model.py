@@ -187,6 +187,9 @@ def test_loss_is_the_summed_cross_entropy(name, packed):
         tokens, labels = tokens.view(1, -1), labels.view(1, -1)
         cu_seqlens = torch.tensor([0, 10, 24, 48, 48, 48], dtype=torch.int32)
     loss = model.loss(tokens, labels, cu_seqlens)
+    # The head may compute the counted labels alone.
+    counted = (labels.flatten() != -100).nonzero()[:, 0]
+    assert loss.item() == pytest.approx(model.loss(tokens, labels, cu_seqlens, counted=counted).item(), rel=1e-6)
     loss.backward()
     got = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tnllm import assets
+from tnllm.convert.llama import config_values
 from tnllm.data.encode import Options
 from tnllm.data.loader import Loader, Source
 from tnllm.data.shards import TokenStream
@@ -13,6 +14,7 @@ from tnllm.modeling.config import get_preset
 from tnllm.modeling.flops import count_parameters
 from tnllm.modeling.model import build_model
 from tnllm.modeling.softmax_attention import softmax_attention
+from tnllm.modeling.transformer import rotary
 from tnllm.tokenizer import Tokenizer
 
 SMALL = {"kind": "transformer", "num_layers": 2, "model_dim": 64, "num_heads": 2, "glu_dim": 96}
@@ -73,6 +75,59 @@ def test_qk_norm_bounds_scores_and_is_the_same_in_decoding() -> None:
 def test_qk_norm_is_for_softmax_attention() -> None:
     with pytest.raises(UserError, match="qk_norm does not apply to kind transnormer"):
         get_preset("tiny", qk_norm=True)
+
+
+SCALED = [
+    {"rope_scaling": "linear", "rope_factor": 4.0},
+    {"rope_scaling": "yarn", "rope_factor": 8.0, "rope_length": 300},
+    # Every channel turns more than 32 times within the length of training, or less than once.
+    {"rope_scaling": "yarn", "rope_factor": 2.5, "rope_length": 2**22},
+    {"rope_scaling": "yarn", "rope_factor": 2.5, "rope_length": 8},
+    {"rope_scaling": "yarn", "rope_factor": 1.0},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_scaled_rotary_positions_are_those_of_transformers(scaling: dict) -> None:
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    config = get_preset("tiny", **{**SMALL, "num_heads": 1}, **scaling)
+    values = config_values(config, torch.float32, {}, max_position=config.rope_length)
+    keys = {key: values[key] for key in ("hidden_size", "num_attention_heads", "head_dim", "rope_theta", "rope_scaling")}
+    library = transformers.LlamaConfig(max_position_embeddings=values["max_position_embeddings"], **keys)
+    expected, factor = rope.ROPE_INIT_FUNCTIONS[config.rope_scaling](library, torch.device("cpu"))
+    turn, scale = rotary(config, torch.device("cpu"))
+    # fp32 powers, computed in another order.
+    torch.testing.assert_close(turn, expected, rtol=2e-6, atol=0)
+    assert scale == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("scaling", SCALED[:2])
+def test_scaled_positions_are_the_same_in_decoding(scaling: dict) -> None:
+    model = build_model(get_preset("tiny", **SMALL, **scaling), dtype=torch.float64, seed=1)
+    tokens = torch.randint(0, 8192, (2, 9), generator=torch.Generator().manual_seed(1))
+    logits, _ = model(tokens)
+    state = model.init_state(2)
+    steps = torch.stack([model.step(tokens[:, i], state) for i in range(9)], dim=1)
+    torch.testing.assert_close(steps, logits, rtol=1e-9, atol=1e-9)
+    _, half = model(tokens[:, :4])
+    torch.testing.assert_close(model(tokens[:, 4:], half)[0], logits[:, 4:], rtol=1e-9, atol=1e-9)
+    plain = build_model(get_preset("tiny", **SMALL), dtype=torch.float64, seed=1)
+    assert not torch.allclose(plain(tokens)[0], logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"softmax_every": 2, "rope_scaling": "yarn"}, "rope_scaling applies to kind transformer alone"),
+        ({**SMALL, "rope_factor": 4.0}, "rope_factor 4.0 needs rope_scaling: linear or yarn"),
+        ({**SMALL, "rope_scaling": "yarn", "rope_base": 1.0}, "needs a rope_base above 1"),
+        ({**SMALL, "rope_scaling": "ntk"}, "model.rope_scaling is 'ntk'"),
+    ],
+)
+def test_scaling_that_would_do_nothing_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        get_preset("tiny", **changes)
 
 
 @pytest.mark.parametrize("lengths", [[23], [9, 14]])

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tnllm.errors import UserError
+from tnllm.files import write_csv
 from tnllm.sweep.chart import draw, power_law
 from tnllm.sweep.plan import Chart, read_plan
-from tnllm.sweep.run import read_rows
+from tnllm.sweep.run import _accuracies, read_rows
 from tnllm.sweep.table import read_csv, summarize
 from tnllm.tokenizer import train_tokenizer
 
@@ -91,7 +92,7 @@ def test_plan_expands(sweep: Path) -> None:
     assert plan.cells(plan.groups["seeds"], rows) == []
 
 
-@pytest.mark.parametrize("name", ["loss", "hybrid", "cleaning"])
+@pytest.mark.parametrize("name", ["loss", "hybrid", "cleaning", "recall"])
 def test_the_sweeps_of_the_evidence_can_be_read(name: str) -> None:
     plan = read_plan(Path(f"recipes/evidence/{name}.yaml"))
     assert plan.charts and all(plan.examples(group) for group in plan.groups.values())
@@ -167,6 +168,22 @@ def test_a_failed_cell_is_named_and_the_rest_runs(sweep: Path, tmp_path: Path) -
 def test_power_law_is_fitted() -> None:
     a, b = power_law([(size, 20.0 * size**-0.1) for size in (5e6, 15e6, 42e6)])
     assert abs(a - 20.0) < 1e-9 and abs(b - 0.1) < 1e-12
+
+
+def test_accuracy_by_pairs_is_kept_and_drawn(tmp_path: Path) -> None:
+    check = {"val_accuracy": 0.75, "val_accuracy_by_pairs": {"4": 1.0, "16": 0.5}}
+    cells = [
+        {"cell": f"{group}/x", "group": group, "choice": "x", "recipe": "r", "status": "done", "tokens": 9}
+        | {"val_loss": 1.0, "val_bpb": 1.0, "tokens_per_s": 1, **_accuracies(row)}
+        for group, row in (("a", check), ("b", {}))
+    ]
+    write_csv(tmp_path / "results.csv", cells)
+    rows = read_csv(tmp_path / "results.csv")
+    assert [row["accuracy_16"] for row in rows] == [0.5, None] and rows[1]["val_accuracy"] is None
+    assert [line.accuracies for line in summarize(rows)] == [[0.75], []]
+    chart = Chart("pairs", "pairs", "pairs", ["a", "b"])
+    assert draw(chart, rows, []) is not None
+    assert draw(chart, rows[1:], []) is None
 
 
 def test_charts_of_sizes_and_repeats() -> None:

@@ -77,7 +77,7 @@ class ModelConfig(BaseModel):
         "2306.15595). yarn: slow channels alone, and sharper scores (arXiv 2309.00071).",
     )
     rope_factor: float = Field(1.0, ge=1, description="How many times rope_length rope_scaling is to reach.")
-    rope_length: int = Field(2048, ge=1, le=2**31, description="Tokens of the rows of training, for rope_scaling=yarn.")
+    rope_length: int = Field(2048, ge=8, le=2**31, description="Tokens of the rows of training, for rope_scaling=yarn.")
     qk_norm: bool = Field(
         False,
         description="RMSNorm with a weight on softmax attention's queries and keys, a head at a time, before rotary.",
@@ -98,6 +98,8 @@ class ModelConfig(BaseModel):
             raise ValueError(f"qk_norm does not apply to kind {self.kind} without softmax_every; remove it")
         if self.rope_scaling != "none" and self.kind != "transformer":
             raise ValueError(f"rope_scaling applies to kind transformer alone, not to {self.kind}; remove it")
+        if self.rope_scaling == "yarn" and self.rope_base <= 1:
+            raise ValueError(f"rope_scaling yarn needs a rope_base above 1, not {self.rope_base}")
         if self.rope_factor != 1 and self.rope_scaling == "none":
             raise ValueError(f"rope_factor {self.rope_factor} needs rope_scaling: linear or yarn")
         if self.num_softmax and self.head_dim % 2:

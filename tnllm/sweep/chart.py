@@ -138,7 +138,9 @@ def _pairs(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
         ]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), "o-", color=COLORS[index % len(COLORS)], label=group)
-    _log_axis(axes)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(-3, 103)
     axes.set_xlabel("pairs in a row")
     axes.set_ylabel("right answers, %")
 
