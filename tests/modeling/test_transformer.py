@@ -93,7 +93,9 @@ def test_scaled_rotary_positions_are_those_of_transformers(scaling: dict) -> Non
     transformers = pytest.importorskip("transformers")
     config = get_preset("tiny", **{**SMALL, "num_heads": 1}, **scaling)
     values = config_values(config, torch.float32, {}, max_position=config.rope_length)
-    keys = {key: values[key] for key in ("hidden_size", "num_attention_heads", "head_dim", "rope_theta", "rope_scaling")}
+    keys = {
+        key: values[key] for key in ("hidden_size", "num_attention_heads", "head_dim", "rope_theta", "rope_scaling")
+    }
     library = transformers.LlamaConfig(max_position_embeddings=values["max_position_embeddings"], **keys)
     expected, factor = rope.ROPE_INIT_FUNCTIONS[config.rope_scaling](library, torch.device("cpu"))
     turn, scale = rotary(config, torch.device("cpu"))

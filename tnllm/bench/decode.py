@@ -93,7 +93,9 @@ def bench_decode(
     kinds = ("transnormer", "transformer") if contexts else ("transnormer",)
     with budget:
         for number, kind in enumerate(kinds):
-            config = get_preset(preset, kind=kind, **({"softmax_every": softmax_every} if kind == "transnormer" else {}))
+            config = get_preset(
+                preset, kind=kind, **({"softmax_every": softmax_every} if kind == "transnormer" else {})
+            )
             model = build_model(config, device, dtype, seed=0).eval().requires_grad_(False)
             if device.type == "cpu":
                 pack_weights(model)
@@ -218,13 +220,7 @@ def _own_step(model: LanguageModel, state: Any, num_steps: int) -> Step:
     """The step that `generate` runs: on a GPU a captured one, on a CPU one without modules where there is one."""
     if can_capture(model, num_steps):
         return CapturedStep(model, state)
-
-
-    def plain(tokens: Tensor) -> Tensor:
-        state.reserve()
-        return model.step(tokens, state)
-
-    return cpu_step(model, state) or plain
+    return cpu_step(model, state) or (lambda tokens: model.step(tokens, state))
 
 
 def _next(step: Step, tokens: Tensor) -> Tensor:
@@ -251,7 +247,9 @@ def _time(
         prompt = torch.randint(3, model.config.vocab_size, (1, 64), generator=generator).to(device)
         state = model.hidden(prompt)[1].select([0] * point.batch)
         if state.grows:
-            state.layers = [resized(x, point.position + _CHAIN[device.type]) if is_cache(x) else x for x in state.layers]
+            state.layers = [
+                resized(x, point.position + _CHAIN[device.type]) if is_cache(x) else x for x in state.layers
+            ]
         step = _own_step(model, state, 1 << 30)
         stored = point.batch * model.init_state(1, "meta").nbytes + _cache_bytes(model, point)
     else:

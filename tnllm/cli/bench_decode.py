@@ -5,7 +5,16 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import DEVICE, MAX_MINUTES, SOFTMAX_EVERY, check_choice, check_outputs, examples, lengths, write_outputs
+from tnllm.cli.options import (
+    DEVICE,
+    MAX_MINUTES,
+    SOFTMAX_EVERY,
+    check_choice,
+    check_outputs,
+    examples,
+    lengths,
+    write_outputs,
+)
 from tnllm.progress import log
 
 EPILOG = examples("tnllm bench-decode --preset 385m --json decode.json --plot decode.png")

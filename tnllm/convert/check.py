@@ -6,8 +6,8 @@
     after = llama_logits(config, read, folder, progress)         # transformers' layers, for the softmax baseline
     difference, share = compare(before, after)
 
-But for the speeds of rotary positions, the reference shares no code with the layers that it checks; its attention is quadratic, by definition. `read` takes
-tnllm's parameter names.
+But for the speeds of rotary positions, the reference shares no code with the layers that it checks; its attention is
+quadratic, by definition. `read` takes tnllm's parameter names.
 """
 
 import importlib

@@ -127,7 +127,7 @@ class Loader:
 
     @property
     def row_pairs(self) -> tuple[int, list[int]]:
-        """Tokens of a masked document, and the numbers of pairs that documents have in turn; several sources count as one."""
+        """Tokens of a masked document, and the numbers of pairs of documents in turn; several sources count as one."""
         first = self._streams[0]
         pairs = first.manifest.options["pairs"] if len(self._streams) == 1 else 0
         return _row_tokens(first) or self.seq_len, pairs if isinstance(pairs, list) else [pairs]

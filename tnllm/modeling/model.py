@@ -259,8 +259,8 @@ class LanguageModel(nn.Module):
         """Sum of cross entropies (nats, fp32 scalar) over the labels that are not -100; `labels` has the shape of `tokens`.
 
         `start` [B] int64 is the position of each row's first token; None means zero. No packed sequence has more than
-        `longest` tokens: softmax attention is faster where it knows the bound. `counted` [N] int64: the indices of the labels
-        that are not -100 in the flattened ones; the head then computes no other.
+        `longest` tokens: softmax attention is faster where it knows the bound. `counted` [N] int64: where the flattened
+        labels are not -100; the head then computes no other.
         """
         layers: list[None] = [None] * self.config.num_layers
         x, _ = self._run(tokens, layers, start, cu_seqlens, longest)
