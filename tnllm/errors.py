@@ -6,7 +6,8 @@ The command line prints the message without a traceback and exits with `exit_cod
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # Longer messages are cut in the middle: what is wrong comes first, what to do and where it was given last.
 _MOST_CHARACTERS = 1000
@@ -36,6 +37,15 @@ class MissingExtra(UserError):
 
     def __init__(self, extra: str, package: str) -> None:
         super().__init__(f"this needs {package}, which is not installed; run: pip install 'tnllm[{extra}]'")
+
+
+@contextmanager
+def optional_import(extra: str, package: str) -> Iterator[None]:
+    """Around the import of an optional dependency: MissingExtra where it is not installed."""
+    try:
+        yield
+    except ImportError:
+        raise MissingExtra(extra, package) from None
 
 
 class CheckFailed(UserError):

@@ -26,7 +26,7 @@ from typing import Any
 
 import sentencepiece
 
-from tnllm.errors import MissingExtra, UserError
+from tnllm.errors import UserError, optional_import
 
 FILE_NAME = "tokenizer.model"
 # SentencePiece writes a space as this character, so the character itself must go through its bytes.
@@ -196,10 +196,8 @@ class TiktokenModel:
 
     def __init__(self, data: bytes, path: Path) -> None:
         """Raises UserError for a bad file, MissingExtra without the library."""
-        try:
+        with optional_import("hf", "tiktoken"):
             import tiktoken
-        except ImportError:
-            raise MissingExtra("hf", "tiktoken") from None
         self.ranks = read_ranks(data, path)
         self._encoding = tiktoken.Encoding(
             path.stem, pat_str=TIKTOKEN_PATTERN, mergeable_ranks=self.ranks, special_tokens=TIKTOKEN_SPECIAL_TOKENS

@@ -30,7 +30,7 @@ from tnllm.cleaning.records import REJECTED, read_records
 from tnllm.cleaning.settings import CleanSettings, DedupSection
 from tnllm.cleaning.steps import Step, count_document, reject
 from tnllm.data.permutation import splitmix64
-from tnllm.errors import MissingExtra
+from tnllm.errors import optional_import
 from tnllm.files import write_bytes_atomic, write_text_atomic
 
 _BATCH_DOCUMENTS = 256
@@ -87,10 +87,8 @@ def shingles(text: str, settings: DedupSection) -> np.ndarray:
 
 def signatures(documents: list[np.ndarray], settings: DedupSection) -> np.ndarray:
     """MinHash values of documents given as n-gram hashes: uint32 [documents, num_hashes]."""
-    try:
+    with optional_import("data", "rensa"):
         from rensa import RMinHash
-    except ImportError:
-        raise MissingExtra("data", "rensa") from None
     if not documents:
         return np.zeros((0, settings.num_hashes), np.uint32)
     offsets = np.cumsum([0, *map(len, documents)]).astype(np.uint64)

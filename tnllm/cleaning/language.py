@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from tnllm.cleaning.hashing import codepoints, is_cjk
-from tnllm.errors import MissingExtra
+from tnllm.errors import optional_import
 
 # The start of a long text is enough: with four times as much, one of 960 longer texts got another language.
 _MAX_CHARS = 1000
@@ -19,10 +19,8 @@ _MIN_HAN_SHARE = 0.5
 
 @lru_cache(maxsize=1)
 def _model() -> Any:
-    try:
+    with optional_import("data", "py3langid"):
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError:
-        raise MissingExtra("data", "py3langid") from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from tnllm import hub
 from tnllm.cli.options import DEVICE, DTYPE, examples, log_default_model, panel
-from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.errors import RunError, UserError, optional_import
 from tnllm.files import check_output_folder, only_writer
 from tnllm.progress import log
 
@@ -67,11 +67,9 @@ def command(
         raise UserError(
             f"the API key ({'--api-key' if api_key is not None else KEY_VARIABLE}) must be ASCII, no spaces"
         )
-    try:
+    with optional_import("serve", "fastapi or uvicorn"):
         import fastapi  # noqa: F401
         import uvicorn
-    except ImportError:
-        raise MissingExtra("serve", "fastapi or uvicorn") from None
 
     from tnllm.generation.loading import load, with_adapter
     from tnllm.serving.app import Settings, make_app

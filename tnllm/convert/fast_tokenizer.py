@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from tnllm.chat_template import BOUNDARY, BREAK, DEFAULT, split_template, to_jinja
-from tnllm.errors import MissingExtra
+from tnllm.errors import optional_import
 from tnllm.tokenizer import TIKTOKEN_PATTERN, TIKTOKEN_SPECIAL_TOKENS, TiktokenModel, Tokenizer
 
 CHECK_TEXTS = (
@@ -35,10 +35,8 @@ def tokenizer_files(
 
     Raises MissingExtra without the tokenizers library.
     """
-    try:
+    with optional_import("hf", "tokenizers"):
         import tokenizers  # noqa: F401
-    except ImportError:
-        raise MissingExtra("hf", "tokenizers") from None
     add_bos = bool(generation.get("add_bos_token", False))
     template = generation.get("chat_template", DEFAULT)
     boundary = _needs_boundary(tokenizer, split_template(template)[1])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tnllm.convert.writer import Output
-from tnllm.errors import MissingExtra, UserError
+from tnllm.errors import UserError, optional_import
 
 
 def is_quantized(name: str) -> bool:
@@ -37,11 +37,9 @@ class Int8Quantizer:
     def __init__(self) -> None:
         """Raises MissingExtra without torchao."""
         quiet_import()
-        try:
+        with optional_import("quantize", "torchao"):
             from torchao.prototype.safetensors import safetensors_support
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        except ImportError:
-            raise MissingExtra("quantize", "torchao") from None
         self._config, self._quantize = Int8WeightOnlyConfig(version=2), quantize_
         self._support = safetensors_support
         self._known: dict[tuple[tuple[int, ...], torch.dtype], tuple[dict[str, Tensor], str]] = {}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from tnllm.data.documents import UnreadableFile
-from tnllm.errors import MissingExtra
+from tnllm.errors import optional_import
 from tnllm.files import format_bytes
 
 SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
@@ -170,10 +170,8 @@ def _zstd_window(head: bytes) -> int:
 
 
 def _zstd_decoder(path: Path) -> Callable[[bytes], _Decoder]:
-    try:
+    with optional_import("data", "zstandard"):
         import zstandard
-    except ImportError:
-        raise MissingExtra("data", "zstandard") from None
 
     class Decoder:
         """A decompression object whose errors say what is wrong: the data, or what the decoder was given."""

@@ -20,7 +20,7 @@ from uuid import UUID
 
 from tnllm.data.compressed import open_stored
 from tnllm.data.documents import BadDocument, UnreadableFile
-from tnllm.errors import MissingExtra
+from tnllm.errors import optional_import
 
 _BATCH_ROWS, _BATCH_BYTES = 1024, 64 << 20
 
@@ -67,11 +67,9 @@ def read_rows(path: Path, needed: str | None = None, more: Sequence[str] | None 
 
 
 def _pyarrow() -> ModuleType:
-    try:
+    with optional_import("data", "pyarrow"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra("data", "pyarrow") from None
     return pyarrow
 
 

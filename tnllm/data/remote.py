@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from tnllm.data.compressed import stored_size
 from tnllm.data.corpus import ALLOWED, SplitOn, find_files, kind_of, read_file
 from tnllm.data.documents import BadDocument, Document
-from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.errors import MissingExtra, RunError, UserError, optional_import
 from tnllm.files import format_bytes
 from tnllm.progress import Report, Status, log
 
@@ -190,10 +190,8 @@ def local_files(files: Sequence[Path | RemoteFile]) -> list[Path]:
 
 def open_url(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
-    try:
+    with optional_import("remote", "fsspec"):
         import fsspec
-    except ImportError:
-        raise MissingExtra("remote", "fsspec") from None
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:

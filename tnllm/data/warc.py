@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tnllm.data.compressed import damage_as_unreadable, open_stored
 from tnllm.data.documents import Document, UnreadableFile
-from tnllm.errors import MissingExtra
+from tnllm.errors import optional_import
 
 # Finding a page's main text takes time quadratic in the depth of these elements. Browsers stop nesting at 512, too.
 _NESTED = re.compile(r"<(/?)(?:div|article)\b[^<>]*>", re.IGNORECASE)
@@ -24,12 +24,10 @@ def read_archive(path: Path) -> Iterator[Document]:
     HTML is decoded by its declared or detected encoding and reduced to its main text. Raises UnreadableFile for a file that
     holds no complete record, is damaged or ends too early.
     """
-    try:
+    with optional_import("data", "resiliparse"):
         from fastwarc.warc import ArchiveIterator, WarcRecordType
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
-    except ImportError:
-        raise MissingExtra("data", "resiliparse") from None
     number = 0
     with (
         open_stored(path) as raw,

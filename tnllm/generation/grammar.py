@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.errors import RunError, UserError, optional_import
 from tnllm.tokenizer import Tokenizer
 
 # At most one space between the parts of JSON: a small model may otherwise write spaces until its tokens end.
@@ -108,10 +108,8 @@ class Grammars:
     def _compiled(self, given: str, source: Callable[[Any], str]) -> Grammar:
         if len(given) > MAX_CHARACTERS:
             raise UserError(f"it has {len(given)} characters; at most {MAX_CHARACTERS}")
-        try:
+        with optional_import("schema", "llguidance"):
             from llguidance import LLMatcher, LLParserLimits
-        except ImportError:
-            raise MissingExtra("schema", "llguidance") from None
         try:
             text = source(LLMatcher)
         except Exception as error:

@@ -14,13 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
-from tnllm.errors import MissingExtra
+from tnllm.errors import optional_import
 
-try:
+with optional_import("serve", "prometheus_client"):
     from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-except ImportError:
-    raise MissingExtra("serve", "prometheus_client") from None
 
 _BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tnllm.data.loader import IGNORE, Batch
 from tnllm.device import pick_device
-from tnllm.errors import MissingExtra, RunError, UserError
+from tnllm.errors import RunError, UserError, optional_import
 from tnllm.modeling.config import ModelConfig
 from tnllm.training.checkpoint import TrainState
 from tnllm.training.config import RunConfig, load_recipe
@@ -83,10 +83,8 @@ def make_llama(config: ModelConfig, seed: int) -> Any:
         raise UserError(
             "trainer llama needs model.kind transformer without qk_norm and scale_embedding, which Llama does not have"
         )
-    try:
+    with optional_import("hf", "transformers"):
         from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise MissingExtra("hf", "transformers") from None
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -150,8 +148,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         train_llama(load_recipe(arguments.recipe, arguments.sets), arguments.out)
-    except (UserError, RunError, MissingExtra) as error:
-        parser.exit(getattr(error, "exit_code", 2), f"{error}\n")
+    except UserError as error:
+        parser.exit(error.exit_code, f"{error}\n")
 
 
 if __name__ == "__main__":

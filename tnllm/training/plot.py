@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tnllm.errors import MissingExtra, UserError
+from tnllm.errors import UserError, optional_import
 from tnllm.files import format_count
 from tnllm.progress import log
 from tnllm.training.metrics import read_metrics
@@ -38,11 +38,9 @@ STYLE: dict[Any, Any] = {
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure of that size in inches, in the style of every chart. Raises MissingExtra without matplotlib."""
-    try:
+    with optional_import("plot", "matplotlib"):
         from matplotlib import rc_context
         from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("plot", "matplotlib") from None
     with rc_context(STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
 
