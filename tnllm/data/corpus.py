@@ -68,7 +68,7 @@ def find_files(inputs: Iterable[str | Path], leave_out: Path | None = None) -> l
     files: dict[Path, None] = {}
     for given in map(_meant, inputs):
         if given.is_dir():
-            paths = files_below(given, _is_corpus_file, leave_out)
+            paths = files_below(given, is_corpus_file, leave_out)
             if not paths:
                 raise UserError(f"{given} holds no corpus file; allowed: {ALLOWED}")
         elif not given.exists():
@@ -93,8 +93,9 @@ def _meant(given: str | Path) -> Path:
     return path
 
 
-def _is_corpus_file(path: Path) -> bool:
-    return path.suffix.lower() != ".json" and kind_of(path) is not None
+def is_corpus_file(path: Path) -> bool:
+    """Whether a folder's file of this name belongs to the corpus in it."""
+    return not path.name.startswith(".") and path.suffix.lower() != ".json" and kind_of(path) is not None
 
 
 def read_file(

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tnllm.data.compressed import stored_size
-from tnllm.data.corpus import ALLOWED, SplitOn, find_files, kind_of, read_file
+from tnllm.data.corpus import ALLOWED, SplitOn, find_files, is_corpus_file, kind_of, read_file
 from tnllm.data.documents import BadDocument, Document
 from tnllm.errors import MissingExtra, RunError, UserError, optional_import
 from tnllm.files import format_bytes
@@ -217,17 +217,12 @@ def _find_remote(url: str) -> list[RemoteFile]:
                 raise UserError(f"{url} is not in a known corpus format; allowed: {ALLOWED}")
             return [_described(storage, path, url)]
         urls = {storage.unstrip_protocol(item): item for item in paths}
-        wanted = sorted(item for item in urls if _is_corpus_file(RemoteFile(item, 0, "").name))
+        wanted = sorted(item for item in urls if is_corpus_file(Path(RemoteFile(item, 0, "").name)))
         if not wanted:
             raise UserError(f"{url} holds no corpus file; allowed: {ALLOWED}")
         return [_described(storage, urls[item], item) for item in wanted]
 
     return _tried(url, find)
-
-
-def _is_corpus_file(name: str) -> bool:
-    path = Path(name)
-    return not name.startswith(".") and path.suffix.lower() != ".json" and kind_of(path) is not None
 
 
 def _described(storage: Any, path: str, url: str) -> RemoteFile:

@@ -11,6 +11,7 @@ accuracy by number of pairs. Any other x is a key of the grid.
 
 import math
 from collections.abc import Sequence
+from statistics import linear_regression
 from typing import Any
 
 from tnllm.sweep.plan import Chart, Row
@@ -93,10 +94,9 @@ def _lines(
 
 def power_law(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(a, b) of the least-squares fit of loss = a * N^-b to points (N, loss), both in logarithms. Needs two sizes."""
-    logs = [(math.log(size), math.log(loss)) for size, loss in points]
-    x_mean, y_mean = (sum(values) / len(logs) for values in zip(*logs, strict=True))
-    slope = sum((x - x_mean) * (y - y_mean) for x, y in logs) / sum((x - x_mean) ** 2 for x, _ in logs)
-    return math.exp(y_mean - slope * x_mean), -slope
+    sizes, losses = zip(*points, strict=True)
+    slope, intercept = linear_regression([math.log(size) for size in sizes], [math.log(loss) for loss in losses])
+    return math.exp(intercept), -slope
 
 
 def _sizes(axes: Any, rows: Sequence[Row]) -> None:
