@@ -71,7 +71,7 @@ def test_five_users_make_the_same_ids(tmp_path, monkeypatch, template, add_bos):
         *_, result = talk.ask(prompt)
         messages += [("user", prompt), ("assistant", result.text)]
     talk.context()
-    prompt_ids = conversation.message_ids(loaded, messages[:-1])
+    prompt_ids = loaded.at_start(conversation.part_ids(loaded, messages[:-1], awaits_answer=False, is_last=True)[0])
     complete = [*prompt_ids, *loaded.tokenizer.encode(messages[-1][1]), eos_id]
     assert read_ids == complete and complete.count(eos_id) == len(PROMPTS)
 

@@ -12,7 +12,7 @@ import pytest
 from tests.serving.serving import running, wait_for
 from tests.small_models import make_ready
 from tnllm import assets
-from tnllm.generation.conversation import Conversation, message_ids
+from tnllm.generation.conversation import Conversation, part_ids
 from tnllm.generation.decoder import generate
 from tnllm.generation.samples import Result
 from tnllm.serving.middleware import Settings
@@ -131,7 +131,7 @@ def test_turns_come_in_any_order_and_an_answer_may_be_begun(client, ready, messa
     answer = client.chat.completions.create(
         model="small", messages=[{"role": role, "content": text} for role, text in messages], **asked
     )
-    ids = message_ids(ready, messages)
+    ids = ready.at_start(part_ids(ready, messages, awaits_answer=False, is_last=True)[0])
     [expected] = alone(ready, ids, stop=("\nHuman:",), **asked)
     assert answer.choices[0].message.content == expected.text and answer.usage.prompt_tokens == len(ids)
     if messages[-1][0] == "assistant":

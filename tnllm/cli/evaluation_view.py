@@ -54,10 +54,11 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
     from tnllm.evaluation.compare import is_sample, shots
 
     groups = results.get("group_subtasks") or {}
-    leaves = {name for members in groups.values() for name in members if name not in groups}
-    rows = []
-    names = [name for name in results["results"] if name in groups and name not in _members(groups)]
+    members: set[str] = set().union(*groups.values())
+    names = [name for name in results["results"] if name in groups and name not in members]
+    leaves = members - groups.keys()
     names += [name for name in results["results"] if name not in names and (subtasks or name not in leaves)]
+    rows = []
     for name in names:
         values = results["results"][name]
         for key, value in values.items():
@@ -95,10 +96,6 @@ def show_results(results: dict[str, Any], subtasks: bool) -> None:
 
 
 _RIGHT = ("shots", "questions", "value", "± stderr", "A", "B", "B - A", "paper", "tokens")
-
-
-def _members(groups: dict[str, list[str]]) -> set[str]:
-    return {name for members in groups.values() for name in members}
 
 
 def _figure(metric: str, value: Any) -> str:

@@ -19,19 +19,14 @@ from tnllm.generation.samples import Piece, Result
 from tnllm.tokenizer import StreamDecoder, Tokenizer
 
 
-def message_ids(loaded: LoadedModel, messages: Sequence[tuple[str, str]]) -> list[int]:
-    """Token ids of a conversation of (role, text) messages, up to where the answer begins.
-
-    The order is that of `render`. A last message of "assistant" is the beginning of the answer. Raises UserError for
-    a role that is not known, and for no messages at all.
-    """
-    return loaded.at_start(part_ids(loaded, messages, awaits_answer=False, is_last=True)[0])
-
-
 def part_ids(
     loaded: LoadedModel, messages: Sequence[tuple[str, str]], awaits_answer: bool, is_last: bool
 ) -> tuple[list[int], bool]:
-    """Token ids of a part of a conversation after another part, and whether an answer follows: as in `render_part`."""
+    """Token ids of a part of a conversation after another part, and whether an answer follows: as in `render_part`.
+
+    A last message of "assistant" is the beginning of the answer. Raises UserError for a role that is not known, and for no
+    messages at all.
+    """
     if not messages and not awaits_answer:
         raise UserError("messages is empty; give at least one message, such as a user's")
     segments, awaits_answer = render_part(loaded.chat_template, messages, awaits_answer, is_last)
@@ -39,7 +34,7 @@ def part_ids(
 
 
 class Conversation:
-    """The turns of one conversation; all of them have the token ids that `message_ids` gives for the same messages."""
+    """The turns of one conversation; all of them have the token ids that `part_ids` gives for the same messages."""
 
     def __init__(
         self,
