@@ -7,6 +7,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import tnllm.tokenizer
 from tnllm import assets
 from tnllm.errors import UserError
 from tnllm.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
@@ -176,3 +177,40 @@ def test_packaged_tokenizers_have_names():
     assert large.decode(large.encode(text)) == text
     # Bytes per token of each language: the reason to have it.
     assert len(large.encode("北京市是中华人民共和国的首都。")) <= 8
+
+
+@given(st.text("ab .,\n\t0东西，。▁\U0001f600", max_size=60), st.sampled_from(["tnllm-8k", "tnllm-64k"]))
+def test_the_parts_of_a_long_text_have_its_ids(text, name):
+    tokenizer = Tokenizer.load(assets.tokenizer_model(name))
+    whole = tokenizer.encode(text, bos=True, eos=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tnllm.tokenizer, "_PART_CHARS", 8)
+        parts = list(tokenizer.parts(text))
+        in_parts = tokenizer.encode(text, bos=True, eos=True)
+    assert "".join(parts) == text and all(len(part) <= 16 for part in parts)
+    # A part of twice the length found no place to end.
+    assert in_parts == whole or any(len(part) == 16 for part in parts)
+
+
+def test_a_long_text_is_not_given_to_the_library_at_once(monkeypatch):
+    tokenizer = Tokenizer.load(assets.tokenizer_model("tnllm-8k"))
+    text = "the quick brown fox, 快速的狐狸。 " * 20
+    whole, given_texts = tokenizer.encode(text), []
+    monkeypatch.setattr(tnllm.tokenizer, "_PART_CHARS", 50)
+    monkeypatch.setattr(tokenizer, "_processor", Recorder(tokenizer._processor, given_texts))
+    assert tokenizer.encode(text) == whole
+    assert len(given_texts) > 5 and max(map(len, given_texts)) < 60
+
+
+class Recorder:
+    """A SentencePiece model that notes the texts it encodes."""
+
+    def __init__(self, model, texts):
+        self.model, self.texts = model, texts
+
+    def encode(self, text):
+        self.texts.append(text)
+        return self.model.encode(text)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)

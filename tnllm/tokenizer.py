@@ -34,6 +34,10 @@ _SPACE = "\u2581"
 # SentencePiece drops longer training lines (4,192 bytes); a character is at most 4 bytes.
 _MAX_LINE_CHARS = 1000
 _MIN_VOCAB_SIZE = 320
+# The library takes some 35 times a text's size in memory.
+_PART_CHARS = 1 << 20
+# Texts that a normalising model changes.
+_PROBE = " \uff21  \ufb01\u2460e\u0301 "
 TIKTOKEN_SUFFIX = ".tiktoken"
 # The vocabulary of TransNormerLLM3 (15B): cl100k's split pattern with digits standing alone, and ten control tokens above
 # the ranks, with a gap.
@@ -112,12 +116,38 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             code = f"U+{ord(text[error.start]):04X}"
             raise UserError(f"text holds a lone surrogate ({code}) at character {error.start}") from None
-        ids = self._encode(text)
+        ids = (
+            [id for part in self.parts(text) for id in self._encode(part)]
+            if len(text) > _PART_CHARS
+            else self._encode(text)
+        )
         if bos:
             ids.insert(0, self.bos_id)
         if eos:
             ids.append(self.eos_id)
         return ids
+
+    def parts(self, text: str) -> Iterator[str]:
+        """`text` in parts of a million characters, whose ids one after another are those of the text.
+
+        They end where no token could lie across, within another million characters; the few models that change a text
+        before they split it get all of it at once.
+        """
+        start = 0
+        while len(text) - start > _PART_CHARS and (joints := self._joints) is not None:
+            ends = range(start + _PART_CHARS, min(start + 2 * _PART_CHARS, len(text)))
+            end = next((end for end in ends if text[end - 1 : end + 1] not in joints), ends.stop)
+            yield text[start:end]
+            start = end
+        yield text[start:]
+
+    @cached_property
+    def _joints(self) -> frozenset[str] | None:
+        """Every two neighbours in a token; None if a part's ids could depend on what is before or behind it."""
+        if self._space_ids is None or self._adds_space or self.decode(self._processor.encode(_PROBE)) != _PROBE:
+            return None
+        pieces = (self._processor.id_to_piece(id).replace(_SPACE, " ") for id in range(self.vocab_size))
+        return frozenset(piece[at : at + 2] for piece in pieces for at in range(len(piece) - 1))
 
     def _encode(self, text: str) -> list[int]:
         if self._adds_space or self._space_ids is None or _SPACE not in text:

@@ -1,4 +1,6 @@
+import os
 import random
+import resource
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +17,7 @@ from tnllm.cleaning.records import RecordWriter, read_records
 from tnllm.cleaning.settings import DedupSection, SlurmSection, only_dedup
 
 
-def corpus(folder, texts, per_file=7):
+def corpus(folder, texts, per_file):
     for start in range(0, len(texts), per_file):
         with RecordWriter(folder / f"part-{start:04d}.jsonl.gz") as lines:
             for number, text in enumerate(texts[start : start + per_file], start):
@@ -23,8 +25,8 @@ def corpus(folder, texts, per_file=7):
     return folder
 
 
-def dedup(tmp_path, texts, **settings):
-    folder = corpus(tmp_path / "in", texts)
+def dedup(tmp_path, texts, per_file=7, **settings):
+    folder = corpus(tmp_path / "in", texts, per_file)
     run = open_run(only_dedup(path=(str(folder),), shard_mb=0.0005, **settings), tmp_path / "out")
     assert run_stages(run.stages, "local", 1, SlurmSection(), lambda progress: None)
     kept = [record["id"] for path in sorted(run.unique.glob("*.gz")) for record in read_records(path)]
@@ -113,13 +115,47 @@ def test_signatures_estimate_similarity():
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40))
 def test_join_finds_the_connected_groups(pairs):
-    roots = join(np.array(pairs, np.uint64).reshape(-1, 2))
+    roots = dict(np.transpose(join(np.array(pairs, np.uint64).reshape(-1, 2))).tolist())
     groups = {number: {number} for number in range(31)}
     for a, b in pairs:
         both = groups[a] | groups[b]
         for member in both:
             groups[member] = both
     assert roots == {n: min(group) for n, group in groups.items() if n != min(group)}
+
+
+def test_grouping_holds_no_file_of_a_shard_open(tmp_path):
+    rng = random.Random(6)
+    texts = [words(rng, 60) for _ in range(6)]
+    folder = corpus(tmp_path / "in", [*texts, *(f"{text} Amen." for text in texts)], 1)
+    run = open_run(only_dedup(path=(str(folder),), shard_mb=0.0005), tmp_path / "out")
+    *before, group, _ = run.stages
+    assert group.name == "group" and run_stages(before, "local", 1, SlurmSection(), lambda progress: None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.dup(0))
+    # Files at once; there are twelve shards.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 7, hard))
+    try:
+        group.steps[0].run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list(near_pairs(run.work / "groups.npz", run.work / "signatures"))) == 6
+
+
+def test_groups_of_all_sizes_list_all_their_pairs(tmp_path):
+    rng = random.Random(7)
+    texts = [text for size in (1, 2, 3, 3, 5, 101) for text in [words(rng, 40)] * size]
+    rng.shuffle(texts)
+    run, kept = dedup(tmp_path, texts, per_file=40)
+    assert len(kept) == 6
+    listed = {frozenset(pair[:2]) for pair in near_pairs(run.work / "groups.npz", run.work / "signatures")}
+    expected = {
+        frozenset((f"d{a}", f"d{b}"))
+        for a, b in combinations(range(len(texts)), 2)
+        if texts[a] == texts[b] and texts.count(texts[a]) <= 100
+    }
+    # Of a group of more than 100 only the pairs that matching found.
+    assert expected <= listed and 100 <= len(listed) - len(expected) < 300
 
 
 @pytest.mark.slow

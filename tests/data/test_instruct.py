@@ -133,6 +133,10 @@ def test_answers_that_are_not_to_be_learned_are_not(tokenizer, flag, no, yes):
         ({"mask": False}, "the key 'mask' changes what is learned"),
         ({"images": ["a.png"]}, "the key 'images'"),
         ({"tool_calls": [1]}, "the key 'tool_calls'"),
+        ({"rejected_response": "c"}, "the key 'rejected_response'"),
+        ({"chosen_score": 1.0}, "the key 'chosen_score'"),
+        ({"label": False}, "the key 'label'"),
+        ({"kto_tag": True}, "the key 'kto_tag'"),
     ],
 )
 def test_what_cannot_be_learned_as_asked_is_refused_by_name(more, message):
@@ -141,6 +145,12 @@ def test_what_cannot_be_learned_as_asked_is_refused_by_name(more, message):
         with pytest.raises(UserError) as error:
             parse_record(record, "f:1")
         assert message in str(error.value)
+
+
+def test_a_call_of_a_tool_without_text_is_named():
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [1]}]
+    with pytest.raises(UserError, match="the key 'tool_calls' changes what is learned"):
+        parse_record({"messages": said}, "f:1")
 
 
 def test_only_answers_are_learned():

@@ -9,7 +9,7 @@ words are function characters (modern and classical), and its terminal marks are
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 
 from tnllm.cleaning.hashing import (
     ALPHA,
-    CJK,
     LETTER,
     SPACE,
     character_hashes,
@@ -105,8 +104,8 @@ DEFAULTS: dict[str, dict[str, Range]] = {
 }
 _STOP_EN = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
 _STOP_ZH = frozenset("的一是了不在有我他她这那个们来到就和也说之其以而于於為为者無无乃曰何此所則则矣兮人自上下中")
-_BULLETS = ("•", "-", "*", "●", "■", "◆", "·", "▪", "※")
-_END_MARKS = tuple(".!?\"'”’)]。！？」』）】…；;:：")
+_BULLETS = frozenset("•-*●■◆·▪※")
+_END_MARKS = frozenset(".!?\"'”’)]。！？」』）】…；;:：")
 _GARBLED = ("\ufffd", "锟斤拷", "烫烫烫", "屯屯屯", "锘", "ï»¿")
 # Words looked at together for stop words: most English texts have all of them among the first.
 _SOME_WORDS = 400
@@ -120,20 +119,22 @@ _BROKEN_REACH = 6
 
 def figures(text: str, language: str) -> dict[str, float]:
     """Every figure of `text`; `language` "zh" counts characters, any other words. An empty text has only length 0."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = list(filter(None, map(str.strip, text.split("\n"))))
     if not lines:
         return {"length": 0.0}
     chinese = language == "zh"
     codes = codepoints(text)
     values = (_chinese if chinese else _words)(text, codes, kinds(codes))
     count, chars = max(values["length"], 1), len(text)
-    values["symbols"] = (text.count("#") + text.count("...") + text.count("…")) / count
-    values["bullet_lines"] = _share(lines, lambda line: line.startswith(_BULLETS))
-    values["ellipsis_lines"] = _share(lines, lambda line: line.endswith(("...", "…")))
-    values["end_marks"] = _share(lines, lambda line: line.endswith(_END_MARKS))
-    values["short_lines"] = _share(lines, lambda line: len(line) <= (5 if chinese else 30))
+    ellipses, short = text.count("...") + text.count("…"), 5 if chinese else 30
+    values["symbols"] = (text.count("#") + ellipses) / count
+    values["bullet_lines"] = len([line for line in lines if line[0] in _BULLETS]) / len(lines)
+    ends = [line for line in lines if line.endswith(("...", "…"))] if ellipses else []
+    values["ellipsis_lines"] = len(ends) / len(lines)
+    values["end_marks"] = len([line for line in lines if line[-1] in _END_MARKS]) / len(lines)
+    values["short_lines"] = len([line for line in lines if len(line) <= short]) / len(lines)
     values["line_breaks"] = (len(lines) - 1) / count
-    paragraphs = [part.lstrip("\n") for part in text.strip().split("\n\n") if part.strip("\n")]
+    paragraphs = [part for part in (part.lstrip("\n") for part in text.strip().split("\n\n")) if part]
     for name, parts in (("line", lines), ("paragraph", paragraphs)):
         # Most texts have no repeated lines, which a set says sooner.
         distinct = set(parts)
@@ -143,8 +144,9 @@ def figures(text: str, language: str) -> dict[str, float]:
     values["lorem_ipsum"] = text.lower().count("lorem ipsum")
     values["curly_brackets"] = (text.count("{") + text.count("}")) / count
     control = int(np.count_nonzero(codes < 32)) - sum(map(text.count, "\t\n\r"))
-    values["garbled"] = (control + sum(text.count(part) * len(part) for part in _GARBLED)) / chars
-    values["mojibake"] = 0.0 if text.isascii() else _badness(text, codes) / chars
+    remains = () if text.isascii() else _GARBLED
+    values["garbled"] = (control + sum([text.count(part) * len(part) for part in remains])) / chars
+    values["mojibake"] = _badness(text, codes) / chars if remains else 0.0
     return values
 
 
@@ -181,7 +183,9 @@ def _stop_words(text: str) -> int:
     while text and len(seen) < len(_STOP_EN):
         words = text.split(None, size)
         text = words.pop() if len(words) > size else ""
-        seen |= _STOP_EN.intersection(word.strip(".,;:!?\"'()[]").lower() for word in set(words))
+        seen |= _STOP_EN.intersection(words)
+        if len(seen) < len(_STOP_EN):
+            seen |= _STOP_EN.intersection(word.strip(".,;:!?\"'()[]").lower() for word in set(words))
         # Each time more, since what is left is copied each time.
         size *= 2
     return len(seen)
@@ -197,7 +201,6 @@ def _chinese(text: str, codes: np.ndarray, found: np.ndarray) -> dict[str, float
         "longest_word": float(stretches.max(initial=0)),
         "letters": float(count / (len(found) - np.count_nonzero(found & SPACE))),
         "stop_words": float(sum(map(text.__contains__, _STOP_ZH))),
-        "han": float(np.count_nonzero(found[letters] & CJK) / max(count, 1)),
     }
     return values | _repetition(character_hashes(codes[letters]), np.arange(count + 1), len(text), unit=2)
 
@@ -262,22 +265,21 @@ def _repeats(tokens: np.ndarray, ends: np.ndarray, unit: int) -> Iterator[int]:
 
 def _repeats_of_few(tokens: np.ndarray, ends: np.ndarray, unit: int) -> Iterator[int]:
     """As `_repeats`; without arrays, whose fixed cost is most of the time that a short text takes."""
-    n = 2 * unit
-    words_of, ends_of = tokens.tolist(), ends.tolist()
-    grams: list[Any] = list(zip(*(words_of[index:] for index in range(n)), strict=False))
-    if len(set(grams)) == len(grams):
-        return
-    numbers = dict(enumerate(grams))
+    n, ends_of = 2 * unit, ends.tolist()
+    keys: list[Any] = ngram_hashes(tokens, n).tolist()
+    starts: Iterable[int] = range(len(keys))
+    numbers: dict[int, int] = {}
     for words in _NGRAMS:
         if words > 2:
             step, n = words * unit - n, words * unit
-            numbers = {at: (key, numbers[at + step]) for at, key in numbers.items() if at + step in numbers}
-        counts = Counter(numbers.values())
+            starts = [at for at in numbers if at + step in numbers]
+            keys = [(numbers[at], numbers[at + step]) for at in starts]
+        if len(set(keys)) == len(keys):
+            return
+        counts = Counter(keys)
         # A repeated n-gram is known by where it is first.
         first: dict[Any, int] = {}
-        numbers = {at: first.setdefault(key, at) for at, key in numbers.items() if counts[key] > 1}
-        if not numbers:
-            return
+        numbers = {at: first.setdefault(key, at) for at, key in zip(starts, keys, strict=True) if counts[key] > 1}
         if words <= _MOST_COMMON_WORDS:
             most = max(counts.values())
             best = [at for key, at in first.items() if counts[key] == most]
@@ -298,10 +300,6 @@ def _span(tokens: np.ndarray, ends: np.ndarray, starts: np.ndarray, n: int) -> i
     if spans.min() == spans.max():
         return int(spans[0])
     return int(spans[ngram_hashes(tokens[starts + np.arange(n)[:, None]], n)[0].argmin()])
-
-
-def _share(lines: list[str], test: Callable[[str], bool]) -> float:
-    return sum(map(test, lines)) / len(lines)
 
 
 @lru_cache(maxsize=1)

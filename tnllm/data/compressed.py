@@ -138,7 +138,8 @@ class _FrameReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            data = self._input or self._raw.read(1 << 16)
+            # Few bytes at a time: a block may grow to thousands of times its size.
+            data = self._input or self._raw.read(1 << 13)
             if not data:
                 if self._decoder is not None or self._is_empty:
                     raise EOFError("the file is empty" if self._is_empty else "the last frame has no end")

@@ -43,9 +43,12 @@ _ROLES |= {"gpt": "assistant", "developer": "system"}
 # Flags of single answers, by the names that OpenAI's files, axolotl, ms-swift and others give them.
 _LEARNED_KEYS = ("weight", "train", "loss", "trainable", "training", "learn")
 # Keys with which a conversation is not what its texts say, and flags whose sense differs between tools.
-_REFUSED_KEYS = ["tools", "functions", "tool_calls", "function_call", "reasoning_content", "chosen", "rejected"]
+_REFUSED_KEYS = ["tools", "functions", "tool_calls", "function_call", "reasoning_content"]
 _REFUSED_KEYS += ["image", "images", "video", "videos", "audio", "audios"]
 _REFUSED_FLAGS = ("mask", "masked", "loss_mask", "loss_weight", "sample_weight", "weights", "train_detail")
+# Preferences: each key that begins so, and the flags of single answers, which may say that an answer is bad.
+_PREFERENCES = ("chosen", "rejected")
+_VERDICTS = ("label", "kto_tag")
 # Keys that say where a record is from, and nothing about what is learned.
 _HARMLESS_KEYS = {
     "id",
@@ -172,6 +175,8 @@ def parse_record(
 def _refuse_keys(record: dict[str, Any], where: str) -> None:
     there = [key for key in _REFUSED_KEYS if record.get(key)]
     there += [key for key in _REFUSED_FLAGS if record.get(key) is not None]
+    there += [key for key in record if key.startswith(_PREFERENCES) and record[key]]
+    there += [key for key in _VERDICTS if isinstance(record.get(key), bool)]
     if there:
         raise UserError(
             f"{where}: the key {there[0]!r} changes what is learned and is not supported; leave such records out, "
@@ -235,11 +240,12 @@ def _parse_messages(
         raise UserError(f"{where}: expected a list of messages such as {{'role': ..., 'content': ...}}")
     parsed = []
     for message in messages:
+        # First: a message that calls a tool may have no text.
+        _refuse_keys(message, where)
         role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
         role, text = _texts(message, (role_key, content_key), where)
         if role not in _ROLES:
             raise UserError(f"{where}: {role_key} is {role!r}; allowed: {', '.join(_ROLES)}")
-        _refuse_keys(message, where)
         learned = _learned(message, where)
         if _ROLES[role] != "assistant" and learned and any(message.get(key) for key in _LEARNED_KEYS):
             raise UserError(f"{where}: a message of {role!r} asks to be learned; only answers are")
