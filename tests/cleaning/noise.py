@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tnllm import assets
-from tnllm.cleaning.hashing import counts_characters
+from tnllm.cleaning.hashing import token_hashes
 from tnllm.cleaning.records import RecordWriter, read_records
 from tnllm.data.corpus import find_files
 from tnllm.data.remote import read_documents
@@ -90,6 +90,11 @@ _EVALUATION = (
     "某县有三座粮仓，每座每月发放同样多的粮食，若其中一座在第五个月关闭，其余两座应各自增加多少才能保持总数不变？",
     "下列四种乐器之中，哪一种在古代的军队里既用来传达进攻的命令，又用来在夜间报告更次，为什么选择它而不是别的乐器？",
 )
+
+
+def counts_characters(text: str) -> bool:
+    """Whether a text is Chinese, Japanese or Korean."""
+    return not text.isascii() and token_hashes(text)[1]
 
 
 def shuffle(text: str, rng: random.Random) -> str:

@@ -36,9 +36,9 @@ from datatrove.pipeline.filters import (
 )
 from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
 
+from tests.cleaning.noise import counts_characters
 from tests.cleaning.speed import make_input, size_of
 from tnllm.cleaning.dedup import Choose, Drop, Group, Match, Shingle, Sign, num_bands
-from tnllm.cleaning.hashing import counts_characters
 from tnllm.cleaning.settings import CleanSettings
 from tnllm.cleaning.steps import Personal, Repair, Rules, Writer
 from tnllm.data.remote import read_documents

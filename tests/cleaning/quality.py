@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.cleaning import noise
-from tnllm.cleaning.hashing import counts_characters
 from tnllm.cleaning.language import identify
 from tnllm.cleaning.repair import remove_boilerplate, repair
 from tnllm.cleaning.rules import check, figures
@@ -72,7 +71,9 @@ def planted(path: Path, language: str, count: int) -> None:
     rng = random.Random(noise.SEED)
     texts = [(str(d.record.get("source", path.stem)), d.text) for d in read_documents(find_files([path]))]
     rng.shuffle(texts)
-    wanted = [item for item in texts if counts_characters(item[1][:400]) == (language == "zh") and len(item[1]) > 100]
+    wanted = [
+        item for item in texts if noise.counts_characters(item[1][:400]) == (language == "zh") and len(item[1]) > 100
+    ]
     chosen = wanted[:count]
     good = [objections(text) for _, text in chosen]
     limit = 400 if language == "zh" else 1200

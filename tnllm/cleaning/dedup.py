@@ -282,8 +282,8 @@ class Group(PipelineStep):
     def _jaccard(self, pairs: np.ndarray) -> np.ndarray:
         """Exact similarity of each pair."""
         result = np.zeros(len(pairs))
-        for row, (a, b) in enumerate(pairs.tolist()):
-            left, right = self._grams(a), self._grams(b)
+        for row, pair in enumerate(pairs):
+            left, right = map(self._grams, pair.tolist())
             shared = len(np.intersect1d(left, right, assume_unique=True))
             result[row] = shared / (len(left) + len(right) - shared)
         return result

@@ -76,12 +76,8 @@ def runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return edges[::2], edges[1::2] - edges[::2]
 
 
-def counts_characters(text: str) -> bool:
-    """Whether n-grams of this text are of characters: more than 30 % of its letters are CJK."""
-    return not text.isascii() and _is_mostly_cjk(kinds(codepoints(text)))
-
-
 def _is_mostly_cjk(found: np.ndarray) -> bool:
+    """Whether n-grams are of characters: more than 30 % of the letters are CJK."""
     letters = np.count_nonzero(found & LETTER)
     return bool(letters and np.count_nonzero((found & (LETTER | CJK)) == LETTER | CJK) / letters > 0.3)
 

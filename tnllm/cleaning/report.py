@@ -36,47 +36,34 @@ def build_report(run: "CleanRun", self_clean: dict[str, Any] | None = None) -> d
                 steps.append(_row(name, counts))
     writer = stats["dedup" if "dedup" in stats else "filter"]["write"]
     passed = [(step["documents_in"], step["bytes_in"]) for step in steps[1:]]
-    ends = [*passed, (_get(writer, "documents"), _get(writer, "bytes"))]
+    ends = [*passed, (int(writer.get("documents", 0)), int(writer.get("bytes", 0)))]
     for step, (documents, size) in zip(steps, ends, strict=True):
         step["documents_out"], step["bytes_out"] = documents, size
     steps += _round_rows(self_clean)
     filters, group = stats["filter"], stats.get("group", {}).get("group", {})
-    report: dict[str, Any] = {
-        "out": str(run.out),
+    return _ends(run.out, steps, self_clean) | {
         "input_bytes": run.input_bytes,
-        "documents_in": steps[0]["documents_in"],
-        "documents_out": steps[-1]["documents_out"],
-        "bytes_out": steps[-1]["bytes_out"],
-        "steps": steps,
         "minhash": _speed(filters["minhash"]) if "minhash" in filters else None,
         "languages": _prefixed(filters.get("language", {}), "language/"),
-        "masked": _get(filters.get("personal", {}), "masked"),
+        "masked": int(filters.get("personal", {}).get("masked", 0)),
         "duplicate_groups": _prefixed(group, "group_size/"),
         "tally": _tally(steps, self_clean, stats),
         "unreadable": list(_prefixed(filters["read"], "unreadable/"))[:_MAX_NAMED],
         "lost_fields": _prefixed(filters["read"], "lost/"),
-        "self_clean": self_clean,
     }
-    return report
 
 
 def self_clean_report(out: Path, rounds: dict[str, Any], tally: dict[str, int]) -> dict[str, Any]:
     """The same for `tnllm data self-clean`, which has no other steps; `tally` counts the tallied field in the input."""
     steps = _round_rows(rounds)
     values: dict[str, Any] = {value: {"in": count, "out": count, "rejected": {}} for value, count in tally.items()}
-    return {
-        "out": str(out),
-        "documents_in": steps[0]["documents_in"],
-        "documents_out": steps[-1]["documents_out"],
-        "bytes_out": steps[-1]["bytes_out"],
-        "steps": steps,
-        "languages": {},
-        "duplicate_groups": {},
-        "tally": _tally_rounds(values, rounds),
-        "unreadable": [],
-        "lost_fields": {},
-        "self_clean": rounds,
-    }
+    nothing: dict[str, Any] = {"languages": {}, "duplicate_groups": {}, "unreadable": [], "lost_fields": {}}
+    return _ends(out, steps, rounds) | nothing | {"tally": _tally_rounds(values, rounds)}
+
+
+def _ends(out: Path, steps: list[dict[str, Any]], self_clean: dict[str, Any] | None) -> dict[str, Any]:
+    kept = {key: steps[-1][key] for key in ("documents_out", "bytes_out")}
+    return {"out": str(out), "documents_in": steps[0]["documents_in"], **kept, "steps": steps, "self_clean": self_clean}
 
 
 def _round_rows(rounds: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -88,10 +75,6 @@ def _round_rows(rounds: dict[str, Any] | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _get(counts: dict[str, Any], label: str) -> int:
-    return int(counts.get(label, 0))
-
-
 def _prefixed(counts: dict[str, Any], prefix: str) -> dict[str, int]:
     chosen = {label.removeprefix(prefix): int(n) for label, n in counts.items() if label.startswith(prefix)}
     return dict(sorted(chosen.items(), key=lambda item: (-item[1], item[0])))
@@ -100,9 +83,9 @@ def _prefixed(counts: dict[str, Any], prefix: str) -> dict[str, int]:
 def _row(name: str, counts: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": name,
-        "documents_in": _get(counts, "documents"),
-        "bytes_in": _get(counts, "bytes"),
-        "changed": _get(counts, "changed"),
+        "documents_in": int(counts.get("documents", 0)),
+        "bytes_in": int(counts.get("bytes", 0)),
+        "changed": int(counts.get("changed", 0)),
         "reasons": _prefixed(counts, "rejected/"),
         **_speed(counts),
     }
@@ -110,7 +93,7 @@ def _row(name: str, counts: dict[str, Any]) -> dict[str, Any]:
 
 def _speed(counts: dict[str, Any]) -> dict[str, Any]:
     seconds = counts["seconds"]
-    rate = round(_get(counts, "documents") / seconds) if seconds else None
+    rate = round(int(counts.get("documents", 0)) / seconds) if seconds else None
     return {"seconds": round(seconds, 3), "documents_per_s_per_core": rate}
 
 

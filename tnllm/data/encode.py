@@ -12,7 +12,6 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Literal
@@ -143,23 +142,20 @@ def _encode_in_worker(texts: list[str], holds_first: bool) -> Encoded:
 
 def _encode(texts: list[str], holds_first: bool, tokenizer: Tokenizer, options: Options) -> Encoded:
     dtype = token_dtype(tokenizer.vocab_size)
-    # Of a long text, each part's ids become an array before the next's are made: a list takes 18 times as much.
-    parts = [list(tokenizer.parts(text)) for text in texts]
-    arrays = [
-        np.array(tokenizer.encode(part, bos=options.bos and not number, eos=number == len(own) - 1), dtype)
-        for own in parts
-        for number, part in enumerate(own)
+    begin, end = np.array([tokenizer.bos_id] * options.bos, dtype), np.array([tokenizer.eos_id], dtype)
+    # A list of a long text's ids would take 18 times the memory of an array.
+    ids = [
+        np.concatenate([begin, *(np.array(tokenizer.encode(part), dtype) for part in tokenizer.parts(text)), end])
+        for text in texts
     ]
-    counts = iter(map(len, arrays))
-    lengths = [sum(islice(counts, len(own))) for own in parts]
     data = [text.encode() for text in texts]
     limit = int(options.val_fraction * 2**64)
     is_val = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) < limit for text in data]
     if holds_first and texts:
         # The corpus's first document is always trained on, so that a small corpus is never held out completely.
         is_val[0] = False
-    tokens = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-    return Encoded(tokens, lengths, [len(text) for text in data], is_val)
+    tokens = np.concatenate(ids) if ids else np.zeros(0, dtype)
+    return Encoded(tokens, [len(part) for part in ids], [len(text) for text in data], is_val)
 
 
 def encode_groups(

@@ -50,20 +50,9 @@ _REFUSED_FLAGS = ("mask", "masked", "loss_mask", "loss_weight", "sample_weight",
 _PREFERENCES = ("chosen", "rejected")
 _VERDICTS = ("label", "kto_tag")
 # Keys that say where a record is from, and nothing about what is learned.
-_HARMLESS_KEYS = {
-    "id",
-    "idx",
-    "index",
-    "uuid",
-    "prompt_id",
-    "conversation_id",
-    "source",
-    "dataset",
-    "origin",
-    "category",
-}
-_HARMLESS_KEYS |= {"type", "topic", "task", "lang", "language", "license", "url", "title", "date", "time", "timestamp"}
-_HARMLESS_KEYS |= {"created", "model", "author", "tags", "name"}
+_HARMLESS_KEYS = {"id", "idx", "index", "uuid", "prompt_id", "conversation_id", "source", "dataset", "origin"}
+_HARMLESS_KEYS |= {"category", "type", "topic", "task", "lang", "language", "license", "url", "title", "date", "time"}
+_HARMLESS_KEYS |= {"timestamp", "created", "model", "author", "tags", "name"}
 _SHAPES = 'expected {"instruction", "input", "output"}, {"messages"}, {"conversations"} or {"prompt", "response"}'
 
 
