@@ -408,10 +408,15 @@ def test_an_open_server_without_keys_lists_no_states(ready):
 
 def test_many_states_and_forks_under_load_keep_their_texts(ready, monkeypatch):
     """The small form of `python -m tests.serving.state_load`."""
-    from tests.serving.state_load import load
+    from tests.serving.state_load import made_books, num_different, texts_alone, texts_under_load
 
+    books = made_books(6)
     with serving(ready, monkeypatch) as (_, [one, _], _):
-        assert load(ready, one, num_states=6, num_forks=8, num_tokens=6, workers=8) == (48, 0)
+        texts = texts_under_load(one, books, num_forks=8, num_tokens=6, workers=8)
+    alone = [texts_alone(ready, 8, 6, book) for book in books]
+    assert list(map(len, texts)) == [8] * 6 and num_different(texts, alone) == 0
+    alone[2][3] += "!"
+    assert num_different(texts, alone) == 1
 
 
 def test_forks_of_one_state_at_once(ready, monkeypatch, tmp_path):
