@@ -417,11 +417,14 @@ def test_the_files_of_the_page(server, http):
     assert seen == names
     for name in ("x", "..%2findex.html", "marked.LICENSE", "__init__.py", "index.html/x"):
         assert http.get(f"/page/{name}").status_code == 404, name
-    assert httpx.get(f"{address}/page.json", timeout=300).status_code == 401
-    about = http.get("/page.json").json()
-    assert about["model"] == "small" and not about["is_demo"] and not about["is_chat_tuned"]
-    assert about["limits"] == {"max_tokens": engine.max_new_tokens, "seed": str(2**63 - 1)}
-    assert about["defaults"]["temperature"] == 1.0 and about["defaults"]["max_tokens"] == 256
+    # What the page asks for next needs the key.
+    assert httpx.get(f"{address}/props", timeout=300).status_code == 401
+    assert http.get("/page.json").status_code == 404
+    about = http.get("/props").json()
+    assert about["model_alias"] == "small" and not about["is_demo"] and not about["is_chat_tuned"]
+    assert about["limits"]["new_tokens"] == engine.max_new_tokens
+    defaults = about["default_generation_settings"]["params"]
+    assert defaults["temperature"] == 1.0 and defaults["max_tokens"] == 256
 
 
 def test_shutting_down_is_503(ready):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from tests.serving import chromium
-from tests.serving.serving import running, wait_for
-from tests.small_models import make_ready
+from tests.serving.serving import running, served, wait_for
+from tests.small_models import make_ready, small_model
 from tnllm import assets
+from tnllm.serving.engine import Engine
 from tnllm.serving.middleware import Settings
 
 EXECUTABLE = chromium.find()
@@ -45,6 +47,17 @@ def ready(model, tokenizer):
 def server(ready):
     with running(ready, Settings(name="small"), num_slots=2) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def two_models(ready):
+    """The address of a server of `ready` and, as an adapter would be, of another model named sea."""
+    other = replace(ready, model=small_model())
+    with torch.no_grad():
+        other.model.head_weight.mul_(2.0)
+    with Engine(ready, num_slots=2) as first, Engine(other, num_slots=2, beside=first) as second:
+        with served(first, Settings(name="small"), others={"sea": second}) as address:
+            yield address
 
 
 @contextmanager
@@ -186,6 +199,36 @@ def test_the_mode_suits_the_model(browser, ready, tuned):
         # Until somebody has chosen.
         reload(page)
         assert page.evaluate("document.body.dataset.mode") == "chat"
+
+
+def test_a_model_is_chosen(browser, two_models):
+    """Of several; an answer of each has a state of its own model, and the choice survives a reload."""
+    choose = ("{ const one = document.querySelector('#model-name'); one.value = %r; "
+              "one.dispatchEvent(new Event('change')); }")  # fmt: skip
+    with opened(browser, two_models) as page:
+        assert texts(page, "#model-name option") == ["small", "sea"] and said(page, "#model") == "small"
+        assert "model" not in ask(page, "The fox?")
+        page.evaluate(choose % "sea")
+        assert said(page, "#model") == "sea"
+        body = ask(page, "And the dog?")
+        # The state is of the other model, so the text is read again.
+        assert body["model"] == "sea" and "state" not in body and len(body["messages"]) == 3
+        reload(page)
+        assert said(page, "#model") == "sea"
+        body = ask(page, "The cat?")
+        assert body["model"] == "sea" and body["state"] == kept(page)["states"][0]["id"]
+        page.click("#tab-write")
+        page.click("#go")
+        page.wait_for("document.querySelector('#write-stats').textContent.includes('ended by')")
+        assert json.loads(page.sent("/completions")[-1])["model"] == "sea"
+        page.click("#model-name-field .back")
+        assert said(page, "#model") == "small" and page.evaluate("document.activeElement.id") == "model-name"
+        page.click("#tab-chat")
+        assert "model" not in ask(page, "So?")
+        # One that is not served any more.
+        page.evaluate("localStorage.setItem('tnllm.settings', JSON.stringify({model: 'gone'}))")
+        reload(page)
+        assert said(page, "#model") == "small" and page.problems() == []
 
 
 def test_the_demo_is_said_to_be_a_toy(browser, ready):
@@ -573,8 +616,8 @@ def test_a_key_is_asked_for(browser, ready, width, height, phone):
 @pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not installed; in the checkout: npm install axe-core")
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width, height, phone", SIZES)
-def test_accessibility(browser, server, width, height, phone, theme):
-    with opened(browser, server[0], width, height, phone) as page:
+def test_accessibility(browser, two_models, width, height, phone, theme):
+    with opened(browser, two_models, width, height, phone) as page:
         page.evaluate(f"localStorage.setItem('tnllm.theme', '\"{theme}\"')")
         # Trusted Types, which the page asks for, stop axe-core's own templates.
         page.call("Page.setBypassCSP", enabled=True)

@@ -119,7 +119,7 @@ def make_app(
         """Prometheus text."""
         return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    add_web_page(app, engine, settings)
+    add_web_page(app)
     add_state_routes(app, models, settings, store)
     add_text_routes(app, models, settings, generator)
     add_llama_routes(app, models, store, generator)

@@ -240,6 +240,8 @@ class Props(BaseModel):
     """Limits, defaults and what is on."""
 
     model_alias: str
+    is_demo: bool = Field(description="Whether it is the model that ships with tnllm.")
+    is_chat_tuned: bool = Field(description="Whether it was trained on conversations.")
     build_info: str
     total_slots: int
     chat_template: str

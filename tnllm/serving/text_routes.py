@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from starlette.concurrency import run_in_threadpool
 
-from tnllm import __version__
+from tnllm import __version__, assets
 from tnllm.chat_template import render_part
 from tnllm.errors import UserError
 from tnllm.serving import bodies
@@ -141,6 +141,8 @@ def props(served: Served, settings: Settings) -> dict[str, Any]:
     params = {**shown, "max_tokens": most, "n_predict": most}
     return {
         "model_alias": served.name,
+        "is_demo": loaded.folder == assets.demo_weights(),
+        "is_chat_tuned": loaded.is_chat_tuned,
         "build_info": f"tnllm {__version__}",
         "total_slots": engine.num_slots,
         "chat_template": loaded.chat_template,

@@ -3,10 +3,10 @@
 import { markdown } from "./markdown.js";
 import { $, copy, download, icon, keys, load, make, remove, save, Speaker, tell } from "./page.js";
 import { deleteState, figures, isLostState, isRunning, makeState, run, showError } from "./server.js";
-import { options, system } from "./settings.js";
+import { chosenModel, options, system } from "./settings.js";
 
-/* A talk: id, changed (ms), messages ({role, content}), and states, oldest first: {id, count, system, bytes}, each of the
-   first `count` messages after that system text. */
+/* A talk: id, changed (ms), messages ({role, content}), and states, oldest first: {id, count, system, model, bytes}, each
+   of the first `count` messages after that system text, read by that model. */
 const talks = new Map();
 let talk;
 // A state is kept of the last two answers, so that the last one can be asked for again, in the talks used last.
@@ -41,20 +41,20 @@ function cutStates(one, count) {
 
 /** What to send for the first messages of a talk: those that its latest state before `end` does not hold. */
 function parts(one, end, messages = one.messages) {
-  const state = one.states.findLast((state) => state.count <= end && state.system === system());
+  const state = one.states.findLast((state) => state.count <= end && state.system === system() && state.model === chosenModel().model);
   const first = system() && !state ? [{ role: "system", content: system() }] : [];
   return { state, messages: [...first, ...messages.slice(state?.count ?? 0).map(({ role, content }) => ({ role, content }))] };
 }
 
 async function keepState(one) {
-  const { messages } = one, count = messages.length, text = system();
+  const { messages } = one, count = messages.length, text = system(), { model } = chosenModel();
   const { state, messages: rest } = parts(one, count - 1, messages.slice(0, count));
-  const made = await makeState(rest, state?.id);
+  const made = await makeState({ messages: rest, model }, state?.id);
   if (!made) return;
   // Edited, deleted or set otherwise meanwhile.
   const isOld = messages.slice(0, count).some((message, index) => one.messages[index] !== message);
-  if (isOld || text !== system() || !talks.has(one.id)) return deleteState(made.id);
-  one.states.push({ id: made.id, count, system: text, bytes: made.bytes });
+  if (isOld || text !== system() || model !== chosenModel().model || !talks.has(one.id)) return deleteState(made.id);
+  one.states.push({ id: made.id, count, system: text, model, bytes: made.bytes });
   for (const old of one.states.splice(0, one.states.length - STATES_OF_A_TALK)) deleteState(old.id);
   for (const old of byAge().slice(TALKS_WITH_STATES)) if (old.states.length) { cutStates(old, -1); keep(old); }
   keep(one);

@@ -3,7 +3,7 @@
 import { freshTalk, showList, startChat } from "./chat.js";
 import { $, load, save } from "./page.js";
 import { about, currentKey, isRunning, setKey, showError, stop } from "./server.js";
-import { showSettings } from "./settings.js";
+import { chosenModel, showSettings } from "./settings.js";
 import { freshText, paint, startWrite } from "./write.js";
 
 /* Appearance. */
@@ -67,7 +67,7 @@ for (const name of ["talks", "settings"]) {
   dialog.addEventListener("click", (event) => { if (event.target === dialog && dialog.matches(":modal")) dialog.close(); });
   dialog.addEventListener("keydown", (event) => {
     if (event.key !== "Tab" || !dialog.matches(":modal")) return;
-    const stops = [...dialog.querySelectorAll("button, input, textarea, summary, [tabindex='0']")].filter((one) => !one.disabled && one.checkVisibility());
+    const stops = [...dialog.querySelectorAll("button, input, select, textarea, summary, [tabindex='0']")].filter((one) => !one.disabled && one.checkVisibility());
     const [from, to] = event.shiftKey ? [stops[0], stops.at(-1)] : [stops.at(-1), stops[0]];
     if (document.activeElement === from) { event.preventDefault(); to.focus(); }
   });
@@ -104,10 +104,11 @@ async function meet() {
   const place = document.body.dataset.mode ?? "chat";
   try {
     model = await about();
-    $("model").textContent = model.model;
-    document.title = model.model + " · tnllm";
     showError(place);
-    showSettings(model);
+    showSettings(model, () => {
+      $("model").textContent = chosenModel().model ?? model.model_alias;
+      document.title = $("model").textContent + " · tnllm";
+    });
     setMode(load("mode", model.is_chat_tuned ? "chat" : "write"));
     if (currentKey()) $("key-field").hidden = false;
     if ($("settings").matches(":modal")) $("settings").close();

@@ -45,8 +45,9 @@ async function ask(path, method = "GET", body = undefined, signal = undefined) {
   return answer;
 }
 
-/** The model's name and defaults, and the server's limits. */
-export const about = async () => (await ask("page.json")).json();
+const get = async (path) => (await ask(path)).json();
+/** Defaults, limits and what the model is; and the names of all models, the first of which answers where none is named. */
+export const about = async () => ({ ...(await get("props")), models: (await get("v1/models")).data.map(({ id }) => id) });
 
 /** JSON, in which `seed`, a text of digits, stays exact beyond 2^53. */
 function json({ seed, ...body }) {
@@ -76,11 +77,11 @@ export async function* stream(path, body, signal) {
 }
 
 let statesRefused = false;
-/** Reads `messages`, after the state `before` if that is given, into a new state. Null where the server keeps none. */
-export async function makeState(messages, before) {
+/** Reads `body` (messages, a model), after the state `before` if that is given, into a new state. Null where none is kept. */
+export async function makeState(body, before) {
   if (statesRefused) return null;
   try {
-    return await (await ask(before ? `v1/states/${before}/fork` : "v1/states", "POST", JSON.stringify({ messages }))).json();
+    return await (await ask(before ? `v1/states/${before}/fork` : "v1/states", "POST", JSON.stringify(body))).json();
   } catch (error) {
     // A state saves time, no more: a full disk or quota, or a server of another kind, is not worth a word.
     statesRefused = [404, 413, 507].includes(error.status) && !before;

@@ -14,7 +14,7 @@ const SLIDERS = {
 const NUMBERS = {
   max_tokens: ["Length", 1, "Most tokens to generate."],
   top_k: ["Top k", 0, "The k most likely tokens; 0 is all."],
-  seed: ["Seed", 0, "The same seed gives the same text."],
+  seed: ["Seed", 0, "The same seed gives the same text.", 2n ** 63n - 1n],
 };
 const TEXTS = {
   stop: ["Stop at", "The text ends before this. \\n is a new line."],
@@ -24,13 +24,15 @@ const FEW = ["system", "temperature", "max_tokens", "seed"];
 const MORE = ["top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop"];
 
 const touched = load("settings", {});
-let about;
+let about, defaults;
 
+/** The model that was chosen, as a key of a request; none for the first. */
+export const chosenModel = () => (about?.models.indexOf(touched.model) > 0 ? { model: touched.model } : {});
 export const system = () => (touched.system ?? "").trim();
 
 /** What is sent with a request. Raises Error, which names a value that is not allowed. */
 export function options() {
-  const chosen = {};
+  const chosen = { ...chosenModel() };
   for (const name of Object.keys(SLIDERS)) if (name in touched) chosen[name] = touched[name];
   for (const name of Object.keys(NUMBERS)) {
     const problem = problemOf(name);
@@ -47,8 +49,8 @@ const numberText = (name) => String(touched[name] ?? "").trim().replace(/^0+(?=\
 /** What is wrong with a whole number, in words. */
 function problemOf(name) {
   const text = numberText(name);
-  const [title, low] = NUMBERS[name];
-  const high = about.limits[name];
+  const [title, low, , most] = NUMBERS[name];
+  const high = name === "max_tokens" ? about?.limits.new_tokens : most;
   if (!text) return "";
   const fits = /^\d{1,40}$/.test(text) && BigInt(text) >= low && (high === undefined || BigInt(text) <= BigInt(high));
   const allowed = high === undefined ? `${low} or more` : `${low} to ${high}`;
@@ -77,8 +79,8 @@ function slider(name) {
   const { box, value, back } = field(name, title, help, input);
   const show = () => {
     const isOwn = name in touched;
-    input.value = touched[name] ?? about.defaults[name];
-    value.textContent = isOwn ? Number(input.value) : `${about.defaults[name]} (default)`;
+    input.value = touched[name] ?? defaults[name];
+    value.textContent = isOwn ? Number(input.value) : `${defaults[name]} (default)`;
     input.setAttribute("aria-valuetext", value.textContent);
     input.style.setProperty("--at", `${(100 * (input.value - min)) / (max - min)}%`);
     back.hidden = !isOwn;
@@ -92,7 +94,7 @@ function slider(name) {
 function number(name) {
   const [title, , help] = NUMBERS[name];
   const input = make("input", { className: "text", inputMode: "numeric", autocomplete: "off", value: touched[name] ?? "" });
-  input.placeholder = name === "seed" ? "a new one each time" : `${about.defaults[name]} (default)`;
+  input.placeholder = name === "seed" ? "a new one each time" : `${defaults[name]} (default)`;
   const { box, note, back } = field(name, title, help, input);
   const show = () => {
     const problem = problemOf(name);
@@ -116,23 +118,39 @@ function text(name) {
   return box;
 }
 
-function build() {
+function picker(onModel) {
+  const input = make("select", { className: "text" }, ...about.models.map((name) => make("option", { textContent: name })));
+  const { box, back } = field("model-name", "Model", "Answers the next message; a talk may have several.", input);
+  const show = () => {
+    input.value = chosenModel().model ?? about.models[0];
+    back.hidden = input.selectedIndex === 0;
+  };
+  const choose = (name) => { touch("model", name); show(); onModel(); };
+  input.addEventListener("change", () => choose(input.selectedIndex ? input.value : ""));
+  back.addEventListener("click", () => { choose(); input.focus(); });
+  show();
+  return box;
+}
+
+function build(onModel) {
   const made = (name) => (SLIDERS[name] ? slider : NUMBERS[name] ? number : text)(name);
   const open = $("more")?.open || MORE.some((name) => name in touched);
   $("few")?.remove();
   $("more")?.remove();
   $("fields").append(
-    make("div", { id: "few" }, ...FEW.map(made)),
+    make("div", { id: "few" }, ...(about.models.length > 1 ? [picker(onModel)] : []), ...FEW.map(made)),
     make("details", { id: "more", open }, make("summary", { textContent: "More" }), ...MORE.map(made)),
   );
 }
 
-/** Show the settings beside the defaults of this model. */
-export function showSettings(model) {
+/** Show the settings beside the model's defaults; `onModel` is called when a model is chosen, and now. */
+export function showSettings(model, onModel) {
   about = model;
-  build();
+  defaults = about.default_generation_settings.params;
+  const show = () => { build(onModel); onModel(); };
+  show();
   $("reset").onclick = () => {
     Object.keys(touched).forEach((name) => touch(name));
-    build();
+    show();
   };
 }
