@@ -73,7 +73,6 @@ def test_answers_in_a_schema(tmp_path, tokenizer):
     assert lines[0].startswith("a ") and lines[2] in ("yes", "no") and lines[3].startswith("introduce {")
 
 
-@pytest.mark.slow
 def test_adapters_of_a_server(tmp_path):
     lines = run("adapters_of_a_server.py", "1", cwd=tmp_path, OMP_NUM_THREADS="1").splitlines()
     assert [line.partition(":")[0] for line in lines] == ["cook", "sailor", "tnllm-demo", "cook", "sailor"]
