@@ -55,9 +55,12 @@ def two_models(ready):
     other = replace(ready, model=small_model())
     with torch.no_grad():
         other.model.head_weight.mul_(2.0)
-    with Engine(ready, num_slots=2) as first, Engine(other, num_slots=2, beside=first) as second:
-        with served(first, Settings(name="small"), others={"sea": second}) as address:
-            yield address
+    with (
+        Engine(ready, num_slots=2) as first,
+        Engine(other, num_slots=2, beside=first) as second,
+        served(first, Settings(name="small"), others={"sea": second}) as address,
+    ):
+        yield address
 
 
 @contextmanager

@@ -8,9 +8,18 @@ not supported is refused by name.
 """
 
 from dataclasses import fields, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)  # fmt: skip
 
 from tnllm.chat_template import stop_strings
 from tnllm.errors import UserError
@@ -19,8 +28,8 @@ from tnllm.generation.grammar import Grammars
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import MAX_LOGPROBS, MAX_SAMPLES, MAX_SEED, SamplingParams
 from tnllm.serving import bodies, constraints
-from tnllm.serving.bodies import MAX_MESSAGES, MAX_PROMPTS, MAX_STOP_CHARACTERS, MAX_STOPS, RequestError, shown
-from tnllm.serving.constraints import Call, ResponseFormat, StructuredOutputs, Tool, ToolChoice, Wanted
+from tnllm.serving.bodies import MAX_PROMPTS, MAX_STOP_CHARACTERS, MAX_STOPS, RequestError, shown
+from tnllm.serving.constraints import Call, Wanted
 
 _Stop = Annotated[
     list[str],
@@ -49,21 +58,14 @@ _Bias = Annotated[float, Field(ge=-100, le=100)]
 MAX_SIZE = 1 << 20
 
 
-class StreamOptions(BaseModel):
-    """How to stream."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    include_usage: bool = Field(False, description="End the stream with a chunk that holds the token counts.")
-
-
-def _check_stream_options(given: Any) -> StreamOptions:
+def _check_stream_options(given: Any) -> bool:
+    """Whether a stream ends with a chunk that holds the token counts."""
     if not isinstance(given, dict):
         raise RequestError(f"stream_options is {shown(given)}; allowed: an object", "stream_options")
-    options = bodies.without_neutral(given, {}, StreamOptions.model_fields, "stream_options.")
-    usage = options.get("include_usage", False)
+    usage = bodies.without_neutral(given, {}, ["include_usage"], "stream_options.").get("include_usage", False)
     if not isinstance(usage, bool):
         raise RequestError(f"stream_options.include_usage is {shown(usage)}; allowed: true or false", "stream_options")
-    return StreamOptions(include_usage=usage)
+    return usage
 
 
 def _check_biases(given: Any) -> dict[str, float]:
@@ -117,10 +119,12 @@ class GenerateRequest(BaseModel):
         Annotated[dict[str, float], PlainValidator(_check_biases, json_schema_input_type=dict[str, _Bias])] | None
     ) = Field(None, description="An object of token ids and what is added to their logits, -100 to 100.")
     response_format: Annotated[
-        Wanted | None, PlainValidator(constraints.check_response_format, json_schema_input_type=ResponseFormat)
+        Wanted | None, PlainValidator(constraints.check_response_format), WithJsonSchema(constraints.RESPONSE_FORMAT)
     ] = Field(None, description="What the text must be: JSON, JSON that fits a schema, or a pattern.")
     structured_outputs: Annotated[
-        Wanted | None, PlainValidator(constraints.check_structured_outputs, json_schema_input_type=StructuredOutputs)
+        Wanted | None,
+        PlainValidator(constraints.check_structured_outputs),
+        WithJsonSchema(constraints.STRUCTURED_OUTPUTS),
     ] = Field(None, description="The same: json, regex, choice or grammar.")
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None = Field(
         None, description="Log-probabilities of the prompt's tokens and of this many most likely ones; not in a stream."
@@ -128,8 +132,10 @@ class GenerateRequest(BaseModel):
     return_tokens_as_token_ids: bool = Field(False, description="Spell tokens of log-probabilities as token_id:ID.")
     stream: bool = Field(False, description="Send the text as it is generated, as server-sent events.")
     stream_options: Annotated[
-        StreamOptions | None, PlainValidator(_check_stream_options, json_schema_input_type=StreamOptions)
-    ] = Field(None, description="How to stream; needs `stream`.")
+        bool,
+        PlainValidator(_check_stream_options),
+        WithJsonSchema(bodies.object_schema("", {}, include_usage={"type": "boolean"})),
+    ] = Field(False, description="include_usage: end the stream with a chunk of token counts; needs `stream`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +148,7 @@ class GenerateRequest(BaseModel):
 
     @model_validator(mode="after")
     def _streams(self) -> "GenerateRequest":
-        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+        if self.stream_options and not self.stream:
             raise RequestError("stream_options.include_usage is true; it needs stream to be true", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs is given; it needs stream to be false", "prompt_logprobs")
@@ -235,58 +241,7 @@ class CompletionRequest(GenerateRequest):
         return max((num for num in given if num is not None), default=None)
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text is supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """A turn."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-
-class CalledFunction(BaseModel):
-    """A function's name, and its arguments as a JSON text."""
-
-    name: str | None = None
-    arguments: str
-
-
-class CalledTool(BaseModel):
-    """A call that an answer was."""
-
-    function: CalledFunction
-
-
-class AssistantMessage(BaseModel):
-    """A turn of the model's. As the last message it is the beginning of the answer, which continues it."""
-
-    role: Literal["assistant"]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[CalledTool] | None = None
-
-
-class ToolMessage(BaseModel):
-    """What a tool gave; the model reads it as the user's."""
-
-    role: Literal["tool"]
-    content: str | list[TextPart]
-    tool_call_id: str | None = None
-
-
-MESSAGES = Annotated[
-    list[Any],
-    PlainValidator(
-        bodies.check_messages,
-        json_schema_input_type=Annotated[
-            list[Message | AssistantMessage | ToolMessage], Field(max_length=MAX_MESSAGES)
-        ],
-    ),
-]
+MESSAGES = Annotated[list[Any], PlainValidator(bodies.check_messages), WithJsonSchema(bodies.MESSAGES)]
 
 
 class ChatRequest(GenerateRequest):
@@ -303,17 +258,12 @@ class ChatRequest(GenerateRequest):
         None, description="Also those of this many most likely tokens; needs logprobs."
     )
     tools: Annotated[
-        list[tuple[str, Any]] | None,
-        PlainValidator(
-            constraints.check_tools,
-            json_schema_input_type=Annotated[list[Tool], Field(max_length=constraints.MAX_TOOLS)],
-        ),
+        list[tuple[str, Any]] | None, PlainValidator(constraints.check_tools), WithJsonSchema(constraints.TOOLS)
     ] = Field(None, description="Functions, one of which the answer calls if tool_choice says so.")
     tool_choice: Annotated[
         str | tuple[str, str] | None,
-        PlainValidator(
-            constraints.check_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice
-        ),
+        PlainValidator(constraints.check_tool_choice),
+        WithJsonSchema(constraints.TOOL_CHOICE),
     ] = Field(None, description="none, required, or a function; auto only without tools, which no template here has.")
 
     @classmethod

@@ -273,6 +273,23 @@ PART: dict[str, Neutral] = _names("cache_control annotations id metadata", _NEVE
 OFF = _one_of(False, "", [], {})
 
 
+TEXT = {"type": "string"}
+
+
+def object_schema(
+    required: str = "", neutral: Mapping[str, Neutral] | None = None, **properties: dict[str, Any]
+) -> dict[str, Any]:
+    """The JSON schema of an object whose optional keys may be null; `neutral`: from which `without_neutral` drops these."""
+    needed = required.split()
+    for key in properties.keys() - needed:
+        properties[key] = {"anyOf": [properties[key], {"type": "null"}]}
+    schema: dict[str, Any] = {"type": "object", "required": needed, "properties": properties}
+    if neutral is None:
+        return schema
+    known = {key: dict(value.schema) for key, value in neutral.items()} | properties
+    return schema | {"properties": known, "additionalProperties": dict(OFF.schema)}
+
+
 def without_neutral(
     values: Mapping[str, Any], neutral: Mapping[str, Neutral], allowed: Collection[str], where: str = ""
 ) -> dict[str, Any]:
@@ -382,6 +399,16 @@ def check_stop(given: Any) -> Any:
             allowed = f"texts of 1 to {MAX_STOP_CHARACTERS} characters"
             raise RequestError(f"stop holds {shown(one)}; allowed: {allowed}", "stop")
     return stop
+
+
+_PART = object_schema("type text", PART, type={"const": "text"}, text=TEXT)
+_CONTENT = {"anyOf": [TEXT, {"type": "array", "items": _PART}]}
+_CALL = object_schema("function", function=object_schema("arguments", name=TEXT, arguments=TEXT))
+_CALLS = {"type": "array", "items": _CALL, "description": "Read as their arguments, a JSON text."}
+_OF_MODEL = object_schema("role", MESSAGE, role={"const": "assistant"}, content=_CONTENT, tool_calls=_CALLS)
+_OF_TOOL = object_schema("role content", MESSAGE, role={"const": "tool"}, content=_CONTENT, tool_call_id=TEXT)
+_OF_OTHERS = object_schema("role content", MESSAGE, role={"enum": list(ROLES)}, content=_CONTENT)
+MESSAGES = {"type": "array", "maxItems": MAX_MESSAGES, "items": {"anyOf": [_OF_OTHERS, _OF_MODEL, _OF_TOOL]}}
 
 
 def check_messages(given: Any) -> list[tuple[str, str]]:

@@ -10,13 +10,11 @@ is queued.
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from pydantic import BaseModel, Field
+from typing import Any
 
 from tnllm.errors import MissingExtra, UserError
 from tnllm.generation.grammar import Grammar, Grammars
-from tnllm.serving.bodies import RequestError, shown, without_neutral
+from tnllm.serving.bodies import TEXT, RequestError, object_schema, shown, without_neutral
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -24,58 +22,19 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Wanted = tuple[str, Any]
 
 
-class NamedSchema(BaseModel):
-    """A JSON schema; its name and description have no effect."""
-
-    name: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(BaseModel):
-    """What the text must be; a schema, or a pattern, is needed with its type."""
-
-    type: Literal["text", "json_object", "json_schema", "regex"]
-    # Another object has no effect beside another type.
-    json_schema: NamedSchema | dict[str, Any] | None = None
-    pattern: str | None = Field(None, description="Of the complete text, in Rust's syntax.")
-
-
-class StructuredOutputs(BaseModel):
-    """One of the four."""
-
-    json_: dict[str, Any] | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
-    grammar: str | None = Field(None, description="In llama.cpp's format.")
-
-
-class Function(BaseModel):
-    """What may be called."""
-
-    name: str = Field(pattern=f"^{_NAME.pattern}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(BaseModel):
-    """A tool."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(BaseModel):
-    """Its name."""
-
-    name: str
-
-
-class ToolChoice(BaseModel):
-    """The one that must be called."""
-
-    type: Literal["function"]
-    function: FunctionName
+# What they may be, for /openapi.json. An object beside another type than its own has no effect.
+RESPONSE_FORMAT = object_schema(
+    "type", type={"enum": ["text", "json_object", "json_schema", "regex"]}, json_schema={"type": "object"}, pattern=TEXT
+)
+STRUCTURED_OUTPUTS = object_schema(
+    json={"type": "object"}, regex=TEXT, choice={"type": "array", "items": TEXT, "minItems": 1}, grammar=TEXT
+)
+_NAMED = {"type": "string", "pattern": f"^{_NAME.pattern}$"}
+_FUNCTION = object_schema("name", name=_NAMED, description=TEXT, parameters={"type": "object"})
+_TOOL = object_schema("type function", type={"const": "function"}, function=_FUNCTION)
+TOOLS = {"type": "array", "maxItems": MAX_TOOLS, "items": _TOOL}
+_CHOICE = object_schema("type function", type={"const": "function"}, function=object_schema("name", name=TEXT))
+TOOL_CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, _CHOICE]}
 
 
 @dataclass(frozen=True)

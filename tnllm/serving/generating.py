@@ -147,8 +147,7 @@ class Submission:
 
     async def server_sent_events(self) -> AsyncIterator[bytes]:
         """The answer as a stream."""
-        options = self.body.stream_options
-        usage = options is not None and options.include_usage
+        usage = self.body.stream_options
         try:
             async for choice, event in self.events():
                 if isinstance(event, PromptRead):

@@ -84,10 +84,6 @@ def add_openapi(app: FastAPI, engine: Engine, names: list[str]) -> None:
     for request in _REQUESTS:
         _open(schemas[request.__name__], bodies.REQUEST if issubclass(request, GenerateRequest) else {})
         _limit(schemas[request.__name__]["properties"], engine, names)
-    for message in ("Message", "AssistantMessage", "ToolMessage"):
-        _open(schemas[message], bodies.MESSAGE)
-    for name, neutral in (("TextPart", bodies.PART), ("StreamOptions", {})):
-        _open(schemas[name], neutral)
     document["components"]["schemas"] |= schemas
     app.openapi = lambda: document  # type: ignore[method-assign]
 
