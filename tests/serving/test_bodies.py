@@ -73,7 +73,6 @@ def test_what_asks_for_nothing_is_accepted(ready, more):
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"web_search_options": {}}, "web_search_options"),
-        ({"json_schema": {}}, "json_schema"),
         ({"min_tokens": 5}, "min_tokens"),
         ({"min_tokens": False}, "min_tokens"),
         ({"use_beam_search": True}, "use_beam_search"),

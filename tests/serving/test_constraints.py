@@ -163,6 +163,10 @@ def test_without_the_library(ready, server, monkeypatch):
         ({"response_format": {"type": "regex", "pattern": "ab?c"}}, lambda text: text in ("ac", "abc")),
         ({"structured_outputs": {"regex": "ab?c"}}, lambda text: text in ("ac", "abc")),
         ({"structured_outputs": {"choice": ["a.b", "今天 (x)"]}}, lambda text: text in ("a.b", "今天 (x)")),
+        ({"response_format": {"type": "json_object", "schema": PERSON}}, is_person),
+        # llama.cpp's keys.
+        ({"json_schema": PERSON}, is_person),
+        ({"grammar": 'root ::= "x" | "y"'}, lambda text: text in ("x", "y")),
         ({"structured_outputs": {"grammar": 'root ::= "x" | "y"'}}, lambda text: text in ("x", "y")),
     ],
 )

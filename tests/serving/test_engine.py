@@ -238,7 +238,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(ready):
             Busy, match="2 prompts are waiting, and the queue holds 2: there is no room for 1 more"
         ) as caught:
             engine.submit([5], params)
-        assert 1 <= caught.value.retry_after_s <= 60 and not caught.value.stopping
+        assert 1 <= int(caught.value.headers["Retry-After"]) <= 60 and caught.value.code == "queue_full"
         for ticket in tickets:
             ticket.cancel()
     assert engine.metrics.refused == 1
@@ -301,7 +301,7 @@ def test_draining_finishes_what_was_taken_and_refuses_the_rest(ready):
     assert engine.drain() == 3
     with pytest.raises(Busy, match="shutting down") as caught:
         engine.submit([5], SamplingParams())
-    assert caught.value.stopping
+    assert caught.value.code == "shutting_down"
     assert engine.stop() == 0
     assert [len(results(ticket)[0].tokens) for ticket in tickets] == [20] * 3
 

@@ -57,6 +57,8 @@ def test_a_completion_has_the_text_of_the_other_route(clients):
     events = [json.loads(line.removeprefix("data: ")) for line in lines]
     assert "".join(event["content"] for event in events) == text["text"]
     assert [event["stop"] for event in events] == [False] * (len(events) - 1) + [True]
+    # Of every token, also one that completes no character.
+    assert [len(event["tokens"]) for event in events] == [1] * (len(events) - 1) + [0]
     assert events[-1]["timings"]["predicted_n"] == events[-1]["tokens_predicted"]
 
 

@@ -175,6 +175,7 @@ def test_an_answer_says_how_long_it_took(client):
     timings = answer["timings"]
     conforms(timings, schemas.Timings)
     assert timings["predicted_n"] == 4 and timings["prompt_n"] + timings["cache_n"] == answer["usage"]["prompt_tokens"]
+    assert timings["predicted_per_token_ms"] == pytest.approx(timings["predicted_ms"] / 4, abs=0.001)
     assert min(timings["queue_ms"], timings["prompt_ms"], timings["predicted_ms"]) >= 0
     with client.stream("POST", "/v1/completions", json={**body, "n": 2, "stream": True}) as streamed:
         events = [json.loads(line[6:]) for line in streamed.iter_lines() if line.startswith("data: {")]

@@ -75,17 +75,14 @@ class Answer:
 
     def timings(self) -> dict[str, float]:
         """How long the parts took until now; of several prompts, reading the one that took longest."""
-        read, decoded_s = self.prompt_tokens - self.cached_tokens, time.monotonic() - (self._first_read or 0.0)
-        return {
-            "queue_ms": round(1e3 * self._queue_s, 3),
-            "cache_n": self.cached_tokens,
-            "prompt_n": read,
-            "prompt_ms": round(1e3 * self._read_s, 3),
-            "prompt_per_second": round(read / self._read_s, 3) if self._read_s else 0.0,
-            "predicted_n": self.completion_tokens,
-            "predicted_ms": round(1e3 * decoded_s, 3),
-            "predicted_per_second": round(self.completion_tokens / decoded_s, 3) if decoded_s else 0.0,
-        }
+        parts: dict[str, float] = {"queue_ms": round(1e3 * self._queue_s, 3), "cache_n": self.cached_tokens}
+        decoded_s = time.monotonic() - (self._first_read or 0.0)
+        read = self.prompt_tokens - self.cached_tokens
+        for name, num, seconds in ("prompt", read, self._read_s), ("predicted", self.completion_tokens, decoded_s):
+            parts |= {f"{name}_n": num, f"{name}_ms": round(1e3 * seconds, 3)}
+            parts[f"{name}_per_token_ms"] = round(1e3 * seconds / num, 3) if num else 0.0
+            parts[f"{name}_per_second"] = round(num / seconds, 3) if seconds else 0.0
+        return parts
 
     def prompt_entries(self, logprobs: list[TokenLogprob | None] | None) -> dict[str, Any]:
         """The key `prompt_logprobs`, if it was asked for: of each token an object by id, as vLLM gives it."""

@@ -126,6 +126,8 @@ class GenerateRequest(BaseModel):
         PlainValidator(constraints.check_structured_outputs),
         WithJsonSchema(constraints.STRUCTURED_OUTPUTS),
     ] = Field(None, description="The same: json, regex, choice or grammar.")
+    json_schema: dict[str, Any] | None = Field(None, description="A JSON schema that the text must fit.")
+    grammar: str | None = Field(None, description="A grammar in llama.cpp's format that the text must fit.")
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Int] | None = Field(
         None, description="Log-probabilities of the prompt's tokens and of this many most likely ones; not in a stream."
     )
@@ -157,7 +159,15 @@ class GenerateRequest(BaseModel):
 
     @classmethod
     def _translated(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Another server's keys as ours."""
+        """Another server's keys as ours. Raises RequestError."""
+        values = dict(values)
+        for key, name in (("json_schema", "json"), ("grammar", "grammar")):
+            # An empty schema is any JSON.
+            if (value := values.pop(key, None)) not in (None, ""):
+                if "structured_outputs" in values:
+                    message = "json_schema, grammar and structured_outputs are the same; give one"
+                    raise RequestError(message, "json_schema")
+                values["structured_outputs"] = {name: value}
         return values
 
     def call(self) -> Call | None:
@@ -270,7 +280,8 @@ class ChatRequest(GenerateRequest):
     def _translated(cls, values: dict[str, Any]) -> dict[str, Any]:
         # Tools that must not be called ask for nothing, whatever they are.
         unused = values.get("tool_choice") == "none"
-        return {key: value for key, value in values.items() if not (unused and key in ("tools", "tool_choice"))}
+        kept = {key: value for key, value in values.items() if not (unused and key in ("tools", "tool_choice"))}
+        return super()._translated(kept)
 
     def call(self) -> Call | None:
         return constraints.tool_call(self.tools, self.tool_choice)

@@ -87,6 +87,7 @@ def make_app(
         return await generator.respond(request, CompletionRequest, TextAnswer)
 
     @app.post("/v1/chat/completions", **described(ChatCompletion, ChatRequest))
+    @app.post("/chat/completions", **described(ChatCompletion, ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answer the last message of a conversation."""
         return await generator.respond(request, ChatRequest, ChatAnswer)

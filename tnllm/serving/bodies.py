@@ -38,7 +38,7 @@ _SHORT.maxlist = _SHORT.maxdict = 4
 
 
 class RequestError(UserError):
-    """A request that is refused. `param` is the key, `code` OpenAI's name of the error; the others are HTTP's."""
+    """A request that is refused. `param` is the key, `code` and `type` OpenAI's names; the others are HTTP's."""
 
     def __init__(
         self,
@@ -47,9 +47,10 @@ class RequestError(UserError):
         code: str | None = None,
         status: int = 400,
         headers: Mapping[str, str] | None = None,
+        type: str = "invalid_request_error",
     ) -> None:
         super().__init__(message)
-        self.param, self.code, self.status, self.headers = param, code, status, dict(headers or {})
+        self.param, self.code, self.status, self.headers, self.type = param, code, status, dict(headers or {}), type
 
 
 # The id of the request that is being answered, on its own task and the threads that work for it.
@@ -251,7 +252,7 @@ REQUEST: dict[str, Neutral] = {
         lambda value, values: isinstance(value, bool) and _is_begun(not value, values), _BOOLEAN
     ),
     # Off by being absent: an empty object asks for them.
-    **_names("web_search_options json_schema guided_json", _one_of()),
+    **_names("web_search_options guided_json", _one_of()),
 }
 MESSAGE: dict[str, Neutral] = {
     **_names(

@@ -24,8 +24,9 @@ Wanted = tuple[str, Any]
 
 # What they may be, for /openapi.json. An object beside another type than its own has no effect.
 RESPONSE_FORMAT = object_schema(
-    "type", type={"enum": ["text", "json_object", "json_schema", "regex"]}, json_schema={"type": "object"}, pattern=TEXT
-)
+    "type", type={"enum": ["text", "json_object", "json_schema", "regex"]}, json_schema={"type": "object"}, pattern=TEXT,
+    schema={"type": "object", "description": "With type json_object."},
+)  # fmt: skip
 STRUCTURED_OUTPUTS = object_schema(
     json={"type": "object"}, regex=TEXT, choice={"type": "array", "items": TEXT, "minItems": 1}, grammar=TEXT
 )
@@ -62,8 +63,8 @@ def check_response_format(given: Any) -> Wanted | None:
     rule = "an object whose type is text, json_object, json_schema or regex"
     values = _object(given, "response_format", rule)
     kind = values.get("type")
-    own = {"json_schema": "json_schema", "regex": "pattern"}.get(str(kind))
-    for key, fitting in (("pattern", str), ("json_schema", dict)):
+    own = {"json_schema": "json_schema", "regex": "pattern", "json_object": "schema"}.get(str(kind))
+    for key, fitting in (("pattern", str), ("json_schema", dict), ("schema", dict)):
         if key != own and values.get(key) is not None and not isinstance(values[key], fitting):
             raise RequestError(
                 f"response_format.{key} is {shown(values[key])}; it needs another type", "response_format"
@@ -72,7 +73,7 @@ def check_response_format(given: Any) -> Wanted | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return "json", {"type": "object"}
+        return "json", _schema(kept.get("schema", {"type": "object"}), "response_format.schema")
     if kind == "regex":
         return "regex", _text(kept.get("pattern"), "response_format.pattern")
     if kind != "json_schema":

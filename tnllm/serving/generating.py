@@ -7,8 +7,8 @@ return await generator.respond(request, CompletionRequest, TextAnswer)
 import asyncio
 import json
 from asyncio import AbstractEventLoop
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -28,10 +28,39 @@ from tnllm.serving.bodies import RequestError, error_body
 from tnllm.serving.middleware import JSON, OWNER, TOKENS, Settings, encode_json, read_json_body
 from tnllm.serving.served import Models
 from tnllm.serving.states import StateStore
-from tnllm.serving.tickets import Busy, Event, Failed, PromptRead, TooLong
+from tnllm.serving.tickets import Event, Failed, PromptRead, TooLong
 
 # Bytes; a smaller body is parsed within milliseconds.
 _LARGE_BODY = 1 << 16
+
+
+@contextmanager
+def refusals_of(key: str) -> Iterator[None]:
+    """What an engine refuses as errors of a body's key."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except UserError as error:
+        code = "context_length_exceeded" if isinstance(error, TooLong) else None
+        raise RequestError(str(error), key, code) from None
+
+
+@asynccontextmanager
+async def cancelled_without_client(receive: Receive, cancel: Callable[[], None]) -> AsyncIterator[None]:
+    """Cancels when the client disconnects, and at the end."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        cancel()
 
 
 class Submission:
@@ -68,16 +97,11 @@ class Submission:
         self._samples, self._has_logprobs = params.n, params.logprobs is not None or body.prompt_logprobs is not None
         prompts, start = self.prepare(owner, prompts, start)
         self._unfinished = self.answer.num_choices
-        try:
+        with refusals_of(body.text_key):
             ticket = engine.submit_all(
                 prompts, params, client=client, prompt_logprobs=body.scored_prompt(params), start=start,
                 keep_context=self.keeps_context, deliver=self._deliver,
             )  # fmt: skip
-        except Busy:
-            raise
-        except UserError as error:
-            code = "context_length_exceeded" if isinstance(error, TooLong) else None
-            raise RequestError(str(error), body.text_key, code) from None
         engine.metrics.requests[served.name] += 1
         engine.metrics.grammars += params.grammar is not None
         # Releases the slots of what has not ended.
@@ -95,12 +119,6 @@ class Submission:
         # A closed loop has no connections.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, events)
-
-    async def cancel_on_disconnect(self, receive: Receive) -> None:
-        """Wait until the client has disconnected, then cancel."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.cancel()
 
     async def events(self) -> AsyncIterator[tuple[int, PromptRead | Piece | Result]]:
         """(choice, event) until every choice has ended. Raises UserError if one fails."""
@@ -190,16 +208,12 @@ class EventStream(StreamingResponse):
 
 def error_answer(error: UserError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of an error."""
-    if isinstance(error, Busy):
-        headers = {"Retry-After": str(error.retry_after_s)}
-        busy = ("service_unavailable", "shutting_down") if error.stopping else ("rate_limit_error", "queue_full")
-        return 503 if error.stopping else 429, error_body(str(error), *busy), headers
+    if isinstance(error, RequestError):
+        return error.status, error_body(str(error), error.type, error.code, error.param), error.headers
     if isinstance(error, GrammarError):
         return 400, error_body(str(error), "invalid_request_error", "schema_too_complex"), {}
     if isinstance(error, RunError):
         return 500, error_body(str(error), "server_error"), {}
-    if isinstance(error, RequestError):
-        return error.status, error_body(str(error), "invalid_request_error", error.code, error.param), error.headers
     return 400, error_body(str(error), "invalid_request_error"), {}
 
 
@@ -232,9 +246,5 @@ class Generator:
         request.scope[TOKENS] = submission.answer
         if submission.body.stream:
             return EventStream(submission)
-        watcher = asyncio.create_task(submission.cancel_on_disconnect(request.receive))
-        try:
+        async with cancelled_without_client(request.receive, submission.cancel):
             return Response(await submission.full_body(), media_type=JSON.media_type)
-        finally:
-            watcher.cancel()
-            submission.cancel()

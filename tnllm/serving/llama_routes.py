@@ -1,4 +1,4 @@
-"""llama.cpp's own routes: /completion, /completions, /chat/completions and /models without /v1, /slots.
+"""llama.cpp's own routes: /completion, /completions, /slots.
 
 add_llama_routes(app, models, store, generator)
 
@@ -24,13 +24,13 @@ from starlette.concurrency import run_in_threadpool
 from tnllm.generation.context import Context
 from tnllm.generation.samples import Piece, Result, TokenLogprob
 from tnllm.serving import bodies
-from tnllm.serving.answers import Answer, ChatAnswer
-from tnllm.serving.api import ChatRequest, CompletionRequest, validated
+from tnllm.serving.answers import Answer
+from tnllm.serving.api import CompletionRequest, validated
 from tnllm.serving.bodies import RequestError, shown
 from tnllm.serving.generating import Generator, Submission
 from tnllm.serving.middleware import JSON, OWNER
 from tnllm.serving.openapi import described
-from tnllm.serving.schemas import ChatCompletion, NativeCompletions, Slot, SlotAction, SlotList
+from tnllm.serving.schemas import NativeCompletions, Slot, SlotAction, SlotList
 from tnllm.serving.served import Models
 from tnllm.serving.states import StateStore
 from tnllm.serving.tickets import PromptRead
@@ -50,11 +50,9 @@ class NativeRequest(CompletionRequest):
     n_predict: int | None = Field(None, ge=-1, description="Another name for max_tokens.")
     repeat_penalty: float | None = Field(None, gt=0, le=100, description="Another name for repetition_penalty.")
     n_probs: int | None = Field(None, ge=0, le=20, description="Another name for logprobs; 0 gives none.")
-    json_schema: dict[str, Any] | None = Field(None, description="A JSON schema that the text must fit.")
-    grammar: str | None = Field(None, description="A grammar in llama.cpp's format that the text must fit.")
     id_slot: int = Field(-1, ge=-1, description="Slot whose state the prompt may continue; -1: none.")
     cache_prompt: bool = Field(True, description="Whether that state is used and left there.")
-    return_tokens: bool = Field(False, description="Give the ids of the tokens.")
+    return_tokens: bool = Field(False, description="Give the ids of the tokens; a stream always does.")
 
     @classmethod
     def _translated(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -66,12 +64,6 @@ class NativeRequest(CompletionRequest):
                 value = bodies.whole(values.pop(theirs))
                 if theirs != "n_probs" or value != 0 or isinstance(value, bool):
                     values[ours] = value
-        schema, grammar = values.pop("json_schema", {}), values.pop("grammar", "")
-        for name, value, asks in (("json", schema, schema != {}), ("grammar", grammar, grammar != "")):
-            if asks and "structured_outputs" in values:
-                raise RequestError("json_schema, grammar and structured_outputs are the same; give one", "json_schema")
-            if asks:
-                values["structured_outputs"] = {name: value}
         bias = values.get("logit_bias")
         if isinstance(bias, list):
             pairs = all(isinstance(one, list) and len(one) == 2 and type(one[0]) is int for one in bias)
@@ -81,7 +73,7 @@ class NativeRequest(CompletionRequest):
                 )
             # false bans a token.
             values["logit_bias"] = {str(id): -100.0 if value is False else value for id, value in bias}
-        return values
+        return super()._translated(values)
 
 
 class NativeAnswer(Answer):
@@ -105,10 +97,8 @@ class NativeAnswer(Answer):
 
     def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         self._counts[choice] += 1
-        if not piece.text and not piece.logprobs and not self._request.return_tokens:
-            return []
         return [{
-            "index": choice, "content": piece.text, "tokens": [piece.token] if self._request.return_tokens else [],
+            "index": choice, "content": piece.text, "tokens": [piece.token],
             "stop": False, "id_slot": self._request.id_slot, "tokens_predicted": self._counts[choice],
             "tokens_evaluated": len(self._prompts[choice // self.params.n]), **self._probabilities(piece.logprobs),
         }]  # fmt: skip
@@ -286,11 +276,6 @@ def add_llama_routes(app: FastAPI, models: Models, store: StateStore, generator:
     async def completion(request: Request) -> Response:
         """Continue a text: llama.cpp's form of requests and answers."""
         return await generator.respond(request, NativeRequest, NativeAnswer, make)
-
-    @app.post("/chat/completions", **described(ChatCompletion, ChatRequest))
-    async def chat_completions(request: Request) -> Response:
-        """The same as /v1/chat/completions."""
-        return await generator.respond(request, ChatRequest, ChatAnswer)
 
     def checked(id: str) -> int:
         if not (id.isascii() and id.isdigit() and len(id) < 6 and int(id) < engine.num_slots):

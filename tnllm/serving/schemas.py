@@ -24,9 +24,11 @@ class Timings(BaseModel):
     cache_n: int = Field(description="Tokens that were not read again.")
     prompt_n: int
     prompt_ms: float
+    prompt_per_token_ms: float
     prompt_per_second: float
     predicted_n: int
     predicted_ms: float
+    predicted_per_token_ms: float
     predicted_per_second: float
 
 

@@ -12,64 +12,22 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from tnllm import __version__
-from tnllm.errors import UserError
-from tnllm.generation.context import Context
 from tnllm.serving.api import StateRequest, validated
 from tnllm.serving.bodies import RequestError, shown
 from tnllm.serving.engine import Engine
+from tnllm.serving.generating import cancelled_without_client, refusals_of
 from tnllm.serving.middleware import JSON, OWNER, Settings, read_body, read_json_body
 from tnllm.serving.openapi import described
 from tnllm.serving.schemas import StateDeleted, StateList, StateObject
 from tnllm.serving.served import Models
 from tnllm.serving.states import StateStore, Stored
-from tnllm.serving.tickets import Busy, Event, Failed, PromptRead, Ticket, TooLong
+from tnllm.serving.tickets import Event, Failed, PromptRead, Ticket
 
 _BINARY = "application/octet-stream"
 _UPLOAD = {"requestBody": {"required": True, "content": {_BINARY: {"schema": {"type": "string", "format": "binary"}}}}}
 _MOST_LISTED = 1000
 # Of a file, beside its tensors.
 _HEADER_BYTES = 1 << 18
-
-
-class _Reading:
-    """A text in the engine, until its context is there."""
-
-    def __init__(
-        self, engine: Engine, ids: list[int], start: Context | None, client: str, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        """Queue it. Raises UserError."""
-        self._done: asyncio.Future[PromptRead | Failed] = loop.create_future()
-        self._loop = loop
-        params = engine.loaded.params(max_tokens=0)
-        self.ticket: Ticket = engine.submit(
-            ids, params, client=client, start=start, keep_context=True, deliver=self._deliver
-        )
-
-    def _deliver(self, events: list[Event]) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._set, events[0])
-
-    def _set(self, event: Any) -> None:
-        if not self._done.done():
-            self._done.set_result(event)
-
-    async def result(self, request: Request) -> PromptRead:
-        """Raises UserError if the engine fails; cancels if the client leaves."""
-
-        async def cancel_on_disconnect() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            self.ticket.cancel()
-
-        watcher = asyncio.create_task(cancel_on_disconnect())
-        try:
-            event = await self._done
-        finally:
-            watcher.cancel()
-            self.ticket.cancel()
-        if isinstance(event, Failed):
-            raise event.error
-        return event
 
 
 class _Answers:
@@ -123,15 +81,24 @@ class _Answers:
         start = None if stored is None else await run_in_threadpool(self._store.context, stored)
         num_tokens = len(ids) + (stored.num_tokens if stored is not None else 0)
         with self._store.room(owner, self._store.estimate(num_tokens)):
-            try:
-                reading = await run_in_threadpool(_Reading, engine, ids, start, client, loop)
-            except Busy:
-                raise
-            except UserError as error:
-                code = "context_length_exceeded" if isinstance(error, TooLong) else None
-                raise RequestError(str(error), "prompt" if body.messages is None else "messages", code) from None
-            read = await reading.result(request)
-            assert read.context is not None
+            queue: asyncio.Queue[Event] = asyncio.Queue()
+
+            def deliver(events: list[Event]) -> None:
+                # A closed loop has no connections.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(queue.put_nowait, events[0])
+
+            def submit() -> Ticket:
+                nothing = engine.loaded.params(max_tokens=0)
+                with refusals_of("prompt" if body.messages is None else "messages"):
+                    return engine.submit(ids, nothing, client=client, start=start, keep_context=True, deliver=deliver)
+
+            ticket = await run_in_threadpool(submit)
+            async with cancelled_without_client(request.receive, ticket.cancel):
+                read = await queue.get()
+            if isinstance(read, Failed):
+                raise read.error
+            assert isinstance(read, PromptRead) and read.context is not None
             made = await run_in_threadpool(
                 self._store.add, owner, read.context, engine.weights, awaits_answer, body.expires_in
             )

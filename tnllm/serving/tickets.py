@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from tnllm.errors import UserError
 from tnllm.generation.context import Context
 from tnllm.generation.samples import Piece, Result, TokenLogprob
+from tnllm.serving.bodies import RequestError
 
 
-class Busy(UserError):
+class Busy(RequestError):
     """Too many requests wait, or the engine is about to stop. The request was not queued."""
 
     def __init__(self, message: str, retry_after_s: int, stopping: bool = False) -> None:
-        super().__init__(message)
-        self.retry_after_s, self.stopping = retry_after_s, stopping
+        kind, code = ("service_unavailable", "shutting_down") if stopping else ("rate_limit_error", "queue_full")
+        headers = {"Retry-After": str(retry_after_s)}
+        super().__init__(message, None, code, 503 if stopping else 429, headers, kind)
 
 
 class TooLong(UserError):
