@@ -166,7 +166,7 @@ def run(name: str, suite: Suite, folder: Path, host: str, port: str) -> Counter[
     }  # fmt: skip
     assert root not in environment["PYTHONPATH"].split(os.pathsep)
     report = folder / "report.xml"
-    options = ["-p", "peer_plugin", "-q", "--tb=short", f"--junitxml={report}", "-o", "addopts=",
+    options = ["-p", "peer_plugin", "-q", "--tb=native", f"--junitxml={report}", "-o", "addopts=",
                "-o", "asyncio_mode=auto", "-o", "xfail_strict=false", "-W", "ignore", "--rootdir", str(folder),
                "--continue-on-collection-errors", "-p", "no:cacheprovider"]  # fmt: skip
     with (folder / "output.txt").open("wb") as output:

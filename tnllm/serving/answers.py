@@ -11,13 +11,15 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result, TokenLogprob
 from tnllm.serving.tickets import PromptRead
 
+# Of a prompt's tokens, if asked for; the first has none.
+Scores: TypeAlias = list[TokenLogprob | None] | None
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
@@ -84,7 +86,7 @@ class Answer:
             parts[f"{name}_per_second"] = round(num / seconds, 3) if seconds else 0.0
         return parts
 
-    def prompt_entries(self, logprobs: list[TokenLogprob | None] | None) -> dict[str, Any]:
+    def prompt_entries(self, logprobs: Scores) -> dict[str, Any]:
         """The key `prompt_logprobs`, if it was asked for: of each token an object by id, as vLLM gives it."""
         num_top = self._request.prompt_logprobs
         if num_top is None or logprobs is None:
@@ -107,7 +109,7 @@ class Answer:
         body = {**self._head, "object": self.object, "choices": choices, "usage": self.usage()}
         return body | {"timings": self.timings()}
 
-    def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
+    def first(self, choice: int, prompt_logprobs: Scores) -> list[dict[str, Any]]:
         """The chunks of a choice before its first token."""
         raise NotImplementedError
 
@@ -121,15 +123,18 @@ class Answer:
         """The chunks at the end of a choice."""
         return [self._choice(choice, None, None, result.finish_reason)]
 
-    def full_choice(
-        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
-    ) -> dict[str, Any]:
+    def full_choice(self, choice: int, result: Result, prompt_logprobs: Scores) -> dict[str, Any]:
         """A choice that is not streamed."""
         raise NotImplementedError
 
     def _choice(self, choice: int, text: str | None, entries: Any, reason: str | None) -> dict[str, Any]:
         """A choice of a chunk; at its end `text` is None and `reason` is set. `entries`: a TokenLogprob per token."""
         raise NotImplementedError
+
+    def _token(self, entry: TokenLogprob) -> dict[str, Any]:
+        """A token and its log-probability."""
+        data = list(self._tokenizer.token_bytes[entry.id])
+        return {"token": self._spelled(entry.id), "logprob": entry.logprob, "bytes": data}
 
     def _spelled(self, id: int) -> str:
         """A token as text; bytes that are not UTF-8 by themselves as `bytes:\\xe4`; a control token by its name."""
@@ -162,24 +167,20 @@ class TextAnswer(Answer):
             return prompt
         return prompt[index] if isinstance(prompt[0], str) else self._tokenizer.decode(self._prompts[index])
 
-    def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
+    def first(self, choice: int, prompt_logprobs: Scores) -> list[dict[str, Any]]:
         text = self._echo(choice)
         if not text:
             return []
         return [self._choice(choice, text, self._prompt_entries(choice, prompt_logprobs), None)]
 
-    def full_choice(
-        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
-    ) -> dict[str, Any]:
+    def full_choice(self, choice: int, result: Result, prompt_logprobs: Scores) -> dict[str, Any]:
         entries: list[TokenLogprob | int] | None = None
         if result.logprobs is not None:
             entries = [*(self._prompt_entries(choice, prompt_logprobs) or []), *result.logprobs]
         full = self._choice(choice, self._echo(choice) + result.text, entries, result.finish_reason)
         return full | self.prompt_entries(prompt_logprobs)
 
-    def _prompt_entries(
-        self, choice: int, logprobs: list[TokenLogprob | None] | None
-    ) -> "list[TokenLogprob | int] | None":
+    def _prompt_entries(self, choice: int, logprobs: Scores) -> list[TokenLogprob | int] | None:
         """The prompt's tokens; the first has an id and no probability."""
         num_top = self.params.logprobs
         if logprobs is None or num_top is None or not self._request.echo:
@@ -238,16 +239,14 @@ class ChatAnswer(Answer):
         self._call = self._request.call()
         self._prompt_logprobs: dict[str, Any] = {}
 
-    def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
+    def first(self, choice: int, prompt_logprobs: Scores) -> list[dict[str, Any]]:
         delta: dict[str, Any] = {"role": "assistant", "content": ""}
         if self._call is not None:
             calls = [] if self._call.name is None else [{"index": 0, **_tool_call(self._call.name, "")}]
             delta |= {"content": None, **({"tool_calls": calls} if calls else {})}
         return [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def full_choice(
-        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
-    ) -> dict[str, Any]:
+    def full_choice(self, choice: int, result: Result, prompt_logprobs: Scores) -> dict[str, Any]:
         # Choices have one prompt, whose log-probabilities stand beside them.
         self._prompt_logprobs = self.prompt_entries(prompt_logprobs)
         message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
@@ -302,12 +301,7 @@ class ChatAnswer(Answer):
     def _logprobs(self, entries: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
         if entries is None:
             return None
-
-        def plain(entry: TokenLogprob) -> dict[str, Any]:
-            data = self._tokenizer.token_bytes[entry.id]
-            return {"token": self._spelled(entry.id), "logprob": entry.logprob, "bytes": list(data)}
-
-        content = [plain(entry) | {"top_logprobs": [plain(top) for top in entry.top]} for entry in entries]
+        content = [self._token(entry) | {"top_logprobs": list(map(self._token, entry.top))} for entry in entries]
         return {"content": content, "refusal": None}
 
 

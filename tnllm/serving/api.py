@@ -188,13 +188,18 @@ class GenerateRequest(BaseModel):
             raise RequestError(f"{' and '.join(wanted)} are both given; give one of them", list(wanted)[-1])
         return wanted
 
-    def _sampling(
-        self, loaded: LoadedModel, more: dict[str, Any], most_tokens: int | None, grammars: Grammars | None
+    def _own(self) -> dict[str, Any]:
+        """The options that the two kinds of request say each in their way. Raises RequestError."""
+        raise NotImplementedError
+
+    def params(
+        self, loaded: LoadedModel, most_tokens: int | None = None, grammars: Grammars | None = None
     ) -> SamplingParams:
+        """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
         names = {field.name for field in fields(SamplingParams)} & (
             type(self).model_fields.keys() - {"logprobs", "grammar"}
         )
-        given = {name: value for name in names if (value := getattr(self, name)) is not None} | more
+        given = {name: value for name in names if (value := getattr(self, name)) is not None} | self._own()
         for name in ("max_tokens", "seed"):
             if given.get(name) == -1:
                 del given[name]
@@ -240,11 +245,8 @@ class CompletionRequest(GenerateRequest):
         is_start = self.state is None
         return [loaded.encode(one, start=is_start) if isinstance(one, str) else one for one in given]
 
-    def params(
-        self, loaded: LoadedModel, most_tokens: int | None = None, grammars: Grammars | None = None
-    ) -> SamplingParams:
-        """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
-        return self._sampling(loaded, {"logprobs": self.logprobs}, most_tokens, grammars)
+    def _own(self) -> dict[str, Any]:
+        return {"logprobs": self.logprobs}
 
     def scored_prompt(self, params: SamplingParams) -> int | None:
         given = [self.prompt_logprobs, params.logprobs if self.echo else None]
@@ -296,16 +298,16 @@ class ChatRequest(GenerateRequest):
         ids, _ = turns(loaded, self.messages, most_tokens, awaits_answer, is_last=True)
         return [loaded.at_start(ids) if self.state is None else ids]
 
-    def params(
-        self, loaded: LoadedModel, most_tokens: int | None = None, grammars: Grammars | None = None
-    ) -> SamplingParams:
-        """`most_tokens` limits max_tokens. Raises UserError for a value out of range."""
+    def _own(self) -> dict[str, Any]:
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs to be true", "top_logprobs")
         more: dict[str, Any] = {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
-        if self.max_completion_tokens not in (None, -1):
-            more["max_tokens"] = self.max_completion_tokens
-        params = self._sampling(loaded, more, most_tokens, grammars)
+        return more if self.max_completion_tokens in (None, -1) else more | {"max_tokens": self.max_completion_tokens}
+
+    def params(
+        self, loaded: LoadedModel, most_tokens: int | None = None, grammars: Grammars | None = None
+    ) -> SamplingParams:
+        params = super().params(loaded, most_tokens, grammars)
         if params.grammar is not None:
             # It says itself where the answer ends.
             return params

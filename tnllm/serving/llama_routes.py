@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from tnllm.generation.context import Context
 from tnllm.generation.samples import Piece, Result, TokenLogprob
 from tnllm.serving import bodies
-from tnllm.serving.answers import Answer
+from tnllm.serving.answers import Answer, Scores
 from tnllm.serving.api import CompletionRequest, validated
 from tnllm.serving.bodies import RequestError, shown
 from tnllm.serving.generating import Generator, Submission
@@ -85,7 +85,7 @@ class NativeAnswer(Answer):
         super().__init__(*args)
         self._counts = [0] * self.num_choices
 
-    def first(self, choice: int, prompt_logprobs: list[TokenLogprob | None] | None) -> list[dict[str, Any]]:
+    def first(self, choice: int, prompt_logprobs: Scores) -> list[dict[str, Any]]:
         return []
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,9 +108,7 @@ class NativeAnswer(Answer):
         # What was sent already.
         return [{**end, "content": "", "tokens": [], "timings": self.timings()}]
 
-    def full_choice(
-        self, choice: int, result: Result, prompt_logprobs: list[TokenLogprob | None] | None
-    ) -> dict[str, Any]:
+    def full_choice(self, choice: int, result: Result, prompt_logprobs: Scores) -> dict[str, Any]:
         request, index = self._request, choice // self.params.n
         given = request.prompt
         prompt = given if isinstance(given, str) else given[index] if isinstance(given[0], str) else None
@@ -141,16 +139,11 @@ class NativeAnswer(Answer):
     def _probabilities(self, entries: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         if not entries:
             return {}
+        tokens = [self._token(entry) | {"top_logprobs": list(map(self._token, entry.top))} for entry in entries]
+        return {"completion_probabilities": tokens}
 
-        def plain(entry: TokenLogprob) -> dict[str, Any]:
-            data = list(self._tokenizer.token_bytes[entry.id])
-            return {"id": entry.id, "token": self._spelled(entry.id), "bytes": data, "logprob": entry.logprob}
-
-        return {
-            "completion_probabilities": [
-                plain(entry) | {"top_logprobs": [plain(top) for top in entry.top]} for entry in entries
-            ]
-        }
+    def _token(self, entry: TokenLogprob) -> dict[str, Any]:
+        return {"id": entry.id, **super()._token(entry)}
 
 
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",

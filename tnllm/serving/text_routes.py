@@ -5,6 +5,7 @@ add_text_routes(app, models, settings, generator)
 Bodies are llama.cpp's and vLLM's, which share these paths; an answer holds the keys of both.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -128,7 +129,7 @@ def _template(body: TemplateRequest, served: Served) -> dict[str, Any]:
     return {"prompt": "".join([segment.text + (end if segment.eos else "") for segment in segments])}
 
 
-def props(served: Served, settings: Settings) -> dict[str, Any]:
+def _props(served: Served, settings: Settings) -> dict[str, Any]:
     """Limits, defaults and what is on."""
     engine, loaded = served.engine, served.engine.loaded
     config, tokenizer, defaults = loaded.model.config, loaded.tokenizer, loaded.params()
@@ -169,32 +170,23 @@ def props(served: Served, settings: Settings) -> dict[str, Any]:
 def add_text_routes(app: FastAPI, models: Models, settings: Settings, generator: Generator) -> None:
     """Tokens, templates and properties."""
 
-    async def answered(request: Request, kind: Any, answer: Any) -> JSON:
-        content, _ = await generator.body(request)
-
-        def work() -> dict[str, Any]:
+    def add(path: str, schema: Any, kind: Any, answer: Callable[[Any, Served], dict[str, Any]], summary: str) -> None:
+        def work(content: bytes) -> dict[str, Any]:
             body = validated(kind, content, max(served.engine.max_prompt_tokens for served in models))
-            result: dict[str, Any] = answer(body, models.named(body.model))
-            return result
+            return answer(body, models.named(body.model))
 
-        return JSON(await run_in_threadpool(work))
+        async def answered(request: Request) -> Response:
+            content, _ = await generator.body(request)
+            return JSON(await run_in_threadpool(work, content))
 
-    @app.post("/tokenize", **described(Tokenized, TokenizeRequest))
-    async def tokenize(request: Request) -> Response:
-        """Token ids of a text or a conversation."""
-        return await answered(request, TokenizeRequest, _tokenized)
+        name = path.strip("/").replace("-", "_")
+        app.post(path, name=name, description=summary, **described(schema, kind))(answered)
 
-    @app.post("/detokenize", **described(Detokenized, DetokenizeRequest))
-    async def detokenize(request: Request) -> Response:
-        """The text of token ids."""
-        return await answered(request, DetokenizeRequest, _detokenized)
-
-    @app.post("/apply-template", **described(Template, TemplateRequest))
-    async def apply_template(request: Request) -> Response:
-        """A conversation as the model reads it, as one text."""
-        return await answered(request, TemplateRequest, _template)
+    add("/tokenize", Tokenized, TokenizeRequest, _tokenized, "Token ids of a text or a conversation.")
+    add("/detokenize", Detokenized, DetokenizeRequest, _detokenized, "The text of token ids.")
+    add("/apply-template", Template, TemplateRequest, _template, "A conversation as the model reads it, as one text.")
 
     @app.get("/props", **described(Props))
     async def get_props() -> JSON:
         """Limits, defaults and what is on, of the first model."""
-        return JSON(props(models.first, settings))
+        return JSON(_props(models.first, settings))
