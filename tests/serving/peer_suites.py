@@ -5,7 +5,7 @@ their source packages, pinned by hash, and are downloaded when this runs. Only f
 models are adapted, so most failures ask for what is not served; the counts by class say how many. Exits with 3 where there
 is no network or a package that those tests need, else with 0.
 
-    pip install pytest-asyncio respx requests regex aiohttp inline-snapshot
+    pip install pytest-asyncio respx requests regex aiohttp inline-snapshot jsonschema pybase64
     python -m tests.serving.peer_suites [--keep FOLDER] [openai] [llama.cpp] [vllm]
 """
 
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from tnllm import assets
 
-NEEDED = ("pytest_asyncio", "respx", "requests", "regex", "aiohttp", "inline_snapshot")
+NEEDED = ("pytest_asyncio", "respx", "requests", "regex", "aiohttp", "inline_snapshot", "jsonschema", "pybase64")
 MODEL = "tnllm-demo"
 HERE = Path(__file__).parent
 

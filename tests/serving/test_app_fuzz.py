@@ -123,6 +123,8 @@ def test_every_kind_of_answer_is_as_described(app):
             assert {"200", "default", "500", "503"} <= set(operation["responses"])
     named = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
     assert named and named <= set(document["components"]["schemas"])
+    native = document["components"]["schemas"]["NativeRequest"]["properties"]
+    assert all({"const": False} in native[key]["anyOf"] for key in ("logprobs", "n_probs"))
     ranges = document["components"]["schemas"]["CompletionRequest"]["properties"]
     assert ranges["max_tokens"]["anyOf"][0] == {"type": "integer", "minimum": -1, "maximum": 8}
     assert ranges["model"]["anyOf"] == [{"type": "string", "enum": ["small"]}, {"type": "null"}]

@@ -404,7 +404,7 @@ def check_stop(given: Any) -> Any:
 
 _PART = object_schema("type text", PART, type={"const": "text"}, text=TEXT)
 _CONTENT = {"anyOf": [TEXT, {"type": "array", "items": _PART}]}
-_CALL = object_schema("function", function=object_schema("arguments", name=TEXT, arguments=TEXT))
+_CALL = object_schema("function", function=object_schema("arguments", arguments=TEXT))
 _CALLS = {"type": "array", "items": _CALL, "description": "Read as their arguments, a JSON text."}
 _OF_MODEL = object_schema("role", MESSAGE, role={"const": "assistant"}, content=_CONTENT, tool_calls=_CALLS)
 _OF_TOOL = object_schema("role content", MESSAGE, role={"const": "tool"}, content=_CONTENT, tool_call_id=TEXT)

@@ -108,9 +108,10 @@ def _limit(properties: dict[str, Any], engine: Engine, names: list[str]) -> None
     for key in ("max_tokens", "max_completion_tokens", "n_predict"):
         if "anyOf" in properties.get(key, {}):
             properties[key]["anyOf"][0]["maximum"] = engine.max_new_tokens
-    if "echo" in properties:
-        # What the chat's key of this name says for none.
-        properties["logprobs"]["anyOf"].append({"const": False})
+    for key in ("logprobs", "n_probs"):
+        if "echo" in properties and "anyOf" in properties.get(key, {}):
+            # What the chat's key of this name says for none.
+            properties[key]["anyOf"].append({"const": False})
     for option in properties.get("prompt", {}).get("anyOf", ()):
         ids = option.get("items", {}) if option.get("items", {}).get("type") == "array" else option
         if ids.get("items", {}).get("type") == "integer":
