@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.sweep.repeats import distances, group_names, measure
 from tnllm.data.loader import IGNORE
-from tnllm.sweep.repeats import distances, group_names, measure
 from tnllm.training.config import load_recipe
 from tnllm.training.loop import train
 

@@ -5,7 +5,7 @@
 `x: tokens` and `x: time` draw the validation loss along the best cell of each group; where none is done, tokens shows an
 unfinished one. Time is tokens over the speed of a cell of the same recipe that ran alone. `x: cell` draws a dot a seed and
 a bar at the mean for each choice. `x: parameters` draws the best cell of each recipe, without the embedding's parameters,
-and the power law through them; `x: repeats` the loss by distance of tnllm.sweep.repeats; `x: pairs` the best cell's
+and the power law through them; `x: repeats` the loss by distance of tests/sweep/repeats.py; `x: pairs` the best cell's
 accuracy by number of pairs. Any other x is a key of the grid.
 """
 

@@ -1,11 +1,11 @@
 """Where the loss of a sweep's cells comes from: tokens that could be copied from the context, and the rest.
 
-    python -m tnllm.sweep.repeats runs/evidence
+    python -m tests.sweep.repeats runs/evidence
 
 A token is a repeat if the same pair of it and the token before it stands earlier in its document (arXiv 2312.04927 calls
 these AR hits); repeats are grouped by the distance to the latest such pair. For each cell whose weights were kept
 (`tnllm sweep --keep`), the mean loss of each group over the full validation set goes to DIR/repeats.csv. The mean over all
-groups is the cell's validation loss, but for the rounding of the weights to bfloat16.
+groups is the cell's validation loss, but for the rounding of the weights to bfloat16. Run it in a checkout.
 """
 
 import argparse
