@@ -17,12 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tnllm.errors import UserError
-from tnllm.files import only_writer, write_csv, write_text_atomic
+from tnllm.files import only_writer, read_json, write_csv, write_text_atomic
 from tnllm.modeling.flops import count_parameters
 from tnllm.sweep.plan import TRAINERS, Cell, Plan, Row
 from tnllm.sweep.table import CURVES, RESULTS
@@ -186,7 +187,7 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
     checks = [item for item in metrics if item.get("val_loss") is not None]
     resolved = folder / "config.resolved.yaml"
     done = code == 0 and bool(checks) and checks[-1]["step"] == load_recipe(str(resolved)).total_steps
-    environment = _environment(folder)
+    environment = read_json(folder / "env.json") if (folder / "env.json").is_file() else {}
     # The first row holds the compilation.
     rates = [item["tokens_per_s"] for item in steps[1:]] or [item["tokens_per_s"] for item in steps]
     return {
@@ -205,7 +206,7 @@ def make_row(cell: Cell, folder: Path, code: int, sets: Sequence[str]) -> Row:
         "data": str(environment.get("data", ""))[:12],
         "device": environment.get("device"),
         "torch": environment.get("torch"),
-        "triton": _triton_version(),
+        "triton": next((found.version for found in distributions(name="triton")), None),
         "tnllm": environment.get("tnllm"),
         "date": str(environment.get("time", ""))[:10],
         "curve": curve(metrics),
@@ -216,21 +217,6 @@ def _accuracies(check: Row) -> Row:
     by_pairs = check.get("val_accuracy_by_pairs", {})
     result = {"val_accuracy": check.get("val_accuracy")}
     return result | {f"accuracy_{pairs}": share for pairs, share in by_pairs.items()}
-
-
-def _environment(folder: Path) -> dict[str, Any]:
-    file = folder / "env.json"
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return result
-
-
-def _triton_version() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
 
 
 def _overrides(cell: Cell) -> str:
