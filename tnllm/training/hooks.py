@@ -14,12 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tnllm.chat_template import render
 from tnllm.data.loader import Loader
 from tnllm.modeling.model import LanguageModel
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.memory import peak_memory_gib
 from tnllm.training.run import Run
+from tnllm.training.trainer import compute_dtype
 from tnllm.training.validation import accuracy, validate
 
 Scorer = Callable[[LanguageModel, Tokenizer], dict[str, float]]
@@ -92,7 +95,9 @@ def _validate(run: Run) -> None:
     loss, bpb = validate(trainer.loss_sum, run.validation, rows, tokens, trainer.ranks)
     more: dict[str, Any] = {}
     if isinstance(run.validation, Loader) and run.validation.masked and trainer.ranks.size == 1:
-        more = accuracy(trainer.model, run.validation, rows, tokens)
+        low = compute_dtype(trainer.config.train, trainer.device) == torch.bfloat16
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=low):
+            more = accuracy(trainer.model, run.validation, rows, tokens)
     _report(run, val_loss=loss, val_bpb=bpb, **more)
 
 
