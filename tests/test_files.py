@@ -118,6 +118,8 @@ def test_a_folder_below_a_file_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out is .*, and .*/file is a file, not a folder"):
         check_output_folder(tmp_path / name, "--out")
+    with pytest.raises(UserError, match="is a file, or below one, not a folder"), only_writer(tmp_path / name):
+        pass
 
 
 def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):

@@ -62,6 +62,8 @@ def test_a_checkout_s_path_to_a_recipe_works_anywhere(tmp_path, monkeypatch, cap
         with pytest.raises(UserError, match="no such file"):
             load_recipe(missing)
     (tmp_path / "recipes").mkdir()
+    with pytest.raises(UserError, match="no recipe recipes: that is a folder"):
+        load_recipe("recipes")
     (tmp_path / "recipes" / "385m.yaml").write_text("base: tiny\n")
     assert load_recipe("recipes/385m.yaml").model == load_recipe("tiny").model
 

@@ -281,7 +281,10 @@ def _take(path: Path) -> int | None:
     except ImportError:
         raise UserError("writing needs the file locks of Linux or macOS") from None
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{path.parent} is a file, or below one, not a folder; give another folder") from None
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise UserError(
                 f"{path} is not a file, so {path.parent} cannot be locked; remove it, or choose another folder"

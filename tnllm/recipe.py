@@ -136,6 +136,8 @@ def find_recipe(name: str, beside: Path | None = None, folder: str = "", noun: s
     names = [prefix + path.stem for path in packaged_recipes(folder)]
     stem = prefix + Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     hint = f"; did you mean the packaged {noun} {stem!r}?" if stem in names else did_you_mean(stem, names)
+    if Path(name).is_dir():
+        raise UserError(f"no {noun} {name}: that is a folder; give a file, or one that ships: {', '.join(names)}")
     raise UserError(f"no {noun} {name}: no such file, and the packaged ones are {', '.join(names)}{hint}")
 
 
@@ -181,7 +183,8 @@ def _read_file(form: Format[Any], path: Path) -> tuple[Any, Values, Origins]:
     if values is None and form.may_be_empty:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as {form.sections}, found {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        raise UserError(f"{path}: expected sections such as {form.sections}, found {found}")
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
     base = values.pop("base", None)
     values = {section: keys for section, keys in values.items() if keys is not None}

@@ -292,7 +292,7 @@ def test_batch_that_does_not_divide_names_its_neighbours(recipe: Path) -> None:
         ("train:\n  max_steps: 5\n---\n", "{path}:3: not YAML: but found another document"),
         ("train: 5\n", "train is 5; expected a section of keys ({path}:1)"),
         ("- train\n", "{path}: expected sections such as model: and train:, found list"),
-        ("", "{path}: expected sections such as model: and train:, found NoneType"),
+        ("", "{path}: expected sections such as model: and train:, found nothing"),
         ("model:\n  preset: tiny\n  num_heads: 3\n", "model: model_dim 128 must be a multiple of num_heads 3"),
     ],
 )  # fmt: skip

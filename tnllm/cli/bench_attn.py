@@ -5,11 +5,11 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import DEVICE, MAX_MINUTES, check_choice, check_outputs, examples, length, lengths, write_outputs
+from tnllm.cli import options
 from tnllm.errors import UserError
 from tnllm.progress import log
 
-EPILOG = examples("tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png")
+EPILOG = options.examples("tnllm bench-attn --seqlens 1k:64k --json attention.json --plot attention.png")
 
 # Lengths, heads, width of a head, dtype.
 _GPU = ("1k:64k", 16, 128, "bf16")
@@ -28,23 +28,23 @@ def command(
     head_dim: int | None = typer.Option(None, min=1, help="Width of a head. Default 128 on a GPU, 64 on CPU."),
     dtype: str | None = typer.Option(None, help="bf16, fp16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
     providers: str | None = typer.Option(None, help=f"Among {_GPU_PROVIDERS}; on CPU {_CPU_PROVIDERS}."),
-    device: str = DEVICE,
+    device: str = options.DEVICE,
     accuracy: bool = typer.Option(False, "--accuracy", help="Only errors against float64, by decay and length."),
     seconds: float = typer.Option(0.5, min=0.01, help="Time spent on each measurement."),
-    max_minutes: float | None = MAX_MINUTES,
-    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
-    csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
-    plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
+    max_minutes: float | None = options.MAX_MINUTES,
+    json_file: Path | None = options.JSON_FILE,
+    csv_file: Path | None = options.CSV_FILE,
+    plot: Path | None = options.PLOT,
 ) -> None:
     """Check attention against float64, then time it beside its peers: forward, backward, memory, by length."""
     if seqlen is not None and seqlens is not None:
         raise UserError("both --seqlen and --seqlens are given; use one of them")
-    chosen = [seqlen] if seqlen is not None else lengths(seqlens, "--seqlens") if seqlens is not None else None
+    chosen = [seqlen] if seqlen is not None else options.lengths(seqlens, "--seqlens") if seqlens is not None else None
     if shapes and (chosen is not None or fixed_tokens is not None):
         raise UserError("--shape gives lengths itself; leave out --seqlen, --seqlens and --fixed-tokens")
-    tokens = length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
-    check_choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
-    check_outputs(json_file, csv_file, plot=plot)
+    tokens = options.length(fixed_tokens, "--fixed-tokens") if fixed_tokens else None
+    options.check_choice("--dtype", dtype, ("bf16", "fp16", "fp32"))
+    options.check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.attention import Shape, bench_attention
@@ -60,7 +60,7 @@ def command(
         log("no GPU in use: the chunked torch form against the quadratic one and SDPA, at sizes for a CPU")
     name = dtype or default_dtype
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    chosen = chosen or lengths(default_lengths, "--seqlens")
+    chosen = chosen or options.lengths(default_lengths, "--seqlens")
     heads, head_dim = heads or default_heads, head_dim or default_dim
     points = [Shape(*_shape(text)) for text in shapes] or [
         Shape(max(1, tokens // count) if tokens else batch, heads, count, head_dim) for count in chosen
@@ -74,14 +74,14 @@ def command(
         rows = decay_errors(choose(names, where, kind, log), chosen, SLOPES, kind, where, heads, head_dim)
         environment = describe_device(where) | {"dtype": name}
         print_errors(environment, rows)
-        write_outputs({"environment": environment, "rows": rows}, (json_file, write_json))
+        options.write_outputs({"environment": environment, "rows": rows}, (json_file, write_json))
         return
 
     on_row = partial(write_json, path=json_file) if json_file else lambda results: None
     budget = Budget(max_minutes if max_minutes is not None else 60 if on_gpu else 1, log)
     results = bench_attention(points, kind, names, where, seconds, log, on_row, budget)
     print_results(results)
-    write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_attention))
+    options.write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_attention))
     budget.close()
 
 
@@ -89,4 +89,4 @@ def _shape(text: str) -> list[int]:
     parts = text.lower().split("x")
     if len(parts) != 4:
         raise UserError(f"--shape is {text!r}; write BATCHxHEADSxLENGTHxDIM, such as 8x16x2048x128")
-    return [length(part, "--shape") for part in parts]
+    return [options.length(part, "--shape") for part in parts]

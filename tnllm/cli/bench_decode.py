@@ -5,19 +5,10 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import (
-    DEVICE,
-    MAX_MINUTES,
-    SOFTMAX_EVERY,
-    check_choice,
-    check_outputs,
-    examples,
-    lengths,
-    write_outputs,
-)
+from tnllm.cli import options
 from tnllm.progress import log
 
-EPILOG = examples("tnllm bench-decode --preset 385m --json decode.json --plot decode.png")
+EPILOG = options.examples("tnllm bench-decode --preset 385m --json decode.json --plot decode.png")
 
 # Preset, positions, batches, contexts of the baseline, dtype, seconds for a measurement.
 _GPU = ("385m", "1k:1m", "1,4,16,64,256,1024", "1k,16k", "bf16", 0.5)
@@ -26,26 +17,22 @@ _CPU = ("demo", "1k,16k,256k,1m", "1,4,16", "1k,16k", "fp32", 0.2)
 
 def command(
     preset: str | None = typer.Option(None, help="Size, random weights. Default 385m on a GPU, demo on CPU."),
-    softmax_every: int = SOFTMAX_EVERY,
-    positions: str | None = typer.Option(
-        None, help="Tokens before the step, at batch 1: 1k,64k or 1k:1m for every doubling."
-    ),
+    softmax_every: int = options.SOFTMAX_EVERY,
+    positions: str | None = typer.Option(None, help="Tokens before the step of one row: 1k,64k, or 1k:1m, doubling."),
     batches: str | None = typer.Option(None, help="Rows decoded together: 1,16,256 or 1:1k for every doubling."),
-    contexts: str | None = typer.Option(
-        None, help="Tokens in the Transformer's cache, several with commas; none leaves it out. Default 1k,16k."
-    ),
+    contexts: str | None = typer.Option(None, help="Tokens in the Transformer's cache: 1k,16k (default), or none."),
     dtype: str | None = typer.Option(None, help="bf16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
-    device: str = DEVICE,
+    device: str = options.DEVICE,
     seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
-    max_minutes: float | None = MAX_MINUTES,
+    max_minutes: float | None = options.MAX_MINUTES,
     compile_: bool = typer.Option(True, "--compile/--no-compile", help="Compile the Transformer's step (GPU only)."),
-    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON, anew after each row."),
-    csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV."),
-    plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
+    json_file: Path | None = options.JSON_FILE,
+    csv_file: Path | None = options.CSV_FILE,
+    plot: Path | None = options.PLOT,
 ) -> None:
     """Check the decoding step against the full forward pass, then time it by position and by batch."""
-    check_choice("--dtype", dtype, ("bf16", "fp32"))
-    check_outputs(json_file, csv_file, plot=plot)
+    options.check_choice("--dtype", dtype, ("bf16", "fp32"))
+    options.check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.budget import Budget
@@ -63,19 +50,12 @@ def command(
     on_row = partial(write_json, path=json_file) if json_file else lambda results: None
     budget = Budget(max_minutes if max_minutes is not None else 60 if on_gpu else 1, log)
     results = bench_decode(
-        preset or defaults[0],
-        lengths(positions or defaults[1], "--positions"),
-        lengths(batches or defaults[2], "--batches"),
-        [] if cached == "none" else lengths(cached, "--contexts"),
-        torch.bfloat16 if (dtype or defaults[4]) == "bf16" else torch.float32,
-        where,
-        seconds or defaults[5],
-        compile_,
-        log,
-        on_row,
-        budget,
-        softmax_every,
-    )
+        preset or defaults[0], options.lengths(positions or defaults[1], "--positions"),
+        options.lengths(batches or defaults[2], "--batches"),
+        [] if cached == "none" else options.lengths(cached, "--contexts"),
+        torch.bfloat16 if (dtype or defaults[4]) == "bf16" else torch.float32, where, seconds or defaults[5], compile_,
+        log, on_row, budget, softmax_every,
+    )  # fmt: skip
     print_decode(results)
-    write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_decode))
+    options.write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_decode))
     budget.close()

@@ -5,11 +5,11 @@ from typing import Any
 
 import typer
 
-from tnllm.cli.options import DEVICE, check_outputs, examples
+from tnllm.cli import options
 from tnllm.errors import RunError, UserError
 from tnllm.progress import Progress, log
 
-EPILOG = examples(
+EPILOG = options.examples(
     "tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data",
     "tnllm bench-eval mmlu.npz.xz --preset 385m --json mmlu-385m.json",
 )
@@ -17,21 +17,17 @@ EPILOG = examples(
 
 def command(
     file: Path = typer.Argument(..., help="Requests that `tnllm eval requests` wrote."),
-    model: str | None = typer.Option(
-        None, help="Run, step or weights folder, or hf://ORG/NAME. Default: the demo model."
-    ),
-    preset: str | None = typer.Option(
-        None, help="A preset with random weights instead, such as 385m: times are the same."
-    ),
+    model: str | None = options.MODEL,
+    preset: str | None = typer.Option(None, help="A preset with random weights instead, such as 385m: equal times."),
     questions: int | None = typer.Option(None, min=1, help="Only the first N questions."),
     plain: bool = typer.Option(True, help="Also score one request at a time, and compare."),
-    batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
-    device: str = DEVICE,
-    dtype: str = typer.Option("auto", help="auto (float32 on CPU, bfloat16 on a GPU), float32 or bfloat16."),
-    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
+    batch_tokens: int | None = options.BATCH_TOKENS,
+    device: str = options.DEVICE,
+    dtype: str = options.DTYPE,
+    json_file: Path | None = options.JSON_FILE,
 ) -> None:
     """Score the same questions with and without shared prefixes: answers compared, tokens and time counted."""
-    check_outputs(json_file)
+    options.check_outputs(json_file)
     if model is not None and preset is not None:
         raise UserError("--model and --preset were given; give one of them")
     import torch

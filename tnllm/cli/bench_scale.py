@@ -4,11 +4,11 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import MAX_MINUTES, check_choice, check_outputs, counts, examples, length, write_outputs
+from tnllm.cli import options
 from tnllm.errors import RunError, UserError
 from tnllm.progress import log
 
-EPILOG = examples(
+EPILOG = options.examples(
     "tnllm bench-scale --preset 385m,1b --gpus 1,2 --meshes fsdp,tp,sp --json scale.json --plot scale.png"
 )
 
@@ -35,33 +35,33 @@ def command(
         False, "--longest", help="Also double a row until it does not fit, on one GPU and with sequence parallelism."
     ),
     timeout_s: float = typer.Option(300, min=1, help="Give up a case after so many seconds without any report."),
-    max_minutes: float | None = MAX_MINUTES,
+    max_minutes: float | None = options.MAX_MINUTES,
     device: str = typer.Option("auto", help="auto, cuda or cpu."),
     json_file: Path | None = typer.Option(
         None,
         "--json",
-        help="Write every figure as JSON, anew after each row. FILE.cases beside it keeps each finished case until none "
-        "is left: the same command after an interruption or a failure skips those.",
+        help="Write every figure as JSON. FILE.cases beside it lets the same command resume a stopped run.",
     ),
-    csv_file: Path | None = typer.Option(None, "--csv", help="Write the rows as CSV, anew after each row."),
-    plot: Path | None = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf)."),
+    csv_file: Path | None = options.CSV_FILE,
+    plot: Path | None = options.PLOT,
 ) -> None:
     """Train on 1, 2, 4 … GPUs: check each mesh against one GPU, then tokens/s, efficiency, memory and communication."""
-    check_choice("--device", device, ("auto", "cuda", "cpu"))
-    check_choice("--dtype", dtype, ("auto", "bf16", "fp32"))
-    check_choice("--activation-checkpointing", activation_checkpointing, ("none", "selective", "full"))
-    check_outputs(json_file, csv_file, plot=plot)
+    options.check_choice("--device", device, ("auto", "cuda", "cpu"))
+    options.check_choice("--dtype", dtype, ("auto", "bf16", "fp32"))
+    options.check_choice("--activation-checkpointing", activation_checkpointing, ("none", "selective", "full"))
+    options.check_outputs(json_file, csv_file, plot=plot)
     import torch
 
     from tnllm.bench.budget import Budget
     from tnllm.bench.report import write_csv, write_json
     from tnllm.bench.scale import Plan, bench_scaling
     from tnllm.bench.tables import plot_scaling, print_check, print_environment, print_row, summary
+    from tnllm.device import pick_device
 
     # Only counted: a CUDA context in this process would take memory from the ranks.
     seen = torch.cuda.device_count()
-    if device == "cuda" and not seen:
-        raise UserError("--device is 'cuda', but torch sees no CUDA device; run tnllm doctor")
+    if device == "cuda":
+        pick_device(device, "--device")
     on_gpu = seen > 0 and device != "cpu"
     default_preset, default_length, default_rows, default_steps, default_warmup = _GPU if on_gpu else _CPU
     if not on_gpu:
@@ -72,20 +72,11 @@ def command(
     if on_gpu and max(numbers) > seen:
         raise UserError(f"--gpus is {gpus}, but torch sees {seen}; give at most that many")
     plan = Plan(
-        [name.strip() for name in (preset or default_preset).split(",")],
-        numbers,
-        _meshes(meshes, numbers),
-        "cuda" if on_gpu else "cpu",
-        length(seq_len or default_length, "--seq-len"),
-        rows or default_rows,
-        activation_checkpointing,
-        dtype,
-        on_gpu if compile is None else compile,
-        steps or default_steps,
-        warmup or default_warmup,
-        longest,
-        timeout_s,
-    )
+        [name.strip() for name in (preset or default_preset).split(",")], numbers, _meshes(meshes, numbers),
+        "cuda" if on_gpu else "cpu", options.length(seq_len or default_length, "--seq-len"), rows or default_rows,
+        activation_checkpointing, dtype, on_gpu if compile is None else compile, steps or default_steps,
+        warmup or default_warmup, longest, timeout_s,
+    )  # fmt: skip
     show = {"environment": print_environment, "accuracy": print_check, "rows": print_row, "longest": print_row}
 
     def on_row(kind: str, row: dict, results: dict) -> None:
@@ -100,13 +91,11 @@ def command(
     for line in summary(results["rows"]):
         print(line)
     if results["environment"]:
-        write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_scaling))
+        options.write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_scaling))
     budget.close()
     wrong = [row for row in results["accuracy"] if not row.get("passed") and row["status"] != "skipped"]
     if wrong:
-        raise RunError(
-            f"{len(wrong)} of {len(results['accuracy'])} meshes failed their check and were not timed; see above"
-        )
+        raise RunError(f"{len(wrong)} of {len(results['accuracy'])} meshes failed their check, so not timed; see above")
     if not any(row["status"] == "ok" for row in results["rows"]):
         raise RunError("nothing could be timed; see above")
 
@@ -115,7 +104,7 @@ def _numbers(text: str | None, seen: int) -> list[int]:
     """Numbers of GPUs; 1 is always among them, since all are compared with it."""
     if text is None:
         return [2**power for power in range(seen.bit_length())]
-    return sorted({1, *counts(text, "--gpus", "1,2,4")})
+    return sorted({1, *options.counts(text, "--gpus", "1,2,4")})
 
 
 def _meshes(text: str | None, numbers: list[int]) -> list[str]:

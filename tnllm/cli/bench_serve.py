@@ -6,11 +6,11 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import check_outputs, examples, write_outputs
+from tnllm.cli import options
 from tnllm.errors import RunError
 from tnllm.progress import log
 
-EPILOG = examples("tnllm bench-serve --streams 100 --tokens 64   (with tnllm serve running)")
+EPILOG = options.examples("tnllm bench-serve --streams 100 --tokens 64   (with tnllm serve running)")
 
 
 def command(
@@ -19,10 +19,10 @@ def command(
     tokens: int = typer.Option(64, min=1, help="Tokens of each."),
     check: int = typer.Option(20, min=0, help="Streams requested again alone afterwards, to compare their texts."),
     api_key: str | None = typer.Option(None, help="The server's key; or the variable TNLLM_API_KEY."),
-    json_file: Path | None = typer.Option(None, "--json", help="Write every figure as JSON."),
+    json_file: Path | None = options.JSON_FILE,
 ) -> None:
     """Open many streams at once: is each answered completely and with its own text, and how fast? Exit 1 if not."""
-    check_outputs(json_file)
+    options.check_outputs(json_file)
     from tnllm.bench.report import write_json
     from tnllm.bench.serve import bench_serve
 
@@ -48,7 +48,7 @@ def command(
     print(
         f"server memory: {memory['before']:.0f} MiB before, {memory['peak']:.0f} at most, {memory['after']:.0f} after"
     )
-    write_outputs(results, (json_file, write_json))
+    options.write_outputs(results, (json_file, write_json))
     if failed:
         raise RunError(f"{len(failed)} streams failed; the first: {failed[0]['error']}")
     if results["whole"] < streams:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tnllm import hub
-from tnllm.cli.options import check_choice, examples
+from tnllm.cli.options import AS_JSON, check_choice, examples
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, format_duration, parse_count
 from tnllm.progress import Progress, log
@@ -33,7 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def command(
     src: Path = typer.Argument(
-        help="Released checkpoint, run, step or weights folder, Hugging Face folder, LoRA adapter, or hf://ORG/NAME."
+        help="Released checkpoint, run, step or weights folder, LoRA adapter, or hf://ORG/NAME."
     ),
     dst: Path = typer.Argument(help="The new folder."),
     to: str = typer.Option(
@@ -46,21 +46,16 @@ def command(
     quantize: str | None = typer.Option(None, help="int8, for --to hf (weight-only; needs torchao), onnx and web."),
     base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to use. Default: the source's."),
-    runtime: Path = typer.Option(
-        Path("node_modules/onnxruntime-web"), help="For --to web: the npm package onnxruntime-web."
-    ),
+    runtime: Path = typer.Option(Path("node_modules/onnxruntime-web"), help="For --to web: that npm package."),
     licence: str | None = typer.Option(
-        None,
-        "--licence",
-        "--license",
-        help="Of the weights, for the model card of --to hf: apache-2.0, cc-by-4.0, ...",
+        None, "--licence", "--license", help="Of the weights, for the model card of --to hf: apache-2.0, cc-by-4.0, ..."
     ),
     push: str | None = typer.Option(None, metavar="ORG/NAME", help="Upload the result of --to hf to the hub."),
     private: bool = typer.Option(False, "--private", help="If --push makes a new repository, others cannot see it."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show the key map, what is missing or unexpected, and stop."),
     verify: bool = typer.Option(True, help="Check checksums, and compare logits before and after."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace DST if it exists."),
-    json_: bool = typer.Option(False, "--json", help="Print the result as one JSON object."),
+    json_: bool = AS_JSON,
 ) -> None:
     """Convert a model from one folder layout to another, and check the result."""
     check_choice("--to", to, FORMATS)
@@ -83,17 +78,9 @@ def command(
     from tnllm.modeling.weights import DTYPES as TYPES
 
     options = Options(
-        to=to,
-        dtype=None if dtype == "auto" else TYPES[dtype],
-        shard_bytes=shard_bytes,
-        quantize=quantize,
-        base=base,
-        tokenizer=tokenizer,
-        runtime=runtime,
-        verify=verify,
-        overwrite=overwrite,
-        licence=licence,
-    )
+        to=to, dtype=None if dtype == "auto" else TYPES[dtype], shard_bytes=shard_bytes, quantize=quantize, base=base,
+        tokenizer=tokenizer, runtime=runtime, verify=verify, overwrite=overwrite, licence=licence,
+    )  # fmt: skip
     if dry_run:
         if to in ("onnx", "web"):
             raise UserError("--dry-run shows names of tensors, which a graph has not; leave it out, or see --to hf")
@@ -126,18 +113,11 @@ def command(
 
 def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:
     return {
-        "folder": str(dst),
-        "source": report.source.kind,
-        "version": report.source.version,
-        "parameters": report.source.num_parameters,
-        "files": report.files,
-        "weight_bytes": report.num_bytes,
-        "largest_difference": report.difference,
-        "share_of_largest_logit": report.share,
-        "limit": report.limit,
-        "notes": report.notes,
-        "time_s": round(elapsed, 2),
-    }
+        "folder": str(dst), "source": report.source.kind, "version": report.source.version,
+        "parameters": report.source.num_parameters, "files": report.files, "weight_bytes": report.num_bytes,
+        "largest_difference": report.difference, "share_of_largest_logit": report.share, "limit": report.limit,
+        "notes": report.notes, "time_s": round(elapsed, 2),
+    }  # fmt: skip
 
 
 def _dry_run(src: Path, options: "Options", as_json: bool) -> None:

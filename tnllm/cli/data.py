@@ -7,8 +7,7 @@ from typing import Any
 
 import typer
 
-from tnllm.cli import data_clean
-from tnllm.cli.options import OnError, counts, examples
+from tnllm.cli import data_clean, options
 from tnllm.errors import UserError
 from tnllm.tables import print_json
 
@@ -16,7 +15,7 @@ app = typer.Typer(
     help="Prepare and inspect training data.",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    epilog=examples(
+    epilog=options.examples(
         "tnllm data clean data/sample -o clean-out",
         "tnllm data tokenize clean-out/clean -o tokens",
         "tnllm data inspect tokens --verify",
@@ -39,23 +38,19 @@ class Sample(StrEnum):
     dirty = "dirty-sample"
 
 
-@app.command(epilog=examples("tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer"))
+@app.command(epilog=options.examples("tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer"))
 def tokenize(
-    inputs: list[str] = typer.Argument(
-        ..., help="Text, JSON Lines, parquet or WARC files, folders or URLs of them, or sample."
-    ),
+    inputs: list[str] = options.CORPUS,
     out: str = typer.Option(..., "--out", "-o", help="Folder or URL for the shards; run again to resume after a stop."),
-    tokenizer: Path | None = typer.Option(
-        None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
-    ),
-    field: str = typer.Option("text", help="Field or column that holds the text."),
+    tokenizer: Path | None = options.TOKENIZER,
+    field: str = options.FIELD,
     split_on: SplitOn = typer.Option(SplitOn.none, help="Cut text files into documents; none: one a file."),
     val_fraction: float = typer.Option(0.01, help="Share of the documents held out for validation."),
     bos: bool = typer.Option(False, "--bos", help="Begin every document with the begin token."),
-    on_error: OnError = typer.Option(OnError.stop, help="At a document that cannot be read."),
+    on_error: options.OnError = typer.Option(options.OnError.stop, help="At a document that cannot be read."),
     workers: int | None = typer.Option(None, min=1, help="Processes. [default: by cores and corpus size]"),
     shard_tokens: str = typer.Option("100M", help="Tokens per shard, such as 100M."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Start over if the folder holds other shards."),
+    overwrite: bool = options.OVERWRITE,
 ) -> None:
     """Turn a corpus into memory-mapped token shards with a manifest; a stopped run resumes."""
     from tnllm import assets
@@ -69,14 +64,14 @@ def tokenize(
     from tnllm.tokenizer import Tokenizer
 
     start = time.monotonic()
-    options = Options(field, split_on.value, val_fraction, bos)
+    reading = Options(field, split_on.value, val_fraction, bos)
     folder = begin_output(out, inputs)
     with corpus_progress("tokenize") as report:
         manifest = tokenize_corpus(
             find_sources(inputs),
             folder,
             Tokenizer.load(assets.tokenizer_model(tokenizer)),
-            options,
+            reading,
             on_error=on_error.value,
             workers=workers,
             shard_tokens=max(1, parse_count(shard_tokens, "--shard-tokens")),
@@ -91,23 +86,21 @@ def tokenize(
             f"{manifest.total('tokens', split):>16,} tokens {manifest.total('text_bytes', split):>16,} bytes"
         )
     skipped = manifest.skipped
-    left_out = (
-        f", left out {skipped['empty']} empty and {skipped['bad']} bad documents" if any(skipped.values()) else ""
-    )
+    left_out = f", left out {skipped['empty']} empty and {skipped['bad']} bad documents"
     count = len(manifest.shards)
-    print(f"{out}: {count} shard{'s' * (count != 1)} in {seconds}{left_out}")
+    print(f"{out}: {count} shard{'s' * (count != 1)} in {seconds}{left_out * any(skipped.values())}")
 
 
-@app.command(epilog=examples("tnllm data inspect tokens --verify", "tnllm data inspect web.jsonl.zst --json"))
+@app.command(epilog=options.examples("tnllm data inspect tokens --verify", "tnllm data inspect web.jsonl.zst --json"))
 def inspect(
     source: str = typer.Argument(
         ..., metavar="PATH", help="A folder of token shards or of a cleaning run, corpus files, sample or dirty-sample."
     ),
-    field: str = typer.Option("text", help="Field or column that holds the text of a corpus."),
+    field: str = options.FIELD,
     samples: int = typer.Option(2, min=0, help="Show the start of this many documents."),
     verify: bool = typer.Option(False, "--verify", help="Compare every shard with its hash."),
     reason: str | None = typer.Option(None, help="Of a cleaning run: show documents rejected for this step or reason."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    as_json: bool = options.AS_JSON,
 ) -> None:
     """Count what token shards, a cleaning run or a corpus holds, and show some of it."""
     path = Path(source)
@@ -134,12 +127,10 @@ def inspect(
         _show(summary)
 
 
-@app.command(epilog=examples("tnllm data sample -o corpus", "tnllm data sample dirty-sample -o dirty"))
+@app.command(epilog=options.examples("tnllm data sample -o corpus", "tnllm data sample dirty-sample -o dirty"))
 def sample(
     name: Sample = typer.Argument(Sample.sample, help="Which corpus that ships."),
-    out: Path = typer.Option(
-        ..., "--out", "-o", help="Folder for its files; files of the same names must not be there."
-    ),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for its files, which must not be there."),
 ) -> None:
     """Write a corpus that ships, as plain JSON Lines with its licences. Every data command also takes its name."""
     from tnllm.data.sample import write_sample
@@ -148,18 +139,18 @@ def sample(
         print(path)
 
 
-@app.command(epilog=examples("tnllm data synth mqar -o mqar --seq-len 64 --pairs 4 --vocab 256"))
+@app.command(epilog=options.examples("tnllm data synth mqar -o mqar --seq-len 64 --pairs 4 --vocab 256"))
 def synth(
     task: str = typer.Argument(..., help="mqar, recall, fuzzy, noisy or copy."),
-    out: Path = typer.Option(..., "--out", "-o", help="Folder for the shards; run again to resume after a stop."),
+    out: Path = options.OUT,
     rows: int = typer.Option(20_000, help="Rows to train on."),
     val_rows: int = typer.Option(1_000, help="Rows held out for validation."),
     seq_len: int = typer.Option(128, help="Tokens of a row; data.seq_len must be a multiple."),
     pairs: str = typer.Option("8", help="Keys of a row; tokens to copy. 4,8,16: of each in turn."),
     vocab: int | None = typer.Option(None, help="Ids are below this number. [default: the tokenizer's pieces]"),
-    tokenizer: Path | None = typer.Option(None, help="Gives vocabulary and end token. [default: tnllm-8k]"),
+    tokenizer: Path | None = options.TOKENIZER,
     seed: int = typer.Option(0, min=0, help="Of the rows; training and validation never share one."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Start over if the folder holds other shards."),
+    overwrite: bool = options.OVERWRITE,
 ) -> None:
     """Write a synthetic task of recall as token shards of which only the answers are labels."""
     from tnllm import assets
@@ -168,7 +159,9 @@ def synth(
     from tnllm.tokenizer import Tokenizer
 
     loaded = Tokenizer.load(assets.tokenizer_model(tokenizer))
-    kinds = [Task(task, seq_len, count, vocab or loaded.vocab_size) for count in counts(pairs, "--pairs", "4,8,16")]
+    kinds = [
+        Task(task, seq_len, count, vocab or loaded.vocab_size) for count in options.counts(pairs, "--pairs", "4,8,16")
+    ]
     with corpus_progress(task) as report:
         manifest = write_task(out, kinds, loaded, rows, val_rows, seed, overwrite=overwrite, report=report)
     for split in ("train", "val"):

@@ -3,14 +3,13 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from tnllm.cli.options import DEVICE, OVERWRITE, examples
+from tnllm.cli import options
 from tnllm.errors import UserError
 from tnllm.files import check_output_file
 from tnllm.tables import print_json
@@ -24,31 +23,27 @@ class Executor(StrEnum):
     ray = "ray"
 
 
-CLEAN_EPILOG = examples("tnllm data clean data/sample -o clean-out", "tnllm data clean web/ -o out --workers 8")
-DEDUP_EPILOG = examples("tnllm data dedup web.jsonl.zst -o unique --threshold 0.7 --pairs pairs.tsv")
-SELF_CLEAN_EPILOG = examples("tnllm data self-clean clean-out/clean -o better --set self_clean.rounds=2")
-SCORE_EPILOG = examples("tnllm data score web.jsonl --model runs/tiny -o scores.jsonl")
+CLEAN_EPILOG = options.examples("tnllm data clean data/sample -o clean-out", "tnllm data clean web/ -o out --workers 8")
+DEDUP_EPILOG = options.examples("tnllm data dedup web.jsonl.zst -o unique --threshold 0.7 --pairs pairs.tsv")
+SELF_CLEAN_EPILOG = options.examples("tnllm data self-clean clean-out/clean -o better --set self_clean.rounds=2")
+SCORE_EPILOG = options.examples("tnllm data score web.jsonl --model runs/tiny -o scores.jsonl")
 
 
 def clean(
     inputs: list[str] = typer.Argument(
         None, help="A recipe (.yaml, or a packaged name such as data/sample), or files and folders, or both."
     ),
-    out: str | None = typer.Option(
-        None, "--out", "-o", help="Folder or URL for the result; run again to resume after a stop."
-    ),
-    sets: list[str] = typer.Option([], "--set", help="Override a key: --set dedup.threshold=0.7. Repeatable."),
-    workers: int | None = typer.Option(
-        None, min=1, help="Processes, or tasks at a time on a cluster. [default: cores]"
-    ),
+    out: str | None = typer.Option(None, "--out", "-o", help="Folder or URL for the result; run again to resume."),
+    sets: list[str] = options.SETS,
+    workers: int | None = typer.Option(None, min=1, help="Processes, or tasks at a time on a cluster. Default: cores."),
     executor: Executor = typer.Option(Executor.local, help="Where tasks run; slurm submits them and returns."),
-    device: str = typer.Option("auto", help="Of the self-cleaning model: auto, cpu, cuda or cuda:N."),
+    device: str = options.DEVICE,
     keep_rejected: bool | None = typer.Option(
         None, "--keep-rejected/--drop-rejected", help="Keep rejected documents, with reasons. [default: by the recipe]"
     ),
     prune: bool = typer.Option(False, "--prune", help="Remove the intermediate files at the end."),
-    overwrite: bool = OVERWRITE,
-    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.AS_JSON,
     keys: bool = typer.Option(False, "--keys", help="Print every key of a recipe with its meaning and stop."),
 ) -> None:
     """Clean a corpus: repair, filter, drop duplicates, evaluation text, and what a model finds unlikely."""
@@ -68,24 +63,20 @@ def clean(
 
 
 def dedup(
-    inputs: list[str] = typer.Argument(..., help="Text, JSON Lines, parquet or WARC files, or folders of them."),
-    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to resume after a stop."),
+    inputs: list[str] = options.CORPUS,
+    out: Path = options.OUT,
     threshold: float = typer.Option(0.8, help="Jaccard similarity of n-grams; 1: exact duplicates only."),
-    field: str = typer.Option("text", help="Field or column that holds the text."),
-    id_field: str = typer.Option("id", help="Field that names a document; without it file:line does."),
+    field: str = options.FIELD,
+    id_field: str = options.ID_FIELD,
     words: int = typer.Option(5, help="Words in an n-gram."),
     characters: int = typer.Option(5, help="Characters in an n-gram of Chinese, Japanese or Korean text."),
     verify: str = typer.Option("exact", help="exact, or estimate: trust MinHash without comparing the texts."),
     memory_mb: float = typer.Option(1024, help="Most memory for matching; more documents take more passes."),
-    pairs: Path | None = typer.Option(
-        None, help="Write near-duplicate pairs here: two ids and their similarity (TSV)."
-    ),
-    truth: Path | None = typer.Option(
-        None, help="Labelled pairs (TSV: two ids, perhaps a similarity); prints a score."
-    ),
+    pairs: Path | None = typer.Option(None, help="Write near-duplicate pairs here (TSV: two ids, their similarity)."),
+    truth: Path | None = typer.Option(None, help="Labelled pairs (TSV: two ids, perhaps a similarity) to score by."),
     workers: int | None = typer.Option(None, min=1, help="Processes. [default: cores]"),
-    overwrite: bool = OVERWRITE,
-    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
+    overwrite: bool = options.OVERWRITE,
+    as_json: bool = options.AS_JSON,
 ) -> None:
     """Drop exact and near duplicates only; texts stay as they are."""
     from pydantic import ValidationError
@@ -114,10 +105,10 @@ def dedup(
 
 def self_clean(
     inputs: list[str] = typer.Argument(..., help="A cleaning recipe, files, folders, or both."),
-    out: Path = typer.Option(..., "--out", "-o", help="Folder for the result; run again to resume after a stop."),
-    sets: list[str] = typer.Option([], "--set", help="Override a key: --set self_clean.drop_highest=0.05. Repeatable."),
-    device: str = DEVICE,
-    as_json: bool = typer.Option(False, "--json", help="Print the report as one JSON object."),
+    out: Path = options.OUT,
+    sets: list[str] = options.SETS,
+    device: str = options.DEVICE,
+    as_json: bool = options.AS_JSON,
 ) -> None:
     """Train a small model on a corpus, drop what it finds unlikely, repeat; needs no extra, so it runs on a GPU node."""
     from tnllm.cleaning.recipe import load_clean_recipe
@@ -131,18 +122,14 @@ def self_clean(
 
 
 def score(
-    inputs: list[str] = typer.Argument(..., help="Text, JSON Lines, parquet or WARC files, or folders of them."),
-    model: Path | None = typer.Option(
-        None, help="Run or weights folder, or hf://ORG/NAME. [default: the shipped model]"
-    ),
+    inputs: list[str] = options.CORPUS,
+    model: Path | None = options.MODEL,
     out: Path | None = typer.Option(None, "--out", "-o", help="File for the scores (JSON Lines). [default: stdout]"),
-    field: str = typer.Option("text", help="Field or column that holds the text."),
-    id_field: str = typer.Option("id", help="Field that names a document; without it file:line does."),
-    label_field: str | None = typer.Option(
-        None, help="Field with label 0 or 1: also print how well scores separate them."
-    ),
-    device: str = DEVICE,
-    dtype: str = typer.Option("auto", help="auto, float32 or bfloat16."),
+    field: str = options.FIELD,
+    id_field: str = options.ID_FIELD,
+    label_field: str | None = typer.Option(None, help="Field with label 0 or 1, which the scores are to separate."),
+    device: str = options.DEVICE,
+    dtype: str = options.DTYPE,
 ) -> None:
     """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""
     from tnllm.cleaning.score import score_texts
@@ -214,19 +201,26 @@ def _split(inputs: list[str]) -> tuple[str | None, list[str]]:
     return (recipes[0] if recipes else None), [name for name in inputs if name not in recipes]
 
 
-def _run(
-    settings: Any, out: str | Path, workers: int | None, executor: Executor, as_json: bool, **options: Any
-) -> None:
+def _run(settings: Any, out: str | Path, workers: int | None, executor: Executor, as_json: bool, **how: Any) -> None:
     from tnllm.cleaning.report import HTML, JSON
     from tnllm.cleaning.run import clean as run_clean
     from tnllm.data.tokenize import num_cores
     from tnllm.data.upload import begin_output, finish_output
-    from tnllm.files import format_duration
+    from tnllm.files import format_count, format_duration
+    from tnllm.progress import Progress
 
     start = time.monotonic()
     folder = begin_output(out, settings.input.path)
-    with _watching() as watch:
-        report = run_clean(settings, folder, workers or num_cores(), watch, executor.value, **options)
+    with Progress() as progress:
+
+        def watch(now: Any) -> None:
+            if now.total_bytes:
+                amounts = (now.num_bytes, now.total_bytes, f"{format_count(now.documents)} documents", "bytes")
+            else:
+                amounts = (now.done, now.tasks, "", "tasks")
+            progress.update(f"clean: {now.stage}", *amounts)
+
+        report = run_clean(settings, folder, workers or num_cores(), watch, executor.value, **how)
     if report is None:
         print(
             f"submitted to Slurm; when the jobs are done, run the same command again for the rest ({folder}/work/*/logs)"
@@ -248,25 +242,6 @@ def _print(report: dict[str, Any], as_json: bool) -> None:
         print_json(report)
     else:
         print(render(report))
-
-
-@contextmanager
-def _watching() -> Iterator[Any]:
-    """A callback that shows the progress of each stage on stderr."""
-    from tnllm.files import format_count
-    from tnllm.progress import Progress
-
-    with Progress() as progress:
-
-        def watch(now: Any) -> None:
-            stage = f"clean: {now.stage}"
-            if now.total_bytes:
-                documents = f"{format_count(now.documents)} documents"
-                progress.update(stage, now.num_bytes, now.total_bytes, documents, "bytes")
-            else:
-                progress.update(stage, now.done, now.tasks, unit="tasks")
-
-        yield watch
 
 
 def _list_pairs(out: Path, path: Path | None, truth: Path | None, known: set[frozenset[str]] | None) -> None:
@@ -316,8 +291,7 @@ def show_run(folder: Path, reason: str | None, samples: int, as_json: bool) -> N
     from tnllm.cleaning.report import read_report, rejected_samples
 
     if reason is None:
-        report = read_report(folder)
-        _print(report, as_json)
+        _print(read_report(folder), as_json)
         return
     for record in rejected_samples(folder, reason, samples):
         if as_json:

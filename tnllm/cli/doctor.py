@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from tnllm.cli.options import examples
+from tnllm.cli.options import AS_JSON, examples
 from tnllm.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ class Check:
     remedy: str = ""
 
 
-def command(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+def command(as_json: bool = AS_JSON) -> None:
     """Check this installation: versions, GPUs, disk, extras, packaged files, the kernels' paths, and the attention itself.
 
     Exit 0 if usable, 1 with what is wrong.

@@ -4,18 +4,16 @@ from typing import Any
 
 import typer
 
-from tnllm.cli.options import examples
+from tnllm.cli.options import RECIPE, SETS, examples
 from tnllm.errors import UserError
 
 EPILOG = examples("tnllm estimate 1b --gpu h100 --mfu 0.45")
 
 
 def command(
-    recipe: str = typer.Argument(help="A recipe file, or the name of one that ships."),
-    sets: list[str] = typer.Option([], "--set", help="Change a key: section.key=value. May be repeated."),
-    gpu: str | None = typer.Option(
-        None, help="Say whether a rank fits: h200, h100, a100-80g, a100-40g, l40s, rtx4090."
-    ),
+    recipe: str = RECIPE,
+    sets: list[str] = SETS,
+    gpu: str | None = typer.Option(None, help="Does a rank fit? h200, h100, a100-80g, a100-40g, l40s or rtx4090."),
     memory_gib: float | None = typer.Option(None, help="Say whether a rank fits into this many GiB."),
     seq_len: int | None = typer.Option(None, help="Another row length; rows per pass change so that tokens stay."),
     tokens_per_s: float | None = typer.Option(None, help="Give the time at this many tokens/s over all ranks."),

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from tnllm.cli import options
 from tnllm.cli.evaluation_view import (
     quiet_libraries,
     quiet_transformers,
@@ -15,22 +16,12 @@ from tnllm.cli.evaluation_view import (
     show_results,
     show_tasks,
 )
-from tnllm.cli.options import (
-    DEVICE,
-    check_choice,
-    check_outputs,
-    examples,
-    lengths,
-    log_default_model,
-    panel,
-    write_outputs,
-)
 from tnllm.errors import CheckFailed, UserError
 from tnllm.files import check_output_file, check_output_folder, only_writer
 from tnllm.progress import Progress, log
 from tnllm.tables import print_json
 
-EXAMPLES = examples(
+EXAMPLES = options.examples(
     "tnllm eval --tasks mmlu,ceval",
     "tnllm eval --model runs/tiny --tasks piqa --data-dir data",
     "tnllm eval ls",
@@ -40,7 +31,7 @@ EXAMPLES = examples(
     "tnllm eval niah --lengths 512,1k",
 )
 app = typer.Typer(rich_markup_mode="rich", epilog=EXAMPLES)
-_prompt, _compute, _output = map(panel, ("Prompts", "Computing", "Output"))
+_prompt, _compute, _output = map(options.panel, ("Prompts", "Computing", "Output"))
 
 
 @app.callback(invoke_without_command=True, epilog=EXAMPLES)
@@ -49,17 +40,13 @@ def run(
     tasks: str | None = typer.Option(
         None, "--tasks", "-t", help="Names with commas; `tnllm eval ls` lists them, tnl-paper is the paper's tables."
     ),
-    model: str | None = typer.Option(
-        None, help="Run, step or weights folder, or hf://ORG/NAME. Default: the model that ships with tnllm."
-    ),
-    data_dir: Path | None = typer.Option(
-        None, help="Folder of evaluation sets. Default: the samples that ship with tnllm."
-    ),
+    model: str | None = options.MODEL,
+    data_dir: Path | None = options.DATA_DIR,
     online: bool = typer.Option(False, "--online", help="Download each task's data from the Hugging Face hub instead."),
-    include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
+    include_path: Path | None = options.INCLUDE_PATH,
     limit: float | None = typer.Option(None, help="Only the first N questions of each task, or a share below 1."),
     num_fewshot: int | None = _prompt(
-        None, "--num-fewshot", "-n", min=0, help="Examples before each question. Default: the task's."
+        None, "--num-fewshot", "-n", min=0, help="Few-shot examples. Default: the task's."
     ),
     apply_chat_template: bool = _prompt(False, "--apply-chat-template", help="Put prompts into the model's turns."),
     fewshot_as_multiturn: bool = _prompt(True, help="With a chat template: each example as separate turns."),
@@ -67,17 +54,13 @@ def run(
     gen_kwargs: str | None = _prompt(None, help="For tasks that generate, such as temperature=0.5,do_sample=True."),
     seed: int = _prompt(1234, min=0, help="For randomly chosen examples and for sampling."),
     batch_size: str = _compute("auto", help="auto, or the most texts computed together."),
-    batch_tokens: int | None = _compute(
-        None, min=1, help="Most tokens computed together. Default: 4096 on CPU, 32768 on a GPU."
-    ),
+    batch_tokens: int | None = _compute(None, min=1, help="Most tokens together. Default 4096 on CPU, 32768 on a GPU."),
     share_prefix: bool = _compute(True, help="Read a prefix that prompts share once and fork its state."),
     use_cache: bool = _compute(False, "--use-cache", help="Keep answers on disk, so that a stopped run resumes."),
     cache_dir: Path | None = _compute(None, help="Where --use-cache keeps them. Default: ~/.cache/tnllm/eval."),
     device: str = _compute("auto", help="auto, cpu, cuda or cuda:N."),
     dtype: str = _compute("auto", help="auto (float32 on CPU), float32 or bfloat16."),
-    out: Path | None = _output(
-        None, "--out", "-o", "--output-path", help="Folder for results_*.json, as lm-eval writes it."
-    ),
+    out: Path | None = _output(None, "--out", "-o", "--output-path", help="Folder for results_*.json, as lm-eval's."),
     log_samples: bool = _output(False, "--log-samples", help="With --out: every question, prompt and answer."),
     subtasks: bool = _output(False, "--subtasks", help="Show every subject."),
     as_json: bool = _output(False, "--json", help="Print the results file instead of a table."),
@@ -89,8 +72,7 @@ def run(
         raise UserError("no tasks; give --tasks mmlu,ceval or others of `tnllm eval ls`")
     if log_samples and out is None:
         raise UserError("--log-samples writes files; say where with --out DIR")
-    _check_data_dir(data_dir, online)
-    _check_include_path(include_path)
+    _check_folders(data_dir, include_path, online)
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise UserError(f"--batch-size is {batch_size!r}; allowed: auto, or a number from 1")
     log("loading")
@@ -107,7 +89,7 @@ def run(
     if out is not None:
         check_output_folder(out, "--out")
     loaded = load_tasks(choose(names, num_fewshot, log, include_path), data_dir, online, log)
-    log_default_model(model)
+    options.log_default_model(model)
     folder = (cache_dir or Path.home() / ".cache" / "tnllm" / "eval") if use_cache or cache_dir else None
     with Progress() as progress:
         lm = TransNormerLM(
@@ -134,25 +116,25 @@ def run(
         log(f"results in {write_results(out, results, log_samples)}")
 
 
-@app.command("ls", epilog=examples("tnllm eval ls", "tnllm eval ls 'arc*'", "tnllm eval ls --data-dir data"))
+@app.command("ls", epilog=options.examples("tnllm eval ls", "tnllm eval ls 'arc*'", "tnllm eval ls --data-dir data"))
 def list_tasks(
     pattern: str | None = typer.Argument(None, help="Search all of lm-evaluation-harness; * and ? match anything."),
     data_dir: Path | None = typer.Option(None, help="Say which sets are in this folder."),
-    include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    include_path: Path | None = options.INCLUDE_PATH,
+    as_json: bool = options.AS_JSON,
 ) -> None:
     """List the tasks with offline data, or search all names."""
     if pattern is not None:
         quiet_libraries([], online=False)
         from tnllm.evaluation.tasks import search
 
-        _check_include_path(include_path)
+        _check_folders(None, include_path)
         names = search(pattern, include_path)
         print(json.dumps(names) if as_json else "\n".join(names))
         return
     from tnllm.evaluation.cards import load_cards
 
-    _check_data_dir(data_dir, False)
+    _check_folders(data_dir)
     rows = [
         {
             "task": card.name, "title": card.title, "aliases": card.aliases, "questions": card.questions,
@@ -168,13 +150,13 @@ def list_tasks(
 
 
 @app.command(
-    "compare", epilog=examples("tnllm eval compare evals/a evals/b", "tnllm eval compare evals/a --paper 385m")
+    "compare", epilog=options.examples("tnllm eval compare evals/a evals/b", "tnllm eval compare evals/a --paper 385m")
 )
 def compare_results(
     first: Path = typer.Argument(..., help="results_*.json, or a folder: its newest."),
     second: Path | None = typer.Argument(None, help="A second one."),
     paper: str | None = typer.Option(None, help="Compare with the paper's model: 385m, 1b, 7b or 15b."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: bool = options.AS_JSON,
 ) -> None:
     """Compare two results, or one with the paper's table."""
     from tnllm.evaluation.compare import compare, differences, read_results
@@ -192,23 +174,23 @@ def compare_results(
             log(note)
 
 
-@app.command("ppl", epilog=examples("tnllm eval ppl book.txt", "tnllm eval ppl web.jsonl --window 2048 --json"))
+@app.command("ppl", epilog=options.examples("tnllm eval ppl book.txt", "tnllm eval ppl web.jsonl --window 2048 --json"))
 def file_perplexity(
     file: Path = typer.Argument(..., help="Text, JSON Lines or parquet."),
-    model: str | None = typer.Option(None, help="As for tnllm eval."),
-    field: str = typer.Option("text", help="Field or column that holds the text."),
+    model: str | None = options.MODEL,
+    field: str = options.FIELD,
     window: int | None = typer.Option(None, min=1, help="Also score independent windows of this many tokens."),
-    batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
-    device: str = DEVICE,
-    dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    batch_tokens: int | None = options.BATCH_TOKENS,
+    device: str = options.DEVICE,
+    dtype: str = options.DTYPE,
+    as_json: bool = options.AS_JSON,
 ) -> None:
     """Perplexity of a file: each document read in full, its state carried from start to end."""
     from tnllm.cli.evaluation_view import show_perplexity
     from tnllm.evaluation.perplexity import perplexity
     from tnllm.generation.loading import load
 
-    log_default_model(model)
+    options.log_default_model(model)
     texts = _texts(file, field)
     ready = load(model, device, dtype)
     with Progress() as progress:
@@ -221,7 +203,9 @@ def file_perplexity(
 
 @app.command(
     "niah",
-    epilog=examples("tnllm eval niah --lengths 512,1k", "tnllm eval niah --haystack book.txt --depths 0,50,100 --json"),
+    epilog=options.examples(
+        "tnllm eval niah --lengths 512,1k", "tnllm eval niah --haystack book.txt --depths 0,50 --json"
+    ),
 )
 def needle(
     lengths_: str = typer.Option(
@@ -229,32 +213,30 @@ def needle(
     ),
     depths: str = typer.Option("0,25,50,75,100", help="Where the needle stands, in per cent of the text."),
     samples: int = typer.Option(8, "--samples", "-n", min=1, help="Prompts for each length and depth."),
-    model: str | None = typer.Option(None, help="As for tnllm eval."),
-    haystack: Path | None = typer.Option(
-        None, help="File whose sentences are the haystack, as for eval ppl. Default: made up."
-    ),
+    model: str | None = options.MODEL,
+    haystack: Path | None = typer.Option(None, help="File whose sentences are the haystack. Default: made up."),
     seed: int = typer.Option(0, min=0, help="For numbers, cities and sentences."),
-    batch_tokens: int | None = typer.Option(None, min=1, help="Most tokens computed together."),
-    device: str = DEVICE,
-    dtype: str = typer.Option("auto", help="auto (float32 on CPU), float32 or bfloat16."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
-    csv: Path | None = typer.Option(None, help="Write the rows as CSV."),
+    batch_tokens: int | None = options.BATCH_TOKENS,
+    device: str = options.DEVICE,
+    dtype: str = options.DTYPE,
+    as_json: bool = options.AS_JSON,
+    csv: Path | None = options.CSV_FILE,
 ) -> None:
     """A needle in a haystack: find a number that the text gave long before, by length and depth."""
     from tnllm.evaluation.niah import FILLER, niah, split_sentences
 
-    sizes = sorted(set(lengths(lengths_, "--lengths")))
+    sizes = sorted(set(options.lengths(lengths_, "--lengths")))
     places = [part.strip() for part in depths.split(",")]
     if not all(part.isdecimal() and int(part) <= 100 for part in places):
         raise UserError(f"--depths is {depths!r}; write per cents from 0 to 100 with commas, such as 0,50,100")
-    check_outputs(csv)
+    options.check_outputs(csv)
     from tnllm.cli.evaluation_view import show_needles
     from tnllm.files import write_csv
     from tnllm.generation.loading import load
     from tnllm.modeling.weights import trained_length
 
     sentences = FILLER if haystack is None else split_sentences("\n\n".join(_texts(haystack, "text")))
-    log_default_model(model)
+    options.log_default_model(model)
     ready = load(model, device, dtype)
     trained = trained_length(ready.folder)
     if trained is not None and max(sizes) > trained:
@@ -266,27 +248,26 @@ def needle(
         print_json({"model": str(ready.folder), "seed": seed, "rows": rows})
     else:
         show_needles(rows)
-    write_outputs(rows, (csv, lambda found, file: write_csv(file, found)))
+    options.write_outputs(rows, (csv, lambda found, file: write_csv(file, found)))
 
 
-@app.command("check", epilog=examples("tnllm eval check --tasks openbookqa,piqa --data-dir data --limit 100"))
+@app.command("check", epilog=options.examples("tnllm eval check --tasks openbookqa,piqa --data-dir data --limit 100"))
 def check_against_harness(
     tasks: str = typer.Option(..., "--tasks", "-t", help="Multiple-choice tasks, with commas."),
-    model: str | None = typer.Option(None, help="As for tnllm eval."),
-    data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
-    include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
-    limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task (of each subject)."),
-    num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
+    model: str | None = options.MODEL,
+    data_dir: Path | None = options.DATA_DIR,
+    include_path: Path | None = options.INCLUDE_PATH,
+    limit: int | None = options.LIMIT,
+    num_fewshot: int | None = options.NUM_FEWSHOT,
     batch_size: int = typer.Option(8, min=1, help="Batch size of the hf model."),
     seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
-    device: str = DEVICE,
+    device: str = options.DEVICE,
     dtype: str = typer.Option("float32", help="float32 or bfloat16, both ways."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: bool = options.AS_JSON,
 ) -> None:
     """Answer the same questions through lm-eval's own hf model too, on the exported weights, and compare."""
-    _check_data_dir(data_dir, False)
-    _check_include_path(include_path)
-    check_choice("--dtype", dtype, ("float32", "bfloat16"))
+    _check_folders(data_dir, include_path)
+    options.check_choice("--dtype", dtype, ("float32", "bfloat16"))
     if not (names := _names(tasks)):
         raise UserError("no tasks; give --tasks openbookqa,piqa or others of `tnllm eval ls`")
     with quiet_transformers():
@@ -304,7 +285,7 @@ def check_against_harness(
         sets = load_each(choose(names, num_fewshot, log, include_path), data_dir, False, log)
         for loaded in sets.values():
             log_data(loaded, log)
-        log_default_model(model)
+        options.log_default_model(model)
 
         def export(source: Path, target: Path) -> None:
             log("writing the weights for transformers to a temporary folder")
@@ -328,22 +309,21 @@ def check_against_harness(
 
 
 @app.command(
-    "requests", epilog=examples("tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data")
+    "requests", epilog=options.examples("tnllm eval requests mmlu.npz.xz --tasks mmlu --num-fewshot 5 --data-dir data")
 )
 def save_requests(
     out: Path = typer.Argument(..., help="File to write, for tnllm bench-eval."),
     tasks: str = typer.Option(..., "--tasks", "-t", help="Multiple-choice tasks, with commas."),
-    num_fewshot: int | None = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before each question."),
-    data_dir: Path | None = typer.Option(None, help="Folder of evaluation sets. Default: the packaged samples."),
-    include_path: Path | None = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness."),
+    num_fewshot: int | None = options.NUM_FEWSHOT,
+    data_dir: Path | None = options.DATA_DIR,
+    include_path: Path | None = options.INCLUDE_PATH,
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or its folder. [default: the demo model's]"),
-    limit: int | None = typer.Option(None, min=1, help="Only the first N questions of each task."),
+    limit: int | None = options.LIMIT,
     seed: int = typer.Option(1234, min=0, help="For randomly chosen examples."),
 ) -> None:
     """Write the token requests of tasks to a file and count what sharing prefixes saves; needs no model."""
     check_output_file(out, "the output")
-    _check_data_dir(data_dir, False)
-    _check_include_path(include_path)
+    _check_folders(data_dir, include_path)
     names = _names(tasks)
     quiet_libraries(names, online=False)
     from tnllm import assets
@@ -373,18 +353,15 @@ def _texts(file: Path, field: str) -> list[str]:
     return [document.text for document in read_documents(find_files([file]), field, more=())]
 
 
-def _check_data_dir(data_dir: Path | None, online: bool) -> None:
+def _check_folders(data_dir: Path | None, include_path: Path | None = None, online: bool = False) -> None:
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(
             f"--data-dir {data_dir} is not a folder; `tnllm eval ls` says what it may hold and where to get it"
         )
     if data_dir is not None and online:
         raise UserError("--data-dir and --online were given; give one of them")
-
-
-def _check_include_path(folder: Path | None) -> None:
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--include-path {folder} is not a folder; give the folder of your task's YAML")
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path {include_path} is not a folder; give the folder of your task's YAML")
 
 
 def _gen_kwargs(text: str | None) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tnllm.cli.options import DEVICE, DTYPE, examples, log_default_model, panel
+from tnllm.cli.options import DEVICE, DTYPE, MODEL, examples, log_default_model, panel
 from tnllm.cli.streaming import Meter, print_batch, print_results, stream_text, write_batch
 from tnllm.errors import UserError
 from tnllm.files import check_output_file, is_special, sha256_file
@@ -33,31 +33,17 @@ _sampling, _input, _output, _state = map(panel, ("Sampling", "Input", "Output", 
 
 
 def command(
-    model: str | None = typer.Option(
-        None,
-        help="Run, step or weights folder, hf://ORG/NAME, or a folder of convert --to hf. Default: the model that ships.",
-    ),
+    model: str | None = MODEL,
     adapter: Path | None = typer.Option(None, help="A LoRA adapter's folder (PEFT's format) to merge into the model."),
-    prompt: str | None = _input(
-        None, "--prompt", "-p", help='Text to continue; "" starts from nothing, - reads stdin.'
-    ),
-    prompt_file: str | None = _input(
-        None, help="UTF-8 file to continue; - is stdin. One newline at its end is dropped."
-    ),
-    input: str | None = _input(
-        None, help='JSON Lines, {"prompt": ...} each, sampling options and an id are optional; - is stdin.'
-    ),
+    prompt: str | None = _input(None, "--prompt", "-p", help='Text to continue; "" is no text, - reads stdin.'),
+    prompt_file: str | None = _input(None, help="UTF-8 file to continue, less a newline at its end; - is stdin."),
+    input: str | None = _input(None, help='JSON Lines: {"prompt": ...}, options and an id as you like; - is stdin.'),
     chat: bool = _input(False, "--chat", help="Talk in turns; /save and /load by name, /reset, /exit."),
     chat_template: str | None = _input(None, help=r"Turn format with {prompt}; \n is a newline. Default: the model's."),
     max_tokens: int | None = _sampling(
-        None,
-        "--max-tokens",
-        "--max-new-tokens",
-        help="Most tokens to generate; 0 only reads. Default: the model's, or 256.",
+        None, "--max-tokens", "--max-new-tokens", help="Most tokens; 0 only reads. Default: the model's, or 256."
     ),
-    temperature: float | None = _sampling(
-        None, help="0 takes the most likely token. This and the rest default to the model's."
-    ),
+    temperature: float | None = _sampling(None, help="0 is the most likely token. All these default to the model's."),
     top_k: int | None = _sampling(None, help="Keep the k most likely tokens; 0 keeps all."),
     top_p: float | None = _sampling(None, help="Keep the most likely tokens whose probabilities sum to this."),
     min_p: float | None = _sampling(None, help="Drop tokens below this share of the top token's probability."),
@@ -70,9 +56,7 @@ def command(
     ignore_eos: bool = _sampling(False, "--ignore-eos", help="Continue after the end token."),
     output: Path | None = _output(None, help="Write the results of --input here; run again to resume after a stop."),
     json_: bool = _output(False, "--json", help="One JSON object per result; always so for --input."),
-    logprobs: int | None = _output(
-        None, help="With --json: log-probabilities, also those of the N most likely tokens."
-    ),
+    logprobs: int | None = _output(None, help="With --json: log-probabilities, also of the N most likely tokens."),
     echo: bool = _output(False, "--echo", help="Put the prompt before the text."),
     stream: bool = _output(True, help="Show the text as it comes."),
     state_in: Path | None = _state(None, help="Continue from a saved state."),
@@ -92,29 +76,17 @@ def command(
     flags = {"--prompt": prompt, "--prompt-file": prompt_file, "--input": input, "--chat": chat or None}
     source = _source({flag: value for flag, value in flags.items() if value is not None}, state_in)
     is_batch, is_chat, several = source == "--input", source == "--chat", n not in (None, 1)
-    for broken, message in (
-        (output and not is_batch, "--output is for --input; redirect stdout instead: tnllm generate ... > file"),
-        (
-            logprobs is not None and not (json_ or is_batch),
-            "--logprobs needs --json or --input; plain text cannot show them",
-        ),
-        (
-            state_out and (is_batch or several),
-            "--state-out saves the state of one text; it cannot be combined with --input or --n",
-        ),
-        (is_chat and (json_ or echo or several), "--chat cannot be combined with --json, --echo or --n"),
-        (
-            chat_template is not None and not is_chat,
-            "--chat-template is for --chat; write the complete text into the prompt instead",
-        ),
-    ):
-        if broken:
-            raise UserError(message)
-
-    _check_text("--prompt", prompt)
-    _check_text("--chat-template", chat_template)
-    for text in stop:
-        _check_text("--stop", text)
+    if output and not is_batch:
+        raise UserError("--output is for --input; redirect stdout instead: tnllm generate ... > file")
+    if logprobs is not None and not (json_ or is_batch):
+        raise UserError("--logprobs needs --json or --input; plain text cannot show them")
+    if state_out and (is_batch or several):
+        raise UserError("--state-out saves the state of one text; it cannot be combined with --input or --n")
+    if is_chat and (json_ or echo or several):
+        raise UserError("--chat cannot be combined with --json, --echo or --n")
+    if chat_template is not None and not is_chat:
+        raise UserError("--chat-template is for --chat; write the complete text into the prompt instead")
+    _check_text(("--prompt", prompt), ("--chat-template", chat_template), *(("--stop", text) for text in stop))
 
     from tnllm.generation.context import load_context, read_metadata, weights_hash
     from tnllm.generation.loading import load
@@ -247,15 +219,16 @@ def _check_output(path: Path | None, is_batch: bool, inputs: list[Path]) -> None
             check_output_file(part_path(path), "--output, until it is complete,", inputs)
 
 
-def _check_text(flag: str, text: str | None) -> None:
-    """Raise UserError for bytes of the command line that Python could not decode."""
-    try:
-        (text or "").encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{flag} holds bytes that are not {sys.getfilesystemencoding().upper()} (character {error.start}), so it is "
-            "in another encoding; set the terminal to UTF-8, or convert the text and give it by --prompt-file"
-        ) from None
+def _check_text(*given: tuple[str, str | None]) -> None:
+    """Raise UserError for bytes of the command line that Python could not decode; `given`: flags and their values."""
+    for flag, text in given:
+        try:
+            (text or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{flag} holds bytes that are not {sys.getfilesystemencoding().upper()} (character {error.start}), so it "
+                "is in another encoding; set the terminal to UTF-8, or convert the text and give it by --prompt-file"
+            ) from None
 
 
 def _read(file: str) -> bytes:

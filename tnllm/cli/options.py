@@ -14,16 +14,35 @@ from tnllm.progress import log
 
 CHARTS = (".png", ".svg", ".pdf")
 # Options that several commands share.
+AS_JSON = typer.Option(False, "--json", help="Print JSON.")
+BATCH_TOKENS = typer.Option(None, min=1, help="Most tokens computed together. Default: 4096 on CPU, 32768 on a GPU.")
+CORPUS = typer.Argument(help="Text, JSON Lines, parquet or WARC files, folders or URLs of them, or sample.")
+CSV_FILE = typer.Option(None, "--csv", help="Write the rows as CSV.")
+DATA_DIR = typer.Option(None, help="Folder of evaluation sets. Default: the samples that ship with tnllm.")
 DEVICE = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")
 DTYPE = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32 or bfloat16.")
+FIELD = typer.Option("text", help="Field or column that holds the text.")
+ID_FIELD = typer.Option("id", help="Field that names a document; without it file:line does.")
+INCLUDE_PATH = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness.")
+JSON_FILE = typer.Option(None, "--json", help="Write every figure as JSON.")
+LIMIT = typer.Option(None, min=1, help="Only the first N questions of each task (of each subject).")
 MAX_MINUTES = typer.Option(
     None,
     min=0.0,
     help="Minutes for all measurements: what is forecast not to fit is extrapolated or skipped, and named. "
     "Default 1 on a CPU (bench-scale: 5), 60 on a GPU.",
 )
+MODEL = typer.Option(None, help="Run, step or weights folder, or hf://ORG/NAME. Default: the model that ships.")
+NUM_FEWSHOT = typer.Option(
+    None, "--num-fewshot", "-n", min=0, help="Examples before each question. Default: the task's."
+)
+OUT = typer.Option(..., "--out", "-o", help="Folder for the result; run again to resume after a stop.")
+OVERWRITE = typer.Option(False, "--overwrite", help="Start over if the folder holds other results.")
+PLOT = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf).")
+RECIPE = typer.Argument(help="A recipe file, or the name of one that ships (`tnllm recipes list`).")
+SETS = typer.Option([], "--set", help="Change a key: --set section.key=value. Repeatable.")
 SOFTMAX_EVERY = typer.Option(0, min=0, help="Every Nth layer of TransNormerLLM has softmax attention; 0: none.")
-OVERWRITE = typer.Option(False, "--overwrite", help="Start over if the folder holds another run.")
+TOKENIZER = typer.Option(None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. Default: tnllm-8k.")
 
 
 class OnError(StrEnum):

@@ -22,9 +22,7 @@ def command(
     runs: list[Path] = typer.Argument(help="Run folders, or metrics.jsonl files."),
     output: Path = typer.Option(Path("loss.png"), "--output", "-o", help="File to write: .png, .pdf or .svg."),
     x: X = typer.Option(X.step, help="What the x axis counts."),
-    smooth: int | None = typer.Option(
-        None, min=0, help="Time constant of the smoothed loss in logged rows; 0: none. Default: by the run's length."
-    ),
+    smooth: int | None = typer.Option(None, min=0, help="Rows the loss is smoothed over; 0: none. Default: by length."),
 ) -> None:
     """Draw loss (raw, smoothed, validation), learning rate and tokens/s of runs. Needs the extra `plot`."""
     from tnllm.errors import UserError, did_you_mean

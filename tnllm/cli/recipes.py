@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from tnllm.cli.options import examples
+from tnllm.cli.options import AS_JSON, RECIPE, SETS, examples
 
 app = typer.Typer(
     help="Find recipes, read them, check them.",
@@ -15,11 +15,9 @@ app = typer.Typer(
     epilog=examples("tnllm recipes show 385m --doc"),
 )
 
-SET_HELP = "Change a key: section.key=value. May be repeated."
-
 
 @app.command("list", epilog=examples("tnllm recipes list --json"))
-def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+def list_recipes(as_json: bool = AS_JSON) -> None:
     """List the recipes that ship, smallest first."""
     from tnllm.files import format_count
     from tnllm.modeling.flops import count_parameters
@@ -61,10 +59,10 @@ def list_recipes(as_json: bool = typer.Option(False, "--json", help="Print JSON.
 
 @app.command("show", epilog=examples("tnllm recipes show 385m --doc > mine.yaml"))
 def show(
-    recipe: str = typer.Argument(help="A recipe file, or the name of one that ships."),
-    sets: list[str] = typer.Option([], "--set", help=SET_HELP),
+    recipe: str = RECIPE,
+    sets: list[str] = SETS,
     doc: bool = typer.Option(False, "--doc", help="Explain every key in a comment above it."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Print every key of a recipe with its value. What is printed is a recipe itself."""
     from tnllm.recipe import find_recipe, read_comment
@@ -81,7 +79,7 @@ def show(
 @app.command("check", epilog=examples("tnllm recipes check recipes/385m.yaml mine.yaml"))
 def check(
     recipes: list[str] = typer.Argument(help="Recipe files, or names of recipes that ship."),
-    sets: list[str] = typer.Option([], "--set", help=SET_HELP),
+    sets: list[str] = SETS,
     as_json: bool = typer.Option(False, "--json", help="Print JSON, one object for each recipe."),
 ) -> None:
     """Check that recipes would start: keys, values, model, adapter, tokenizer, template, data and tasks. Else exit 2."""

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from tnllm import hub
-from tnllm.cli.options import DEVICE, DTYPE, examples, log_default_model, panel
+from tnllm.cli.options import DEVICE, DTYPE, MODEL, examples, log_default_model, panel
 from tnllm.errors import RunError, UserError, optional_import
 from tnllm.files import check_output_folder, only_writer
 from tnllm.progress import log
@@ -22,27 +22,17 @@ _limits = panel("Limits")
 
 
 def command(
-    model: str | None = typer.Option(
-        None, help="Run, step or weights folder, or hf://ORG/NAME. Default: the model that ships with tnllm."
-    ),
+    model: str | None = MODEL,
     host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is every address of this machine."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
-    allowed_host: list[str] = typer.Option(
-        [], help="Another name this server may be called by in the Host header; may be repeated."
-    ),
+    allowed_host: list[str] = typer.Option([], help="Another name for it in the Host header. Repeatable."),
     name: str | None = typer.Option(None, help="Name of the model in the API. Default: that of its folder."),
-    adapter: list[str] = typer.Option(
-        [], help="NAME=FOLDER: a LoRA adapter, served as a model of that name beside the base; may be repeated."
-    ),
-    api_key: str | None = typer.Option(
-        None, help=f"Key that clients must send; better given as the variable {KEY_VARIABLE}."
-    ),
+    adapter: list[str] = typer.Option([], help="NAME=FOLDER: a LoRA adapter, a model beside the base. Repeatable."),
+    api_key: str | None = typer.Option(None, help=f"Key that clients must send; better the variable {KEY_VARIABLE}."),
     api_key_file: Path | None = typer.Option(
         None, help="File with more keys, one a line; # begins a comment. States belong to the key that made them."
     ),
-    cors_origin: list[str] = typer.Option(
-        [], help="Origin of web pages that may use this server, such as https://app.example; * is every page."
-    ),
+    cors_origin: list[str] = typer.Option([], help="Origin of pages that may use it, https://app.example; * is any."),
     log_requests: bool = typer.Option(False, "--log-requests", help="Write a line on stderr for each request."),
     slots: int | None = _limits(None, min=1, help="Texts decoded together. Default 32 on CPU, 256 on a GPU."),
     queue: int = _limits(512, min=1, help="Prompts that may wait; more get 429."),

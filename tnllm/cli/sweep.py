@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from tnllm.cli.options import examples
+from tnllm.cli.options import SETS, examples
 
 if TYPE_CHECKING:
     from tnllm.sweep.plan import Plan
@@ -18,21 +18,15 @@ EPILOG = examples(
 
 def command(
     file: Path = typer.Argument(help="A sweep file: groups of recipes, overrides, grids and seeds."),
-    out: Path | None = typer.Option(
-        None, help="Folder of the sweep; run again to continue. Default: runs/<file name>."
-    ),
+    out: Path | None = typer.Option(None, help="Its folder; run again to continue. Default: runs/<file name>."),
     jobs: int = typer.Option(1, min=1, help="Cells that run at once."),
-    sets: list[str] = typer.Option(
-        [], "--set", help="Override a key in every cell: --set data.path=CORPUS. Repeatable."
-    ),
+    sets: list[str] = SETS,
     limit_minutes: float | None = typer.Option(
-        None, min=0.0, help="End after this time: running cells save, and the next call continues them."
+        None, min=0.0, help="Save and end after this time; the next call continues."
     ),
     keep: bool = typer.Option(False, "--keep", help="Keep checkpoints and weights of finished cells."),
     list_cells: bool = typer.Option(False, "--list", help="Print the cells and stop; nothing runs."),
-    report: Path | None = typer.Option(
-        None, help="Run nothing: print the table in this folder (results.csv, curves.csv) and draw its charts there."
-    ),
+    report: Path | None = typer.Option(None, help="Run nothing: print this folder's table, draw its charts."),
 ) -> None:
     """Train the cells of a sweep file, each in a process of its own, and write one table of them."""
     from tnllm.errors import RunError, UserError
@@ -53,9 +47,7 @@ def command(
     from tnllm.sweep.run import run_sweep
 
     out = out or Path("runs") / file.stem
-    done = run_sweep(
-        plan, out, jobs, sets, None if limit_minutes is None else 60 * limit_minutes, lambda text: _say(text), keep
-    )
+    done = run_sweep(plan, out, jobs, sets, None if limit_minutes is None else 60 * limit_minutes, _say, keep)
     failed = _show(plan, out)
     if not done:
         _say("cells are open; run the same command again to continue")
@@ -85,10 +77,7 @@ def _show(plan: "Plan", folder: Path) -> int:
     lines = summarize(rows)
     table = [
         [
-            line.group,
-            line.choice,
-            format_count(line.tokens),
-            str(len(line.losses)),
+            line.group, line.choice, format_count(line.tokens), str(len(line.losses)),
             "failed" if line.loss is None else f"{line.loss:.4f}",
             "" if line.spread is None else f"{line.spread:.4f}",
             "" if not line.bits else f"{sum(line.bits) / len(line.bits):.4f}",
@@ -96,7 +85,7 @@ def _show(plan: "Plan", folder: Path) -> int:
             format_count(line.tokens_per_s),
         ]
         for line in lines
-    ]
+    ]  # fmt: skip
     columns = ["group", "choice", "tokens", "seeds", "val_loss", "spread", "val_bpb", "accuracy", "tokens/s"]
     print_table(columns, table, right=columns[2:])
     names = {row["cell"] for row in rows}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import OnError, examples
+from tnllm.cli.options import AS_JSON, CORPUS, FIELD, OnError, examples
 from tnllm.errors import UserError
 from tnllm.tables import print_json
 
@@ -23,12 +23,10 @@ app = typer.Typer(
 @app.command(epilog=examples("tnllm tokenizer train corpus/ --vocab-size 32000 -o my-tokenizer"))
 def train(
     context: typer.Context,
-    inputs: list[str] = typer.Argument(
-        ..., help="Text, JSON Lines, parquet or WARC files, folders of them, or sample."
-    ),
+    inputs: list[str] = CORPUS,
     out: Path = typer.Option(..., "--out", "-o", help="Folder for tokenizer.model."),
     vocab_size: int = typer.Option(32000, help="Number of tokens, the 256 fallback bytes included."),
-    field: str = typer.Option("text", help="Field or column that holds the text."),
+    field: str = FIELD,
     character_coverage: float = typer.Option(
         0.9995, help="Share of characters with a token of their own (0.98-1); the rest is spelled in bytes."
     ),
@@ -67,13 +65,11 @@ def train(
 
 @app.command(epilog=examples("tnllm tokenizer inspect my-tokenizer --text 'Hello world' --file sample.txt"))
 def inspect(
-    model: Path | None = typer.Argument(
-        None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. [default: tnllm-8k]"
-    ),
+    model: Path | None = typer.Argument(None, help="tokenizer.model, its folder, tnllm-8k (the default) or tnllm-64k."),
     text: str | None = typer.Option(None, help="Show the tokens of this text."),
     file: str | None = typer.Option(None, help="Count bytes per token over this text file or corpus."),
     field: str = typer.Option("text", help="Field or column of --file that holds the text."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    as_json: bool = AS_JSON,
 ) -> None:
     """Show a tokenizer's size and special ids, and how it splits a text."""
     from tnllm import assets

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tnllm.cli.options import examples
+from tnllm.cli.options import RECIPE, SETS, examples
 from tnllm.progress import log
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ EPILOG = examples(
 
 
 def command(
-    recipe: str = typer.Argument(..., help="A recipe file, or the name of a packaged one (`tnllm recipes list`)."),
-    sets: list[str] = typer.Option([], "--set", help="Override a key: --set train.max_steps=50. Repeatable."),
+    recipe: str = RECIPE,
+    sets: list[str] = SETS,
     out: Path | None = typer.Option(None, help="Run folder. Default: runs/<recipe name>."),
     init: str | None = typer.Option(
         None, help="Start from these weights: a weights or run folder, hf://ORG/NAME, or `packaged`; sets train.init."
@@ -36,12 +36,8 @@ def command(
         "--allow-data-change",
         help="Resume although data, seed or row length changed; says where reading starts.",
     ),
-    force_unlock: bool = typer.Option(
-        False, "--force-unlock", help="Ignore the lock that another machine left in the run folder."
-    ),
-    profile: bool = typer.Option(
-        False, "--profile", help="Profile three steps into the run's profile/; sets log.profile_steps."
-    ),
+    force_unlock: bool = typer.Option(False, "--force-unlock", help="Ignore the lock that another machine left there."),
+    profile: bool = typer.Option(False, "--profile", help="Profile three steps into profile/ (log.profile_steps)."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan and stop; nothing is allocated."),
     world_size: int | None = typer.Option(None, min=1, help="With --dry-run: plan for this many ranks."),
 ) -> None:
