@@ -20,7 +20,7 @@ CORPUS = typer.Argument(help="Text, JSON Lines, parquet or WARC files, folders o
 CSV_FILE = typer.Option(None, "--csv", help="Write the rows as CSV.")
 DATA_DIR = typer.Option(None, help="Folder of evaluation sets. Default: the samples that ship with tnllm.")
 DEVICE = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")
-DTYPE = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32 or bfloat16.")
+DTYPE = typer.Option("auto", help="Of the weights: auto (float32 on CPU), float32, bfloat16, or on a CPU int8.")
 FIELD = typer.Option("text", help="Field or column that holds the text.")
 ID_FIELD = typer.Option("id", help="Field that names a document; without it file:line does.")
 INCLUDE_PATH = typer.Option(None, help="Folder of your own tasks, as YAML of lm-evaluation-harness.")

@@ -100,7 +100,7 @@ class TransNormerLM(TemplateLM):
 
     @property
     def _dtype(self) -> str:
-        return str(self.ready.model.head_weight.dtype).removeprefix("torch.")
+        return self.ready.model.dtype_name
 
     @property
     def eot_token_id(self) -> int:

@@ -20,7 +20,7 @@ from tnllm.generation.sampler import SamplingParams
 from tnllm.modeling.cpu_step import pack_weights
 from tnllm.modeling.lora import merge_adapter, read_adapter
 from tnllm.modeling.model import LanguageModel
-from tnllm.modeling.weights import GENERATION, load_model, resolve_model
+from tnllm.modeling.weights import GENERATION, load_model, read_config, resolve_model
 from tnllm.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,13 +61,18 @@ def load(
     """Load a weights folder, run folder or hub name; `adapter`, a folder in PEFT's format, is merged into it.
 
     device: auto (the GPU where there is one), cpu, cuda or cuda:N. dtype: auto (float32 on CPU, the stored one on
-    a GPU), float32 or bfloat16. Raises UserError for anything else and for folders that hold no model.
+    a GPU), float32, bfloat16, or on a CPU int8 (`tnllm.modeling.int8`). Raises UserError for anything else and for folders
+    that hold no model.
     """
     where = pick_device(device)
-    if dtype not in ("auto", *DTYPES):
+    if dtype not in ("auto", *DTYPES, "int8"):
         # Attention has no scale by design and overflows float16's range.
-        raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}, int8")
+    if dtype == "int8" and where.type != "cpu":
+        raise UserError(f"--dtype int8 is for a CPU, and the device is {where}; give --device cpu, or --dtype bfloat16")
     folder = resolve_model(model)
+    if dtype == "int8" and read_config(folder)[0].num_softmax:
+        raise UserError("--dtype int8 is for TransNormerLLM without softmax layers; give float32 or bfloat16")
     wanted = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else None)
     path = folder / GENERATION
     settings = read_json(path) if path.is_file() else {}
@@ -75,7 +80,9 @@ def load(
     weights = load_model(folder, where, wanted)
     if adapter is not None:
         merge_adapter(weights, hub.local(adapter))
-    if where.type == "cpu":
+    if dtype == "int8":
+        weights.quantize_int8()
+    elif where.type == "cpu":
         pack_weights(weights)
     sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
     if settings.get("max_new_tokens") is not None:

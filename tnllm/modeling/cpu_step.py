@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tnllm.modeling.int8 import Int8Linear
 from tnllm.modeling.layers import LRPE, RMSNorm, SRMSNorm
 from tnllm.modeling.model import Block, LanguageModel
 from tnllm.modeling.state import State
@@ -54,8 +55,9 @@ def cpu_step(model: LanguageModel, state: State, logits: Tensor | None = None) -
     """
     config = model.config
     plain = all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
+    dtypes = ("float32", "float64", "int8")
     # Rounded to bfloat16 at other points than in a chunk, logits would differ visibly from the chunk's.
-    covered = model.device.type == "cpu" and model.head_weight.dtype in (torch.float32, torch.float64)
+    covered = model.device.type == "cpu" and model.dtype_name in dtypes
     covered = covered and not config.num_softmax and config.position != "ape"
     return CpuStep(model, state, logits) if covered and plain else None
 
@@ -91,7 +93,7 @@ class CpuStep:
     def _bind(self, rows: int) -> None:
         """List the operators for this many rows."""
         model, config = self._model, self._model.config
-        self._dtype = model.head_weight.dtype
+        self._dtype = torch.float64 if model.head_weight.dtype == torch.float64 else torch.float32
         self._operators = []
         width = config.model_dim
         self._x, self._x_and_eps = self._norm_buffer(rows)
@@ -103,7 +105,7 @@ class CpuStep:
             self._bind_mixer(block, layer[:rows], position)
             self._bind_channels(block)
         self._bind_norm(model.final_norm, self._x, self._x_and_eps, self._normed)
-        self._bind_product(model.head_weight, self._normed, self._logits)
+        self._bind_product(model.head, self._normed, self._logits)
         self._add(position.add_, 1)
 
     def _buffer(self, *shape: int) -> Tensor:
@@ -116,13 +118,21 @@ class CpuStep:
         both[:, width] = math.sqrt(self._model.config.norm_eps * width)
         return both[:, :width], both
 
-    def _bind_product(self, weight: Tensor, x: Tensor, out: Tensor) -> None:
-        """out = x W^T."""
-        self._add(torch.mm, x, weight.t(), out=out)
+    def _bind_product(self, linear: nn.Module, x: Tensor, out: Tensor) -> None:
+        """out = linear(x)."""
+        if isinstance(linear, Int8Linear):
+            self._add(lambda: torch.mul(linear.sums(x), linear.scale, out=out))
+        else:
+            weight: Any = linear.weight
+            self._add(torch.mm, x, weight.t(), out=out)
 
-    def _bind_sum(self, weight: Tensor, x: Tensor) -> None:
-        """Add x W^T to the residual stream."""
-        self._add(self._x.addmm_, x, weight.t())
+    def _bind_sum(self, linear: nn.Module, x: Tensor) -> None:
+        """Add linear(x) to the residual stream."""
+        if isinstance(linear, Int8Linear):
+            self._add(lambda: self._x.addcmul_(linear.sums(x), linear.scale))
+        else:
+            weight: Any = linear.weight
+            self._add(self._x.addmm_, x, weight.t())
 
     def _bind_norm(self, norm: nn.Module, x: Tensor, x_and_eps: Tensor, out: Tensor) -> None:
         """out = norm(x) [B, M]: sqrt(M) x / sqrt(|x|^2 + M eps), times a weight if there is one; see `_norm_buffer`."""
@@ -146,13 +156,13 @@ class CpuStep:
         self._bind_norm(block.token_norm, self._x, self._x_and_eps, self._normed)
         parts = 4 if config.gate == "full" else 3
         projected = self._buffer(rows, parts * width)
-        self._bind_product((mixer.qkvu_proj if parts == 4 else mixer.qkv_proj).weight, self._normed, projected)
+        self._bind_product(mixer.qkvu_proj if parts == 4 else mixer.qkv_proj, self._normed, projected)
         q, k, v = projected[:, : 3 * width].view(rows, 3, heads, config.head_dim).unbind(1)
         gate = projected[:, 3 * width :] if parts == 4 else None
         if config.gate == "low-rank":
             low, gate = self._buffer(rows, config.gate_dim), self._buffer(rows, width)
-            self._bind_product(mixer.output_gate[0].weight, self._normed, low)
-            self._bind_product(mixer.output_gate[1].weight, low, gate)
+            self._bind_product(mixer.output_gate[0], self._normed, low)
+            self._bind_product(mixer.output_gate[1], low, gate)
             self._add(gate.sigmoid_)
         self._bind_activation(projected[:, : 2 * width], config.activation)
         self._bind_activation(v, config.value_activation)
@@ -181,11 +191,11 @@ class CpuStep:
             self._bind_norm(mixer.norm, attended, attended_and_eps, attended)
         if norm_after == "output":
             y, y_and_eps = self._norm_buffer(len(attended))
-            self._bind_product(mixer.out_proj.weight, attended, y)
+            self._bind_product(mixer.out_proj, attended, y)
             self._bind_norm(mixer.norm, y, y_and_eps, y)
             self._add(self._x.add_, y)
         else:
-            self._bind_sum(mixer.out_proj.weight, attended)
+            self._bind_sum(mixer.out_proj, attended)
 
     def _bind_lrpe(self, lrpe: LRPE, qk: Tensor, position: Tensor) -> Tensor:
         """The activated q and k [B, 2M], rotated: [B, 2, H, 2d]."""
@@ -211,11 +221,11 @@ class CpuStep:
             first.stride() == second.stride() == (1, 2 * width)
             and second.data_ptr() == first[0].data_ptr() + both[0, :width].nbytes
         ):
-            self._bind_product(first.as_strided((2 * width, first.shape[1]), (1, 2 * width)), self._normed, both)
+            self._add(torch.mm, self._normed, first.as_strided((first.shape[1], 2 * width), (2 * width, 1)), out=both)
         else:
-            self._bind_product(first, self._normed, a)
-            self._bind_product(second, self._normed, b)
+            self._bind_product(mixer.l1, self._normed, a)
+            self._bind_product(mixer.l2, self._normed, b)
         self._bind_activation(a, mixer.activation)
         product = self._buffer(rows, width)
         self._add(torch.mul, a, b, out=product)
-        self._bind_sum(mixer.l3.weight, product)
+        self._bind_sum(mixer.l3, product)

@@ -23,6 +23,7 @@ from tnllm.kernels.linear_cross_entropy import linear_cross_entropy
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.checkpointing import MODES, checkpoint_selectively
 from tnllm.modeling.config import LoraConfig, ModelConfig
+from tnllm.modeling.int8 import Int8Embedding, Int8Linear
 from tnllm.modeling.layers import LRPE, ResidualBlock, make_norm
 from tnllm.modeling.packing import packed_index
 from tnllm.modeling.state import State
@@ -106,7 +107,22 @@ class LanguageModel(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[V, M]: the embedding when tied."""
-        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        return self.head.weight  # type: ignore[return-value]
+
+    @property
+    def head(self) -> nn.Module:
+        """The module whose `weight` is `head_weight`."""
+        return self.embed_tokens if self.config.tie_embeddings else self.lm_head
+
+    @property
+    def dtype_name(self) -> str:
+        """Of the matrices: float32, bfloat16, float64 or int8."""
+        return "int8" if self.is_int8 else str(self.head_weight.dtype).removeprefix("torch.")
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the matrices are in int8."""
+        return isinstance(self.embed_tokens, Int8Linear)
 
     @property
     def blocks(self) -> list[Block]:
@@ -149,6 +165,16 @@ class LanguageModel(nn.Module):
         it takes a minute and is not measurably faster.
         """
         self._block = compile_block(_without_state)
+
+    @torch.no_grad()
+    def quantize_int8(self) -> None:
+        """Replace every matrix by its int8 form, for inference on a CPU without softmax layers."""
+        assert not self.config.num_softmax and self.device.type == "cpu"
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, Int8Linear(child.weight))
+        self.embed_tokens = Int8Embedding(self.embed_tokens.weight)  # type: ignore[assignment]
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state before any token, for `batch` rows."""
@@ -223,6 +249,9 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., M] → [..., V] fp32."""
+        head = self.head
+        if isinstance(head, Int8Linear):
+            return head.product(hidden)
         weight = self.head_weight
         if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
             # The fp32 accumulator is stored as it is, not rounded to 16 bits.

@@ -97,7 +97,7 @@ class StateStore:
         self._states: dict[str, Stored] = {}  # in the order of their making
         self._reserved: list[tuple[str, int]] = []
         self.identity = {
-            "dtype": str(loaded.model.head_weight.dtype).removeprefix("torch."),
+            "dtype": loaded.model.dtype_name,
             "tokenizer": loaded.tokenizer.sha256,
         }
         metrics.gauges.append(self._gauges)
