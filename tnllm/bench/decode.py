@@ -309,7 +309,7 @@ def _moved_bytes(model: LanguageModel, point: _Point) -> int:
 
 def _cache_bytes(model: LanguageModel, point: _Point) -> int:
     row = 2 * model.config.num_softmax * model.config.model_dim * point.position
-    return point.batch * row * model.head_weight.element_size()
+    return point.batch * row * model.dtype.itemsize
 
 
 def _needed_bytes(model: LanguageModel, point: _Point) -> int:

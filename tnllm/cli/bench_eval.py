@@ -36,18 +36,16 @@ def command(
     from tnllm.device import describe_device, pick_device
     from tnllm.evaluation.request_file import load_bundle
     from tnllm.evaluation.sharing_bench import bench_sharing
-    from tnllm.generation.loading import DTYPES, load
+    from tnllm.generation.loading import load, pick_dtype
 
     where = pick_device(device, "--device")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    wanted = pick_dtype(dtype, where)
     bundle = load_bundle(file)
     if preset is not None:
         from tnllm.modeling.config import get_preset
         from tnllm.modeling.model import build_model
 
-        wanted = DTYPES.get(dtype, torch.bfloat16 if where.type == "cuda" else torch.float32)
-        network = build_model(get_preset(preset), where, wanted, seed=0).eval().requires_grad_(False)
+        network = build_model(get_preset(preset), where, wanted or torch.bfloat16, seed=0).eval().requires_grad_(False)
         name = f"{preset}, random weights"
     else:
         ready = load(model, device, dtype)
@@ -55,7 +53,7 @@ def command(
     with Progress() as progress:
         results = bench_sharing(network, bundle, questions, plain, batch_tokens, log, progress.update)
     results = {
-        "environment": {**describe_device(where), "dtype": str(network.head_weight.dtype).removeprefix("torch.")},
+        "environment": {**describe_device(where), "dtype": network.dtype_name},
         "model": name, "file": str(file), "about": {k: v for k, v in bundle.about.items() if k != "tasks"}, **results,
     }  # fmt: skip
     _show(results)

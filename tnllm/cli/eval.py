@@ -59,7 +59,7 @@ def run(
     use_cache: bool = _compute(False, "--use-cache", help="Keep answers on disk, so that a stopped run resumes."),
     cache_dir: Path | None = _compute(None, help="Where --use-cache keeps them. Default: ~/.cache/tnllm/eval."),
     device: str = _compute("auto", help="auto, cpu, cuda or cuda:N."),
-    dtype: str = _compute("auto", help="auto (float32 on CPU), float32 or bfloat16."),
+    dtype: str = _compute("auto", help=options.DTYPE.help),
     out: Path | None = _output(None, "--out", "-o", "--output-path", help="Folder for results_*.json, as lm-eval's."),
     log_samples: bool = _output(False, "--log-samples", help="With --out: every question, prompt and answer."),
     subtasks: bool = _output(False, "--subtasks", help="Show every subject."),

@@ -85,8 +85,8 @@ class TransNormerLM(TemplateLM):
         ready = self.ready
         return {
             "weights": self.weights_sha256, "tokenizer": ready.tokenizer.sha256, "bos": [ready.bos_id, ready.add_bos],
-            "eos": ready.eos_ids, "sampling": ready.sampling, "dtype": self._dtype, "device": ready.model.device.type,
-            "share_prefix": self.share_prefix, "tnllm": __version__,
+            "eos": ready.eos_ids, "sampling": ready.sampling, "dtype": ready.model.dtype_name,
+            "device": ready.model.device.type, "share_prefix": self.share_prefix, "tnllm": __version__,
         }  # fmt: skip
 
     def counts(self) -> dict[str, int]:
@@ -97,10 +97,6 @@ class TransNormerLM(TemplateLM):
         }  # fmt: skip
 
     # Properties that the harness reads.
-
-    @property
-    def _dtype(self) -> str:
-        return self.ready.model.dtype_name
 
     @property
     def eot_token_id(self) -> int:
@@ -123,7 +119,7 @@ class TransNormerLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         model = self.ready.model
         return {
-            "model_num_parameters": sum(weight.numel() for weight in model.parameters()), "model_dtype": self._dtype,
+            "model_num_parameters": model.num_parameters, "model_dtype": model.dtype_name,
             "model_revision": "", "model_sha": self.weights_sha256,
         }  # fmt: skip
 

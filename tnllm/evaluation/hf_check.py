@@ -82,7 +82,7 @@ def check_against_hf(
     return {
         "model": str(lm.ready.folder), "weights_sha256": lm.weights_sha256, "dtype": dtype, "batch_size": batch_size,
         "limit": limit, "lm_eval": version("lm_eval"), "transformers": version("transformers"),
-        "tolerance": TOLERANCE[lm.ready.model.head_weight.dtype], "tasks": rows,
+        "tolerance": TOLERANCE[lm.ready.model.dtype], "tasks": rows,
     }  # fmt: skip
 
 

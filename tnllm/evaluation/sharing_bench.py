@@ -53,7 +53,7 @@ def bench_sharing(
         margins = picked["plain"][1]
         results["agreement"] = {
             "largest_difference": float(gap.max()), "mean_difference": float(gap.mean()),
-            "tolerance": TOLERANCE[model.head_weight.dtype],
+            "tolerance": TOLERANCE[model.dtype],
             "changed": [
                 {
                     "question": int(index),

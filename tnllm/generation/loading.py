@@ -23,7 +23,7 @@ from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import GENERATION, load_model, read_config, resolve_model
 from tnllm.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -55,34 +55,41 @@ class LoadedModel:
         return [self.bos_id, *ids] if self.add_bos or not ids else ids
 
 
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of --dtype; None: the stored one. Raises UserError for one that is not offered on this device."""
+    if dtype not in ("auto", *_DTYPES):
+        # Attention has no scale by design and overflows float16's range.
+        raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(_DTYPES)}")
+    if dtype == "int8" and device.type != "cpu":
+        raise UserError(
+            f"--dtype int8 is for a CPU, and the device is {device}; give --device cpu, or --dtype bfloat16"
+        )
+    return _DTYPES.get(dtype, torch.float32 if device.type == "cpu" else None)
+
+
 def load(
     model: Path | str | None = None, device: str = "auto", dtype: str = "auto", adapter: Path | str | None = None
 ) -> LoadedModel:
     """Load a weights folder, run folder or hub name; `adapter`, a folder in PEFT's format, is merged into it.
 
-    device: auto (the GPU where there is one), cpu, cuda or cuda:N. dtype: auto (float32 on CPU, the stored one on
-    a GPU), float32, bfloat16, or on a CPU int8 (`tnllm.modeling.int8`). Raises UserError for anything else and for folders
-    that hold no model.
+    device: auto (the GPU where there is one), cpu, cuda or cuda:N. dtype: auto (float32 on CPU, or int8 of a folder in
+    int8; the stored one on a GPU, bfloat16 of such a folder), float32, bfloat16, or on a CPU int8
+    (`tnllm.modeling.int8`). Raises UserError for anything else and for folders that hold no model.
     """
     where = pick_device(device)
-    if dtype not in ("auto", *DTYPES, "int8"):
-        # Attention has no scale by design and overflows float16's range.
-        raise UserError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}, int8")
-    if dtype == "int8" and where.type != "cpu":
-        raise UserError(f"--dtype int8 is for a CPU, and the device is {where}; give --device cpu, or --dtype bfloat16")
+    wanted = pick_dtype(dtype, where)
     folder = resolve_model(model)
-    if dtype == "int8" and read_config(folder)[0].num_softmax:
-        raise UserError("--dtype int8 is for TransNormerLLM without softmax layers; give float32 or bfloat16")
-    wanted = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else None)
+    if dtype == "auto" and read_config(folder)[1] == torch.int8:
+        wanted = torch.int8 if where.type == "cpu" else torch.bfloat16
     path = folder / GENERATION
     settings = read_json(path) if path.is_file() else {}
     tokenizer = Tokenizer.load(folder)
-    weights = load_model(folder, where, wanted)
+    weights = load_model(folder, where, torch.float32 if adapter and wanted == torch.int8 else wanted)
     if adapter is not None:
         merge_adapter(weights, hub.local(adapter))
-    if dtype == "int8":
-        weights.quantize_int8()
-    elif where.type == "cpu":
+        if wanted == torch.int8:
+            weights.quantize_int8()
+    if where.type == "cpu" and not weights.is_int8:
         pack_weights(weights)
     sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
     if settings.get("max_new_tokens") is not None:
@@ -108,6 +115,8 @@ def with_adapter(loaded: LoadedModel, adapter: Path | str) -> LoadedModel:
     Raises UserError as `load` does.
     """
     folder = Path(hub.local(adapter))
+    if loaded.model.is_int8:
+        raise UserError("adapters beside int8 weights are not supported; give --dtype float32")
     changed = read_adapter(folder).pairs
     shared = {id(weight): weight for name, weight in loaded.model.named_parameters() if name not in changed}
     model = copy.deepcopy(loaded.model, shared)

@@ -181,7 +181,7 @@ class Scorer:
         """How many nodes one pass may hold, by the size of a state."""
         model = self.model
         longest = max(len(request.context) + len(request.continuation) for request in requests)
-        row_bytes = state_bytes(model.config, longest, model.head_weight.itemsize)
+        row_bytes = state_bytes(model.config, longest, model.dtype.itemsize)
         rows = max(1, _STATE_BYTES[model.device.type] // row_bytes)
         return min(rows, self.batch_rows or rows)
 

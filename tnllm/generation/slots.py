@@ -77,8 +77,7 @@ class Slots:
         """
         self._model, self._tokenizer = model, tokenizer
         self._state = model.init_state(num_slots)
-        vocab_size, wide = model.config.vocab_size, model.head_weight.dtype == torch.float64
-        dtype = torch.float64 if wide else torch.float32
+        vocab_size, dtype = model.config.vocab_size, torch.promote_types(model.dtype, torch.float32)
         self._logits = torch.zeros(num_slots, vocab_size, dtype=dtype, device=model.device)
         self._seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=model.device)
         self._counts: Tensor | None = None  # [slots, V]; allocated for the first row that needs it

@@ -120,9 +120,8 @@ class GatedLinearAttention(nn.Module):
         attended = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], self.log_decay, state)
         return self._output(attended, None if gate is None else gate[:, 0])
 
-    def new_state(self, batch: int, device: torch.device) -> Tensor:
-        """The state before any token: zeros [B, H, D, E], fp32 (float64 in a float64 model)."""
+    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The state before any token: zeros [B, H, D, E], fp32 (float64 in a model of this `dtype`)."""
         config = self.config
         shape = (batch, config.num_heads, config.key_dim(self.layer), config.head_dim)
-        dtype = torch.float64 if self.out_proj.weight.dtype == torch.float64 else torch.float32
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)

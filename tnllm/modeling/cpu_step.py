@@ -55,9 +55,8 @@ def cpu_step(model: LanguageModel, state: State, logits: Tensor | None = None) -
     """
     config = model.config
     plain = all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
-    dtypes = ("float32", "float64", "int8")
     # Rounded to bfloat16 at other points than in a chunk, logits would differ visibly from the chunk's.
-    covered = model.device.type == "cpu" and model.dtype_name in dtypes
+    covered = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
     covered = covered and not config.num_softmax and config.position != "ape"
     return CpuStep(model, state, logits) if covered and plain else None
 
@@ -93,7 +92,7 @@ class CpuStep:
     def _bind(self, rows: int) -> None:
         """List the operators for this many rows."""
         model, config = self._model, self._model.config
-        self._dtype = torch.float64 if model.head_weight.dtype == torch.float64 else torch.float32
+        self._dtype = model.dtype
         self._operators = []
         width = config.model_dim
         self._x, self._x_and_eps = self._norm_buffer(rows)
@@ -216,9 +215,11 @@ class CpuStep:
         self._bind_norm(block.channel_norm, self._x, self._x_and_eps, self._normed)
         both = self._buffer(rows, 2 * width)
         a, b = both.chunk(2, dim=-1)
-        first, second = mixer.l1.weight, mixer.l2.weight
+        first, second = (getattr(linear, "weight", None) for linear in (mixer.l1, mixer.l2))
         if (
-            first.stride() == second.stride() == (1, 2 * width)
+            first is not None
+            and second is not None
+            and first.stride() == second.stride() == (1, 2 * width)
             and second.data_ptr() == first[0].data_ptr() + both[0, :width].nbytes
         ):
             self._add(torch.mm, self._normed, first.as_strided((first.shape[1], 2 * width), (2 * width, 1)), out=both)

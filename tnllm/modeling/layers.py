@@ -71,7 +71,7 @@ class GLU(nn.Module):
     @property
     def fuses_up_projections(self) -> bool:
         """Whether training computes l1 and l2 as one product: on CUDA, unless a projection is wrapped (LoRA)."""
-        return self.l1.weight.is_cuda and type(self.l1) is nn.Linear and type(self.l2) is nn.Linear
+        return type(self.l1) is type(self.l2) is nn.Linear and self.l1.weight.is_cuda
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.fuses_up_projections:

@@ -115,14 +115,25 @@ class LanguageModel(nn.Module):
         return self.embed_tokens if self.config.tie_embeddings else self.lm_head
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of activations: that of the matrices, float32 where these are in int8."""
+        return torch.float32 if self.is_int8 else self.head_weight.dtype
+
+    @property
     def dtype_name(self) -> str:
         """Of the matrices: float32, bfloat16, float64 or int8."""
-        return "int8" if self.is_int8 else str(self.head_weight.dtype).removeprefix("torch.")
+        return "int8" if self.is_int8 else str(self.dtype).removeprefix("torch.")
 
     @property
     def is_int8(self) -> bool:
         """Whether the matrices are in int8."""
         return isinstance(self.embed_tokens, Int8Linear)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers were trained; a tied head counts once."""
+        quantized = sum(module.shape.numel() for module in self.modules() if isinstance(module, Int8Linear))
+        return quantized + sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def blocks(self) -> list[Block]:
@@ -131,7 +142,8 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        table = self.embed_tokens
+        return (table.scale if isinstance(table, Int8Linear) else table.weight).device
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Matrices and embeddings N(0, init_std^2), the padding row zero, norm weights one, LRPE's theta by its formula."""
@@ -168,18 +180,33 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def quantize_int8(self) -> None:
-        """Replace every matrix by its int8 form, for inference on a CPU without softmax layers."""
-        assert not self.config.num_softmax and self.device.type == "cpu"
+        """Replace every matrix by its int8 form, for inference on a CPU. On the meta device nothing is rounded."""
         for module in list(self.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, Int8Linear(child.weight))
-        self.embed_tokens = Int8Embedding(self.embed_tokens.weight)  # type: ignore[assignment]
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear) or child is self.embed_tokens:
+                    kind = Int8Linear if isinstance(child, nn.Linear) else Int8Embedding
+                    quantized = kind(child.weight.shape, child.weight.device)
+                    setattr(module, name, quantized if child.weight.is_meta else quantized.copy_(child.weight))
+
+    @torch.no_grad()
+    def dequantize(self) -> None:
+        """Undo `quantize_int8`: every matrix in float32, with the rounded values."""
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Int8Linear):
+                    weight = nn.Parameter(child.dequantized().contiguous(), requires_grad=False)
+                    (rows, columns), plain = child.shape, nn.Module()
+                    if isinstance(child, Int8Embedding):
+                        plain = nn.Embedding(rows, columns, device="meta")
+                    else:
+                        plain = nn.Linear(columns, rows, bias=False, device="meta")
+                    plain.weight = weight
+                    setattr(module, name, plain)
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
         """The state before any token, for `batch` rows."""
         device = torch.device(device) if device is not None else self.device
-        layers = [block.token_mixer.new_state(batch, device) for block in self.blocks]
+        layers = [block.token_mixer.new_state(batch, device, self.dtype) for block in self.blocks]
         return State(layers, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -315,10 +342,10 @@ def build_model(
     """Build a model with initialised weights; on the meta device nothing is allocated.
 
     Parameters are in `dtype`, except LRPE's theta, which is never below fp32. On one device type a seed always gives the
-    same weights.
+    same weights. torch.int8 rounds those of float32.
     """
     with torch.device("meta"):
-        model = LanguageModel(config).to(dtype)
+        model = LanguageModel(config).to(torch.float32 if dtype == torch.int8 else dtype)
     if torch.device(device).type == "meta":
         return model
     model = model.to_empty(device=device)
@@ -326,4 +353,6 @@ def build_model(
     if seed is not None:
         generator = torch.Generator(device=device).manual_seed(seed)
     model.init_weights(generator)
+    if dtype == torch.int8:
+        model.quantize_int8()
     return model

@@ -60,11 +60,11 @@ class SoftmaxAttention(nn.Module):
         mask = torch.arange(state.shape[2], device=x.device) <= positions[:, None]
         return self.out_proj(attend_cache(q, state, mask[:, None])[:, 0].flatten(-2))
 
-    def new_state(self, batch: int, device: torch.device) -> Tensor:
+    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """An empty cache [B, 2, 0, H, d]."""
         config = self.config
         shape = (batch, 2, 0, config.num_heads, config.head_dim)
-        return torch.zeros(shape, dtype=self.out_proj.weight.dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def rotary(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:

@@ -24,6 +24,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.files import read_json, written_folder
 from tnllm.modeling.config import LoraConfig, ModelConfig, make_config
 from tnllm.modeling.hf_names import HEAD, from_hf_config, from_official
+from tnllm.modeling.int8 import Int8Linear
 from tnllm.modeling.lora import add_lora, merge_lora
 from tnllm.modeling.model import LanguageModel, build_model
 
@@ -31,7 +32,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER = "tokenizer.model"
 CHECKPOINT = "model"  # the folder of tensors in a training checkpoint
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 GENERATION_DEFAULTS: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -69,7 +70,7 @@ def save_model(
     `dtype` casts the weights (LRPE's theta stays fp32). Files above `shard_bytes` are split and get an index.
     Raises OSError when the disk is full; an older folder is then untouched.
     """
-    stored = dtype or model.head_weight.dtype
+    stored = dtype or (torch.int8 if model.is_int8 else model.dtype)
     settings = {**GENERATION_DEFAULTS, **(generation or {})}
     with written_folder(Path(folder)) as temporary:
         (temporary / CONFIG).write_text(config_json(model.config, stored), encoding="utf-8")
@@ -77,7 +78,7 @@ def save_model(
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / TOKENIZER)
         tensors = {
-            name: (tensor if name.endswith("lrpe.theta") else tensor.to(stored)).cpu().contiguous()
+            name: (tensor if name.endswith("lrpe.theta") or stored == torch.int8 else tensor.to(stored)).cpu().contiguous()
             for name, tensor in model.state_dict().items()
         }
         shards = split_shards({name: tensor.nbytes for name, tensor in tensors.items()}, shard_bytes)
@@ -144,17 +145,25 @@ def load_model(
 ) -> LanguageModel:
     """Load a weights folder or run folder (None: the model that ships in the package), ready for inference.
 
-    `dtype` None keeps the stored one. An adapter in a training checkpoint is merged, or with `merge` False stays attached.
+    `dtype` None keeps the stored one. For torch.int8 (`tnllm.modeling.int8`) matrices are rounded as they are read; those
+    that a folder holds in int8 are widened for another. An adapter in a training checkpoint is merged, or with `merge`
+    False stays attached.
     Raises UserError for a folder that is not a model, RunError for damaged files.
     """
     folder = resolve_model(folder)
     config, stored = read_config(folder)
-    model = build_model(config, "meta", dtype or stored)
+    wanted = dtype or stored
     lora = read_lora(folder)
+    int8 = stored == torch.int8 or (wanted == torch.int8 and lora is None)
+    model = build_model(config, "meta", torch.float32 if torch.int8 in (stored, wanted) else wanted)
     if lora is not None:
         add_lora(model, lora)
+    if int8:
+        model.quantize_int8()
     model = model.to_empty(device=device)
-    target = model.state_dict()
+    target: dict[str, Any] = model.state_dict()
+    if int8:
+        target |= {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, Int8Linear)}
     if (folder / CHECKPOINT).is_dir():
         try:
             _load_files(target, sorted((folder / CHECKPOINT).glob("*.safetensors")), folder / CHECKPOINT)
@@ -166,10 +175,16 @@ def load_model(
         _load_files(target, tensor_files(folder), folder)
     if lora is not None and merge:
         merge_lora(model)
+    if wanted == torch.int8:
+        if not int8:
+            model.quantize_int8()
+    elif int8:
+        model.dequantize()
+        model = model.to(wanted)
     return model.eval().requires_grad_(False)
 
 
-def _load_files(target: dict[str, Tensor], files: Sequence[Path], folder: Path) -> None:
+def _load_files(target: dict[str, Any], files: Sequence[Path], folder: Path) -> None:
     missing = set(target)
     for file in files:
         try:
@@ -181,13 +196,15 @@ def _load_files(target: dict[str, Tensor], files: Sequence[Path], folder: Path) 
                         continue
                     _copy(target, name, tensors.get_tensor(key), file)
                     missing.discard(name)
+                    if isinstance(target[name], Int8Linear) and tensors.get_slice(key).get_dtype() != "I8":
+                        missing.discard(f"{name.removesuffix('weight')}scale")
         except SafetensorError as error:
             raise RunError(f"{file} is damaged ({error}); copy or convert it again") from None
     if missing:
         raise RunError(f"{folder} lacks {len(missing)} tensors, first {sorted(missing)[0]!r}; it is incomplete")
 
 
-def _copy(target: dict[str, Tensor], name: str, value: Tensor, file: Path) -> None:
+def _copy(target: dict[str, Any], name: str, value: Tensor, file: Path) -> None:
     if name not in target:
         raise RunError(f"{file} holds {name!r}, which this model does not have; config.json and weights differ")
     if value.shape != target[name].shape:
