@@ -255,7 +255,7 @@ def test_models_a_target_cannot_describe(tmp_path, run):
     refused(run, tmp_path / "soft", UserError, "--quantize is for TransNormerLLM", to="hf", quantize="int8")
     refused(run, tmp_path / "soft", UserError, "cannot describe model.kind 'transformer'", to="official")
     run(tmp_path / "soft", tmp_path / "copy", "tnllm", dtype=torch.bfloat16)
-    refused(run, tmp_path / "rms", UserError, "--quantize is for --to hf", quantize="int8")
+    refused(run, tmp_path / "rms", UserError, "--quantize is for --to tnllm, hf", to="official", quantize="int8")
     refused(run, tmp_path / "rms", UserError, "--base is for adapters", base=tmp_path)
 
 

@@ -23,6 +23,7 @@ EPILOG = examples(
     "tnllm convert my-adapter merged --to hf --base 385m",
     "tnllm convert 385m 385m-official --to official --dtype bfloat16",
     "tnllm convert TransNormerLLM2-7B-300B x --to tnllm --dry-run",
+    "tnllm convert 385m 385m-int8 --to tnllm --quantize int8 --text book.txt",
     "tnllm convert runs/first first-onnx --to onnx --quantize int8",
     "tnllm convert runs/first first-web --to web --quantize int8",
     "tnllm convert runs/first first-hf --to hf --push my-org/first --licence apache-2.0",
@@ -43,7 +44,8 @@ def command(
     ),
     dtype: str = typer.Option("auto", help="Of the weights: auto (as they are), float32, bfloat16 or float16."),
     shard_size: str = typer.Option("5GB", help="Largest weight file, such as 500MB or 5GB (powers of 1000)."),
-    quantize: str | None = typer.Option(None, help="int8, for --to hf (weight-only; needs torchao), onnx and web."),
+    quantize: str | None = typer.Option(None, help="int8, for --to tnllm, hf (needs torchao), onnx and web."),
+    text: Path | None = typer.Option(None, help="UTF-8 text on which --quantize measures bits per byte (tnllm, hf)."),
     base: Path | None = typer.Option(None, help="Base weights of an adapter. Default: the folder the adapter names."),
     tokenizer: Path | None = typer.Option(None, help="tokenizer.model or *.tiktoken to use. Default: the source's."),
     runtime: Path = typer.Option(Path("node_modules/onnxruntime-web"), help="For --to web: that npm package."),
@@ -68,6 +70,8 @@ def command(
         raise UserError(
             f"{'--push' if push else '--licence'} is for --to hf, whose folder has a model card; --to is {to}"
         )
+    if text is not None:
+        _check_text(text, bool(quantize) and to in ("tnllm", "hf") and verify)
     if private and not push:
         raise UserError("--private is for --push")
     src = hub.local(src)
@@ -79,7 +83,7 @@ def command(
 
     options = Options(
         to=to, dtype=None if dtype == "auto" else TYPES[dtype], shard_bytes=shard_bytes, quantize=quantize, base=base,
-        tokenizer=tokenizer, runtime=runtime, verify=verify, overwrite=overwrite, licence=licence,
+        tokenizer=tokenizer, runtime=runtime, verify=verify, overwrite=overwrite, licence=licence, text=text,
     )  # fmt: skip
     if dry_run:
         if to in ("onnx", "web"):
@@ -105,10 +109,17 @@ def command(
     checked = "" if verify else ", nothing verified (--no-verify)"
     size = format_bytes(report.num_bytes)
     print(f"{dst}: {len(report.files)} files, {size} of weights, {format_duration(elapsed)}{checked}")
-    if to in ("tnllm", "hf") and not quantize:
+    if to == "tnllm" or (to == "hf" and not quantize):
         log(f'try       tnllm generate --model {dst} --prompt "Once upon a time"')
     if to == "web":
         log(f"try       python -m http.server --directory {dst}, and open http://127.0.0.1:8000")
+
+
+def _check_text(text: Path, is_used: bool) -> None:
+    if not is_used:
+        raise UserError("--text is for --quantize int8 with --to tnllm or hf, and part of --verify")
+    if not text.is_file():
+        raise UserError(f"--text {text} is not a file; give a UTF-8 text")
 
 
 def _as_json(report: "Report", dst: Path, elapsed: float) -> dict[str, object]:

@@ -12,7 +12,7 @@ quadratic, by definition. `read` takes tnllm's parameter names.
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +33,8 @@ NUM_PROMPTS, PROMPT_TOKENS = 2, 24
 # Largest allowed difference relative to the largest logit; docs/numerics.md gives the reasons.
 # An int8 graph rounds activations too: random weights move by a third, a trained model by a tenth, a wrong graph by one.
 LIMITS = {"same": 1e-4, "int8": 0.25, "int8 graph": 0.5}
+# Logits of a text at most, in numbers: half a gigabyte.
+_TEXT_LOGITS, _TEXT_ROW = 1 << 27, 512
 # Rows of the head that are converted to fp32 and multiplied at a time.
 _HEAD_ROWS = 16_384
 
@@ -41,6 +43,24 @@ def prompts(vocab_size: int) -> Tensor:
     """Return the fixed prompts: [P, T] token ids spread over the vocabulary."""
     ids = torch.arange(NUM_PROMPTS * PROMPT_TOKENS).view(NUM_PROMPTS, PROMPT_TOKENS)
     return (ids * 7919 + 101) % vocab_size
+
+
+def text_rows(ids: Sequence[int], vocab_size: int) -> Tensor:
+    """Return the start of a text as [P, T] ids, rows of equal length that are read apart; as many as memory allows."""
+    most = min(len(ids), max(2, _TEXT_LOGITS // vocab_size))
+    length = min(most, _TEXT_ROW)
+    return torch.tensor(ids[: most // length * length]).view(-1, length)
+
+
+def agreement(before: Tensor, after: Tensor) -> float:
+    """Return the share of positions with the same most likely token."""
+    return float((before.argmax(-1) == after.argmax(-1)).float().mean())
+
+
+def nats(logits: Tensor, tokens: Tensor) -> float:
+    """Return the cross entropy of tokens [P, T], after the first of each row, summed."""
+    losses = (F.cross_entropy(row[:-1], ids[1:], reduction="sum") for row, ids in zip(logits, tokens, strict=True))
+    return float(sum(losses))
 
 
 def compare(before: Tensor, after: Tensor) -> tuple[float, float]:
@@ -169,9 +189,10 @@ def _run_layers(
     block: Callable[[int], nn.Module],
     progress: Progress,
     run: Callable[[nn.Module, Tensor, Tensor], Tensor] = lambda block, x, positions: block(x, positions, None, None)[0],
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """Logits by embedding, blocks, final norm and head; each block is built, filled and dropped in turn."""
-    tokens = prompts(config.vocab_size)
+    tokens = prompts(config.vocab_size) if tokens is None else tokens
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     x = _embed(config, read, tokens)
     for layer in range(config.num_layers):
@@ -189,10 +210,9 @@ def _run_layers(
 
 
 @torch.no_grad()
-def block_logits(config: ModelConfig, read: Read, progress: Progress) -> Tensor:
-    """Logits [P, T, V] of the fixed prompts by this package's layers."""
-
-    return _run_layers(config, read, lambda layer: Block(config, layer), progress)
+def block_logits(config: ModelConfig, read: Read, progress: Progress, tokens: Tensor | None = None) -> Tensor:
+    """Logits [P, T, V] of the fixed prompts, or of `tokens`, by this package's layers."""
+    return _run_layers(config, read, lambda layer: Block(config, layer), progress, tokens=tokens)
 
 
 @torch.no_grad()

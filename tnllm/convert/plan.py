@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tnllm.convert.llama import check_llama, llama_outputs
 from tnllm.convert.official import to_official_config
-from tnllm.convert.quantize import Int8Quantizer, is_quantized
+from tnllm.convert.quantize import Int8Quantizer, RowQuantizer
 from tnllm.convert.source import Source
 from tnllm.convert.tensors import Tensors
 from tnllm.convert.writer import Output
@@ -28,7 +28,7 @@ class Plan:
     dtype: torch.dtype
     rounds: bool  # whether the cast to `dtype` loses precision
     by_name: dict[str, list[Output]]
-    quantizer: Int8Quantizer | None = None
+    quantizer: Int8Quantizer | RowQuantizer | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -45,7 +45,7 @@ class Plan:
 
         def read(name: str) -> Tensor:
             parts = {output.name: tensors.read(output.name) for output in self.by_name[name]}
-            if self.quantizer is None or not is_quantized(name):
+            if self.quantizer is None or not self.quantizer.covers(name):
                 return torch.cat(list(parts.values()))
             return self.quantizer.restore(to_official(name), parts, self.metadata)
 
@@ -55,11 +55,14 @@ class Plan:
 def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str | None) -> Plan:
     """Plan names, shapes and dtypes of the result. Raises UserError for what the target format cannot hold."""
     config = source.config
-    target = dtype or source.dtype
+    own_int8 = quantize is not None and to == "tnllm"
+    if own_int8 and dtype is not None:
+        raise UserError("--quantize int8 with --to tnllm keeps float32 beside the int8 matrices; leave out --dtype")
+    target = torch.float32 if own_int8 else dtype or source.dtype
     if to == "official":
+        if quantize:
+            raise UserError("--quantize is for --to tnllm, hf, onnx and web, not --to official")
         to_official_config(config, {}, target)
-    if quantize and to != "hf":
-        raise UserError(f"--quantize is for --to hf, onnx and web, not --to {to}")
     rounds = any(torch.promote_types(each, target) != target for each in source.dtypes())
     if to == "hf" and config.kind == "transformer":
         check_llama(config)
@@ -67,7 +70,7 @@ def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str 
             raise UserError("--quantize is for TransNormerLLM; quantize the baseline's folder with transformers")
         outputs = llama_outputs(source, target, lambda name: _maker(source, name, target))
         return Plan(to, target, rounds, outputs, None, {"format": "pt"})
-    quantizer = Int8Quantizer() if quantize else None
+    quantizer = None if not quantize else RowQuantizer() if own_int8 else Int8Quantizer()
     by_name: dict[str, list[Output]] = {}
     metadata = {"format": "pt"}
     for name, shape in source.expected.items():
@@ -75,14 +78,14 @@ def make_plan(source: Source, to: str, dtype: torch.dtype | None, quantize: str 
         key = name if to == "tnllm" else to_official(name)
         output = Output(key, shape, written, _maker(source, name, written))
         by_name[name] = [output]
-        if quantizer is not None and is_quantized(name):
+        if quantizer is not None and quantizer.covers(name):
             by_name[name], part_metadata = quantizer.outputs(output)
             metadata.update(part_metadata)
-        elif quantizer is not None:
+        elif isinstance(quantizer, Int8Quantizer):
             metadata[key] = quantizer.PLAIN
         if to == "official" and name == "embed_tokens.weight" and HEAD not in source.expected:
             by_name[name].append(Output(HEAD, shape, written, output.make))
-    if quantizer is not None:
+    if isinstance(quantizer, Int8Quantizer):
         metadata["tensor_names"] = json.dumps([key for key in metadata if key != "format"])
     return Plan(to, target, rounds, by_name, quantizer, metadata)
 

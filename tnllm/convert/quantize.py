@@ -1,9 +1,7 @@
-"""Int8 weight-only quantization by torchao, in the file format that transformers loads.
+"""Int8 weight-only quantization with a scale per row: in torchao's file format, which transformers loads, and in tnllm's.
 
-    quantizer = Int8Quantizer()                              # MissingExtra without torchao
-    outputs, metadata = quantizer.outputs(output)            # the parts of one quantized matrix
-
-The weight of every Linear becomes int8 with a scale per row; embedding, head and LRPE's theta are not quantized.
+quantizer = Int8Quantizer()                              # MissingExtra without torchao
+outputs, metadata = quantizer.outputs(output)            # the parts of one quantized matrix
 """
 
 import json
@@ -16,11 +14,34 @@ from torch import Tensor, nn
 
 from tnllm.convert.writer import Output
 from tnllm.errors import UserError, optional_import
+from tnllm.modeling.hf_names import HEAD
+from tnllm.modeling.int8 import quantize
 
 
-def is_quantized(name: str) -> bool:
-    """Whether the parameter with this tnllm name is quantized."""
+def _is_projection(name: str) -> bool:
     return name.endswith("_proj.weight") or "channel_mixer" in name or "output_gate" in name
+
+
+class RowQuantizer:
+    """Every matrix, embedding and head included, as `weight` in int8 and `scale` (`tnllm.modeling.int8`)."""
+
+    def covers(self, name: str) -> bool:
+        """Whether the parameter with this tnllm name is quantized."""
+        return _is_projection(name) or name in ("embed_tokens.weight", HEAD)
+
+    def outputs(self, output: Output) -> tuple[list[Output], dict[str, str]]:
+        """Return the tensors written for one matrix, and what they add to the file's metadata."""
+        scale = f"{output.name.removesuffix('weight')}scale"
+        parts = [
+            Output(output.name, output.shape, torch.int8, lambda: quantize(output.make())[0]),
+            Output(scale, output.shape[:1], torch.float32, lambda: quantize(output.make())[1]),
+        ]
+        return parts, {}
+
+    def restore(self, name: str, parts: dict[str, Tensor], metadata: dict[str, str]) -> Tensor:
+        """Return the dequantized matrix; `parts` are named as in the file."""
+        weight, scale = parts.values()
+        return weight * scale[:, None]
 
 
 def quiet_import() -> None:
@@ -30,7 +51,7 @@ def quiet_import() -> None:
 
 
 class Int8Quantizer:
-    """Quantizes one tensor at a time, in torchao's int8 weight-only format."""
+    """Quantizes one tensor at a time, in torchao's int8 weight-only format; embedding and head stay as they are."""
 
     PLAIN = json.dumps({"_type": "Tensor"})  # metadata of a tensor that is not quantized
 
@@ -43,6 +64,10 @@ class Int8Quantizer:
         self._config, self._quantize = Int8WeightOnlyConfig(version=2), quantize_
         self._support = safetensors_support
         self._known: dict[tuple[tuple[int, ...], torch.dtype], tuple[dict[str, Tensor], str]] = {}
+
+    def covers(self, name: str) -> bool:
+        """Whether the parameter with this tnllm name is quantized."""
+        return _is_projection(name)
 
     def config_values(self) -> dict[str, Any]:
         from transformers import TorchAoConfig

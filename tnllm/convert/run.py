@@ -6,6 +6,7 @@ The destination appears only if every check passed.
 """
 
 import hashlib
+import math
 import shutil
 import signal
 import threading
@@ -33,6 +34,7 @@ from tnllm.errors import CheckFailed, RunError, Terminated, UserError
 from tnllm.files import LOCK, format_bytes, only_writer, written_folder
 from tnllm.modeling.lora import ADAPTER_CONFIG, read_adapter
 from tnllm.modeling.weights import split_shards
+from tnllm.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Options:
     to: str  # tnllm, hf, official, onnx or web
     dtype: torch.dtype | None = None  # None keeps the source's
     shard_bytes: int = 5 * 10**9
-    quantize: str | None = None  # int8, for hf, onnx and web
+    quantize: str | None = None  # int8, for tnllm, hf, onnx and web
+    text: Path | None = None  # on which int8 weights are measured
     base: Path | None = None  # of an adapter
     tokenizer: Path | None = None  # instead of the source's
     runtime: Path = Path("node_modules/onnxruntime-web")  # for web
@@ -130,7 +133,7 @@ def _convert(
         num_bytes = plan.num_bytes
         if options.verify:
             verify_sums(recorded_sums(folder, sorted(folder.iterdir())), progress)
-            checked = _compare(source, folder, plan, progress, notes)
+            checked = _compare(source, folder, plan, options.text, progress, notes)
             _require_equal(checked, target, log)
         if graph:
             log("exporting the graph ...")
@@ -240,7 +243,7 @@ def _write(
 
 
 def _compare(
-    source: Source, folder: Path, plan: Plan, progress: Progress, notes: list[str]
+    source: Source, folder: Path, plan: Plan, text: Path | None, progress: Progress, notes: list[str]
 ) -> tuple[float, float, float]:
     """Absolute and relative difference of the logits, and the limit of the relative one; appends to `notes`."""
     config = source.config
@@ -272,7 +275,34 @@ def _compare(
                 "transformers is not installed: the folder's weights were checked, its Python code was not run"
             )
         after = check.block_logits(config, read, progress)
-    return *check.compare(before, after), check.LIMITS["int8" if plan.quantizer else "same"]
+    if plan.quantizer is None:
+        return *check.compare(before, after), check.LIMITS["same"]
+    notes.append(f"{check.agreement(before, after):.1%} of the check's tokens have the same most likely successor")
+    if text is not None:
+        notes.append(_measure(source, read, Tokenizer.load(folder), text, progress))
+    return *check.compare(before, after), check.LIMITS["int8"]
+
+
+def _measure(
+    source: Source, read: Callable[[str], Tensor], tokenizer: Tokenizer, text: Path, progress: Progress
+) -> str:
+    """What rounding costs on the start of a text, as a line for people."""
+    try:
+        with reading(text):
+            ids = tokenizer.encode(text.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {text} is not UTF-8 (byte {error.start})") from None
+    if len(ids) < 2:
+        raise UserError(f"--text {text} has {len(ids)} tokens; give at least two")
+    rows = check.text_rows(ids, source.config.vocab_size)
+    num_bytes = sum(len(tokenizer.token_bytes[id]) for row in rows.tolist() for id in row[1:])
+    before, after = (check.block_logits(source.config, each, progress, rows) for each in (source.read, read))
+    bits = [check.nats(logits, rows) / math.log(2) / max(1, num_bytes) for logits in (before, after)]
+    same = check.agreement(before, after)
+    return (
+        f"{text}: {bits[0]:.4f} bits per byte before and {bits[1]:.4f} after ({bits[1] / bits[0] - 1:+.2%}); {same:.1%} of "
+        f"{rows.numel():,} tokens have the same most likely successor"
+    )
 
 
 def key_map(source: Source, plan: Plan) -> list[dict[str, Any]]:

@@ -9,11 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tnllm.convert import hf_folder, llama
 from tnllm.convert.card import model_card
 from tnllm.convert.fast_tokenizer import tokenizer_files
 from tnllm.convert.official import to_official_config
 from tnllm.convert.plan import Plan
+from tnllm.convert.quantize import Int8Quantizer
 from tnllm.convert.source import Source
 from tnllm.files import format_count, read_json
 from tnllm.modeling.weights import CONFIG, GENERATION, GENERATION_DEFAULTS, TOKENIZER, config_json, trained_length
@@ -46,7 +49,7 @@ def folder_files(
     generation = _generation_config(source, loaded)
     files = {GENERATION: hf_folder.json_text(generation)}
     if plan.to == "tnllm":
-        files[CONFIG] = config_json(source.config, plan.dtype)
+        files[CONFIG] = config_json(source.config, torch.int8 if plan.quantizer is not None else plan.dtype)
     elif plan.to == "official":
         files[CONFIG] = hf_folder.json_text(to_official_config(source.config, generation, plan.dtype))
         notes.append(
@@ -66,7 +69,7 @@ def folder_files(
             kind = "tokenizer.json" if others else ""
         if own_code:
             values = hf_folder.config_values(source.config, plan.dtype, generation)
-            if plan.quantizer is not None:
+            if isinstance(plan.quantizer, Int8Quantizer):
                 values["quantization_config"] = plan.quantizer.config_values()
             files.update(hf_folder.code_files())
         else:
