@@ -106,10 +106,20 @@ def test_untied_embeddings_are_looked_up_not_read():
         (["--positions", "9x"], "--positions has '9x'; write tokens such as 1000"),
         (["--batches", "8:2"], "--batches is '8:2'; the first length must not exceed the second"),
         (["--contexts", "nine"], "--contexts has 'nine'"),
-        (["--dtype", "fp16"], "--dtype is 'fp16'; allowed: bf16, fp32"),
+        (["--dtype", "fp16"], "--dtype is 'fp16'; allowed: bf16, fp32, int8"),
     ],
 )
 def test_bad_input(capfd, args, message):
     code, out, err = run(capfd, *args)
     assert code == 2 and out == ""
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["transnormer", "transformer"])
+def test_int8_is_checked_against_its_own_values_and_its_bytes_are_counted(kind):
+    config = get_preset("tiny", kind=kind)
+    model, exact = (build_model(config, dtype=dtype, seed=0) for dtype in (torch.int8, torch.float32))
+    checked = decode._check(model, False)
+    # float32's error against the rounded values, not the rounding's, which is a hundred times as large.
+    assert checked["passed"] and checked["step_error"] < 1e-5
+    assert 0.25 < decode._weight_bytes(model, 1) / decode._weight_bytes(exact, 1) < 0.35

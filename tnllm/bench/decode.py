@@ -32,6 +32,7 @@ from tnllm.generation.captured_step import CapturedStep, can_capture
 from tnllm.modeling.cache import is_cache, resized
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.cpu_step import cpu_step, pack_weights
+from tnllm.modeling.int8 import Int8Linear
 from tnllm.modeling.model import LanguageModel, build_model
 
 Step = Callable[[Tensor], Tensor]
@@ -97,7 +98,7 @@ def bench_decode(
                 preset, kind=kind, **({"softmax_every": softmax_every} if kind == "transnormer" else {})
             )
             model = build_model(config, device, dtype, seed=0).eval().requires_grad_(False)
-            if device.type == "cpu":
+            if device.type == "cpu" and not model.is_int8:
                 pack_weights(model)
             log(f"{preset} {kind}: checking the step against the full forward pass")
             checked = _check(model, compiled)
@@ -173,7 +174,10 @@ def _check(model: LanguageModel, compiled: bool) -> dict[str, Any]:
     # Two rows, so that a row leaking into another is detected.
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, model.config.vocab_size, (2, _CHECK_TOKENS), generator=generator).to(model.device)
-    wide = copy.deepcopy(model).to(torch.float64 if model.device.type == "cpu" else torch.float32)
+    wide = copy.deepcopy(model)
+    # Checked is the step, not what rounding costs.
+    wide.dequantize()
+    wide = wide.to(torch.float64 if model.device.type == "cpu" else torch.float32)
     worst = {"forward": 0.0, "step": 0.0}
     half = _CHECK_TOKENS // 2
     linear = model.config.kind == "transnormer"
@@ -292,11 +296,13 @@ def _time(
 
 
 def _weight_bytes(model: LanguageModel, batch: int) -> int:
-    total = sum(parameter.nbytes for parameter in model.parameters())
+    quantized = (part.table for part in model.modules() if isinstance(part, Int8Linear))
+    total = sum(part.nbytes for part in (*model.parameters(), *quantized))
     if model.config.tie_embeddings:
         return total
-    table = model.embed_tokens.weight
-    return total - table.nbytes + batch * table[0].nbytes
+    embedding = model.embed_tokens
+    table = embedding.table if isinstance(embedding, Int8Linear) else embedding.weight
+    return total - table.nbytes + batch * table.nbytes // model.config.vocab_size
 
 
 def _moved_bytes(model: LanguageModel, point: _Point) -> int:

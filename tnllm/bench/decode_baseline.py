@@ -19,9 +19,9 @@ from tnllm.modeling.transformer import SoftmaxAttention
 
 def filled_cache(model: LanguageModel, batch: int, context: int) -> Tensor:
     """A cache of random keys and values in the model's dtype: [L, 2, B, H, context, d]."""
-    config, weight = model.config, model.head_weight
+    config = model.config
     shape = (config.num_layers, 2, batch, config.num_heads, context, config.head_dim)
-    return torch.randn(shape, dtype=weight.dtype, device=weight.device)
+    return torch.randn(shape, dtype=model.dtype, device=model.device)
 
 
 def cache_of(state: State) -> Tensor:

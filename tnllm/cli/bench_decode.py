@@ -10,9 +10,10 @@ from tnllm.progress import log
 
 EPILOG = options.examples("tnllm bench-decode --preset 385m --json decode.json --plot decode.png")
 
-# Preset, positions, batches, contexts of the baseline, dtype, seconds for a measurement.
-_GPU = ("385m", "1k:1m", "1,4,16,64,256,1024", "1k,16k", "bf16", 0.5)
-_CPU = ("demo", "1k,16k,256k,1m", "1,4,16", "1k,16k", "fp32", 0.2)
+# Preset, positions, batches, contexts of the baseline, seconds for a measurement.
+_GPU = ("385m", "1k:1m", "1,4,16,64,256,1024", "1k,16k", 0.5)
+_CPU = ("demo", "1k,16k,256k,1m", "1,4,16", "1k,16k", 0.2)
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "int8": "int8"}
 
 
 def command(
@@ -21,7 +22,7 @@ def command(
     positions: str | None = typer.Option(None, help="Tokens before the step of one row: 1k,64k, or 1k:1m, doubling."),
     batches: str | None = typer.Option(None, help="Rows decoded together: 1,16,256 or 1:1k for every doubling."),
     contexts: str | None = typer.Option(None, help="Tokens in the Transformer's cache: 1k,16k (default), or none."),
-    dtype: str | None = typer.Option(None, help="bf16 or fp32. Default bf16 on a GPU, fp32 on CPU."),
+    dtype: str | None = typer.Option(None, help="bf16, fp32, or on a CPU int8. Default bf16 on a GPU, fp32 on CPU."),
     device: str = options.DEVICE,
     seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
     max_minutes: float | None = options.MAX_MINUTES,
@@ -31,7 +32,7 @@ def command(
     plot: Path | None = options.PLOT,
 ) -> None:
     """Check the decoding step against the full forward pass, then time it by position and by batch."""
-    options.check_choice("--dtype", dtype, ("bf16", "fp32"))
+    options.check_choice("--dtype", dtype, tuple(_DTYPES))
     options.check_outputs(json_file, csv_file, plot=plot)
     import torch
 
@@ -40,8 +41,10 @@ def command(
     from tnllm.bench.report import write_csv, write_json
     from tnllm.bench.tables import plot_decode, print_decode
     from tnllm.device import pick_device
+    from tnllm.generation.loading import pick_dtype
 
     where = pick_device(device, "--device")
+    wanted = pick_dtype(_DTYPES.get(dtype or "", "auto"), where) or torch.bfloat16
     on_gpu = where.type == "cuda"
     defaults = _GPU if on_gpu else _CPU
     if not on_gpu:
@@ -53,7 +56,7 @@ def command(
         preset or defaults[0], options.lengths(positions or defaults[1], "--positions"),
         options.lengths(batches or defaults[2], "--batches"),
         [] if cached == "none" else options.lengths(cached, "--contexts"),
-        torch.bfloat16 if (dtype or defaults[4]) == "bf16" else torch.float32, where, seconds or defaults[5], compile_,
+        wanted, where, seconds or defaults[4], compile_,
         log, on_row, budget, softmax_every,
     )  # fmt: skip
     print_decode(results)

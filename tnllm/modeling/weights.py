@@ -78,7 +78,9 @@ def save_model(
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / TOKENIZER)
         tensors = {
-            name: (tensor if name.endswith("lrpe.theta") or stored == torch.int8 else tensor.to(stored)).cpu().contiguous()
+            name: (tensor if name.endswith("lrpe.theta") or stored == torch.int8 else tensor.to(stored))
+            .cpu()
+            .contiguous()
             for name, tensor in model.state_dict().items()
         }
         shards = split_shards({name: tensor.nbytes for name, tensor in tensors.items()}, shard_bytes)
