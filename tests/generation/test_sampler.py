@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnllm.errors import UserError
+from tnllm.generation import sampler
 from tnllm.generation.sampler import (
     Options,
     SamplingParams,
@@ -32,9 +33,8 @@ def options(*params, seeds=None):
 def kept(row, top_k=0, top_p=1.0, min_p=0.0):
     """Ids that survive the filters."""
     columns = options(SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p))
-    return (
-        keep_most_likely(row[None], columns.top_k, columns.top_p, columns.min_p)[0].isfinite().nonzero()[:, 0].tolist()
-    )
+    [ids], [left] = keep_most_likely(row[None], columns.top_k, columns.top_p, columns.min_p)
+    return sorted(ids[left.isfinite()].tolist())
 
 
 def filtered_by_hand(row, top_k, top_p, min_p):
@@ -70,6 +70,32 @@ def test_filters_at_their_edges():
     assert kept(torch.tensor([0.0, -math.inf, 0.0])) == [0, 2]
 
 
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0, 1, 3, 7, 8, 9, 20]),
+    st.sampled_from([1.0, 0.9, 0.5]),
+    st.sampled_from([0.0, 0.1]),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_a_partial_ranking_keeps_the_same_tokens(seed, top_k, top_p, min_p, ties):
+    """Also where equal logits are cut off, tokens are banned and rows differ. 8 tokens are ranked at first."""
+    rows = logits(3, seed)
+    rows = rows.round() if ties else rows
+    rows[1, 5:] = -math.inf
+    columns = options(SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p), SamplingParams(top_k=2), SamplingParams())
+    settings = rows, columns.top_k, columns.top_p, columns.min_p
+    dense = []
+    for few in 8, V:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler, "_FEW", few)
+            ids, left = keep_most_likely(*settings)
+            alone = [keep_most_likely(*(part[index : index + 1] for part in settings)) for index in range(3)]
+        dense.append(torch.full_like(rows, -math.inf).scatter_(1, ids, left))
+        dense.append(torch.cat([torch.full((1, V), -math.inf).scatter_(1, *pair) for pair in alone]))
+    assert all(torch.equal(one, dense[0]) for one in dense[1:])
+
+
 def test_draws_follow_the_distribution():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     count = 40_000
@@ -82,13 +108,13 @@ def test_draws_follow_the_distribution():
 
 
 def test_noise_is_standard_gumbel_without_repeats():
-    noise = gumbel(torch.tensor([1, 2]), torch.tensor([5, 5]), 100_000)
+    noise = gumbel(torch.tensor([1, 2]), torch.tensor([5, 5]), torch.arange(100_000))
     assert noise.isfinite().all()
     # Mean and variance of 2e5 draws: standard errors 0.003 and 0.01; five of them.
     assert abs(noise.mean() - 0.5772) < 0.015
     assert abs(noise.var() - math.pi**2 / 6) < 0.05
     assert abs(torch.corrcoef(noise)[0, 1]) < 0.016
-    shifted = gumbel(torch.tensor([1]), torch.tensor([6]), 100_000)[0]
+    shifted = gumbel(torch.tensor([1]), torch.tensor([6]), torch.arange(100_000))[0]
     assert abs(torch.corrcoef(torch.stack([noise[0], shifted]))[0, 1]) < 0.016
 
 
@@ -109,7 +135,7 @@ def noise_by_hand(seed, position, id):
 @settings(deadline=None)
 def test_noise_values_are_fixed(seed, position):
     """Seeds are promises: the text of a seed must not change from version to version or between devices."""
-    noise = gumbel(torch.tensor([seed]), torch.tensor([position]), 5)
+    noise = gumbel(torch.tensor([seed]), torch.tensor([position]), torch.arange(5))
     expected = torch.tensor([[noise_by_hand(seed, position, id) for id in range(5)]])
     # Compared as uniforms, 1 - exp(-exp(-g)): there the only error is fp32's 6e-8, which logarithms magnify near 1.
     torch.testing.assert_close((-(-noise).exp()).exp(), (-(-expected).exp()).exp(), atol=1e-6, rtol=0)

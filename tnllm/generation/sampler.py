@@ -24,6 +24,8 @@ MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 # Tokens of one logit_bias.
 MAX_BIASES = 1024
+# Tokens that are ranked at first, on a CPU: a trained model's nucleus mostly has fewer.
+_FEW = 256
 MAX_SEED = _MAX_INT = 2**63 - 1
 
 
@@ -170,11 +172,14 @@ def sample_ids(
         return logits.argmax(dim=-1)
     # Relative to the maximum, so that a tiny temperature gives zeros and large negatives, never inf - inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(options.temperature.clamp(min=1e-6)[:, None])
+    ids = None
     if options.filters:
-        scaled = keep_most_likely(scaled, options.top_k, options.top_p, options.min_p)
+        ids, scaled = keep_most_likely(scaled, options.top_k, options.top_p, options.min_p)
     # The argmax of log p + Gumbel noise is a sample from p.
-    noise = gumbel(options.seed, positions, logits.shape[-1]).masked_fill_(options.temperature[:, None] == 0, 0.0)
-    return noise.add_(scaled).argmax(dim=-1)
+    among = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
+    noise = gumbel(options.seed, positions, among).masked_fill_(options.temperature[:, None] == 0, 0.0)
+    column = noise.add_(scaled).argmax(dim=-1)
+    return column if ids is None else ids.gather(1, column[:, None])[:, 0]
 
 
 def penalize(logits: Tensor, options: Options, seen: Tensor | None, counts: Tensor | None) -> Tensor:
@@ -190,28 +195,51 @@ def penalize(logits: Tensor, options: Options, seen: Tensor | None, counts: Tens
     return logits
 
 
-def keep_most_likely(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Set all but the most likely tokens of [B, V] logits to -inf; the top token always stays.
+def keep_most_likely(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [B, K] that include the most likely tokens of [B, V] logits, and their logits, -inf for those to be dropped.
 
     top_k [B] int64 first; then the fewest tokens whose probability, among those left, reaches top_p [B]
-    (nucleus sampling, arXiv 1904.09751); then those of at least min_p [B] times the largest probability.
-    Equal logits rank by token id.
+    (nucleus sampling, arXiv 1904.09751); then those of at least min_p [B] times the largest probability. The top token
+    always stays. Equal logits rank by token id.
     """
-    ranked, ids = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    dropped = rank >= top_k[:, None]
-    probability = ranked.masked_fill_(dropped, -math.inf).softmax(dim=-1)
+    # On a GPU to ask whether a few suffice would synchronise. What is kept does not depend on how many are sorted.
+    size = logits.shape[-1]
+    if not logits.is_cuda and size > _FEW and bool(((top_k < _FEW) | (top_k >= size)).all()):
+        ids, ranked, dropped = _rank(logits, _FEW, top_k, top_p, min_p)
+        # Of the tokens equal to the last one, those with the lowest ids may be missing.
+        if bool(dropped[ranked == ranked[:, -1:]].all()):
+            return ids, ranked.masked_fill_(dropped, -math.inf)
+    ids, ranked, dropped = _rank(logits, size, top_k, top_p, min_p)
+    return ids, ranked.masked_fill_(dropped, -math.inf)
+
+
+def _rank(logits: Tensor, count: int, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` most likely ids [B, count] in order, their logits, and which of them are to be dropped."""
+    size = logits.shape[-1]
+    if count < size:
+        ids = logits.topk(count, sorted=False).indices.sort().values
+        ranked, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+        ids = ids.gather(1, order)
+    else:
+        ranked, ids = logits.sort(dim=-1, descending=True, stable=True)
+    dropped = torch.arange(count, device=logits.device) >= top_k[:, None]
+    # Summed in the order of the ids, so that the sum is the same however many are ranked.
+    left = torch.full_like(logits, -math.inf).scatter_(1, ids, ranked.masked_fill(dropped, -math.inf))
+    probability = torch.where(top_k[:, None] < size, left, logits).softmax(dim=-1).gather(1, ids)
     before = probability.cumsum(dim=-1).sub_(probability)
     dropped |= before >= torch.where(top_p < 1, top_p, math.inf)[:, None]
     dropped |= probability < min_p[:, None] * probability[:, :1]
     dropped[:, 0] = False
-    return logits.masked_fill(torch.empty_like(dropped).scatter_(1, ids, dropped), -math.inf)
+    return ids, ranked, dropped
 
 
-def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [B, V] fp32 for seeds [B] and positions [B] (int64), the same on every device."""
+def gumbel(seeds: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise [B, K] fp32 of token ids [K] or [B, K], for seeds [B] and positions [B] (all int64).
+
+    The same on every device.
+    """
     stream = _mix(_mix(seeds) + positions * _GOLDEN)
-    bits = _mix(stream[:, None] + torch.arange(1, vocab_size + 1, device=seeds.device) * _GOLDEN)
+    bits = _mix(stream[:, None] + (ids + 1) * _GOLDEN)
     # 32 bits, because the smallest of V uniforms decides; below 1, so that the noise is finite.
     uniform = _shift(bits, 32).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
