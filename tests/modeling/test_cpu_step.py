@@ -88,3 +88,15 @@ def test_packing_changes_no_value(form):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert storage_bytes(model) == size
     assert model.head_weight.t().is_contiguous() and not model.blocks[0].channel_mixer.l1.weight.is_contiguous()
+
+
+def test_bfloat16_and_int8_keep_their_layout():
+    """torch multiplies a bfloat16 row by a transposed matrix ten to thirty times as slowly."""
+    model = small_model(torch.bfloat16)
+    pack_weights(model)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    model = small_model()
+    model.quantize_int8()
+    before = model.embed_tokens.table
+    pack_weights(model)
+    assert model.embed_tokens.table is before

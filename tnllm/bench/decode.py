@@ -98,7 +98,7 @@ def bench_decode(
                 preset, kind=kind, **({"softmax_every": softmax_every} if kind == "transnormer" else {})
             )
             model = build_model(config, device, dtype, seed=0).eval().requires_grad_(False)
-            if device.type == "cpu" and not model.is_int8:
+            if device.type == "cpu":
                 pack_weights(model)
             log(f"{preset} {kind}: checking the step against the full forward pass")
             checked = _check(model, compiled)

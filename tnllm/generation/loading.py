@@ -89,7 +89,7 @@ def load(
         merge_adapter(weights, hub.local(adapter))
         if wanted == torch.int8:
             weights.quantize_int8()
-    if where.type == "cpu" and not weights.is_int8:
+    if where.type == "cpu":
         pack_weights(weights)
     sampling = {key: settings[key] for key in _SAMPLING if settings.get(key) is not None}
     if settings.get("max_new_tokens") is not None:
