@@ -1,13 +1,16 @@
 """The load test's small form, and that it notices what it is there to notice."""
 
 import json
+from functools import partial
 
+import httpx
 import pytest
 
 from tests.serving.serving import running
 from tests.small_models import make_ready, small_model
 from tnllm.cli.main import main
 from tnllm.generation.samples import Row
+from tnllm.generation.slots import Slots
 from tnllm.serving.middleware import Settings
 from tnllm.tokenizer import Tokenizer, train_tokenizer
 
@@ -34,16 +37,62 @@ def test_more_streams_than_slots_are_all_complete_and_their_own(capfd, ready, tm
         code, out, _ = run(capfd, *args, "--api-key", "k", "--json", str(file))
         assert engine.slots.free == 8 and engine.num_active == 0
     assert code == 0, out
-    assert "40 streams of 8 tokens at once: 40 complete, 0 failed" in out
-    assert "10 requested again alone: 10 the same text" in out
-    result = json.loads(file.read_text())
-    assert result["whole"] == 40 and result["memory_mib"]["peak"] >= result["memory_mib"]["before"] > 10
+    assert "40 of 40" in out
+    assert "10 requested again alone: 10 the same text, 0 the text of another stream" in out
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["whole"] == 40 and row["memory_peak_mib"] >= row["memory_before_mib"] > 10
+    assert row["first_p50_ms"] <= row["first_p99_ms"] and row["token_p50_ms"] > 0
+
+
+def test_rows_have_prompts_of_the_given_lengths(capfd, ready, tmp_path):
+    files = tmp_path / "load.json", tmp_path / "load.csv"
+    with running(ready, Settings(name="small"), num_slots=8) as (address, engine):
+        code, out, _ = run(
+            capfd, "--url", address, "--streams", "1,3", "--requests", "2", "--prompt-tokens", "5", "--prefix-tokens", "40",
+            "--tokens", "4", "--check", "3", "--json", str(files[0]), "--csv", str(files[1]),
+        )  # fmt: skip
+        counted = engine.metrics
+        # 2 + 6 requests, and 3 of them again; a prefix that was read twice is not read a third time.
+        assert counted.prompt_tokens + counted.cached_tokens == 11 * 45 and counted.cached_tokens >= 6 * 40
+        assert counted.generated_tokens == 11 * 4
+    assert code == 0, out
+    assert [line.split()[:8] for line in out.splitlines()[1:3]] == [
+        [streams, "40", "+", "5", "4", count, "of", count] for streams, count in (("1", "2"), ("3", "6"))
+    ]
+    rows = json.loads(files[0].read_text())["rows"]
+    assert [(row["streams"], row["requests"], row["whole"]) for row in rows] == [(1, 2, 2), (3, 6, 6)]
+    assert len(files[1].read_text().splitlines()) == 3
+    assert run(capfd, "--streams", "4,no")[0] == 2
+
+
+def test_an_event_that_holds_several_tokens_counts_them_all(capfd, ready, monkeypatch):
+    """As on a GPU, where eight tokens are decoded between two synchronisations."""
+    monkeypatch.setattr("tnllm.serving.engine.Slots", partial(Slots, sync_every=4))
+    body = {"prompt": "Once", "max_tokens": 10, "ignore_eos": True, "seed": 1}
+    with running(ready, Settings(name="small"), num_slots=2) as (address, _):
+        plain, native = httpx.post(f"{address}/v1/completions", json=body).json(), {**body, "return_tokens": True}
+        events = streamed(
+            f"{address}/v1/completions", {**body, "stream_options": {"include_usage": True}, "logprobs": 0}
+        )
+        natives = streamed(f"{address}/completion", {**native, "prompt": "Once"})
+        assert run(capfd, "--url", address, "--streams", "2", "--tokens", "10")[0] == 0
+    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == plain["choices"][0]["text"]
+    counts = [len(event["choices"][0]["logprobs"]["tokens"]) for event in events[:-2]]
+    assert sum(counts) == 10 and max(counts) > 1
+    assert events[-1]["usage"]["completion_tokens"] == 10
+    assert [len(event["tokens"]) for event in natives] == [4, 4, 2, 0]
+    assert [event["tokens_predicted"] for event in natives] == [4, 8, 10, 10]
+
+
+def streamed(url, body):
+    lines = httpx.post(url, json={**body, "stream": True}).text.splitlines()
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
 
 def test_a_full_queue_is_reported(capfd, ready):
     with running(ready, Settings(name="small"), num_slots=1, queue_size=2) as (address, _):
         code, out, err = run(capfd, "--url", address, "--streams", "20", "--tokens", "40", "--check", "0")
-    assert code == 1 and " failed" in out
+    assert code == 1 and " of 20" in out
     assert "streams failed; the first: status 429" in err.splitlines()[-1]
 
 

@@ -323,3 +323,21 @@ def _scale_panel(source: list[Row], timed: list[Row], key: str, label: str, form
         name = f"{preset} {mesh}" + (f", {mine[0]['scaling']}" if key == "efficiency" else "")
         points += [{**row, "name": name} for row in [*alone, *mine]]
     return Panel(label, lines(points, "{name}", "gpus", key), form=form)
+
+
+def _two(key: str) -> str:
+    return f"{{{key}_p50_ms:.4g}} / {{{key}_p99_ms:.4g}}"
+
+
+def _prompt(row: Row) -> str:
+    return cell("{prefix_tokens} + {prompt_tokens}" if row["prefix_tokens"] else "{prompt_tokens}", row)
+
+
+# bench-serve: a line for each number of streams. Times are medians and 99th percentiles.
+SERVE: list[tuple[str, int, Form]] = [
+    ("streams", 7, "{streams}"), ("prompt", 11, _prompt), ("tokens", 6, "{tokens}"),
+    ("complete", 12, "{whole} of {requests}"),
+    ("first token ms", 15, _two("first")), ("between texts ms", 16, _two("gap")), ("ms a token", 15, _two("token")),
+    ("requests/s", 10, "{requests_per_s:.3g}"), ("tokens/s", 8, "{tokens_per_s:.0f}"),
+    ("server MiB", 10, "{memory_peak_mib:.0f}"), ("GPU MiB", 8, "{device_peak_mib:.0f}"),
+]  # fmt: skip

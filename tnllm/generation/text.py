@@ -30,6 +30,8 @@ class StopFinder:
     def push(self, text: str) -> str:
         """The text that is now known to precede any stop string. Must not be called once `stopped`."""
         assert not self.stopped
+        if not self._stop:
+            return text
         self._pending += text
         ends = [(at + len(stop), at) for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if ends:
@@ -43,7 +45,7 @@ class StopFinder:
 
     def _partial(self) -> int:
         """Length of the longest suffix of the text that is a prefix of a stop string."""
-        longest = min(len(self._pending), max((len(stop) - 1 for stop in self._stop), default=0))
+        longest = min(len(self._pending), max(len(stop) - 1 for stop in self._stop))
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._pending[-length:]) for stop in self._stop):
                 return length

@@ -66,14 +66,14 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
-    def count(self, event: PromptRead | Piece | Result) -> None:
+    def count(self, event: PromptRead | list[Piece] | Result) -> None:
         """Count what an event says."""
         if isinstance(event, PromptRead):
             self._queue_s, self._read_s = max(self._queue_s, event.queue_s), max(self._read_s, event.read_s)
             self._first_read = self._first_read or time.monotonic()
             self.cached_tokens += event.cached_tokens
-        elif isinstance(event, Piece):
-            self.completion_tokens += 1
+        elif isinstance(event, list):
+            self.completion_tokens += len(event)
 
     def timings(self) -> dict[str, float]:
         """How long the parts took until now; of several prompts, reading the one that took longest."""
@@ -113,11 +113,10 @@ class Answer:
         """The chunks of a choice before its first token."""
         raise NotImplementedError
 
-    def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        """The chunks for one token; one that completes no text has none."""
-        if not piece.text and not piece.logprobs:
-            return []
-        return [self._choice(choice, piece.text, piece.logprobs or None, None)]
+    def piece(self, choice: int, pieces: list[Piece]) -> list[dict[str, Any]]:
+        """The chunks for tokens that came together; if they complete no text there are none."""
+        text, logprobs = "".join([piece.text for piece in pieces]), [one for piece in pieces for one in piece.logprobs]
+        return [self._choice(choice, text, logprobs or None, None)] if text or logprobs else []
 
     def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
         """The chunks at the end of a choice."""
@@ -262,10 +261,10 @@ class ChatAnswer(Answer):
     def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return super().body(choices) | self._prompt_logprobs
 
-    def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        if self._call is not None and self._call.name is None and not piece.logprobs:
+    def piece(self, choice: int, pieces: list[Piece]) -> list[dict[str, Any]]:
+        if self._call is not None and self._call.name is None and not any(piece.logprobs for piece in pieces):
             return []
-        return super().piece(choice, piece)
+        return super().piece(choice, pieces)
 
     def last(self, choice: int, result: Result) -> list[dict[str, Any]]:
         delta: dict[str, Any] = {}

@@ -140,6 +140,10 @@ class Engine:
         self.cache = PrefixCache(self.weights, cache_bytes)
         self.metrics: Metrics = Metrics() if beside is None else beside.metrics
         self.metrics.gauges.append(self._gauges)
+        if beside is None and model.device.type == "cuda":
+            self.metrics.gauges.append(
+                lambda: {"device_memory_peak_bytes": torch.cuda.max_memory_allocated(model.device)}
+            )
         self._device: Turns = Turns() if beside is None else beside._device
         self._ends = frozenset(loaded.eos_ids)
         self._wake = threading.Condition()

@@ -10,6 +10,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -120,24 +121,28 @@ class Submission:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, events)
 
-    async def events(self) -> AsyncIterator[tuple[int, PromptRead | Piece | Result]]:
-        """(choice, event) until every choice has ended. Raises UserError if one fails."""
+    async def events(self) -> AsyncIterator[tuple[int, PromptRead | list[Piece] | Result]]:
+        """(choice, event) until every choice has ended; tokens that came together are one. Raises UserError."""
         while self._unfinished:
-            for event in await self._queue.get():
+            for _, together in groupby(await self._queue.get(), _sample_of):
+                event, *more = together
                 if isinstance(event, Failed):
                     raise event.error
-                self.answer.count(event)
                 first_choice = event.index * self._samples
+                if isinstance(event, Piece):
+                    # Writing an event takes longer than its token: a GPU sends eight at a time.
+                    pieces = [event, *(piece for piece in more if isinstance(piece, Piece))]
+                    self.answer.count(pieces)
+                    yield first_choice + event.sample, pieces
+                    continue
+                self.answer.count(event)
                 if isinstance(event, PromptRead):
                     self.has_read(event)
                     for sample in range(self._samples):
                         yield first_choice + sample, event
                     continue
-                if isinstance(event, Result):
-                    self._unfinished -= 1
-                    self.served.engine.metrics.tool_calls += (
-                        self.body.call() is not None and event.finish_reason == "eos"
-                    )
+                self._unfinished -= 1
+                self.served.engine.metrics.tool_calls += self.body.call() is not None and event.finish_reason == "eos"
                 yield first_choice + event.sample, event
 
     def has_read(self, event: PromptRead) -> None:
@@ -170,7 +175,7 @@ class Submission:
             async for choice, event in self.events():
                 if isinstance(event, PromptRead):
                     parts = await run_in_threadpool(self.answer.first, choice, event.logprobs)
-                elif isinstance(event, Piece):
+                elif isinstance(event, list):
                     parts = self.answer.piece(choice, event)
                 else:
                     parts = self.answer.last(choice, event)
@@ -185,6 +190,11 @@ class Submission:
                 yield b"data: [DONE]\n\n"
         except UserError as error:
             yield _server_sent_event(error_answer(error)[1])
+
+
+def _sample_of(event: Event) -> object:
+    """What consecutive tokens of one sample have in common; each other event is by itself."""
+    return (event.index, event.sample) if isinstance(event, Piece) else id(event)
 
 
 def _server_sent_event(value: dict[str, Any]) -> bytes:

@@ -95,12 +95,14 @@ class NativeAnswer(Answer):
         whole = [choice | {"timings": self.timings()} for choice in choices]
         return whole[0] if len(whole) == 1 else whole
 
-    def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
-        self._counts[choice] += 1
+    def piece(self, choice: int, pieces: list[Piece]) -> list[dict[str, Any]]:
+        self._counts[choice] += len(pieces)
+        logprobs = [one for piece in pieces for one in piece.logprobs]
         return [{
-            "index": choice, "content": piece.text, "tokens": [piece.token],
-            "stop": False, "id_slot": self._request.id_slot, "tokens_predicted": self._counts[choice],
-            "tokens_evaluated": len(self._prompts[choice // self.params.n]), **self._probabilities(piece.logprobs),
+            "index": choice, "content": "".join([piece.text for piece in pieces]),
+            "tokens": [piece.token for piece in pieces], "stop": False, "id_slot": self._request.id_slot,
+            "tokens_predicted": self._counts[choice], "tokens_evaluated": len(self._prompts[choice // self.params.n]),
+            **self._probabilities(logprobs),
         }]  # fmt: skip
 
     def last(self, choice: int, result: Result) -> list[dict[str, Any]]:

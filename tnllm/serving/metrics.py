@@ -34,6 +34,7 @@ _GAUGES = {
     "prefix_cache_entries": "Cached contexts.",
     "states": "States that are kept.",
     "state_bytes": "Bytes of the states that are kept.",
+    "device_memory_peak_bytes": "Most bytes allocated on the GPU at once.",
 }
 # Attributes of Metrics.
 _COUNTERS = {
