@@ -104,6 +104,42 @@ def test_every_request_gets_what_generate_gives(ready):
     assert engine.slots.free == 5 and engine.num_active == 0
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 24])
+def test_prompts_that_come_together_read_their_prefix_once(each, cache_bytes):
+    prefix, params = [5 + index % 40 for index in range(50)], SamplingParams(max_tokens=3, seed=1)
+    prompts = [[*prefix, 60 + index, 70 + index] for index in range(5)] + [prefix, [9, 8, 7]]
+    with Engine(each, num_slots=8, prefill_tokens=16, cache_bytes=cache_bytes) as engine:
+        events = list(engine.submit_all(prompts, params))
+    assert engine.metrics.prompt_tokens == len(prefix) + 5 * 2 + 3 and engine.metrics.cached_tokens == 5 * len(prefix)
+    assert [event.cached_tokens for event in sorted(
+        (event for event in events if isinstance(event, PromptRead)), key=lambda read: read.index
+    )] == [0, 50, 50, 50, 50, 50, 0]  # fmt: skip
+    for result in [event for event in events if isinstance(event, Result)]:
+        assert_same([result], alone(each, prompts[result.index], params))
+
+
+def test_a_prompt_whose_prefix_is_read_by_one_that_is_cancelled_reads_it_itself(ready):
+    prefix, params = [5 + index % 40 for index in range(400)], SamplingParams(max_tokens=3, seed=1)
+    engine = Engine(ready, num_slots=4, prefill_tokens=16)
+    turn, turns = engine._turn, []
+
+    def cancelling():
+        turns.append([(job.done, job.behind is not None) for job in engine.scheduler.reading])
+        if len(turns) == 3:
+            first.cancel()
+        return turn()
+
+    engine._turn = cancelling
+    with engine:
+        with engine._wake:
+            # Both are there before the engine's first turn.
+            first, second = (engine.submit([*prefix, last], params) for last in (60, 61))
+        assert_same(results(second), alone(ready, [*prefix, 61], params))
+        with pytest.raises(RunError, match="cancelled"):
+            list(first)
+    assert any(behind for reading in turns for _, behind in reading)
+
+
 @pytest.mark.slow
 def test_parked_rows_continue_as_if_nothing_had_been(each, monkeypatch):
     """With turns of three tokens, rows are parked at every point of their texts, between the bytes of characters too."""

@@ -19,6 +19,7 @@ class Job:
     tokens: int = 1_000_000  # of each sample
     done: int = 0
     cache_at: int = 0
+    behind: object | None = None
     ids: list[int] = field(default_factory=list)
 
     def __post_init__(self):

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ class _Job:
     state: State | None = None  # after ids[:done]
     done: int = 0
     cache_at: int = 0  # length of the prefix shared with an earlier prompt: its context is cached
+    behind: "_Job | None" = None  # which is reading that prefix at the moment: its context is waited for
     logits: Tensor | None = None  # [1, V] after the last token read
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
     started: float = 0.0  # reading
@@ -350,9 +352,22 @@ class Engine:
         if job.prompt_logprobs is None:
             job.cached = self.cache.longest(job.ids)
             job.cache_at = self.cache.branch(job.ids)
+            job.behind = self._reader_of(job)
         if job.cached is not None:
             job.done, job.logits = job.cached.num_tokens, job.cached.logits
         job.state = job.cached.state if job.cached is not None else self.loaded.model.init_state(1)
+
+    def _reader_of(self, job: _Job) -> _Job | None:
+        """The earlier prompt that will have read the prefix which `job` shares, so that many at once read it once."""
+        end = job.cache_at
+        for other in takewhile(lambda other: other is not job, self.scheduler.reading if end else ()):
+            # A prompt stops at one length only; of those that stop at none yet, or have, this becomes the length.
+            stops = other.cache_at == end or other.cache_at <= other.done
+            usable = stops and other.done < end and other.start is None and other.prompt_logprobs is None
+            if usable and other.behind is None and np.array_equal(other.ids[:end], job.ids[:end]):
+                other.cache_at = end
+                return other
+        return None
 
     def _change_rows(self) -> None:
         """Park the rows whose turn has ended, and continue others."""
@@ -373,6 +388,10 @@ class Engine:
         model = self.loaded.model
         # With many running texts a step is slow; more room for each step lets a long queue of prompts end sooner.
         room = max(self._prefill_tokens, 2 * len(self.slots.rows))
+        reading = set(self.scheduler.reading)
+        for job in self.scheduler.reading:
+            # Whose reader was cancelled.
+            job.behind = job.behind if job.behind in reading else None
         pieces = [(job, share) for job, share in self.scheduler.shares(room) if share]
         if pieces:
             tokens, cu_seqlens = pack([job.ids[job.done : job.done + share] for job, share in pieces])
@@ -392,6 +411,10 @@ class Engine:
                 if job.done in (job.cache_at, len(job.ids)):
                     job.logits = model.logits(hidden[:, end - 1])
                     context = self._context(job)
+                    for other in self.scheduler.reading:
+                        if other.behind is job and other.cache_at == job.done:
+                            other.behind, other.cached, other.done = None, context, job.done
+                            other.state, other.logits = context.state, context.logits
                     if job.prompt_logprobs is None and job.start is None:
                         self.cache.put(job.ids[: job.done], context)
         for job in [job for job in self.scheduler.reading if job.done == len(job.ids)]:

@@ -37,6 +37,11 @@ class Job(Protocol):
     cache_at: int  # a pass ends here, so that the context may be cached
 
     @property
+    def behind(self) -> object | None:
+        """An older prompt that is being read, whose context it waits for."""
+        ...
+
+    @property
     def request(self) -> Hashable:
         """What the prompts of one request share."""
         ...
@@ -185,7 +190,7 @@ class Scheduler(Generic[J, S]):
         """
         if not self.reading:
             return
-        oldest, *others = self.reading
+        oldest, *others = (job for job in self.reading if job.behind is None)
         others.sort(key=lambda job: len(job.ids) - job.done)
         for index, job in enumerate([oldest, *others]):
             if room <= 0:
