@@ -13,9 +13,11 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -54,6 +56,7 @@ PLAN = [
     ("385m", "32", 20_000, 0, 2000, 0, 90),
     ("llama-1b", "32", 2048, 0, 2048, 0, 150),
 ]
+WEIGHTS = Path(tempfile.gettempdir()) / f"gpu-bench-{os.getpid()}"
 HERE = [sys.executable, "-m", "tests.serving.gpu_bench"]
 
 
@@ -88,7 +91,7 @@ class Server:
 
     def __init__(self, name, small, out):
         self.log = out / f"server-{name}.log"
-        folder = Path("/tmp") / f"gpu-bench-{os.getpid()}" / name
+        folder = WEIGHTS / name
         folder.parent.mkdir(exist_ok=True)
         made = [*HERE, "--make", name, "--folder", str(folder), *(["--small"] if small else [])]
         slots = [] if not small or "--slots" in MODELS[name][2] else ["--slots", "32"]
@@ -247,7 +250,7 @@ class Run:
             clients, check, most = clients.replace("256", "16").replace("500", "40"), min(check, 10), 4 * most
         began, left = time.monotonic(), min(self.end - time.monotonic() - 2, most)
         if name.startswith("llama"):
-            command = [*HERE[1:], "--peer", name]
+            command = ["python", *HERE[1:], "--peer", name]
             rows = peer_rows(
                 name, self.small, [(int(count), prompt, prefix, tokens) for count in clients.split(",")], left
             )
@@ -288,6 +291,7 @@ def run(out, minutes, small, only):
     finally:
         for server in state.servers.values():
             server.stop()
+        shutil.rmtree(WEIGHTS, ignore_errors=True)
 
 
 def summary(out):
