@@ -67,6 +67,9 @@ def all_attention() -> None:
     attention(q[:, :1000], k[:, :1000], v[:, :1000], state=True)
     q, v = torch.zeros(1, 1000, 2, 192), torch.zeros(1, 1000, 2, 64)
     attention(q, q, v, state=True, packed=True)
+    q, k, v = torch.zeros(3, 1, 1000, 2, 256, dtype=torch.bfloat16)
+    attention(q, k, v, state=True, packed=True)
+    attention(q[..., :192], k[..., :192], v[..., :64])
     # Slices of a projection with 2^31 elements to a row, beside results with fewer.
     far = torch.zeros(1, 1024, 3, 128, dtype=torch.bfloat16).as_strided((1, 1024, 3, 128), (1 << 31, 384, 128, 1))
     attention(*far.chunk(3, dim=2))

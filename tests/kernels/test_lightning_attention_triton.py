@@ -1,6 +1,8 @@
 """The Triton kernels against the float64 chunked form: small odd shapes under Triton's interpreter on CPU
 (GPU: the same ones compiled), large ones on a GPU only. Memory that no kernel wrote is NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -64,6 +66,29 @@ def test_gradients_without_tensor_memory_accelerator(monkeypatch, lengths):
     """GPUs before Hopper: loads and stores by pointer, and the decay on the other operand."""
     monkeypatch.setattr(launch, "_device", lambda x: launch.Device(4, 101376, has_tma=False))
     check(make(1, 100, 2, 32, 32, torch.float32, lengths))
+
+
+@pytest.mark.parametrize(
+    ("D", "E", "lengths"),
+    [(256, 128, None), (192, 64, (30, 0, 40)), pytest.param(256, 256, (3, 130), marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("splits", [False, True])
+def test_wide_heads(monkeypatch, D, E, lengths, splits):
+    """16 bits and more than 128 columns: two transposed tiles of the state. Final chunks short and full."""
+    if splits:
+        monkeypatch.setattr(launch, "plan", lambda T, *_: launch.Plan(64, 64))
+    for T in (65, 64) if lengths is None else (None,):
+        check(make(1, T or sum(lengths), 1, D, E, torch.float16, lengths))
+
+
+@pytest.mark.slow
+@settings(max_examples=4, deadline=None)
+@given(
+    st.lists(st.integers(0, 140), min_size=1, max_size=5).filter(any), st.booleans(), st.booleans(),
+    st.sampled_from([192, 256]), st.integers(0, 2**16),
+)  # fmt: skip
+def test_packed_wide_heads_equal_alone(lengths, state, gradient, D, seed):
+    check_against_alone(make_packed(lengths, state, gradient, seed, D=D, E=64, dtype=torch.float16))
 
 
 @pytest.mark.slow
@@ -147,6 +172,7 @@ SHORT = st.lists(st.one_of(st.integers(0, 5), st.integers(14, 18), st.integers(0
 @example([0, 16, 0, 16, 3, 0], True, True, True, True, 0)
 def test_packed_equals_alone(lengths, state, gradient, splits, tma, seed):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "state_config", lambda *_: launch.Config(16, 64, 4, 2))
         patch.setattr(launch, "attend_config", lambda *_, dual=False: launch.Config(16, 64, 4, 2, dual and tma))
         patch.setattr(launch, "plan", lambda T, *_: launch.Plan(64, 32) if splits and T > 64 else launch.Plan(T, T))
         check_against_alone(make_packed(lengths, state, gradient, seed, D=32, E=32, dtype=torch.float32))
@@ -228,10 +254,12 @@ def test_every_plan_covers_all_tokens_in_full_chunks(T, num_programs, num_sms):
 
 def test_small_gpus_get_a_shallower_pipeline_or_a_clear_error():
     small = launch.Device(num_sms=46, shared_memory=101376, has_tma=False)
-    assert launch.attend_config(128, 2, small).num_stages == 1
-    assert not launch.attend_config(128, 2, small, dual=True).tma
+    assert launch.attend_config(128, 128, 2, small, 16).num_stages == 1
+    assert not launch.attend_config(128, 128, 2, small, 16, dual=True).tma
     with pytest.raises(ValueError, match="needs 128 KiB of shared memory, this GPU has 99; use bfloat16"):
-        launch.attend_config(256, 4, small)
+        launch.attend_config(256, 256, 4, small, 16)
+    # A consumer GPU with TMA, but with less shared memory than a Hopper.
+    assert not launch.attend_config(256, 256, 2, replace(small, has_tma=True), 16).wide
 
 
 @pytest.mark.gpu

@@ -236,7 +236,7 @@ def _gpu_kernels(name: str, device: "Device") -> list[Check]:
 
     def pipeline(width: int, itemsize: int) -> str:
         try:
-            config = attend_config(width, itemsize, device, dual=True)
+            config = attend_config(width, width, itemsize, device, 16, dual=True)
         except ValueError:
             return "none: too little shared memory"
         loads = "tensor memory accelerator" if config.tma else "pointers"

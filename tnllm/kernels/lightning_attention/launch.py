@@ -4,7 +4,7 @@ Arguments and results are those of the chunked CPU form (`chunk.py`), so tests r
 depends on the values of tensors, so the host never synchronises with the GPU; nothing is autotuned at run time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -36,6 +36,7 @@ class Config:
     num_warps: int
     num_stages: int
     tma: bool = False
+    wide: bool = False  # `_chunk_wide`: the state is two transposed tiles in registers
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,8 @@ def _device(x: Tensor) -> Device:
 
 
 @cache
-def attend_config(head_dim: int, itemsize: int, device: Device, dual: bool = False) -> Config:
-    """One program of 4 warps and 64 columns per SM, with as many pipeline stages as shared memory holds.
-
-    Measured on an H100 (B 16, H 16, T 4096, D = E = 128, bf16):
-
-        4 stages                              0.379 ms
-        3 stages                              0.403 ms
-        2 stages, two programs per SM         0.436 ms
-        8 warps with all 128 columns          0.458 ms at best
-
-    Loads by TMA descriptor made `dual` 10 % faster (0.660 against 0.731 ms: fewer address registers) and the other
-    launches 2 % slower. `head_dim` is the width of a and b.
-    """
+def state_config(head_dim: int, itemsize: int, device: Device) -> Config:
+    """64 columns a program, with as many pipeline stages as shared memory holds. `head_dim` is the width of b."""
     chunk = 64 if itemsize == 2 else 32
     rows = triton.next_power_of_2(head_dim)
     if rows == 256 and itemsize == 4 and device.shared_memory < 131072:
@@ -86,7 +76,36 @@ def attend_config(head_dim: int, itemsize: int, device: Device, dual: bool = Fal
     scratch_bytes = (rows + chunk) * cols * itemsize
     num_stages = max(1, min(4, (device.shared_memory - scratch_bytes) // tile_bytes))
     # Above 128 rows the state needs the registers of 8 warps.
-    return Config(chunk, cols, 4 if rows <= 128 else 8, num_stages, dual and device.has_tma and rows <= 128)
+    return Config(chunk, cols, 4 if rows <= 128 else 8, num_stages)
+
+
+@cache
+def attend_config(head_dim: int, cols: int, itemsize: int, device: Device, chunks: int, dual: bool = False) -> Config:
+    """One program per SM, or two where rows are so short that one cannot hide the latency of its loads.
+
+    `head_dim` is the width of a and b, `cols` that of c, `chunks` how many of 64 tokens a program scans, up to 16.
+    Measured on an H100 in bf16, milliseconds (B H T D; the best in brackets):
+
+        16 16 4096 128   4 stages [0.379], 3: 0.403, 2, two programs per SM: 0.436; 8 warps, 128 columns: 0.458 at best
+        2048 2 64 128    2 stages [0.126], 1: 0.184, 3: 0.176, 4: 0.176; dk and dv with 2: [0.25], by TMA at best 0.42
+        2 16 30011 96    by TMA [0.37], else 0.57: masks cost more than what TMA pads with zeros
+        2 8 16384 256    wide, 4 warps, 64 columns [0.37]; wide, 8 warps, 128 columns: 0.44; not wide: 0.71 at best
+        4 16 8192 192    wide, 8 warps, 128 columns [0.40]; wide, 4 warps, 64 columns: 0.51; not wide: 1.04 at best
+
+    Loads by TMA descriptor made `dual` at 128 columns 10 % faster (0.660 against 0.731 ms: fewer address registers) from
+    16 chunks on, and the other launches 2 % slower.
+    """
+    config = state_config(head_dim, itemsize, device)
+    if itemsize == 4:
+        return replace(config, tma=dual and device.has_tma and head_dim <= 128)
+    if head_dim > 128 and device.has_tma and device.shared_memory >= 232448:
+        # dk and dv leave too few registers for 128 columns.
+        more = head_dim <= 192 and cols > 64 and not dual
+        return Config(config.chunk, 128 if more else 64, 8 if more else 4, 3, tma=True, wide=True)
+    padded = head_dim & (head_dim - 1) != 0
+    tma = device.has_tma and chunks >= 16 and (padded or (dual and head_dim > 64)) and head_dim <= 128
+    stages = 2 if chunks <= 2 else 3 if head_dim <= 64 or (dual and not tma) else 4
+    return replace(config, num_stages=min(stages, config.num_stages), tma=tma)
 
 
 @cache
@@ -166,7 +185,7 @@ def _sub_split_states(
     """Grid (heads or sequences x heads, sub-splits, batch), without the column blocks."""
     H, D = b.shape[2:]
     E = c.shape[-1]
-    config = attend_config(D, b.element_size(), _device(b))
+    config = state_config(D, b.element_size(), _device(b))
     sub_split_states_kernel[(grid[0] * triton.cdiv(E, config.cols), *grid[1:])](
         b, c, scan.log_decay, initial, before, out, carries, scan.bounds, scan.cu_seqlens,
         *b.stride()[:3], *c.stride()[:3],
@@ -205,11 +224,16 @@ def _attend(
     E = c.shape[-1]
     a2, out2 = second or (a, out)
     device = _device(a)
-    config = attend_config(D, a.element_size(), device, dual=second is not None)
+    config = attend_config(D, E, a.element_size(), device, min(triton.cdiv(T, 64), 16), dual=second is not None)
+    if config.wide and scan.packed and initial is not None:
+        # The states that a chunk takes up pass through shared memory.
+        config = replace(config, num_stages=2)
     if config.tma:
         # Triton allocates memory for descriptors with this function.
         triton.set_allocator(lambda size, align, stream: torch.empty(size, device=a.device, dtype=torch.int8))
-    b_decay = torch.empty(H, config.chunk, device=a.device, dtype=torch.float32) if config.tma else None
+    b_decay = (
+        torch.empty(H, config.chunk, device=a.device, dtype=torch.float32) if config.tma and not config.wide else None
+    )
     programs = H * triton.cdiv(E, config.cols) * (2 if second else 1)
     splits = plan(T, B * programs, device.num_sms, config.chunk)
     before = _states_before(scan, splits, b, c, initial, transposed)
@@ -219,7 +243,8 @@ def _attend(
         *a.stride()[:3], *b.stride()[:3], *c.stride()[:3],
         *out.stride()[:3], *a2.stride()[:3], *out2.stride()[:3],
         T, H, splits.split, splits.split // splits.sub_split, triton.cdiv(T, splits.sub_split), scan.bounds_size,
-        D=D, E=E, BD=triton.next_power_of_2(D), BE=config.cols, CHUNK=config.chunk,
+        D=D, E=E, BD=128 if config.wide else triton.next_power_of_2(D),
+        BD2=triton.next_power_of_2(D - 128) if config.wide else 0, BE=config.cols, CHUNK=config.chunk,
         REVERSE=scan.reverse, DUAL=second is not None, STATE_TRANSPOSED=transposed,
         HAS_INITIAL=initial is not None, HAS_BEFORE=before is not None, STORE_FINAL=final is not None and not scan.packed,
         PACKED=scan.packed, RAGGED=T % config.chunk != 0,
@@ -238,7 +263,7 @@ def _attend(
 def _add_initial(scan: _Scan, a: Tensor, out: Tensor, initial: Tensor, transposed: bool) -> None:
     H, D = a.shape[2:]
     E = out.shape[-1]
-    config = attend_config(D, a.element_size(), _device(a))
+    config = state_config(D, a.element_size(), _device(a))
     add_initial_kernel[(initial.shape[0] * H * triton.cdiv(E, config.cols),)](
         a, out, scan.log_decay, initial, scan.cu_seqlens, *a.stride()[1:3], *out.stride()[1:3], scan.T, H,
         D=D, E=E, BD=triton.next_power_of_2(D), BE=config.cols, CHUNK=config.chunk, REVERSE=scan.reverse,
@@ -259,7 +284,7 @@ def _optional(x: Tensor | None) -> Tensor | None:
 
 def _scans(q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> tuple[_Scan, _Scan]:
     log_decay, cu_seqlens, T = log_decay.contiguous(), _optional(cu_seqlens), q.shape[1]
-    chunk = attend_config(q.shape[-1], q.element_size(), _device(q)).chunk
+    chunk = state_config(q.shape[-1], q.element_size(), _device(q)).chunk
     bounds = None if cu_seqlens is None else _bounds(cu_seqlens, T, chunk)
     return _Scan(log_decay, cu_seqlens, bounds, T, False), _Scan(log_decay, cu_seqlens, bounds, T, True)
 
@@ -293,7 +318,7 @@ def triton_state(b: Tensor, c: Tensor, log_decay: Tensor, reverse: bool = False)
     B, T, H, D = b.shape
     E, device = c.shape[-1], _device(b)
     scan = _Scan(log_decay.contiguous(), None, None, T, reverse)
-    config = attend_config(D, b.element_size(), device)
+    config = state_config(D, b.element_size(), device)
     programs = B * H * triton.cdiv(E, config.cols)
     max_sub_splits = max(1, min(4 * device.num_sms // programs, T // (8 * config.chunk)))
     sub_split = triton.cdiv(triton.cdiv(T, max_sub_splits), config.chunk) * config.chunk
