@@ -44,6 +44,7 @@ CODE = {
     "tnllm.kernels.lightning_attention.chunk": "lightning_attention_chunk.py",
     "tnllm.kernels.lightning_attention.launch": "lightning_attention_launch.py",
     "tnllm.kernels.lightning_attention.kernels": "lightning_attention_kernels.py",
+    "tnllm.kernels.lightning_attention.states": "lightning_attention_states.py",
     "tnllm.kernels.lightning_attention.step": "lightning_attention_step.py",
 }
 # Modules of registered operators, and of what knows packed rows: the folder's `operators.py` has the same functions.

@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from tnllm.kernels.lightning_attention.kernels import (
+from tnllm.kernels.lightning_attention.kernels import attend_kernel
+from tnllm.kernels.lightning_attention.states import (
     add_initial_kernel,
-    attend_kernel,
     bounds_kernel,
     scan_states_kernel,
     sub_split_states_kernel,
