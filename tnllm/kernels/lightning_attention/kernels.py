@@ -340,7 +340,7 @@ def attend_kernel(
     descriptors = ptrs
     b_decay = g
     if BD2:
-        descriptors = (
+        descriptors = (  # type: ignore[assignment]
             tl.make_tensor_descriptor(a_ptr, [T, D], [a_t, 1], [CHUNK, BD]),
             tl.make_tensor_descriptor(b_ptr, [T, D], [b_t, 1], [CHUNK, BD]),
             tl.make_tensor_descriptor(c_ptr, [T, cols], [c_t, 1], [CHUNK, BE]),
