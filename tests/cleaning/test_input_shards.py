@@ -33,7 +33,7 @@ def test_a_long_line_is_not_read(tmp_path):
     path.write_text('{"text": "one"}\n{"text": "' + "x" * 5_000_000 + '"}\n{"text": "three"}\n')
     found = list(read_file(path, max_line_bytes=1000))
     assert [getattr(item, "text", None) for item in found] == ["one", None, "three"]
-    assert found[1].where == f"{path}:2" and "longer than allowed" in found[1].reason
+    assert found[1].where == f"{path}:2" and "longer than 1000 B (input.max_line_mb)" in found[1].reason
     assert isinstance(found[2], Document) and found[2].line == 3
 
 

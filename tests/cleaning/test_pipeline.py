@@ -161,7 +161,7 @@ def test_bad_input_is_counted_and_located(tmp_path):
         ("a.jsonl:4", "a list"),
         ("a.jsonl:5", "not UTF-8 (byte 14"),
         ("b.jsonl.gz", "is cut short or damaged after line"),
-        ("d.jsonl:1", "the line is longer than allowed"),
+        ("d.jsonl:1", "the line is longer than 1.00 MiB (input.max_line_mb)"),
         ("e.jsonl:2", "field 'text' is null"),
     ):
         assert f"{where}: {why}" in named or f"{where} {why}" in named, where

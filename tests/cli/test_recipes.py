@@ -51,7 +51,10 @@ def test_check_says_ok(tnllm: Run) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("data.path=nowhere", "tnllm: data.path is nowhere: no such file or folder\n"),
+        (
+            "data.path=nowhere",
+            "tnllm: data.path is nowhere: no such file or folder (the corpora that ship are called sample",
+        ),
         ("tokenizer.path=nowhere", "tnllm: no tokenizer at nowhere; give a tokenizer.model or a folder that holds one"),
         ("model.vocab_size=4096", "has 8192 pieces, more than model.vocab_size 4096; set model.vocab_size=8192 or"),
         ("eval.tasks=piqua", "tnllm: task 'piqua' is not known; did you mean 'piqa'"),

@@ -2,6 +2,7 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from tnllm.data.corpus import find_files, kind_of
 from tnllm.data.documents import BadDocument
+from tnllm.data.inspect import inspect_corpus
 from tnllm.data.remote import read_documents
 from tnllm.errors import RunError, UserError
 
@@ -164,3 +166,15 @@ def test_progress_reaches_the_end(tmp_path):
     list(read_documents(paths, report=seen.append))
     assert [status.documents for status in seen] == [1, 2, 3, 4, 5]
     assert seen[-1].done_bytes == seen[-1].total_bytes == sum(path.stat().st_size for path in paths)
+
+
+def test_letters_of_a_long_text_are_counted_in_little_memory(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "天 " * 500_000}, ensure_ascii=False))
+    tracemalloc.start()
+    found = inspect_corpus([path])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["letters_by_script"] == {"han": 500_000}
+    # A few copies of the line and its text; a list of its letters alone would take twenty times as much as the file.
+    assert peak < 10 * path.stat().st_size

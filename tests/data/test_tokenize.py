@@ -215,6 +215,8 @@ def test_what_changed_is_refused_and_redone_when_asked(corpus, tmp_path):
     refused(r"was made with another tokenizer \(sha256 ", tokenizer=Tokenizer.load(other))
     refused(r"was made with --val-fraction 0.01 \(now 0.5\)", options=Options(val_fraction=0.5))
     refused(r"was made with 2 input files \(now 1\)", files=corpus[:1])
+    elsewhere = write_jsonl(tmp_path / "c.jsonl", ["elsewhere"])
+    refused(r"was made with .*b.jsonl \([\d,]+ bytes\), not .*c.jsonl \(22 bytes\)", files=[corpus[0], elsewhere])
     write_jsonl(corpus[1], ["changed"])
     refused(r"was made with another content of .*b.jsonl \([\d,]+ bytes, now 20 bytes\)")
     tokenize_corpus(corpus, out, TOKENIZER, overwrite=True)

@@ -9,6 +9,7 @@ from tnllm.data.loader import IGNORE
 from tnllm.data.tokenize import tokenize_corpus
 from tnllm.errors import UserError
 from tnllm.parallel.ranks import SingleProcess
+from tnllm.training import loaders
 from tnllm.training.config import load_recipe
 from tnllm.training.recipe_check import check_recipe
 from tnllm.training.validation import validate
@@ -80,3 +81,10 @@ def test_the_training_text_is_no_validation_text(recipe, tmp_path):
         load_recipe(str(recipe), [f"data.val_path={corpus}"])
     with pytest.raises(UserError, match=r"data.val_path is .*absent.txt: no such file or folder"):
         check_recipe(str(recipe), [f"data.val_path={tmp_path / 'absent.txt'}"])
+
+
+def test_the_text_to_validate_on_is_looked_for_before_any_is_tokenized(recipe, monkeypatch):
+    config = load_recipe(str(recipe), ["data.val_path=Sample"])
+    monkeypatch.setattr(loaders, "prepare", lambda *args, **options: pytest.fail("tokenized first"))
+    with pytest.raises(UserError, match=r"no such file or folder: Sample .* called sample and dirty-sample"):
+        loaders.open_loaders(config.data, tokenizer_of(config), rows=2, seed=0)

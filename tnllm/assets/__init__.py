@@ -47,6 +47,10 @@ def browser_page() -> Path:
     return folder() / "browser"
 
 
+# For messages about a path that is not there.
+SHIPPED = "the corpora that ship are called sample and dirty-sample"
+
+
 def named(name: str | Path) -> Path:
     """The path that a name means: `sample`, `dirty-sample`, `dirty-held-out`, `dirty-evaluation` ship; others are paths.
 

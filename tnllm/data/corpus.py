@@ -23,6 +23,7 @@ from tnllm.data.folders import files_below
 from tnllm.data.parquet import read_rows
 from tnllm.data.warc import read_archive
 from tnllm.errors import UserError
+from tnllm.files import format_bytes
 from tnllm.progress import log
 
 TEXT = (".txt", ".text", ".md")
@@ -72,9 +73,7 @@ def find_files(inputs: Iterable[str | Path], leave_out: Path | None = None) -> l
             if not paths:
                 raise UserError(f"{given} holds no corpus file; allowed: {ALLOWED}")
         elif not given.exists():
-            raise UserError(
-                f"no such file or folder: {given} (the corpora that ship are called sample and dirty-sample)"
-            )
+            raise UserError(f"no such file or folder: {given} ({assets.SHIPPED})")
         elif kind_of(given) is None:
             raise UserError(f"{given} is not in a known corpus format; allowed: {ALLOWED}")
         else:
@@ -114,24 +113,25 @@ def read_file(
     """
     kind = kind_of(path)
     assert kind is not None, path
+    too_long = f"the line is longer than {format_bytes(max_line_bytes or 0)} (input.max_line_mb)"
     try:
         if kind == "parquet":
             yield from _read_parquet(path, field, more)
         elif kind == "archive":
             yield from read_archive(path)
         elif kind == "text":
-            yield from _read_text(path, split_on, read_lines(path, span, max_line_bytes))
+            yield from _read_text(path, split_on, read_lines(path, span, max_line_bytes), too_long)
         else:
-            yield from _read_json_lines(path, field, read_lines(path, span, max_line_bytes))
+            yield from _read_json_lines(path, field, read_lines(path, span, max_line_bytes), too_long)
     except UnreadableFile as error:
         yield BadDocument(str(path), str(error), is_damage=True)
 
 
-def _read_json_lines(path: Path, name: str, lines: Iterator[Line]) -> Iterator[Document | BadDocument]:
+def _read_json_lines(path: Path, name: str, lines: Iterator[Line], too_long: str) -> Iterator[Document | BadDocument]:
     for number, line, position in lines:
         where = f"{path}:{number}"
         if line is None:
-            yield BadDocument(where, "the line is longer than allowed")
+            yield BadDocument(where, too_long)
             continue
         if not line.strip():
             continue
@@ -202,12 +202,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _read_text(path: Path, split_on: SplitOn, lines: Iterator[Line]) -> Iterator[Document | BadDocument]:
+def _read_text(path: Path, split_on: SplitOn, lines: Iterator[Line], too_long: str) -> Iterator[Document | BadDocument]:
     parts: list[str] = []
     first, size, position = 1, 0, 0
     for number, line, position in lines:
         if line is None:
-            yield BadDocument(f"{path}:{number}", "the line is longer than allowed")
+            yield BadDocument(f"{path}:{number}", too_long)
             continue
         try:
             text = line.decode("utf-8")

@@ -23,12 +23,12 @@ from tnllm.tokenizer import FILE_NAME, Tokenizer
 
 # Scripts can be told apart without a language model.
 _SCRIPTS = {
-    "han": re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"),
-    "kana": re.compile("[\u3040-\u30ff]"),
-    "hangul": re.compile("[\uac00-\ud7af]"),
-    "cyrillic": re.compile("[\u0400-\u04ff]"),
-    "arabic": re.compile("[\u0600-\u06ff]"),
-    "latin": re.compile("[A-Za-z\u00c0-\u024f]"),
+    "han": re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"),
+    "kana": re.compile("[\u3040-\u30ff]+"),
+    "hangul": re.compile("[\uac00-\ud7af]+"),
+    "cyrillic": re.compile("[\u0400-\u04ff]+"),
+    "arabic": re.compile("[\u0600-\u06ff]+"),
+    "latin": re.compile("[A-Za-z\u00c0-\u024f]+"),
 }
 _EXCERPT_CHARS = 200
 _MAX_BAD = 10
@@ -57,7 +57,8 @@ def inspect_corpus(
         text_bytes += len(text.encode())
         empty += not text.strip()
         for name, pattern in _SCRIPTS.items():
-            scripts[name] += len(pattern.findall(text))
+            # Runs, one at a time: a list of a long text's letters would take many times its memory.
+            scripts[name] += sum(run.end() - run.start() for run in pattern.finditer(text))
         if len(samples) < num_samples:
             samples.append(text[:_EXCERPT_CHARS])
     return {

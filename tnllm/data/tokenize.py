@@ -39,6 +39,7 @@ from tnllm.tokenizer import FILE_NAME, Tokenizer
 SAMPLE = "sample"
 SHARD_TOKENS = 100_000_000
 _ADVICE = "fix it, or leave such documents out with --on-error skip"
+_OUTER_ADVICE = "fix it, or leave such documents out with tnllm data tokenize --on-error skip and read its shards"
 _BYTES_PER_WORKER = 8 << 20
 
 
@@ -82,7 +83,7 @@ def tokenize_corpus(
                 return manifest
             total_bytes = sum(file["bytes"] for file in manifest.inputs)
             workers = workers or max(1, min(num_cores(), total_bytes // _BYTES_PER_WORKER))
-            advice = "fix it" if outer_command else _ADVICE
+            advice = _OUTER_ADVICE if outer_command else _ADVICE
             groups = read_groups(files, manifest, options, on_error, advice, folder=out)
             with closing(encode_groups(groups, tokenizer, options, workers)) as encoded:
                 manifest = _write(out, manifest, encoded, shard_tokens, total_bytes, report)
@@ -210,7 +211,9 @@ def _difference(old: Manifest, new: Manifest) -> str:
         return f"{len(old.inputs)} input files (now {len(new.inputs)})"
     for before, now in zip(old.inputs, new.inputs, strict=True):
         if _content(before) != _content(now):
-            return f"another content of {now['file']} ({_described(before)}, now {_described(now)})"
+            if before["file"] == now["file"]:
+                return f"another content of {now['file']} ({_described(before)}, now {_described(now)})"
+            return f"{before['file']} ({_described(before)}), not {now['file']} ({_described(now)})"
     return ""
 
 

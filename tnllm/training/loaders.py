@@ -90,8 +90,12 @@ def open_loaders(
         stream = ChunkStream(path, cache, tokenizer, options, data.seq_len, disk_bytes, seed)
         return stream, stream.validation()
 
+    sources = data.path or DEFAULT_SOURCES
+    for path in (*(source.path for source in sources), *(data.val_path or ())):
+        if not is_remote(path) and not assets.named(local_path(path)).exists():
+            raise UserError(f"no such file or folder: {path} ({assets.SHIPPED})")
     train, held_out = [], []
-    for source in data.path or DEFAULT_SOURCES:
+    for source in sources:
         learned, kept = chunked(source.path) if data.stream_gb else streams(source.path)
         train.append(Source(learned, source.weight))
         held_out.append(kept)

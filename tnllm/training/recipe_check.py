@@ -73,7 +73,7 @@ def _check_data(data: DataSection, tokenizer: Tokenizer) -> list[str]:
             continue
         place = assets.named(local_path(path))
         if not place.exists():
-            raise UserError(f"data.{key} is {path}: no such file or folder")
+            raise UserError(f"data.{key} is {path}: no such file or folder ({assets.SHIPPED})")
         if place.is_dir() and not any(place.iterdir()):
             raise UserError(f"data.{key} is {path}: the folder is empty")
         if data.format == "chat":
