@@ -86,7 +86,7 @@ def _command(command: Any, name: str, heading: str) -> list[str]:
     rows = [_parameter(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
     if rows:
         lines += ["| | meaning | default |", "| --- | --- | --- |", *rows, ""]
-    examples = [line for line in (command.epilog or "").split("\n\n")[1:] if line]
+    examples = [line for line in (command.epilog or "").splitlines() if line.startswith(("tnllm ", "torchrun "))]
     if examples:
         lines += ["```", *examples, "```", ""]
     return lines

@@ -109,8 +109,8 @@ def of_help() -> list[Command]:
     for name, command in [("tnllm", group), *group.commands.items()]:
         inner = list(getattr(command, "commands", {}).values()) if name != "tnllm" else []
         for each in [command, *inner]:
-            for line in (each.epilog or "").split("\n\n")[1:]:
-                if not any(part in line for part in NOT_RUN):
+            for line in (each.epilog or "").splitlines():
+                if line.startswith(("tnllm ", "torchrun ")) and not any(part in line for part in NOT_RUN):
                     found.setdefault(line, Command(f"help {name}", line, not any(part in line for part in _FAST)))
     return list(found.values())
 

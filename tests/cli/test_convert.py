@@ -27,6 +27,16 @@ def test_a_release_becomes_weights_that_generate_knows(tnllm, tmp_path, release)
     assert code == 2 and "no tokenizer at" in err
 
 
+def test_a_folder_that_cannot_be_written_is_said_first(tnllm, tmp_path, release):
+    (tmp_path / "file").write_text("")
+    for target, said in (
+        ("/proc/x", "nothing can be written into /proc"),
+        (tmp_path / "file", "is a file, not a folder"),
+    ):
+        code, out, err = tnllm("convert", release, target, "--to", "tnllm")
+        assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+
+
 def test_json(tnllm, tmp_path, release):
     code, out, _ = tnllm("convert", release, tmp_path / "ours", "--to", "tnllm", "--json", "--no-verify")
     answer = json.loads(out)

@@ -1,5 +1,6 @@
 """Help answers at once and shows by example."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -25,6 +26,25 @@ def commands() -> list[list[str]]:
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "110", "NO_COLOR": "1"}
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment, check=False)
+
+
+def help_text(words: list[str], columns: int, terminal: bool = False, **variables: str) -> str:
+    """What `--help` prints into a pipe, or into a terminal that wide."""
+    environment = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "xterm", **variables}
+    command = [sys.executable, "-m", "tnllm", *words, "--help"]
+    if not terminal:
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    ours, theirs = os.openpty()
+    printed = b""
+    with subprocess.Popen(command, stdout=theirs, env=environment):
+        os.close(theirs)
+        # Linux ends a terminal that no one writes to with an error.
+        with contextlib.suppress(OSError):
+            while part := os.read(ours, 1 << 16):
+                printed += part
+    os.close(ours)
+    # NO_COLOR leaves bold and dim.
+    return re.sub(r"\x1b\[[\d;]*m", "", printed.decode().replace("\r\n", "\n"))
 
 
 # Prints the names of the modules that a --help needs: of a Typer app with one command, or of ours.
@@ -66,12 +86,35 @@ def test_every_help_carries_an_example(words: list[str]) -> None:
 
 
 def test_commands_stand_in_panels_in_the_order_people_meet_them() -> None:
-    output = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "110", "NO_COLOR": "1"}, prog_name="tnllm").output
     names = [name for names in PANELS.values() for name in names]
-    places = [re.search(rf"^│ {name} ", output, re.M).start() for name in names]  # type: ignore[union-attr]
-    assert places == sorted(places)
-    assert all(f"─ {panel} ─" in output for panel in PANELS)
-    assert "--debug" in output and "--install-completion" in output
+    for output in (help_text([], 40), help_text([], 80), help_text([], 40, True), help_text([], 80, True)):
+        places = [re.search(rf"^(│|  ?) *{name} ", output, re.M).start() for name in names]  # type: ignore[union-attr]
+        assert places == sorted(places)
+        assert all(re.search(f"^(╭─ {panel} ─|{panel}:)", output, re.M) for panel in PANELS)
+        assert "--debug" in output and "--install-completion" in output
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["data", "clean"], ["sweep"]], ids=" ".join)
+def test_help_in_a_pipe_and_in_a_narrow_terminal_is_plain(words: list[str]) -> None:
+    for columns, terminal in ((40, False), (80, False), (40, True)):
+        output = help_text(words, columns, terminal)
+        lines = output.splitlines()
+        # Of the usage, `inputs...` may end a line; no meaning is cut.
+        assert not re.search("[\u2500-\u257f]|\\.\\.\\.$", "\n".join(lines[2:]), re.M)
+        assert not [line for line in lines if line != line.rstrip()]
+        # Examples stay whole; click sets no text narrower than 50.
+        text = lines[: lines.index("  Examples:")]
+        assert max(map(len, text)) <= max(columns, 50)
+    boxes = help_text(words, 80, True)
+    assert "─ Options ─" in boxes
+    # Boxes break the words of a line elsewhere, and show the same options.
+    assert set(re.findall(r" (--[a-z-]+)", boxes)) == set(re.findall(r" (--[a-z-]+)", output))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_help_needs_no_colour_and_no_unicode(terminal: bool) -> None:
+    output = help_text([], 80, terminal, TERM="dumb", LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert "bench-train" in output
 
 
 def test_the_shell_completes_commands() -> None:

@@ -66,9 +66,10 @@ def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
     ("text", "code", "message"),
     [
         (None, 2, "no metrics at {file}; give a run folder (runs/NAME) or its metrics.jsonl"),
-        ("", 2, "{file} holds no logged step yet; wait for the first log.every_steps of the run"),
-        ('{"ste', 2, "{file} holds no logged step yet; wait for the first log.every_steps of the run"),
-        ('{"a": 1}\n', 2, "{file} holds no logged step yet; wait for the first log.every_steps of the run"),
+        ("", 2, "{file} holds no logged step; {wait}"),
+        ('{"ste', 2, "{file} holds no logged step; {wait}"),
+        ("noise\0\n", 2, "{file} holds no logged step; {wait}"),
+        ('{"a": 1}\n', 2, "{file} holds no logged step; {wait}"),
     ],
 )  # fmt: skip
 def test_nothing_to_draw(tnllm: Run, tmp_path: Path, text: str | None, code: int, message: str) -> None:
@@ -76,7 +77,8 @@ def test_nothing_to_draw(tnllm: Run, tmp_path: Path, text: str | None, code: int
     if text is not None:
         file.write_text(text)
     got, _, err = tnllm("plot", str(tmp_path), "-o", str(tmp_path / "x.png"))
-    assert (got, err) == (code, f"tnllm: {message.format(file=file)}\n")
+    wait = "wait for the first log.every_steps of the run, or give another run's folder or metrics.jsonl"
+    assert (got, err) == (code, f"tnllm: {message.format(file=file, wait=wait)}\n")
     assert not (tmp_path / "x.png").exists()
 
 

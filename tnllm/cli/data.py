@@ -14,7 +14,7 @@ from tnllm.tables import print_json
 app = typer.Typer(
     help="Prepare and inspect training data.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    cls=options.Group,
     epilog=options.examples(
         "tnllm data clean data/sample -o clean-out",
         "tnllm data tokenize clean-out/clean -o tokens",

@@ -30,7 +30,7 @@ EXAMPLES = options.examples(
     "tnllm eval ppl book.txt",
     "tnllm eval niah --lengths 512,1k",
 )
-app = typer.Typer(rich_markup_mode="rich", epilog=EXAMPLES)
+app = typer.Typer(cls=options.Group, epilog=EXAMPLES)
 _prompt, _compute, _output = map(options.panel, ("Prompts", "Computing", "Output"))
 
 

@@ -13,10 +13,9 @@ import sys
 from typing import Any, NoReturn
 
 import typer
-import typer.core
 
 from tnllm import __version__, interrupts
-from tnllm.cli.options import examples
+from tnllm.cli.options import HAS_BOXES, Group, examples
 from tnllm.errors import UserError
 
 # Panels of `tnllm --help`, and in each the order people meet the commands. A module offers `command` (a function) or
@@ -29,7 +28,7 @@ PANELS = {
 }
 
 
-class _InOrder(typer.core.TyperGroup):
+class _InOrder(Group):
     """Lists the commands as PANELS does; Typer would put groups behind single commands."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -43,7 +42,7 @@ app = typer.Typer(
     epilog=examples("tnllm generate --prompt 'Once upon a time'", "tnllm train tiny", "tnllm recipes list"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="rich" if HAS_BOXES else None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 

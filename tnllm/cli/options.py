@@ -1,5 +1,7 @@
 """Values of options, checked before a command works for minutes: lengths, choices, lists, files to write and the device."""
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
@@ -7,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import typer.core
 
 from tnllm.errors import UserError
 from tnllm.files import check_output_file
 from tnllm.progress import log
 
 CHARTS = (".png", ".svg", ".pdf")
+# Help is plain text in a pipe, and in a terminal where the columns of a box would cut the names of options.
+HAS_BOXES = os.isatty(1) and shutil.get_terminal_size().columns >= 60
 # Options that several commands share.
 AS_JSON = typer.Option(False, "--json", help="Print JSON.")
 BATCH_TOKENS = typer.Option(None, min=1, help="Most tokens computed together. Default: 4096 on CPU, 32768 on a GPU.")
@@ -59,8 +64,22 @@ def panel(title: str) -> Callable[..., Any]:
 
 def examples(*commands: str) -> str:
     """The end of a command's help: each of `commands` on a line of its own."""
-    # Typer joins lines; only an empty one between them ends a line.
-    return "\n\n".join(["Examples:", *commands])
+    # In boxes Typer joins lines, and only an empty one between them ends a line; in plain text \b keeps all of them.
+    return "\n\n".join(["Examples:", *commands]) if HAS_BOXES else "\n".join(["\b", "Examples:", *commands])
+
+
+class Group(typer.core.TyperGroup):
+    """A group whose plain help has panels too, and says of each command what boxes say; Typer's would cut it."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.commands[name]
+            rows = panels.setdefault(command.rich_help_panel or "Commands", [])
+            rows.append((name, (command.help or "").partition("\n\n")[0]))
+        for panel_, rows in panels.items():
+            with formatter.section(panel_):
+                formatter.write_dl(rows)
 
 
 def length(text: str, flag: str) -> int:

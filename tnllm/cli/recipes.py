@@ -6,12 +6,12 @@ from typing import Any
 
 import typer
 
-from tnllm.cli.options import AS_JSON, RECIPE, SETS, examples
+from tnllm.cli.options import AS_JSON, RECIPE, SETS, Group, examples
 
 app = typer.Typer(
     help="Find recipes, read them, check them.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    cls=Group,
     epilog=examples("tnllm recipes show 385m --doc"),
 )
 

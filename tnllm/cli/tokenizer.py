@@ -6,14 +6,14 @@ from pathlib import Path
 
 import typer
 
-from tnllm.cli.options import AS_JSON, CORPUS, FIELD, OnError, examples
+from tnllm.cli.options import AS_JSON, CORPUS, FIELD, Group, OnError, examples
 from tnllm.errors import UserError
 from tnllm.tables import print_json
 
 app = typer.Typer(
     help="Train and inspect tokenizers.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    cls=Group,
     epilog=examples(
         "tnllm tokenizer inspect tnllm-8k --text 'Hello world'", "tnllm tokenizer train corpus/ -o my-tokenizer"
     ),

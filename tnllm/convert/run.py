@@ -31,7 +31,7 @@ from tnllm.convert.targets import folder_files
 from tnllm.convert.tensors import open_tensors
 from tnllm.convert.writer import write_shards
 from tnllm.errors import CheckFailed, RunError, Terminated, UserError
-from tnllm.files import LOCK, format_bytes, only_writer, written_folder
+from tnllm.files import LOCK, check_output_folder, format_bytes, only_writer, written_folder
 from tnllm.modeling.lora import ADAPTER_CONFIG, read_adapter
 from tnllm.modeling.weights import split_shards
 from tnllm.tokenizer import Tokenizer
@@ -163,8 +163,9 @@ def _require_equal(checked: tuple[float, float, float], target: Path, log: Calla
 
 
 def _check_target(source: Source, path: Path, target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; give a new folder")
+    # The folder is made beside its place first.
+    for folder in (target, target.absolute().parent):
+        check_output_folder(folder, "DST")
     if target.is_mount():
         # It would only fail at the end, when the complete folder is renamed to it.
         raise UserError(f"{target} is a mount point, which cannot be replaced; give a new folder inside it")

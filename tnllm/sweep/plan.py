@@ -166,7 +166,8 @@ def read_plan(path: Path, sets: Sequence[str] = ()) -> Plan:
     Raises UserError, one line with the file and where in it, for anything wrong.
     """
     if not path.is_file():
-        raise UserError(f"no sweep file {path}")
+        like = "recipes/evidence/loss.yaml in the repository"
+        raise UserError(f"no sweep file {path}; give a YAML file with groups, such as {like}")
     values, lines = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict) or not isinstance(values.get("groups"), dict) or not values["groups"]:
         raise UserError(f"{path}: a sweep file needs groups, each a name with a recipe")

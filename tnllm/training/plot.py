@@ -85,7 +85,8 @@ def read_run(path: Path) -> Run:
         validation=[row for row in rows if row.get("val_loss") is not None],
     )
     if not run.train and not run.validation:
-        raise UserError(f"{file} holds no logged step yet; wait for the first log.every_steps of the run")
+        how = "wait for the first log.every_steps of the run, or give another run's folder or metrics.jsonl"
+        raise UserError(f"{file} holds no logged step; {how}")
     return run
 
 
