@@ -1,4 +1,4 @@
-"""Log-likelihood of documents under a model: nats, bits per byte and perplexity of each, in constant memory.
+"""Log-likelihood of documents under a model: nats, bits per byte and perplexity of each, its state of constant size.
 
     ready = load("runs/tiny")
     for score in score_texts(ready.model, ready.tokenizer, texts):

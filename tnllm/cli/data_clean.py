@@ -131,7 +131,7 @@ def score(
     device: str = options.DEVICE,
     dtype: str = options.DTYPE,
 ) -> None:
-    """Score documents by a model: bits per byte and perplexity, in constant memory for any length."""
+    """Score documents by a model: bits per byte and perplexity, of each read in full."""
     from tnllm.cleaning.score import score_texts
     from tnllm.data.documents import LeftOut
     from tnllm.data.remote import find_sources, local_files, read_documents
