@@ -188,7 +188,7 @@ _V3 = {"gate": "low-rank", "vocab_size": 100_280, "pad_token_id": 100_262}
 # No integer GLU width gives the 175B's printed count of 173,023,133,696; 32640 = 255 * 128 comes within 0.05 %.
 PRESETS: dict[str, ModelConfig] = {
     "tiny": _size(4, 128, 2, 352, vocab_size=8192),
-    "demo": _size(10, 256, 4, 704, vocab_size=8192),
+    "demo": _size(10, 256, 4, 640, vocab_size=8192, glu_activation="silu"),
     "385m": _size(24, 1024, 8, 2816),
     "1b": _size(16, 2048, 16, 5632),
     "1b-v2": _size(16, 2048, 16, 5632, **_V2),

@@ -26,7 +26,7 @@ function setMode(name) {
     $("tab-" + other).tabIndex = other === name ? 0 : -1;
   }
   const notes = [];
-  if (model?.is_demo) notes.push("A toy: this demo model has learned the sound of old books and means nothing by it.");
+  if (model?.is_demo) notes.push("A toy: this demo model is very small. It answers in sentences, and often wrongly.");
   if (model && name === "chat" && !model.is_chat_tuned) notes.push("It was not trained to chat: Write suits it better.");
   $("note").textContent = notes.join(" ");
   $("note").hidden = !notes.length;
