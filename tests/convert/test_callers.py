@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from tnllm.convert import hf_folder
-from tnllm.modeling.config import get_preset
+from tnllm.modeling.config import ModelConfig, get_preset
 from tnllm.modeling.hf_names import from_hf_config, to_hf_config
 from tnllm.modeling.model import build_model
 
@@ -203,7 +203,7 @@ def test_config_json_has_the_common_names(hf_code, tmp_path):
     values = json.loads((tmp_path / "config.json").read_text())
     names = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
     assert {name: values[name] for name in names} == names
-    assert from_hf_config(values) == CONFIG.model_dump()
+    assert ModelConfig(**from_hf_config(values)) == CONFIG
     exported = hf_folder.config_values(CONFIG, torch.float32, {})
     assert {name: exported[name] for name in names} == names
     alone = {key: value for key, value in values.items() if key not in config.attribute_map.values()}

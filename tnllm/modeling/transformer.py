@@ -72,7 +72,8 @@ def rotary(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
     half = config.head_dim // 2
     index = torch.arange(half, device=device, dtype=torch.float32)
     turn = config.rope_base ** (-index / half)
-    if config.rope_scaling == "none":
+    # Of an exported hybrid the name is transformers' own, and means nothing here.
+    if config.kind != "transformer" or config.rope_scaling == "none":
         return turn, 1.0
     scaled = turn / config.rope_factor
     if config.rope_scaling == "linear":

@@ -127,7 +127,7 @@ class TnllmModel(TnllmPreTrainedModel):
 
     def init_state(self, batch: int, device: torch.device) -> TnllmState:
         """Return the zero state."""
-        layers = [block.token_mixer.new_state(batch, device) for block in self.layers]  # type: ignore[operator, union-attr]
+        layers = [block.token_mixer.new_state(batch, device, self.dtype) for block in self.layers]  # type: ignore[operator, union-attr]
         visible = torch.zeros(batch, 0, dtype=torch.bool, device=device) if self.config.num_softmax else None
         return TnllmState(layers, torch.zeros(batch, dtype=torch.int64, device=device), 0, visible)
 
