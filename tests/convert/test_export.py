@@ -78,7 +78,8 @@ tokenizer.save_pretrained("saved")
 again = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained("saved", trust_remote_code=True)
 tokenizer.save_pretrained("saved")
-answer["saved"] = tokenizer.decode(again.generate(**river, **settings)[0, river.input_ids.shape[1]:], skip_special_tokens=True)
+row = again.generate(**river, **settings)[0, river.input_ids.shape[1]:]
+answer["saved"] = tokenizer.decode(row, skip_special_tokens=True)
 print("ANSWER" + json.dumps(answer))
 """
 TASK = """
