@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tnllm.errors import UserError, did_you_mean
 
+# Of kind transformer alone.
+ROPE_KEYS = {"rope_scaling", "rope_factor", "rope_length"}
+
 
 class ModelConfig(BaseModel):
     """Every choice that shapes the parameters or the function of a model.
@@ -132,7 +135,7 @@ class ModelConfig(BaseModel):
     @property
     def unset(self) -> set[str]:
         """Keys that files leave out: those of models that do not use them stay what they were before the key."""
-        scaling = set() if self.rope_scaling != "none" else {"rope_scaling", "rope_factor", "rope_length"}
+        scaling = ROPE_KEYS if self.rope_scaling == "none" else set()
         return scaling | (set() if self.softmax_every else {"softmax_every"})
 
     def is_softmax(self, layer: int) -> bool:

@@ -7,7 +7,7 @@ config.json with this package's keys, which `from_hf_config` reads.
 
 from typing import Any
 
-from tnllm.modeling.config import ModelConfig
+from tnllm.modeling.config import ROPE_KEYS, ModelConfig
 
 HEAD = "lm_head.weight"
 # What other programs look for in a Hugging Face config.json → our key.
@@ -31,20 +31,17 @@ def from_official(name: str) -> str:
     return name.removeprefix("model.")
 
 
-# Of the Transformer alone, which has folders of its own kind; transformers gives every config a rope_scaling.
-TRANSFORMER_KEYS = ("rope_scaling", "rope_factor", "rope_length")
-
-
 def from_hf_config(values: dict[str, Any]) -> dict[str, Any]:
     """ModelConfig values from the config.json of a Hugging Face folder that this package wrote."""
     values = {**{key: values[alias] for alias, key in ALIASES.items() if alias in values}, **values}
-    own = {key: values[key] for key in ModelConfig.model_fields if key in values and key not in TRANSFORMER_KEYS}
+    # transformers gives every config a rope_scaling of its own.
+    own = {key: values[key] for key in ModelConfig.model_fields if key in values and key not in ROPE_KEYS}
     return {**own, "kind": "transnormer", "tie_embeddings": values.get("tie_word_embeddings", True)}
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The keys of such a config.json that describe the model, without aliases."""
-    own = config.model_dump(exclude={"kind", "tie_embeddings", *TRANSFORMER_KEYS})
+    own = config.model_dump(exclude={"kind", "tie_embeddings", *ROPE_KEYS})
     return {**own, "tie_word_embeddings": config.tie_embeddings}
 
 

@@ -99,7 +99,7 @@ def attend_config(head_dim: int, cols: int, itemsize: int, device: Device, chunk
     if itemsize == 4:
         return replace(config, tma=dual and device.has_tma and head_dim <= 128)
     if head_dim > 128 and device.has_tma and device.shared_memory >= 232448:
-        # dk and dv leave too few registers for 128 columns.
+        # dq, dk and dv of 4 16 8192 192: 1.35 ms with 128 columns for dk and dv, 1.23 with 64.
         more = head_dim <= 192 and cols > 64 and not dual
         return Config(config.chunk, 128 if more else 64, 8 if more else 4, 3, tma=True, wide=True)
     padded = head_dim & (head_dim - 1) != 0
