@@ -86,7 +86,9 @@ class Browser:
                 if message.get("id") == self._count:
                     assert "error" not in message, (method, message["error"])
                     return message["result"]
-                self.events.append(message)
+                # An answer that came too late is not an event.
+                if "id" not in message:
+                    self.events.append(message)
             ready, _, _ = select.select([self._in], [], [], max(0, end - time.monotonic()))
             assert ready, f"{method}: the browser did not answer within {seconds} s"
             data = os.read(self._in, 1 << 20)
@@ -97,7 +99,7 @@ class Browser:
         """A new page of this size, loaded."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        page = Page(self, session)
+        page = Page(self, session, target)
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
         page.size(width, height, phone)
@@ -109,8 +111,8 @@ class Browser:
 class Page:
     """What a person can do with a page."""
 
-    def __init__(self, browser: Browser, session: str) -> None:
-        self._browser, self._session = browser, session
+    def __init__(self, browser: Browser, session: str, target: str) -> None:
+        self._browser, self._session, self._target = browser, session, target
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """A command to this page."""
@@ -119,6 +121,10 @@ class Page:
     def size(self, width: int, height: int, phone: bool = False) -> None:
         """Set the viewport, in CSS pixels."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+
+    def close(self) -> None:
+        """Close it, whatever its scripts are doing."""
+        self._browser.call("Target.closeTarget", targetId=self._target)
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""

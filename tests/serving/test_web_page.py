@@ -66,12 +66,15 @@ def two_models(ready):
 @contextmanager
 def opened(browser, address, width=1280, height=800, phone=False, ready="document.querySelector('#more')"):
     page = browser.open(address, width, height, phone)
-    page.evaluate("localStorage.clear(), sessionStorage.clear()")
-    reload(page, ready)
-    yield page
-    # Nothing from outside, whatever was done.
-    assert all(url.startswith((address, "data:", "about:", "blob:")) for url in page.requests())
-    page.call("Page.close")
+    try:
+        page.evaluate("localStorage.clear(), sessionStorage.clear()")
+        reload(page, ready)
+        yield page
+        # Nothing from outside, whatever was done.
+        assert all(url.startswith((address, "data:", "about:", "blob:")) for url in page.requests())
+    finally:
+        # The browser's own command: a page that is busy for ever is closed too, lest it slows the next test.
+        page.close()
 
 
 @pytest.fixture
@@ -432,6 +435,40 @@ def test_text_streams_and_stops(page, server):
     assert page.evaluate("document.querySelector('#text').value") == text
     page.click("#undo")
     assert page.evaluate("document.querySelector('#text').value") == "The quick"
+
+
+# In the place of a server: a stream whose next part has always come already, a thousand of them a second.
+FLOOD = """(() => {
+  const line = 'data: ' + JSON.stringify({ choices: [{ text: 'All at once. ', delta: { content: 'All at once. ' } }] });
+  const part = new TextEncoder().encode(line + '\\n\\n');
+  const old = window.fetch;
+  window.fetch = (path, options) => {
+    if (!path.endsWith('completions')) return old(path, options);
+    return Promise.resolve(new Response(new ReadableStream({
+      start(stream) { options.signal.addEventListener('abort', () => stream.error(options.signal.reason)); },
+      pull(stream) {
+        const end = performance.now() + 1;
+        while (performance.now() < end);
+        stream.enqueue(part);
+      },
+    })));
+  };
+})()"""
+
+
+@pytest.mark.parametrize("place", ["chat", "write"])
+def test_a_flood_of_text_leaves_room_to_stop_it(page, place):
+    page.evaluate(FLOOD)
+    if place == "chat":
+        page.type("#message", "The fox")
+        page.press("Enter")
+    else:
+        page.click("#tab-write")
+        page.click("#go")
+    text = {"chat": "('.turn.live .text')?.textContent", "write": "('#text').value"}[place]
+    page.wait_for(f"document.querySelector{text}?.includes('All at once. All at once.')")
+    page.click({"chat": "#chat-stop", "write": "#write-stop"}[place])
+    page.wait_for(f"document.querySelector('#{place}-stats').textContent.includes('stopped by you')")
 
 
 def test_a_reload_amid_an_answer_keeps_what_came(page):

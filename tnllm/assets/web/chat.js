@@ -241,19 +241,13 @@ async function answer(before = talk.messages) {
   const live = $("talk").lastChild, text = live.querySelector(".text");
   live.classList.add("live");
   text.replaceChildren(...markdown(message.content));
-  let drawing = null, wait = 50, saved = 0, failed = false;
-  const draw = () => {
-    const start = performance.now();
-    text.replaceChildren(...markdown(message.content));
-    // A long answer takes longer to draw, and is drawn less often.
-    wait = Math.max(50, 4 * (performance.now() - start));
-    drawing = null;
-    if (start - saved > 1000) { saved = start; keep(own); }
-  };
+  let saved = 0, failed = false;
   const add = (more) => {
     message.content += more;
     speaker.hear(message.content.slice(begun));
-    drawing ??= setTimeout(draw, wait);
+    text.replaceChildren(...markdown(message.content));
+    const now = performance.now();
+    if (now - saved > 1000) { saved = now; keep(own); }
   };
   try {
     const request = attempt(own, message, add);
@@ -263,7 +257,6 @@ async function answer(before = talk.messages) {
     message.isCut = failed = true;
     showError("chat", error);
   }
-  clearTimeout(drawing);
   speaker.hear(message.content.slice(begun), true);
   const isNothing = failed && message.content.length === begun;
   if (isNothing) own.messages = before;

@@ -60,8 +60,13 @@ export async function* stream(path, body, signal) {
   const answer = await ask(path, "POST", json({ ...body, stream: true, stream_options: { include_usage: true } }), signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   const cut = new ServerError("The connection was cut; the text is not complete.");
-  let held = "";
+  let held = "", since = performance.now();
   for (;;) {
+    // Where the next part has always come already, the loop would leave no room for a press of Stop.
+    if (performance.now() - since > 50) {
+      await new Promise((resolve) => setTimeout(resolve));
+      since = performance.now();
+    }
     const { value, done } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : cut; });
     if (done) throw cut;
     const parts = (held + value).split("\n\n");
@@ -96,7 +101,9 @@ let running = null;
 export const isRunning = () => running !== null;
 export const stop = () => running?.abort();
 
-/** Runs one request and measures it; `add` gets the text as it comes. `place` is chat or write: whose error and figures these are.
+/** Runs one request and measures it; `place` is chat or write: whose error and figures these are.
+
+    `add` gets the text as it comes, in parts: the longer it takes to draw one, the less often it is called.
 
     Raises ServerError. The answer: tokens, prompt, reason (stop, length or stopped).
 */
@@ -106,6 +113,14 @@ export async function run(place, path, body, add) {
   document.dispatchEvent(new Event("busy"));
   const meter = { begun: performance.now(), first: 0, tokens: 0, prompt: 0, reason: "" };
   const timer = setInterval(() => report(place, meter, true), 100);
+  let held = "", wait = 50, drawing = null;
+  const draw = () => {
+    const begun = performance.now(), text = held;
+    held = "";
+    if (text) add(text);
+    wait = Math.max(50, 4 * (performance.now() - begun));
+    drawing = null;
+  };
   try {
     for await (const event of stream(path, body, running.signal)) {
       const choice = event.choices[0];
@@ -113,7 +128,8 @@ export async function run(place, path, body, add) {
       if (text) {
         meter.first ||= performance.now();
         meter.tokens += 1;
-        add(text);
+        held += text;
+        drawing ??= setTimeout(draw, wait);
       }
       meter.reason = choice?.finish_reason ?? meter.reason;
       meter.last = performance.now();
@@ -127,6 +143,8 @@ export async function run(place, path, body, add) {
     meter.reason = "stopped";
   } finally {
     clearInterval(timer);
+    clearTimeout(drawing);
+    draw();
     running = null;
     report(place, meter, false);
     document.dispatchEvent(new Event("busy"));
