@@ -13,8 +13,8 @@ from tnllm.errors import UserError
 from tnllm.files import write_csv
 from tnllm.sweep.chart import draw, power_law
 from tnllm.sweep.plan import Chart, read_plan
-from tnllm.sweep.run import _accuracies, read_rows
-from tnllm.sweep.table import read_csv, summarize
+from tnllm.sweep.run import _accuracies, read_rows, run_sweep
+from tnllm.sweep.table import CURVES, RESULTS, read_csv, summarize
 from tnllm.tokenizer import train_tokenizer
 
 PLAN = """
@@ -150,6 +150,22 @@ def test_a_kill_changes_nothing_in_the_table(sweep: Path, tmp_path: Path) -> Non
     assert results(out) == results(tmp_path / "calm")
     assert (out / "curves.csv").read_text() == (tmp_path / "calm" / "curves.csv").read_text()
     assert [line.spread is not None for line in summarize(read_csv(out / "results.csv"))].count(True) == 1
+
+
+@pytest.mark.parametrize(("name", "folder"), [("loss", ""), ("hybrid", "hybrid"), ("recall", "recall")])
+def test_cells_that_ran_elsewhere_are_taken_over(name: str, folder: str, tmp_path: Path) -> None:
+    """As they stand in the committed tables, which the ones written here equal but for validations of unfinished cells."""
+    known = Path("docs/evidence") / folder
+    plan = read_plan(Path(f"recipes/evidence/{name}.yaml"))
+    assert not run_sweep(plan, tmp_path, jobs=1, limit_s=0, known=known)
+    for table in (RESULTS, CURVES):
+        old, new = (sorted(read_csv(place / table), key=str) for place in (known, tmp_path))
+        assert new == [row for row in old if row.get("finished") != "False"]
+    # What ran here comes first.
+    cell = next((tmp_path / "cells").glob("*/*/cell.json"))
+    cell.write_text(cell.read_text().replace('"status": "done"', '"status": "failed: here"'))
+    run_sweep(plan, tmp_path, jobs=1, limit_s=0, known=known)
+    assert [row["status"] for row in read_rows(tmp_path)].count("failed: here") == 1
 
 
 @pytest.mark.slow

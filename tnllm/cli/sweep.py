@@ -25,6 +25,9 @@ def command(
         None, min=0.0, help="Save and end after this time; the next call continues."
     ),
     keep: bool = typer.Option(False, "--keep", help="Keep checkpoints and weights of finished cells."),
+    known: Path | None = typer.Option(
+        None, help="A folder with tables of cells that ran elsewhere, which are not run again."
+    ),
     list_cells: bool = typer.Option(False, "--list", help="Print the cells and stop; nothing runs."),
     report: Path | None = typer.Option(None, help="Run nothing: print this folder's table, draw its charts."),
 ) -> None:
@@ -34,6 +37,8 @@ def command(
 
     if report is not None and not report.is_dir():
         raise UserError(f"--report is {report}, which is not a folder; give one with results.csv in it")
+    if known is not None and not known.is_dir():
+        raise UserError(f"--known is {known}, which is not a folder; give one with results.csv and curves.csv in it")
     plan = read_plan(file, sets)
     if list_cells:
         for group in plan.groups.values():
@@ -47,7 +52,7 @@ def command(
     from tnllm.sweep.run import run_sweep
 
     out = out or Path("runs") / file.stem
-    done = run_sweep(plan, out, jobs, sets, None if limit_minutes is None else 60 * limit_minutes, _say, keep)
+    done = run_sweep(plan, out, jobs, sets, None if limit_minutes is None else 60 * limit_minutes, _say, keep, known)
     failed = _show(plan, out)
     if not done:
         _say("cells are open; run the same command again to continue")

@@ -26,7 +26,7 @@ from tnllm.errors import UserError
 from tnllm.files import only_writer, read_json, write_csv, write_text_atomic
 from tnllm.modeling.flops import count_parameters
 from tnllm.sweep.plan import TRAINERS, Cell, Plan, Row
-from tnllm.sweep.table import CURVES, RESULTS
+from tnllm.sweep.table import CURVES, RESULTS, read_csv
 from tnllm.training.config import load_recipe
 from tnllm.training.metrics import read_metrics
 
@@ -50,15 +50,19 @@ def run_sweep(
     limit_s: float | None = None,
     on_event: Callable[[str], None] = print,
     keep: bool = False,
+    known: Path | None = None,
 ) -> bool:
     """Run what is open of `plan` in `out`; returns whether all of it is done.
 
     `sets` go to every cell. After `limit_s` seconds the running cells are told to save and the sweep ends; the next call
-    continues them. `keep`: checkpoints and weights of finished cells stay. Raises UserError where `out` is in use or
-    holds cells of another plan.
+    continues them. `keep`: checkpoints and weights of finished cells stay. `known` is a folder with the tables of the same
+    plan, run elsewhere: its cells count as run. Raises UserError where `out` is in use, or one of them holds cells of
+    another plan.
     """
     started = time.monotonic()
     with only_writer(out, wait_s=_LOCK_WAIT_S) as lock:
+        if known is not None:
+            _take_over(known, out)
         rows = read_rows(out)
         running: list[_Running] = []
         try:
@@ -80,6 +84,24 @@ def run_sweep(
         _collect(running, rows, out, sets, on_event, keep)
         _write_tables(out, rows)
         return not _open_cells(plan, rows, set())
+
+
+def _take_over(known: Path, out: Path) -> None:
+    """Write the rows of `known` beside those of the cells that ran here, which come first."""
+    curves: dict[str, list[list[Any]]] = {}
+    for point in read_csv(known / CURVES):
+        curves.setdefault(point["cell"], []).append([point["step"], point["tokens"], point["val_loss"]])
+    for row in read_csv(known / RESULTS):
+        file = out / "cells" / row["cell"] / ROW
+        if row["status"] == "done" and not file.exists():
+            whole = {
+                **row,
+                "overrides": row["overrides"] or "",
+                "alone": row["alone"] == "True",
+                "curve": curves.get(row["cell"], []),
+            }
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(file, json.dumps(whole, indent=1) + "\n")
 
 
 def read_rows(out: Path) -> list[Row]:
