@@ -4,6 +4,7 @@ import bz2
 import datetime
 import json
 import lzma
+import os
 from decimal import Decimal
 from pathlib import Path
 
@@ -360,11 +361,23 @@ def test_files_of_other_kinds_in_a_folder_are_counted(tmp_path, capsys):
     assert ".lz4 (1)" in said and "LICENSE (1)" in said and f"{tmp_path / 'gone'} is a link to nothing" in said
 
 
+def test_a_name_that_is_not_utf8_costs_its_file(tmp_path, capsys):
+    for name in (b"a\xff.jsonl", b"b.jsonl"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text('{"text": "a text"}\n')
+    assert tokenized(tmp_path, tmp_path / "tokens") == 1
+    assert [record["text"] for record in cleaned(tmp_path, tmp_path / "out")[0]] == ["a text"]
+    assert capsys.readouterr().err.count("has a name that is not UTF-8") == 2
+    with pytest.raises(UserError, match="has a name that is not UTF-8; rename it"):
+        find_files([os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.jsonl")])
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_utf16_without_a_mark_is_unreadable_and_not_text_full_of_nuls(tmp_path, encoding):
     (tmp_path / "a.txt").write_bytes("Some words.\r\n\r\nAnd more of them.\n".encode(encoding))
     items = list(read_file(tmp_path / "a.txt"))
     assert items and all(isinstance(item, BadDocument) and "UTF-16" in item.reason for item in items)
+    (tmp_path / "a.jsonl").write_bytes('{"text": "some words"}\n'.encode(encoding))
+    assert all("UTF-16" in item.reason for item in read_file(tmp_path / "a.jsonl"))
     # One stray NUL is text.
     (tmp_path / "b.txt").write_bytes(b"Some words\x00 and more of them.\n")
     assert [type(item) for item in read_file(tmp_path / "b.txt")] == [Document]

@@ -41,6 +41,14 @@ def test_pages_are_read(tmp_path, pages, name):
     assert found[0].record == {"url": "http://a.example/1", "date": "2024-05-18T01:58:10Z"}
 
 
+@pytest.mark.parametrize("charset", ["tf-8", "hex", "undefined", "a\0b"])
+def test_a_page_of_an_encoding_that_does_not_exist_is_read(tmp_path, pages, charset):
+    page = record("response", HTML.format("café " * 50).encode(), "http://a.example/5", f"text/html; charset={charset}")
+    (tmp_path / "a.warc").write_bytes(page + pages[3])
+    first, last = read_file(tmp_path / "a.warc")
+    assert first.text.startswith("café") and last.text == "网页的正文。"
+
+
 def test_damage_is_named(tmp_path, pages):
     packed = b"".join(map(gzip.compress, pages))
     for data in (b"", b"no archive at all", packed[:-12]):

@@ -15,6 +15,7 @@ import jinja2
 
 from tnllm import assets
 from tnllm.cleaning.records import read_folder
+from tnllm.data.folders import shown
 from tnllm.errors import UserError
 from tnllm.files import format_bytes, read_json, write_text_atomic
 
@@ -63,7 +64,7 @@ def self_clean_report(out: Path, rounds: dict[str, Any], tally: dict[str, int]) 
 
 def _ends(out: Path, steps: list[dict[str, Any]], self_clean: dict[str, Any] | None) -> dict[str, Any]:
     kept = {key: steps[-1][key] for key in ("documents_out", "bytes_out")}
-    return {"out": str(out), "documents_in": steps[0]["documents_in"], **kept, "steps": steps, "self_clean": self_clean}
+    return {"out": shown(out), "documents_in": steps[0]["documents_in"], **kept, "steps": steps, "self_clean": self_clean}
 
 
 def _round_rows(rounds: dict[str, Any] | None) -> list[dict[str, Any]]:

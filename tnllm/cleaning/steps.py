@@ -33,6 +33,7 @@ from tnllm.cleaning.settings import (
 from tnllm.cleaning.worker_counter import advance
 from tnllm.data.documents import BadDocument
 from tnllm.data.documents import Document as CorpusDocument
+from tnllm.data.folders import shown
 from tnllm.data.remote import read_source
 from tnllm.errors import RunError, UserError
 
@@ -135,7 +136,7 @@ class Reader(Step):
                 yield self._bad(item), 0
 
     def _bad(self, item: BadDocument) -> Document:
-        self._count_name("unreadable", str(item))
+        self._count_name("unreadable", shown(item))
         doc = Document("", item.where, metadata={"where": item.where})
         reject(doc, self.name, "unreadable", why=item.reason)
         return doc

@@ -10,6 +10,7 @@ more than 8 Mi characters is cut at line ends into documents of about that size,
 UTF-8; a byte order mark is dropped and nothing else is changed, except that a WARC's HTML is reduced to its main text.
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from tnllm import assets
 from tnllm.data import compressed
 from tnllm.data.compressed import Line, Span, read_lines, stored_size
 from tnllm.data.documents import BadDocument, Document, UnreadableFile, json_type
-from tnllm.data.folders import files_below
+from tnllm.data.folders import files_below, is_unicode, shown
 from tnllm.data.parquet import read_rows
 from tnllm.data.warc import read_archive
 from tnllm.errors import UserError
@@ -74,6 +75,8 @@ def find_files(inputs: Iterable[str | Path], leave_out: Path | None = None) -> l
                 raise UserError(f"{given} holds no corpus file; allowed: {ALLOWED}")
         elif not given.exists():
             raise UserError(f"no such file or folder: {given} ({assets.SHIPPED})")
+        elif not is_unicode(str(given)):
+            raise UserError(f"{shown(given)} has a name that is not UTF-8; rename it")
         elif kind_of(given) is None:
             raise UserError(f"{given} is not in a known corpus format; allowed: {ALLOWED}")
         else:
@@ -135,11 +138,12 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line], too_long: str
             continue
         if not line.strip():
             continue
-        try:
-            record = _decode(line.decode("utf-8").strip())
-        except UnicodeDecodeError as error:
-            yield BadDocument(where, f"not UTF-8 (byte {error.start + 1} of the line)")
+        text, why = _text_of(line)
+        if why:
+            yield BadDocument(where, why)
             continue
+        try:
+            record = _decode(text.strip())
         except json.JSONDecodeError as error:
             if number == 1 and line.lstrip().startswith(b"["):
                 yield BadDocument(str(path), f"{path} is one JSON array; write one object a line (jq -c '.[]')")
@@ -155,6 +159,17 @@ def _read_json_lines(path: Path, name: str, lines: Iterator[Line], too_long: str
         # Only an escape can spell a lone surrogate: the bytes are UTF-8.
         lost = _not_unicode(record, name) if b"\\ud" in line or b"\\uD" in line else {}
         yield _from_record(record, name, path, number, position, lost)
+
+
+def _text_of(line: bytes) -> tuple[str, str]:
+    """A line as text and "", or "" and why it is not UTF-8."""
+    # ASCII in UTF-16 or UTF-32 is valid UTF-8, with a NUL beside every letter.
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or line.count(0) * 4 >= len(line) > 0:
+        return "", "UTF-16, UTF-32 or mostly NUL bytes; convert the file to UTF-8"
+    try:
+        return line.decode("utf-8"), ""
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 (byte {error.start + 1} of the line)"
 
 
 def _decode(line: str) -> Any:
@@ -179,7 +194,7 @@ def _from_record(
     text = record.pop(name)
     if not isinstance(text, str):
         return BadDocument(where, f"field {name!r} is {json_type(text)}, not text")
-    if not _is_unicode(text):
+    if not is_unicode(text):
         return BadDocument(where, f"field {name!r} holds a lone surrogate, which is not Unicode text")
     return Document(text, path, line, position, record, lost)
 
@@ -188,18 +203,10 @@ def _not_unicode(record: dict[str, Any], text_field: str) -> dict[str, str]:
     """Take the fields with lone surrogates out of the record; returns them with the reason."""
     lost = {}
     for key in [key for key in record if key != text_field]:
-        if not _is_unicode(key + json.dumps(record[key], ensure_ascii=False)):
+        if not is_unicode(key + json.dumps(record[key], ensure_ascii=False)):
             del record[key]
             lost[key.encode("utf-8", "replace").decode()] = "holding a lone surrogate, which is not Unicode text"
     return lost
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_text(path: Path, split_on: SplitOn, lines: Iterator[Line], too_long: str) -> Iterator[Document | BadDocument]:
@@ -209,14 +216,9 @@ def _read_text(path: Path, split_on: SplitOn, lines: Iterator[Line], too_long: s
         if line is None:
             yield BadDocument(f"{path}:{number}", too_long)
             continue
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield BadDocument(f"{path}:{number}", f"not UTF-8 (byte {error.start + 1} of the line)")
-            continue
-        # ASCII in UTF-16 or UTF-32 is valid UTF-8, with a NUL beside every letter.
-        if line.count(0) * 4 >= len(line) > 0:
-            yield BadDocument(f"{path}:{number}", "mostly NUL bytes, as of UTF-16 or UTF-32; convert the file to UTF-8")
+        text, why = _text_of(line)
+        if why:
+            yield BadDocument(f"{path}:{number}", why)
             continue
         blank = split_on == "blank-line" and not text.strip()
         if not blank:

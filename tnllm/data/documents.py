@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tnllm.data.folders import shown
 from tnllm.errors import RunError
 from tnllm.progress import log
 
@@ -71,6 +72,6 @@ class LeftOut:
     def __call__(self, bad: BadDocument) -> None:
         self.count += 1
         if self.count <= _MAX_NAMED:
-            log(f"left out: {bad}")
+            log(f"left out: {shown(bad)}")
         if self.count == _MAX_NAMED:
             log("further ones are counted, not shown")

@@ -41,9 +41,9 @@ def files_below(folder: Path, is_wanted: Callable[[Path], bool], leave_out: Path
                 if path.exists() and not is_wanted(path):
                     others[path.suffix or path.name] += 1
                 elif why := _why_left_out(path, seen_files):
-                    log(f"left out: {path} {why}")
+                    log(f"left out: {shown(path)} {why}")
     if seen_files and others:
-        kinds = ", ".join(f"{kind} ({count:,})" for kind, count in others.most_common(_MAX_KINDS))
+        kinds = ", ".join(f"{shown(kind)} ({count:,})" for kind, count in others.most_common(_MAX_KINDS))
         log(f"left out: files of {folder} that are of other kinds: {kinds}{', ...' * (len(others) > _MAX_KINDS)}")
     return sorted(seen_files.values())
 
@@ -54,14 +54,30 @@ def _why_left_out(path: Path, seen: dict[str, Path]) -> str:
         return "is a link to nothing"
     if not path.is_file():
         return "is not a regular file"
+    if not is_unicode(str(path)):
+        return "has a name that is not UTF-8"
     if not os.access(path, os.R_OK):
         return "may not be read (permission denied)"
     first = seen.setdefault(os.path.realpath(path), path)
     return "" if first == path else f"is another name of {first}"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text, or a name that the system gave, can be written as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(name: object) -> str:
+    """A name in one line of UTF-8, whatever it holds."""
+    return str(name).replace("\n", "\\n").encode("utf-8", "backslashreplace").decode()
+
+
 def _name_unreadable(error: OSError) -> None:
-    log(f"left out: {error.filename} cannot be read ({error.strerror})")
+    log(f"left out: {shown(error.filename)} cannot be read ({error.strerror})")
 
 
 def refuse_replacing(inputs: Iterable[str | Path], out: Path) -> None:

@@ -48,7 +48,11 @@ def read_archive(path: Path) -> Iterator[Document]:
             if record.record_type == WarcRecordType.conversion:
                 text = body.decode("utf-8", "replace")
             else:
-                html = bytes_to_str(body, record.http_charset or detect_encoding(body) or "utf-8")
+                try:
+                    html = bytes_to_str(body, record.http_charset or detect_encoding(body) or "utf-8")
+                except (LookupError, ValueError):
+                    # An encoding that does not exist, such as "tf-8".
+                    html = bytes_to_str(body, "utf-8")
                 text = extract_plain_text(_shallow(html), main_content=True, alt_texts=False)
             fields = {"url": record.headers.get("WARC-Target-URI"), "date": record.headers.get("WARC-Date")}
             yield Document(text, path, number, raw.tell(), fields)
