@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tnllm import interrupts
@@ -163,3 +163,23 @@ def corpus_progress(title: str) -> Iterator[Report]:
     """A function to call with each new `Status`."""
     with Progress() as progress:
         yield lambda status: progress.update(title, status.done_bytes, status.total_bytes, status, "bytes")
+
+
+class ScoringProgress:
+    """Shows texts that are scored while they are read: reading is ahead, by a text that may take hours."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._read, self._bytes = report, Status(0, 0), 0
+
+    def on_read(self, status: Status) -> None:
+        """The corpus is read up to here."""
+        self._read = status
+
+    def on_text(self, text: str) -> None:
+        """This text is to be scored."""
+        self._bytes += len(text.encode())
+
+    def on_scored(self, tokens: int, num_bytes: int) -> None:
+        """So many tokens are scored, which stand for `num_bytes` bytes of the texts."""
+        share = min(1.0, num_bytes / max(self._bytes, 1))
+        self._report(replace(self._read, done_bytes=int(share * self._read.done_bytes), tokens=tokens))

@@ -90,7 +90,7 @@ def test_lost_files_are_rebuilt_identically(cleaned, corpus):
     out, report = cleaned
     shard = out / "clean" / "00000.jsonl.gz"
     data = shard.read_bytes()
-    for path in (shard, out / "work" / "self-clean" / "round-2" / "scores" / "00000.jsonl.gz"):
+    for path in (shard, out / "work" / "self-clean" / "round-2" / "scores" / "00000.jsonl"):
         path.unlink()
     assert self_clean_alone(settings(corpus), out, "cpu") == report
     assert shard.read_bytes() == data

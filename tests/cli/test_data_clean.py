@@ -3,8 +3,11 @@ import json
 import pytest
 
 from tests.cleaning.texts import CHINESE, ENGLISH
+from tnllm.cleaning import score
+from tnllm.cleaning.score import score_texts
 from tnllm.cli.data_clean import separation
 from tnllm.errors import UserError
+from tnllm.generation import scoring
 
 
 @pytest.fixture
@@ -92,6 +95,32 @@ def test_what_is_wrong_is_one_line(tnllm, corpus, tmp_path, args, message):
     code, stdout, stderr = tnllm("data", *[places.get(arg, arg) for arg in args])
     assert (code, stdout) == (2, "")
     assert stderr.count("\n") == 1 and stderr.startswith("tnllm: ") and message in stderr
+
+
+def test_a_stopped_score_continues_and_gives_the_same_file(tnllm, corpus, tmp_path, monkeypatch):
+    """Short and long documents in batches of 200 tokens; Ctrl-C after every third document."""
+    texts = [ENGLISH, "a b c", CHINESE, "Home | About"] * 3
+    corpus.write_text("".join(json.dumps({"text": text, "label": n % 2}) + "\n" for n, text in enumerate(texts)))
+    monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", 200)
+    command = ("data", "score", corpus, "--label-field", "label", "--device", "cpu", "-o")
+    code, _, whole = tnllm(*command, tmp_path / "whole.jsonl")
+
+    def stopped(*args, **options):
+        for number, result in enumerate(score_texts(*args, **options)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield result
+
+    monkeypatch.setattr(score, "score_texts", stopped)
+    codes = []
+    while not codes or codes[-1] == 130:
+        code, stdout, stderr = tnllm(*command, tmp_path / "out.jsonl")
+        codes.append(code)
+        assert code == 0 or stderr.splitlines()[-1] == "tnllm: stopped by Ctrl-C"
+        assert (tmp_path / "out.jsonl").exists() == (code == 0) and stdout == ""
+    assert len(codes) > 2 and codes[-1] == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert stderr.splitlines()[-1] == whole.splitlines()[-1] and not list(tmp_path.glob(".*partial*"))
 
 
 @pytest.mark.parametrize("command", ["clean", "dedup", "score", "self-clean"])

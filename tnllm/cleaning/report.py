@@ -64,7 +64,13 @@ def self_clean_report(out: Path, rounds: dict[str, Any], tally: dict[str, int]) 
 
 def _ends(out: Path, steps: list[dict[str, Any]], self_clean: dict[str, Any] | None) -> dict[str, Any]:
     kept = {key: steps[-1][key] for key in ("documents_out", "bytes_out")}
-    return {"out": shown(out), "documents_in": steps[0]["documents_in"], **kept, "steps": steps, "self_clean": self_clean}
+    return {
+        "out": shown(out),
+        "documents_in": steps[0]["documents_in"],
+        **kept,
+        "steps": steps,
+        "self_clean": self_clean,
+    }
 
 
 def _round_rows(rounds: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -8,14 +8,25 @@ Each token of a document from the second to the end token is predicted from all 
 each other.
 """
 
+import glob
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
-from tnllm.generation.prefix_tree import Request
-from tnllm.generation.scoring import Scorer
+from tnllm.files import end_of_links, is_special, only_writer
+from tnllm.generation.documents import last_batch, score_documents, token_parts
+from tnllm.generation.scoring import BATCH_TOKENS, Scorer
 from tnllm.modeling.model import LanguageModel
 from tnllm.tokenizer import Tokenizer, bits_per_byte
 
@@ -41,29 +52,65 @@ class Score:
 
 
 def score_texts(
-    model: LanguageModel, tokenizer: Tokenizer, texts: Iterable[str], batch_tokens: int | None = None
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    batch_tokens: int | None = None,
+    report: Callable[[int, int], None] = lambda tokens, num_bytes: None,
 ) -> Iterator[Score]:
     """The score of every text, in order; `batch_tokens` are computed together (None: by device).
 
-    Raises UserError for text with lone surrogates, RunError if the model gives non-finite logits.
+    `report` gets the tokens scored so far and their bytes, also within a long text. Raises UserError for text with lone
+    surrogates, RunError if the model gives non-finite logits.
     """
     scorer = Scorer(model, share=False, batch_tokens=batch_tokens)
     sizes = np.array([len(data) for data in tokenizer.token_bytes])
-    batch: list[list[int]] = []
-    num_tokens = 0
-    for text in texts:
-        ids = tokenizer.encode(text, eos=True)
-        if batch and num_tokens + len(ids) > scorer.batch_tokens:
-            yield from _scores(scorer, batch, sizes)
-            batch, num_tokens = [], 0
-        batch.append(ids)
-        num_tokens += len(ids)
-    yield from _scores(scorer, batch, sizes)
+    parts = score_documents(scorer, (token_parts(tokenizer, text, eos=True) for text in texts))
+    done = done_bytes = 0
+    for _, document in groupby(parts, key=lambda part: part.document):
+        tokens = num_bytes = 0
+        nats = 0.0
+        for part in document:
+            tokens, nats = tokens + len(part.ids), nats - float(part.logprobs.sum())
+            num_bytes += int(sizes[part.ids].sum())
+            report(done + tokens, done_bytes + num_bytes)
+        done, done_bytes = done + tokens, done_bytes + num_bytes
+        yield Score(tokens, nats, num_bytes)
 
 
-def _scores(scorer: Scorer, documents: list[list[int]], sizes: np.ndarray) -> Iterator[Score]:
-    # The end token of an empty document has nothing before it.
-    logprobs = iter(scorer.in_order([Request(ids[:1], ids[1:]) for ids in documents if len(ids) > 1]))
-    for ids in documents:
-        nats = -float(next(logprobs).sum()) if len(ids) > 1 else 0.0
-        yield Score(len(ids) - 1, nats, int(sizes[ids[1:]].sum()))
+@contextmanager
+def kept_scores(
+    path: Path, model: LanguageModel, about: str = ""
+) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+    """Write scores as JSON Lines: gives the rows that a stopped call with the same `about` wrote, and takes the others.
+
+    The file `path` appears when the block ends without an error. Until then the rows are in a hidden folder beside it.
+    Raises UserError if another process writes them.
+    """
+
+    def put(file: IO[bytes], row: dict[str, Any]) -> None:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+
+    if is_special(path):
+        with open(path, "wb") as file:
+            yield [], partial(put, file)
+        return
+    target = end_of_links(path)
+    stem = f".{target.name}.partial-"
+    folder = target.with_name(stem + hashlib.sha256(about.encode()).hexdigest()[:12])
+    with only_writer(folder):
+        rows = folder / "rows.jsonl"
+        # What a kill left of a line is written again.
+        lines = rows.read_bytes().splitlines(keepends=True) if rows.exists() else []
+        old = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        # What is computed together must not depend on where the call was stopped, or the last digits would.
+        del old[last_batch([row["tokens"] + 1 for row in old], BATCH_TOKENS[model.device.type]) :]
+        with open(rows, "wb") as file:
+            file.writelines(lines[: len(old)])
+            file.flush()
+            yield old, partial(put, file)
+            os.fsync(file.fileno())
+        os.replace(rows, target)
+    for left in target.parent.glob(f"{glob.escape(stem)}*"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -6,7 +6,7 @@ The idea is that most of a corpus is good, so a model of all of it finds the bad
 appendix D). Each round leaves, under OUT/work/self-clean/round-N:
 
     train.jsonl.gz  tokens/  run/    the training text, and the training run (it resumes)
-    scores/NNNNN.jsonl.gz            id, group, tokens, bytes, nats of every document of the round
+    scores/NNNNN.jsonl               id, group, tokens, bytes, nats of every document of the round
     kept/NNNNN.jsonl.gz              the documents that are kept (the last round writes OUT/clean)
 
 Files that exist are not made again. Held-out text is never trained on. After the last round a model is trained on what
@@ -18,12 +18,13 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tnllm import assets
 from tnllm.cleaning.records import REJECTED, RecordWriter, read_folder, read_records
-from tnllm.cleaning.score import Score, score_texts
+from tnllm.cleaning.score import Score, kept_scores, score_texts
 from tnllm.cleaning.settings import CleanSettings, SelfCleanSection
 from tnllm.data.documents import LeftOut
 from tnllm.data.encode import Options
@@ -32,7 +33,7 @@ from tnllm.data.tokenize import tokenize_corpus
 from tnllm.errors import UserError
 from tnllm.files import read_json, write_text_atomic
 from tnllm.generation.loading import LoadedModel, load
-from tnllm.progress import log
+from tnllm.progress import Status, corpus_progress, log
 from tnllm.tokenizer import Tokenizer
 from tnllm.training.config import load_recipe
 from tnllm.training.loop import train
@@ -156,15 +157,35 @@ def _train(settings: SelfCleanSection, text: Path, folder: Path, device: str) ->
 
 
 def _score_shards(ready: LoadedModel, kept: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for shard in sorted(kept.glob("*.jsonl.gz")):
-        if (folder / shard.name).exists():
+        scores = _scores_of(shard, folder)
+        if scores.exists():
             continue
-        records = [{"id": r["id"], "group": f"{r.get('source', '')}/{r.get('lang', '')}"} for r in read_records(shard)]
-        texts = (record["text"] for record in read_records(shard))
-        with RecordWriter(folder / shard.name) as writer:
-            for record, score in zip(records, score_texts(ready.model, ready.tokenizer, texts), strict=True):
-                writer.write({**record, "tokens": score.tokens, "bytes": score.num_bytes, "nats": score.nats})
+        records = [
+            {"id": r["id"], "group": f"{r.get('source', '')}/{r.get('lang', '')}", "bytes": len(r["text"].encode())}
+            for r in read_records(shard)
+        ]
+        with kept_scores(scores, ready.model) as (old, write), corpus_progress(f"scoring {shard.name}") as report:
+            before, total = sum(row["bytes"] for row in old), sum(record["bytes"] for record in records)
+            texts = (record["text"] for record in islice(read_records(shard), len(old), None))
+
+            def show(tokens: int, num_bytes: int, before: int = before, total: int = total) -> None:
+                report(Status(before + num_bytes, total, tokens=tokens))
+
+            for record, score in zip(
+                records[len(old) :], score_texts(ready.model, ready.tokenizer, texts, report=show), strict=True
+            ):
+                write({**record, "tokens": score.tokens, "bytes": score.num_bytes, "nats": score.nats})
         log(f"  {shard.name}: {len(records)} documents scored")
+
+
+def _scores_of(shard: Path, folder: Path) -> Path:
+    return folder / shard.name.removesuffix(".gz")
+
+
+def _scores(folder: Path) -> Iterator[dict[str, Any]]:
+    return (record for path in sorted(folder.glob("*.jsonl")) for record in read_records(path))
 
 
 def _bits_per_byte(record: dict[str, Any]) -> float:
@@ -174,7 +195,7 @@ def _bits_per_byte(record: dict[str, Any]) -> float:
 def _limits(settings: SelfCleanSection, scores: Path) -> dict[str, tuple[float, float]]:
     """Lowest and highest bits per byte to keep, per source and language: the quantiles, and `max_score`."""
     groups: dict[str, list[float]] = {}
-    for record in read_folder(scores):
+    for record in _scores(scores):
         groups.setdefault(record["group"], []).append(_bits_per_byte(record))
     limits = {}
     for group, values in groups.items():
@@ -193,7 +214,7 @@ def _select(
             continue
         dropped = []
         with RecordWriter(target / shard.name) as writer:
-            for record, score in zip(read_records(shard), read_records(scores / shard.name), strict=True):
+            for record, score in zip(read_records(shard), read_records(_scores_of(shard, scores)), strict=True):
                 bits = _bits_per_byte(score)
                 low, high = limits[score["group"]]
                 if low <= bits <= high:
@@ -222,7 +243,7 @@ def _round_report(
     counts = [0] * _BINS
     documents = size = 0
     reasons = {"unlikely text": 0, "too likely text": 0}
-    for record in read_folder(folder / "scores"):
+    for record in _scores(folder / "scores"):
         bits = _bits_per_byte(record)
         low, high = limits[record["group"]]
         reasons["unlikely text"] += bits > high

@@ -2,7 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -132,43 +134,54 @@ def score(
     dtype: str = options.DTYPE,
 ) -> None:
     """Score documents by a model: bits per byte and perplexity, of each read in full."""
-    from tnllm.cleaning.score import score_texts
+    from tnllm.cleaning.input_shards import fingerprint
+    from tnllm.cleaning.score import kept_scores, score_texts
     from tnllm.data.documents import LeftOut
     from tnllm.data.remote import find_sources, local_files, read_documents
-    from tnllm.files import write_text_atomic
+    from tnllm.generation.context import weights_hash
     from tnllm.generation.loading import load
-    from tnllm.progress import corpus_progress, log
+    from tnllm.progress import ScoringProgress, corpus_progress, log
 
     files = find_sources(inputs)
     if out is not None:
         check_output_file(out, "--out", local_files(files))
     columns = [id_field] if label_field is None else [id_field, label_field]
     ready = load(model, device, dtype)
-    lines: list[str] = []
     labelled: list[tuple[float, Any]] = []
-    waiting: list[tuple[str, Any]] = []
+    waiting: deque[tuple[str, Any]] = deque()
 
-    def texts(report: Any) -> Iterator[str]:
-        for document in read_documents(files, field, on_bad=LeftOut(), report=report, more=columns):
+    def texts(progress: ScoringProgress, old: list[dict[str, Any]]) -> Iterator[str]:
+        number = 0
+        for document in read_documents(files, field, on_bad=LeftOut(), report=progress.on_read, more=columns):
             if document.text.strip():
-                name = str(document.record.get(id_field, document.where))
-                waiting.append((name, document.record.get(label_field or "")))
-                yield document.text
+                label = document.record.get(label_field or "")
+                if number < len(old):
+                    labelled.append((old[number]["bits_per_byte"], label))
+                else:
+                    waiting.append((str(document.record.get(id_field, document.where)), label))
+                    progress.on_text(document.text)
+                    yield document.text
+                number += 1
 
-    with corpus_progress("score") as report:
-        for result in score_texts(ready.model, ready.tokenizer, texts(report)):
-            name, label = waiting.pop(0)
-            row = {
+    about = [weights_hash(ready.model), str(ready.model.device), str(ready.model.dtype), field, id_field]
+    about += [f"{file} {fingerprint(file)}" for file in files]
+    with ExitStack() as stack:
+        old: list[dict[str, Any]] = []
+        write: Callable[[dict[str, Any]], None] = print_json
+        if out is not None:
+            old, write = stack.enter_context(kept_scores(out, ready.model, json.dumps(about)))
+        report = stack.enter_context(corpus_progress("score"))
+        if old:
+            log(f"{len(old):,} documents were scored before")
+        progress = ScoringProgress(report)
+        scores = score_texts(ready.model, ready.tokenizer, texts(progress, old), report=progress.on_scored)
+        for result in scores:
+            name, label = waiting.popleft()
+            labelled.append((round(result.bits_per_byte, 5), label))
+            write({
                 "id": name, "bits_per_byte": round(result.bits_per_byte, 5), "perplexity": round(result.perplexity, 3),
                 "tokens": result.tokens, "bytes": result.num_bytes,
-            }  # fmt: skip
-            labelled.append((result.bits_per_byte, label))
-            if out is None:
-                print_json(row)
-            else:
-                lines.append(json.dumps(row, ensure_ascii=False))
-    if out is not None:
-        write_text_atomic(out, "".join(line + "\n" for line in lines))
+            })  # fmt: skip
     if label_field is not None:
         area = separation(labelled)
         log(f"{len(labelled)} documents; a document with label 1 has the lower score in {area:.1%} of pairs")

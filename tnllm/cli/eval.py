@@ -1,6 +1,7 @@
 """`tnllm eval`: tasks of lm-evaluation-harness, comparison with other results or the paper, perplexity of a file."""
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tnllm.cli.evaluation_view import (
 )
 from tnllm.errors import CheckFailed, UserError
 from tnllm.files import check_output_file, check_output_folder, only_writer
-from tnllm.progress import Progress, log
+from tnllm.progress import Progress, ScoringProgress, corpus_progress, log
 from tnllm.tables import print_json
 
 EXAMPLES = options.examples(
@@ -191,10 +192,11 @@ def file_perplexity(
     from tnllm.generation.loading import load
 
     options.log_default_model(model)
-    texts = _texts(file, field)
-    ready = load(model, device, dtype)
-    with Progress() as progress:
-        result = perplexity(ready, texts, window, batch_tokens, partial(progress.update, "perplexity"))
+    with corpus_progress("perplexity") as report:
+        progress = ScoringProgress(report)
+        texts = _Texts(file, field, progress)
+        ready = load(model, device, dtype)
+        result = perplexity(ready, texts, window, batch_tokens, progress.on_scored)
     if as_json:
         print(json.dumps({"file": str(file), "model": str(ready.folder), **result}))
     else:
@@ -235,7 +237,7 @@ def needle(
     from tnllm.generation.loading import load
     from tnllm.modeling.weights import trained_length
 
-    sentences = FILLER if haystack is None else split_sentences("\n\n".join(_texts(haystack, "text")))
+    sentences = FILLER if haystack is None else split_sentences("\n\n".join(_Texts(haystack, "text")))
     options.log_default_model(model)
     ready = load(model, device, dtype)
     trained = trained_length(ready.folder)
@@ -346,11 +348,22 @@ def _names(tasks: str | None) -> list[str]:
     return [name.strip() for name in (tasks or "").split(",") if name.strip()]
 
 
-def _texts(file: Path, field: str) -> list[str]:
-    from tnllm.data.corpus import find_files
-    from tnllm.data.remote import read_documents
+class _Texts:
+    """The texts of a file, read anew by each loop. Raises UserError at once if it cannot be a corpus file."""
 
-    return [document.text for document in read_documents(find_files([file]), field, more=())]
+    def __init__(self, file: Path, field: str, progress: ScoringProgress | None = None) -> None:
+        from tnllm.data.corpus import find_files
+
+        self._files, self._field, self._progress = find_files([file]), field, progress
+
+    def __iter__(self) -> Iterator[str]:
+        from tnllm.data.remote import read_documents
+
+        report = self._progress.on_read if self._progress else lambda status: None
+        for document in read_documents(self._files, self._field, report=report, more=()):
+            if self._progress:
+                self._progress.on_text(document.text)
+            yield document.text
 
 
 def _check_folders(data_dir: Path | None, include_path: Path | None = None, online: bool = False) -> None:

@@ -4,62 +4,87 @@
     result["bits_per_byte"], result["by_position"]
 
 Words, bytes and their perplexities are counted as lm-evaluation-harness does. With a window the same text is also scored
-in independent pieces of that many tokens, as a model with a bounded context has to.
+in independent pieces of that many tokens, as a model with a bounded context has to. One text is in memory at a time.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from tnllm.errors import UserError
+from tnllm.generation.documents import score_documents, token_parts
 from tnllm.generation.loading import LoadedModel
-from tnllm.generation.prefix_tree import Request
-from tnllm.generation.scoring import Report, Scorer
+from tnllm.generation.scoring import Scorer
 from tnllm.tokenizer import bits_per_byte
+
+# Ranges of positions that `by_position` can tell apart.
+_RANGES = 48
 
 
 def perplexity(
     loaded: LoadedModel,
-    texts: Sequence[str],
+    texts: Iterable[str],
     window: int | None = None,
     batch_tokens: int | None = None,
-    report: Report = lambda done, total: None,
+    report: Callable[[int, int], None] = lambda tokens, num_bytes: None,
 ) -> dict[str, Any]:
     """Score each text on its own, after the begin token. `by_position` counts tokens from the start of a text.
 
-    Raises UserError if all texts are empty.
+    `texts` is read a second time if there is a window. `report` gets the tokens scored so far and their bytes. Raises
+    UserError if all texts are empty.
     """
-    ids = [loaded.tokenizer.encode(text) for text in texts]
-    if not any(ids):
-        raise UserError("there is no text to score: every document is empty")
     scorer = Scorer(loaded.model, batch_tokens=batch_tokens)
-
-    def score(pieces: list[list[int]]) -> list[np.ndarray]:
-        return scorer.in_order([Request([loaded.bos_id], piece) for piece in pieces], report)
-
-    logprobs = score([text for text in ids if text])
     sizes = np.array([len(data) for data in loaded.tokenizer.token_bytes])
-    num_bytes = [sizes[text] for text in ids if text]
-    total = -float(sum(part.sum() for part in logprobs))
-    result: dict[str, Any] = {
-        "documents": len(logprobs),
-        "tokens": sum(map(len, logprobs)),
-        "words": sum(len(re.split(r"\s+", text)) for text in texts),
-        "bytes": sum(len(text.encode()) for text in texts),
-    }
-    result |= _rates(total, result)
-    result["by_position"] = _by_position(logprobs, num_bytes)
+    counts = {"documents": 0, "tokens": 0, "words": 0, "bytes": 0}
+    begin = [loaded.bos_id]
+
+    def documents() -> Iterator[Iterable[list[int]]]:
+        for text in texts:
+            counts["documents"] += bool(text)
+            counts["words"] += 1 + sum(1 for _ in re.finditer(r"\s+", text))
+            counts["bytes"] += len(text.encode())
+            yield chain([begin], token_parts(loaded.tokenizer, text))
+
+    # Nats, bytes and tokens of each range of positions.
+    sums = np.zeros((3, _RANGES))
+    for part in score_documents(scorer, documents()):
+        at = np.frexp(np.arange(part.start, part.start + len(part.ids)) >> 6)[1]
+        for row, values in enumerate((-part.logprobs, sizes[part.ids], np.ones(len(part.ids)))):
+            sums[row] += np.bincount(at, values, _RANGES)
+        counts["tokens"] += len(part.ids)
+        report(counts["tokens"], int(sums[1].sum()))
+    if not counts["tokens"]:
+        raise UserError("there is no text to score: every document is empty")
+    result: dict[str, Any] = {**counts, **_rates(float(sums[0].sum()), counts)}
+    result["by_position"] = [_at_range(number, *column) for number, column in enumerate(sums.T.tolist()) if column[2]]
     if window is not None:
-        pieces = [text[start : start + window] for text in ids for start in range(0, len(text), window)]
-        nats = -float(sum(part.sum() for part in score(pieces)))
-        result["windows"] = {"window": window, "pieces": len(pieces), **_rates(nats, result)}
+        pieces = ([begin, ids] for text in texts for ids in _pieces(token_parts(loaded.tokenizer, text), window))
+        nats, done, last, done_bytes = 0.0, counts["tokens"], -1, int(sums[1].sum())
+        for part in score_documents(scorer, pieces):
+            nats, done, last = nats - float(part.logprobs.sum()), done + len(part.ids), part.document
+            done_bytes += int(sizes[part.ids].sum())
+            report(done, done_bytes)
+        result["windows"] = {"window": window, "pieces": last + 1, **_rates(nats, counts)}
     return result
 
 
-def _rates(nats: float, counts: dict[str, Any]) -> dict[str, float]:
+def _pieces(parts: Iterable[list[int]], size: int) -> Iterator[list[int]]:
+    """The ids of a text in pieces of `size`, the last one perhaps shorter."""
+    left: list[int] = []
+    for part in parts:
+        left += part
+        whole = len(left) - len(left) % size
+        yield from (left[start : start + size] for start in range(0, whole, size))
+        left = left[whole:]
+    if left:
+        yield left
+
+
+def _rates(nats: float, counts: dict[str, int]) -> dict[str, float]:
     return {
         "token_perplexity": math.exp(nats / counts["tokens"]),
         # A text without spaces is one word, whose perplexity would overflow.
@@ -69,20 +94,10 @@ def _rates(nats: float, counts: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _by_position(logprobs: Sequence[Any], num_bytes: Sequence[Any]) -> list[dict[str, Any]]:
-    """Bits per byte of tokens 0 to 63 of their text, 64 to 127, 128 to 255 and so on, doubling."""
-    rows = []
-    low, high = 0, 64
-    while any(len(part) > low for part in logprobs):
-        nats = -float(sum(part[low:high].sum() for part in logprobs))
-        size = int(sum(part[low:high].sum() for part in num_bytes))
-        count = sum(len(part[low:high]) for part in logprobs)
-        bits = bits_per_byte(nats, size) if size else None
-        rows.append(
-            {
-                "from": low, "to": high - 1, "tokens": count, "token_perplexity": math.exp(nats / count),
-                "bits_per_byte": bits,
-            }
-        )  # fmt: skip
-        low, high = high, high * 2
-    return rows
+def _at_range(number: int, nats: float, num_bytes: float, tokens: float) -> dict[str, Any]:
+    """Bits per byte of tokens 0 to 63 of their text (range 0), 64 to 127, 128 to 255 and so on, doubling."""
+    return {
+        "from": 64 << (number - 1) if number else 0, "to": (64 << number) - 1, "tokens": int(tokens),
+        "token_perplexity": math.exp(nats / tokens),
+        "bits_per_byte": bits_per_byte(nats, int(num_bytes)) if num_bytes else None,
+    }  # fmt: skip

@@ -123,17 +123,13 @@ class Scorer:
         Raises UserError for an id outside the vocabulary, RunError if one node does not fit into memory or the
         model gives non-finite logits.
         """
-        vocab_size = self.model.config.vocab_size
         checked: set[int] = set()
         for request in requests:
             assert request.context and request.continuation, "a prediction needs a token before it"
             for ids in (request.context, request.continuation):
                 if id(ids) not in checked:
                     checked.add(id(ids))
-                    if not 0 <= min(ids) <= max(ids) < vocab_size:
-                        raise UserError(
-                            f"a token id is outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
-                        )
+                    self._check_ids(ids)
         if not requests:
             return
         tree = PrefixTree(requests, self.share, max_piece=self.batch_tokens)
@@ -147,12 +143,8 @@ class Scorer:
 
         def finished(pending: _Pending) -> Iterator[Score]:
             numbers = pending.numbers
-            logprobs[numbers] = pending.scores.logprobs.double().cpu().numpy()
+            logprobs[numbers] = _finite(pending.scores.logprobs.double().cpu().numpy())
             is_argmax[numbers] = pending.scores.is_argmax.cpu().numpy()
-            if not np.isfinite(logprobs[numbers]).all():
-                raise RunError(
-                    "the model gives non-finite log-probabilities; are the weights complete? try --dtype float32"
-                )
             touched, counts = np.unique(owner[numbers], return_counts=True)
             missing[touched] -= counts
             for index in touched[missing[touched] == 0].tolist():
@@ -170,12 +162,30 @@ class Scorer:
         if before is not None:
             yield from finished(before)
 
-    def in_order(
-        self, requests: Sequence[Request], report: Report = lambda done, total: None
-    ) -> list[NDArray[np.float64]]:
-        """The log-probabilities of each request, in the order given. Raises as `score` does."""
-        by_index = {score.index: score.logprobs for score in self.score(requests, report)}
-        return [by_index[index] for index in range(len(requests))]
+    @torch.no_grad()
+    def read_on(
+        self, ids: NDArray[np.int64], targets: NDArray[np.int64], state: State
+    ) -> tuple[NDArray[np.float64], State]:
+        """Log-probabilities of `targets`, one after each of `ids` [N], from a state of one row; and the state after them.
+
+        Raises as `score` does.
+        """
+        self._check_ids(ids)
+        self._check_ids(targets)
+        model = self.model
+        try:
+            hidden, state = model.hidden(torch.from_numpy(ids)[None].to(model.device), state)
+            scores = score_tokens(model, hidden[0], torch.from_numpy(targets))
+        except torch.OutOfMemoryError:
+            raise _too_large(len(ids)) from None
+        return _finite(scores.logprobs.double().cpu().numpy()), state
+
+    def _check_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
+        vocab_size, values = self.model.config.vocab_size, np.asarray(ids)
+        if not 0 <= values.min() <= values.max() < vocab_size:
+            raise UserError(
+                f"a token id is outside the model's vocabulary of {vocab_size}; is it the model's tokenizer?"
+            )
 
     def _rows(self, requests: Sequence[Request]) -> int:
         """How many nodes one pass may hold, by the size of a state."""
@@ -200,9 +210,7 @@ class Scorer:
                 pending, after = self._run(nodes, sources)
             except torch.OutOfMemoryError:
                 if len(nodes) == 1:
-                    raise RunError(
-                        f"a piece of {len(nodes[0])} tokens does not fit into the GPU's memory; lower --batch-tokens"
-                    ) from None
+                    raise _too_large(len(nodes[0])) from None
                 for entry in taken:
                     heapq.heappush(ready, entry)
                 budget, max_rows = max(1, budget // 2), max(1, len(nodes) // 2)
@@ -262,6 +270,16 @@ class Scorer:
             parts[-1][1].append(row)
         states = [self.model.init_state(len(rows)) if state is None else state.select(rows) for state, rows in parts]
         return states[0] if len(states) == 1 else State.cat(states)
+
+
+def _too_large(tokens: int) -> RunError:
+    return RunError(f"a piece of {tokens} tokens does not fit into the GPU's memory; lower --batch-tokens")
+
+
+def _finite(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not np.isfinite(logprobs).all():
+        raise RunError("the model gives non-finite log-probabilities; are the weights complete? try --dtype float32")
+    return logprobs
 
 
 def _take(
