@@ -53,6 +53,15 @@ def test_bad_sets_are_named(tmp_path):
         eval_files([tmp_path / "nowhere"])
     with pytest.raises(UserError, match="holds no evaluation file"):
         eval_files([tmp_path])
+    (tmp_path / "x.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"x.jsonl:1: invalid JSON \(.*recursion"):
+        build_index(eval_files([tmp_path]), 13, 24)
     (tmp_path / "x.jsonl").write_text("{}\nnope\n")
     with pytest.raises(UserError, match=r"x.jsonl:2: invalid JSON"):
         build_index(eval_files([tmp_path]), 13, 24)
+
+
+def test_a_long_field_of_a_table_is_read(tmp_path):
+    (tmp_path / "x.csv").write_text(f"id,text\n1,{'a long field of many words ' * 10_000}\n")
+    index = build_index(eval_files([tmp_path]), 13, 24)
+    assert index.hits("a long field of many words a long field of many words a long field of many")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tnllm import assets
 from tnllm.cleaning.blocklist import Blocklist
 from tnllm.cleaning.decontaminate import build_index
 from tnllm.cleaning.dedup import shingles, signatures
@@ -15,6 +16,8 @@ from tnllm.cleaning.repair import mask_personal_data, remove_boilerplate, repair
 from tnllm.cleaning.rules import figures
 from tnllm.cleaning.settings import DedupSection
 from tnllm.data.corpus import read_file
+from tnllm.data.inspect import inspect_corpus
+from tnllm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +28,7 @@ UNITS = {
     "line ends": "\n",
         "wide blanks": " \u3000", "one letter": "a", "one character": "的", "broken encoding": "Ã©",
     "broken twice": "Ã©\x85\x93", "control": "\x1b[1;",
+    "backslashes": "\\", "word joints": "\u2581", "accents": "e\u0301", "capitals": "İΣ", "menus": "\nhome | a",
     "marks": "!?", "dots": "…", "urls": "http://", "quotes": '"',
 }  # fmt: skip
 SETTINGS = DedupSection()
@@ -44,7 +48,26 @@ def steps(tmp_path_factory):
         repair, remove_boilerplate, mask_personal_data, identify, blocklist.terms_in, index.hits, content_hash,
         lambda text: figures(text, "en"), lambda text: figures(text, "zh"),
         lambda text: signatures([shingles(text, SETTINGS)], SETTINGS),
+        # Each million characters are encoded by themselves: these texts are within one.
+        Tokenizer.load(assets.tokenizer_model()).encode,
+        lambda text: read_as(folder / "a.jsonl", json.dumps({"text": text}), inspect),
+        lambda text: read_as(folder / "a.txt", text, inspect),
+        *(lambda text, name=name, quoted=quoted: read_as(folder / name, quoted(text), evaluation)
+          for name, quoted in (("e.txt", str), ("e.csv", str), ("e.jsonl", json.dumps), ("e.json", json.dumps))),
     ]  # fmt: skip
+
+
+def read_as(path: Path, content: str, read) -> None:
+    path.write_text(content, encoding="utf-8", newline="")
+    read(path)
+
+
+def inspect(path: Path) -> None:
+    assert inspect_corpus([path])["documents"] == 1
+
+
+def evaluation(path: Path) -> None:
+    build_index([path], 13, 24)
 
 
 def seconds(steps, text: str) -> list[float]:
@@ -74,7 +97,16 @@ def test_every_step_is_linear(steps, unit):
     check(steps, lambda size: "Begin" + part * (size // len(part)) + "\u3000end", 16_000)
 
 
-@pytest.mark.parametrize("unit", ["<div>", "<article>", "<b>", "<table>", "<!-- x", "<a b="])
+@pytest.mark.parametrize("item", ["|      ", "|  a  ", "| a b c ", "/ ab", "»\t\t"])
+@pytest.mark.parametrize("start", ["home", "首页", "share"])
+def test_a_line_of_items_is_linear(start, item):
+    """Blanks that could be given to either side of each item once took exponential time."""
+    check([remove_boilerplate], lambda size: start + item * size + "-x", 4)
+
+
+@pytest.mark.parametrize(
+    "unit", ["<div>", "<article>", "<b>", "<table>", "<!-- x", "<a b=", "<ol>", "<div><span>", "<b><p>"]
+)
 def test_reading_a_page_is_linear(tmp_path: Path, unit):
     pytest.importorskip("fastwarc")
 

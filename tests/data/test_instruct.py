@@ -64,6 +64,7 @@ def messages(*roles):
         ({"text": "a"}, "f:1: fields text; expected"),
         ({"instruction": "a", "output": 3}, "f:1: 'output' is a number; expected text"),
         ({"instruction": "a"}, "f:1: 'output' is missing; expected text"),
+        ({"prompt": "a", "response": "\ud800"}, "f:1: 'response' holds a lone surrogate"),
         ({"messages": "hi"}, "expected a list of messages"),
         (messages("user", "robot"), "role is 'robot'; allowed: system, user"),
         (messages("user"), "roles are user; after a system message, if any, user and assistant alternate"),

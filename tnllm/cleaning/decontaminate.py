@@ -105,6 +105,8 @@ def _texts(path: Path) -> Iterator[str]:
         raise UserError(f"{path} is not UTF-8 text; decontamination cannot read it") from None
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
+        # A field may be as long as the file.
+        csv.field_size_limit(max(csv.field_size_limit(), len(content)))
         for row in csv.reader(io.StringIO(content), delimiter="\t" if suffix == ".tsv" else ","):
             yield from row
     elif suffix == ".txt":
@@ -114,7 +116,7 @@ def _texts(path: Path) -> Iterator[str]:
         for number, record in enumerate(records, 1):
             try:
                 yield from _strings(json.loads(record))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: invalid JSON ({error}); decontamination cannot read it") from None
 
 

@@ -63,7 +63,9 @@ _WHOLE_LINE = re.compile(
             r"(?:see also|skip to (?:main )?content)\W*$",
             r"(?:share|tweet|pin it|like this|share this|share on|follow us)\b.{0,60}(?:facebook|twitter|$)",
             r"(?:log ?in|sign ?in|register|home|contact us|about us|no comments:?|post a comment|leave a reply)\W*$",
-            r"(?:home|about|products|news|contact|blog|shop|login|menu|search)(?:\s*[|>»·/]\s*[\w ]{2,20}){2,}\s*$",
+            # Possessive: blanks could be given to either side of each item, which takes exponential time.
+            r"(?:home|about|products|news|contact|blog|shop|login|menu|search)"
+            r"(?:\s*+[|>»·/]\s*+(?:\w[\w ]{1,19}+|(?<=\s)\w|(?<=\s\s))){2,}+\s*$",
             "(?:上一篇|下一篇|上一页|下一页|返回(?:首页|顶部|列表)|当前位置|您(?:现在)?的位置)",
             "(?:点击(?:查看|下载|进入|这里)|阅读全文|查看更多|更多精彩|相关(?:推荐|阅读|文章)|热门(?:推荐|搜索)|责任编辑)",
             "(?:分享到|登录|注册|收藏本站|设为首页|联系我们|关于我们|免责声明|友情链接)",

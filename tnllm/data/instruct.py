@@ -32,7 +32,7 @@ from tnllm import chat_template
 from tnllm.data import compressed
 from tnllm.data.compressed import read_bytes
 from tnllm.data.documents import json_type
-from tnllm.data.folders import files_below
+from tnllm.data.folders import files_below, is_unicode
 from tnllm.errors import UserError
 from tnllm.progress import log
 from tnllm.tokenizer import Tokenizer
@@ -120,7 +120,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not a complete JSON array: {error}") from None
         yield from ((f"{path}, record {number}", record) for number, record in enumerate(records, 1))
         return
@@ -128,7 +128,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: invalid JSON ({error})") from None
 
 
@@ -218,6 +218,8 @@ def _texts(record: dict[str, Any], keys: Sequence[str], where: str, optional: Se
         if not isinstance(value, str) and not (value is None and key in optional):
             actual = "missing" if key not in record else json_type(value)
             raise UserError(f"{where}: {key!r} is {actual}; expected text")
+        if not is_unicode(value or ""):
+            raise UserError(f"{where}: {key!r} holds a lone surrogate, which is not Unicode text")
     return [record.get(key) or "" for key in keys]
 
 
