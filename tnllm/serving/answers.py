@@ -67,7 +67,6 @@ class Answer:
         }
 
     def count(self, event: PromptRead | list[Piece] | Result) -> None:
-        """Count what an event says."""
         if isinstance(event, PromptRead):
             self._queue_s, self._read_s = max(self._queue_s, event.queue_s), max(self._read_s, event.read_s)
             self._first_read = self._first_read or time.monotonic()
@@ -111,7 +110,7 @@ class Answer:
 
     def first(self, choice: int, prompt_logprobs: Scores) -> list[dict[str, Any]]:
         """The chunks of a choice before its first token."""
-        raise NotImplementedError
+        return []
 
     def piece(self, choice: int, pieces: list[Piece]) -> list[dict[str, Any]]:
         """The chunks for tokens that came together; if they complete no text there are none."""

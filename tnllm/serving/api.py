@@ -10,16 +10,7 @@ not supported is refused by name.
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)  # fmt: skip
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationError, WithJsonSchema, model_validator
 
 from tnllm.chat_template import stop_strings
 from tnllm.errors import UserError
@@ -28,7 +19,7 @@ from tnllm.generation.grammar import Grammars
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import MAX_LOGPROBS, MAX_SAMPLES, MAX_SEED, SamplingParams
 from tnllm.serving import bodies, constraints
-from tnllm.serving.bodies import MAX_PROMPTS, MAX_STOP_CHARACTERS, MAX_STOPS, RequestError, shown
+from tnllm.serving.bodies import MAX_PROMPTS, MAX_STOP_CHARACTERS, MAX_STOPS, Body, RequestError, shown
 from tnllm.serving.constraints import Call, Wanted
 
 _Stop = Annotated[
@@ -78,10 +69,10 @@ def _check_biases(given: Any) -> dict[str, float]:
     return given
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Body):
     """The keys of both kinds of request. Values that mean "off" elsewhere, such as -1, mean it here too."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral = bodies.REQUEST
     # The key of what is read, for errors.
     text_key: ClassVar[str]
 
@@ -139,15 +130,6 @@ class GenerateRequest(BaseModel):
         WithJsonSchema(bodies.object_schema("", {}, include_usage={"type": "boolean"})),
     ] = Field(False, description="include_usage: end the stream with a chunk of token counts; needs `stream`.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, values: Any) -> Any:
-        values = bodies.without_neutral(cls._translated(values), bodies.REQUEST, cls.model_fields)
-        if "state" in values:
-            # The state may be all that is to be continued.
-            values.setdefault(cls.text_key, [] if cls.text_key == "messages" else "")
-        return values
-
     @model_validator(mode="after")
     def _streams(self) -> "GenerateRequest":
         if self.stream_options and not self.stream:
@@ -159,8 +141,10 @@ class GenerateRequest(BaseModel):
 
     @classmethod
     def _translated(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Another server's keys as ours. Raises RequestError."""
         values = dict(values)
+        if values.get("state") is not None and values.get(cls.text_key) is None:
+            # The state may be all that is to be continued.
+            values[cls.text_key] = [] if cls.text_key == "messages" else ""
         for key, name in (("json_schema", "json"), ("grammar", "grammar")):
             # An empty schema is any JSON.
             if (value := values.pop(key, None)) not in (None, ""):
@@ -315,10 +299,8 @@ class ChatRequest(GenerateRequest):
         return replace(params, stop=(*params.stop, *stop_strings(loaded.chat_template)))
 
 
-class StateRequest(BaseModel):
+class StateRequest(Body):
     """POST /v1/states, and /v1/states/{id}/fork, where what is to be read may be left out."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = Field(None, description="The served model's id, or nothing.")
     prompt: _Prompt | None = Field(None, description="a text or token ids to read; instead of messages")
@@ -326,11 +308,6 @@ class StateRequest(BaseModel):
     expires_in: Annotated[int, Field(ge=1), _Int] | None = Field(
         None, description="Seconds without use until the state is deleted; at most, and by default, the server's."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, values: Any) -> Any:
-        return bodies.without_neutral(values, {}, cls.model_fields)
 
     def ids(
         self, loaded: LoadedModel, most_tokens: int, is_start: bool, awaits_answer: bool
@@ -365,7 +342,7 @@ def turns(
         raise RequestError(str(error), "messages") from None
 
 
-_R = TypeVar("_R", bound=BaseModel)
+_R = TypeVar("_R", bound=Body)
 
 
 def validated(kind: type[_R], content: bytes, most_tokens: int | None = None) -> _R:
@@ -382,21 +359,13 @@ def check_text_length(loaded: LoadedModel, text: str, most_tokens: int | None, p
     """Raise RequestError for a very long text that must have more than `most_tokens` tokens, before all of it is read."""
     if most_tokens is None or len(text) <= max(2 * most_tokens, 1 << 17):
         return
-    least = _least_tokens(loaded, text, most_tokens)
-    if least > most_tokens:
-        message = f"{param} has {least} or more tokens; this server takes at most {most_tokens}"
-        raise RequestError(message, param, "context_length_exceeded")
-
-
-def _least_tokens(loaded: LoadedModel, text: str, enough: int) -> int:
-    """A lower bound of the number of tokens, from parts of the text; it stops where there are `enough`."""
     size, least = 1 << 16, 0
     for start in range(0, len(text), size):
         # A cut changes the tokens near it, by far fewer than these.
         least += max(0, len(loaded.tokenizer.encode(text[start : start + size])) - 256)
-        if least > enough:
-            break
-    return least
+        if least > most_tokens:
+            message = f"{param} has {least} or more tokens; this server takes at most {most_tokens}"
+            raise RequestError(message, param, "context_length_exceeded")
 
 
 def check_size(request: "GenerateRequest", prompts: list[list[int]], params: SamplingParams) -> None:

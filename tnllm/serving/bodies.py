@@ -15,10 +15,10 @@ import uuid
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import from_json
 
 from tnllm.chat_template import ROLES
@@ -176,10 +176,7 @@ def _same(value: Any, one: Any) -> bool:
 
 def _one_of(*allowed: Any) -> Neutral:
     """For keys of which only these values ask for nothing."""
-    return Neutral(
-        lambda value, values: any(_same(value, one) for one in allowed),
-        {"enum": [*allowed, None]},
-    )
+    return Neutral(lambda value, values: any(_same(value, one) for one in allowed), {"enum": [*allowed, None]})
 
 
 def _not_called(value: Any, values: Mapping[str, Any]) -> bool:
@@ -195,12 +192,8 @@ def _is_begun(value: Any, values: Mapping[str, Any]) -> bool:
 
 
 def _penalties_reach_far_back(value: Any, values: Mapping[str, Any]) -> bool:
-    penalties = (
-        values.get("presence_penalty"),
-        values.get("frequency_penalty"),
-        values.get("repetition_penalty", 1) != 1,
-    )
-    return value == -1 or not any(penalties)
+    repeats = values.get("repetition_penalty", 1) != 1
+    return value == -1 or not (repeats or values.get("presence_penalty") or values.get("frequency_penalty"))
 
 
 _BOOLEAN = {"type": ["boolean", "null"]}
@@ -264,8 +257,7 @@ MESSAGE: dict[str, Neutral] = {
     **_names(
         "prefix partial",
         Neutral(
-            lambda value, values: value is False or (value is True and values.get("role") == "assistant"),
-            _BOOLEAN,
+            lambda value, values: value is False or (value is True and values.get("role") == "assistant"), _BOOLEAN
         ),
     ),
 }
@@ -301,23 +293,33 @@ def without_neutral(
     values = {key: value for key, value in values.items() if value is not None}
     kept = {}
     for key, value in values.items():
+        name = where + (key if len(key) <= 64 else key[:60] + "...")
         if key in allowed:
             kept[key] = value
         elif key in neutral:
             if not neutral[key].holds(value, values):
-                raise _refusal(key, value, True, allowed, where)
+                raise RequestError(f"{name} is {shown(value)}, which is not supported; leave it out", name)
         elif not OFF.holds(value, values) or did_you_mean(key[:64], allowed, cutoff=0.8):
-            raise _refusal(key, value, False, allowed, where)
+            hint = did_you_mean(key[:64], allowed)
+            raise RequestError(f"{name!r} is not supported{hint}; allowed: {', '.join(allowed)}", name)
     return kept
 
 
-def _refusal(key: str, value: Any, is_known: bool, allowed: Collection[str], where: str) -> RequestError:
-    name = where + (key if len(key) <= 64 else key[:60] + "...")
-    if is_known:
-        message = f"{name} is {shown(value)}, which is not supported; leave it out"
-    else:
-        message = f"{name!r} is not supported{did_you_mean(key[:64], allowed)}; allowed: {', '.join(allowed)}"
-    return RequestError(message, name)
+class Body(BaseModel):
+    """The keys of a request. What asks for nothing is dropped, and any other unknown key refused by name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[Mapping[str, Neutral]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return without_neutral(cls._translated(values), cls.neutral, cls.model_fields)
+
+    @classmethod
+    def _translated(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Another server's keys as ours. Raises RequestError."""
+        return values
 
 
 def explained(error: ValidationError, model: type[BaseModel], names: Mapping[str, str]) -> RequestError:

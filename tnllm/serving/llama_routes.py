@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from tnllm.generation.context import Context
@@ -26,7 +26,7 @@ from tnllm.generation.samples import Piece, Result, TokenLogprob
 from tnllm.serving import bodies
 from tnllm.serving.answers import Answer, Scores
 from tnllm.serving.api import CompletionRequest, validated
-from tnllm.serving.bodies import RequestError, shown
+from tnllm.serving.bodies import Body, RequestError, shown
 from tnllm.serving.generating import Generator, Submission
 from tnllm.serving.middleware import JSON, OWNER
 from tnllm.serving.openapi import described
@@ -66,11 +66,9 @@ class NativeRequest(CompletionRequest):
                     values[ours] = value
         bias = values.get("logit_bias")
         if isinstance(bias, list):
-            pairs = all(isinstance(one, list) and len(one) == 2 and type(one[0]) is int for one in bias)
-            if not pairs:
-                raise RequestError(
-                    f"logit_bias is {shown(bias)}; allowed: pairs of a token id and a number", "logit_bias"
-                )
+            if not all(isinstance(one, list) and len(one) == 2 and type(one[0]) is int for one in bias):
+                message = f"logit_bias is {shown(bias)}; allowed: pairs of a token id and a number"
+                raise RequestError(message, "logit_bias")
             # false bans a token.
             values["logit_bias"] = {str(id): -100.0 if value is False else value for id, value in bias}
         return super()._translated(values)
@@ -84,9 +82,6 @@ class NativeAnswer(Answer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._counts = [0] * self.num_choices
-
-    def first(self, choice: int, prompt_logprobs: Scores) -> list[dict[str, Any]]:
-        return []
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return choices[0] if choices else {}
@@ -174,7 +169,6 @@ class SlotStates:
         self._lock = threading.Lock()
 
     def get(self, owner: str, slot: int) -> _Held | None:
-        """What is in a slot."""
         with self._lock:
             return self._held.get((owner, slot))
 
@@ -247,21 +241,13 @@ class _SlotSubmission(Submission):
             self.slots.put(self._owner, self.body.id_slot, held)
 
 
-class SlotRequest(BaseModel):
+class SlotRequest(Body):
     """POST /slots/{id}: the name of what is saved or restored; not for erase."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     filename: str | None = Field(None, min_length=1, max_length=200, description="a name of 1 to 200 characters")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, values: Any) -> Any:
-        return bodies.without_neutral(values, {}, cls.model_fields)
-
 
 def add_llama_routes(app: FastAPI, models: Models, store: StateStore, generator: Generator) -> None:
-    """llama.cpp's routes."""
     engine = models.first.engine
     slots = SlotStates(engine.num_slots, store)
     make = type("SlotSubmission", (_SlotSubmission,), {"slots": slots})

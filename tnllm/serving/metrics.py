@@ -73,7 +73,6 @@ class Histogram:
         return sum(self._counts)
 
     def observe(self, seconds: float) -> None:
-        """Count one."""
         self._counts[bisect_left(_BOUNDS_S, seconds)] += 1
         self.total += seconds
 

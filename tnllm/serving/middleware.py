@@ -55,7 +55,6 @@ class Settings:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All keys."""
         return self.more_keys if self.api_key is None else (self.api_key, *self.more_keys)
 
 

@@ -55,10 +55,7 @@ class Models:
 
     def chosen(self, name: str | None, stored: Stored | None) -> Served:
         """The model of a request, which may continue a state. Raises RequestError if they do not fit."""
-        if stored is None or name is not None:
-            served = self.named(name)
-        else:
-            served = self.of(stored)
+        served = self.of(stored) if stored is not None and name is None else self.named(name)
         if stored is not None and served.engine.weights != stored.content.weights:
             message = f"model is {shown(served.name)}; the state is of {self.of(stored).name!r}"
             raise RequestError(message, "model", "state_of_another_model")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator
 from starlette.concurrency import run_in_threadpool
 
 from tnllm import __version__, assets
@@ -18,35 +18,22 @@ from tnllm.chat_template import render_part
 from tnllm.errors import UserError
 from tnllm.serving import bodies
 from tnllm.serving.api import MESSAGES, check_text_length, turns, validated
-from tnllm.serving.bodies import RequestError
+from tnllm.serving.bodies import Body, RequestError
 from tnllm.serving.generating import Generator
 from tnllm.serving.middleware import JSON, Settings
 from tnllm.serving.openapi import described
 from tnllm.serving.schemas import Detokenized, Props, Template, Tokenized
 from tnllm.serving.served import Models, Served
 
+# Hints of others that change nothing here.
+_HINTS = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message", "chat_template_content_format")
+_NEUTRAL = {name: bodies.REQUEST[name] for name in _HINTS}
 
-class _Text(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+class _Text(Body):
+    neutral = _NEUTRAL
 
     model: str | None = Field(None, description="A served model's id, or nothing.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, values: Any) -> Any:
-        return bodies.without_neutral(values, _NEUTRAL, cls.model_fields)
-
-
-# Hints of others that change nothing here.
-_NEUTRAL = {
-    name: bodies.REQUEST[name]
-    for name in (
-        "chat_template_kwargs",
-        "add_generation_prompt",
-        "continue_final_message",
-        "chat_template_content_format",
-    )
-}
 
 
 class TokenizeRequest(_Text):
@@ -130,7 +117,6 @@ def _template(body: TemplateRequest, served: Served) -> dict[str, Any]:
 
 
 def _props(served: Served, settings: Settings) -> dict[str, Any]:
-    """Limits, defaults and what is on."""
     engine, loaded = served.engine, served.engine.loaded
     config, tokenizer, defaults = loaded.model.config, loaded.tokenizer, loaded.params()
     shown = {
@@ -168,8 +154,6 @@ def _props(served: Served, settings: Settings) -> dict[str, Any]:
 
 
 def add_text_routes(app: FastAPI, models: Models, settings: Settings, generator: Generator) -> None:
-    """Tokens, templates and properties."""
-
     def add(path: str, schema: Any, kind: Any, answer: Callable[[Any, Served], dict[str, Any]], summary: str) -> None:
         def work(content: bytes) -> dict[str, Any]:
             body = validated(kind, content, max(served.engine.max_prompt_tokens for served in models))
