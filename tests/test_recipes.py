@@ -40,7 +40,8 @@ def test_recipe_would_start(name: str) -> None:
 def test_large_recipes_fit_their_hardware(name: str) -> None:
     config = load_recipe(name)
     header = read_header(next(path for path in packaged_recipes() if path.stem == name))
-    assert header["hardware"].startswith(f"{config.world_size} GPUs" if config.world_size > 1 else "one GPU")
+    ranks = config.parallel.num_ranks
+    assert header["hardware"].startswith(f"{ranks} GPUs" if ranks > 1 else "one GPU")
     assert memory_of(config).total < 0.92 * 80 * 2**30
 
 

@@ -32,4 +32,5 @@ class Step(train.Step):
 
 
 if __name__ == "__main__":
-    scale_rank.main(Path(sys.argv[1]), Step)
+    scale_rank.Step = train.Step = Step
+    scale_rank.main(Path(sys.argv[1]))

@@ -15,8 +15,8 @@ from tnllm.errors import UserError
 from tnllm.modeling import load_model
 from tnllm.parallel.mesh import close_mesh
 from tnllm.training.config import load_recipe
+from tnllm.training.launch import config_mesh
 from tnllm.training.loop import train
-from tnllm.training.mesh import config_mesh
 
 pytestmark = pytest.mark.slow
 

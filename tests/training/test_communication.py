@@ -7,9 +7,9 @@ from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.parallel.sequence import shard_sequence
 from tnllm.parallel.traffic import Traffic
-from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig, load_recipe
-from tnllm.training.mesh import config_mesh
+from tnllm.training.estimate import communication
+from tnllm.training.launch import config_mesh
 from tnllm.training.run_model import make_meta_model, weights_dtype
 
 SETS = ["data.seq_len=64", "train.micro_batch_size=2", "train.global_batch_tokens=512", "model.num_layers=3"]
@@ -18,7 +18,7 @@ SETS += ["data.packing=concat", "train.device=cpu"]
 
 def one_pass(config: RunConfig) -> dict[str, float]:
     """Bytes by axis of forward and backward of one micro-batch as rank 0 of imaginary ranks."""
-    mesh = config_mesh(config.parallel, "cpu", fake=config.world_size)
+    mesh = config_mesh(config.parallel, "cpu", fake=config.parallel.num_ranks)
     try:
         model = make_meta_model(config.model, config.lora, weights_dtype(config.train, config.lora, low=False))
         sharded = parallelize(model, mesh, config.train.activation_checkpointing)

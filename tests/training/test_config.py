@@ -327,7 +327,7 @@ def test_every_key_is_documented() -> None:
 
 def test_batch_arithmetic() -> None:
     config = load_recipe("15b")
-    assert (config.world_size, config.global_batch_rows, config.accumulation_steps) == (104, 624, 1)
+    assert (config.parallel.num_ranks, config.global_batch_rows, config.accumulation_steps) == (104, 624, 1)
 
 
 def test_rows_are_fitted_to_a_mesh():
@@ -335,5 +335,5 @@ def test_rows_are_fitted_to_a_mesh():
     with pytest.raises(UserError, match=r"multiple of 4194304 .* or set train.micro_batch_size=8"):
         load_recipe("7b", sets)
     assert fit_rows("7b", sets) == ["train.micro_batch_size=8"]
-    assert load_recipe("7b", [*sets, *fit_rows("7b", sets)]).world_size == 128
+    assert load_recipe("7b", [*sets, *fit_rows("7b", sets)]).parallel.num_ranks == 128
     assert fit_rows("7b") == fit_rows("7b", ["parallel.shard=3"]) == []

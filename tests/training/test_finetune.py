@@ -19,8 +19,8 @@ from tnllm.modeling.lora import merge_adapter
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
 from tnllm.training.config import load_recipe
+from tnllm.training.launch import config_mesh
 from tnllm.training.loop import train
-from tnllm.training.mesh import config_mesh
 from tnllm.training.run_model import make_meta_model, weights_dtype
 
 CHAT = """
@@ -209,7 +209,7 @@ def test_memory_of_a_rank_is_what_it_holds(axes):
     mesh = [f"parallel.{axis}" for axis in axes.split()]
     batch = ["data.seq_len=64", "train.global_batch_tokens=4096", "train.micro_batch_size=1"]
     config = load_recipe("tiny", [*mesh, *batch, "lora.rank=16", "train.dtype=bf16"])
-    mesh = config_mesh(config.parallel, "cpu", fake=config.world_size)
+    mesh = config_mesh(config.parallel, "cpu", fake=config.parallel.num_ranks)
     sharded = parallelize(
         make_meta_model(config.model, config.lora, weights_dtype(config.train, config.lora, low=True)), mesh
     )

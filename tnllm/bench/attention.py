@@ -40,7 +40,6 @@ class Shape:
 
     @property
     def elements(self) -> int:
-        """Elements of one operand."""
         return self.batch * self.heads * self.length * self.head_dim
 
 

@@ -87,7 +87,6 @@ def environment_line(environment: Row) -> str:
 
 
 def verdict(row: Row) -> str:
-    """Of a row of accuracy."""
     return "ok" if row["passed"] else "WRONG"
 
 
@@ -99,7 +98,6 @@ def length_label(tokens: int) -> str:
 
 
 def write_json(results: Row, path: Path) -> None:
-    """All results, as measured."""
     write_text_atomic(path, json.dumps(results, indent=2) + "\n")
 
 

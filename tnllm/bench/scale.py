@@ -43,8 +43,8 @@ from tnllm.modeling.config import get_preset
 from tnllm.modeling.flops import flops_per_token
 from tnllm.parallel.mesh import AXES
 from tnllm.parallel.traffic import TRAFFIC_AXES
-from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
+from tnllm.training.estimate import communication
 from tnllm.training.launch import torchrun
 from tnllm.training.sections import ParallelSection
 

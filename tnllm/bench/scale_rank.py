@@ -43,8 +43,8 @@ LIMITS = {torch.float32: (2e-5, 5e-4), torch.bfloat16: (1e-3, 2e-3)}
 _PROFILED = 2
 
 
-def main(path: Path, make_step: type[Step] = Step) -> None:
-    """Run the case in the file `path`. `make_step` builds the step that is checked and timed."""
+def main(path: Path) -> None:
+    """Run the case in the file `path`."""
     results = json.loads(path.read_text())
     plan, rank = Plan(**results["plan"]), int(os.environ["RANK"])
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
@@ -61,7 +61,7 @@ def main(path: Path, make_step: type[Step] = Step) -> None:
             print(line, file=terminal, end="\n" if line else "")
 
     try:
-        _run(MeshCase(**results["case"]), plan, results["expected"], make_step, report)
+        _run(MeshCase(**results["case"]), plan, results["expected"], report)
     except Exception as error:  # any failure costs this case only
         get_error_handler().record_exception(error)
         traceback.print_exc()
@@ -71,13 +71,7 @@ def main(path: Path, make_step: type[Step] = Step) -> None:
         os._exit(2 if isinstance(error, RuntimeError) and not full and is_lost_rank(error) else 1)
 
 
-def _run(
-    case: MeshCase,
-    plan: Plan,
-    expected: dict[str, list[float]] | None,
-    make_step: type[Step],
-    report: Callable[..., None],
-) -> None:
+def _run(case: MeshCase, plan: Plan, expected: dict[str, list[float]] | None, report: Callable[..., None]) -> None:
     report()
     device = torch.device(plan.device)
     if plan.device == "cuda":
@@ -94,11 +88,11 @@ def _run(
         reset(device)
         config = run_config(case, plan, phase)
         if phase == "check":
-            measured = check(make_step(config, device, mesh), expected)
+            measured = check(Step(config, device, mesh), expected)
         elif phase == "time":
-            measured = time_steps(config, plan, device, mesh, make_step)
+            measured = time_steps(config, plan, device, mesh)
         else:
-            measured = longest(case, plan, device, mesh, make_step, report)
+            measured = longest(case, plan, device, mesh, report)
         report(**{phase: measured})
         if not measured.get("passed", True):
             break
@@ -134,13 +128,11 @@ def _difference(ours: list[float], theirs: list[float]) -> float:
     return max(differences) if all(map(math.isfinite, differences)) else math.nan
 
 
-def time_steps(
-    config: RunConfig, plan: Plan, device: torch.device, mesh: Mesh | None, make_step: type[Step]
-) -> dict[str, Any]:
+def time_steps(config: RunConfig, plan: Plan, device: torch.device, mesh: Mesh | None) -> dict[str, Any]:
     """Full training steps, timed; then a few more under the profiler, to measure communication."""
     left = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else None
     everyone = SingleProcess() if mesh is None else Distributed(mesh)
-    step, times = timed_step(config, device, plan.steps, plan.warmup, mesh, make_step)
+    step, times = timed_step(config, device, plan.steps, plan.warmup, mesh)
     if times["peak_gib"] is not None:
         times["peak_gib"] = max(everyone.all_gather(times["peak_gib"]))
     result: dict[str, Any] = {"status": "ok", **times, "left_gib": left}
@@ -202,10 +194,8 @@ def times_of_nccl(events: list[dict[str, Any]], axes: dict[str, str], steps: int
             args = calls.get(args.get("External id"), {})
         named = named or "Process Group Name" in args
         durations[axes.get(str(args.get("Process Group Name")), "other")] += event["dur"]
-    busy = _union((event["ts"], event["ts"] + event["dur"]) for event in kernels)
-    working = _union(
-        (event["ts"], event["ts"] + event["dur"]) for event in kernels if not event["name"].startswith("nccl")
-    )
+    busy = _union(kernels)
+    working = _union(event for event in kernels if not event["name"].startswith("nccl"))
     return {
         "comm_ms": sum(event["dur"] for event in nccl) / steps / 1e3,
         "comm_exposed_ms": (busy - working) / steps / 1e3,
@@ -213,27 +203,22 @@ def times_of_nccl(events: list[dict[str, Any]], axes: dict[str, str], steps: int
     }
 
 
-def _union(spans: Iterable[tuple[float, float]]) -> float:
+def _union(events: Iterable[dict[str, Any]]) -> float:
     total, end = 0.0, -math.inf
-    for start, stop in sorted(spans):
+    for start, stop in sorted((event["ts"], event["ts"] + event["dur"]) for event in events):
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total
 
 
 def longest(
-    case: MeshCase,
-    plan: Plan,
-    device: torch.device,
-    mesh: Mesh | None,
-    make_step: type[Step],
-    report: Callable[..., None],
+    case: MeshCase, plan: Plan, device: torch.device, mesh: Mesh | None, report: Callable[..., None]
 ) -> dict[str, Any]:
     """Double the row until a step does not fit; each length that fits is reported at once, as an OOM ends the ranks."""
     length, fits = case.seq_len, None
     while length // case.ranks <= LONGEST:
         reset(device)
-        step = make_step(run_config(replace(case, seq_len=length), plan), device, mesh)
+        step = Step(run_config(replace(case, seq_len=length), plan), device, mesh)
         # The first step allocates the optimizer's moments, so the second one is the larger.
         for _ in range(2):
             step()

@@ -366,16 +366,11 @@ def time_case(
 
 
 def timed_step(
-    config: RunConfig,
-    device: torch.device,
-    steps: int,
-    warmup: int,
-    mesh: Mesh | None = None,
-    make_step: type[Step] = Step,
+    config: RunConfig, device: torch.device, steps: int, warmup: int, mesh: Mesh | None = None
 ) -> tuple[Step, dict[str, Any]]:
     """A step, and its times: step_ms (median), low_ms, high_ms, compile_s, peak_gib; see `bench_training`."""
     started = time.perf_counter()
-    step = make_step(config, device, mesh)
+    step = Step(config, device, mesh)
     step()
     synchronize(device)
     first_s = time.perf_counter() - started

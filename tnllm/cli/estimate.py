@@ -34,7 +34,7 @@ def command(
     config = load_recipe(recipe, sets)
     if seq_len is not None:
         config = load_recipe(
-            recipe, [*sets, *settings_at_length(config.train, config.data.seq_len, config.data_ranks, seq_len)]
+            recipe, [*sets, *settings_at_length(config.train, config.data.seq_len, config.parallel.data_ranks, seq_len)]
         )
     answer = estimate(planned(config), gpu, memory_gib, tokens_per_s, mfu, gpus)
     if as_json:

@@ -35,7 +35,7 @@ def list_recipes(as_json: bool = AS_JSON) -> None:
                 "kind": config.model.kind,
                 "parameters": count_parameters(config.model),
                 "tokens": config.total_steps * config.train.global_batch_tokens,
-                "ranks": config.world_size,
+                "ranks": config.parallel.num_ranks,
                 "hardware": header.get("hardware", ""),
                 "about": header["about"].split(". ")[0].split(": ")[0],
                 "path": str(path),

@@ -48,8 +48,7 @@ def command(
     from tnllm.parallel.mesh import launched
     from tnllm.parallel.ranks import SharedError
     from tnllm.training.config import load_recipe
-    from tnllm.training.launch import launch
-    from tnllm.training.mesh import fit_mesh
+    from tnllm.training.launch import fit_mesh, launch
 
     if world_size is not None and not dry_run:
         raise UserError("--world-size is for --dry-run; to train on several ranks give --nproc, or start torchrun")
@@ -59,7 +58,8 @@ def command(
     is_rank = launched() and not dry_run
     try:
         config = load_recipe(recipe, sets)
-        ranks = int(os.environ["WORLD_SIZE"]) if is_rank else world_size or (config.world_size if dry_run else nproc)
+        asked = world_size or (config.parallel.num_ranks if dry_run else nproc)
+        ranks = int(os.environ["WORLD_SIZE"]) if is_rank else asked
         rows, micro = config.global_batch_rows, config.train.micro_batch_size
         sets += [f"{key}={size}" for key, size in fit_mesh(config.parallel, rows, micro, ranks).items()]
         config = load_recipe(recipe, sets)
@@ -103,7 +103,7 @@ def _train(config: "RunConfig", out: Path, is_rank: bool, how: dict[str, Any]) -
     from tnllm.training.loop import train
 
     try:
-        if is_rank and config.world_size > 1:
+        if is_rank and config.parallel.num_ranks > 1:
             train_on_mesh(config, out, **how)
         else:
             score = scorer(config.eval, config.prompt_template) if config.eval.tasks else None

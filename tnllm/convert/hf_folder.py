@@ -74,7 +74,7 @@ def code_files() -> dict[str, str]:
             "from .configuration_tnllm import TnllmConfig as ModelConfig",
         )
         # transformers requires what a file imports, unless it tries to. Without Triton nothing imports these files.
-        text = re.sub(r"((?:^import triton.*\n)+)", lambda m: _tried(m[1]), text, flags=re.M)
+        text = re.sub(r"((?:^import triton.*\n)+)", _tried, text, flags=re.M)
         if name == "modeling_tnllm.py":
             others = [file.removesuffix(".py") for file in CODE.values() if file not in (name, "tokenization_tnllm.py")]
             named = "".join(f"    from .{other} import __doc__ as _\n" for other in others)
@@ -88,8 +88,8 @@ def _source(module: str) -> str:
     return resources.files(package).joinpath(f"{stem}.py").read_text(encoding="utf-8")
 
 
-def _tried(imports: str) -> str:
-    return "try:\n" + "".join(f"    {line}\n" for line in imports.splitlines()) + "finally:\n    pass\n"
+def _tried(imports: re.Match[str]) -> str:
+    return f"try:\n{textwrap.indent(imports[0], '    ')}finally:\n    pass\n"
 
 
 def _with_definitions(text: str) -> str:

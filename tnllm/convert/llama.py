@@ -32,8 +32,6 @@ _PARTS = {
     "channel_mixer.l3": ("mlp.down_proj",),
     "final_norm": ("norm",),
 }
-# transformers' names of the activations.
-_ACTIVATIONS = {"silu": "silu", "none": "linear"}
 
 
 def check_llama(config: ModelConfig) -> None:
@@ -104,7 +102,7 @@ def config_values(
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_heads,
         "head_dim": config.head_dim,
-        "hidden_act": _ACTIVATIONS[config.glu_activation],
+        "hidden_act": "linear" if config.glu_activation == "none" else config.glu_activation,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,
         **({} if config.rope_scaling == "none" else {"rope_scaling": _rope_scaling(config)}),

@@ -230,19 +230,15 @@ def _bits_per_byte(file: Path, folder: Path) -> float:
     """On the first documents of the packaged sample, up to 1,500 tokens each read from the start."""
     tokenizer = Tokenizer.load(folder)
     nats, size = 0.0, 0
-    for text in islice(_sample_texts(), 4):
+    with lzma.open(assets.sample_corpus(), "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in islice(lines, 4)]
+    for text in texts:
         ids = np.array([tokenizer.encode(text)[:1500]], np.int64)
         run = Session(file)
         logits = np.concatenate([run(ids[:, at : at + CHUNK]) for at in range(0, ids.shape[1], CHUNK)], 1)[0, :-1]
         nats += float(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(ids[0, 1:]), reduction="sum"))
         size += len(tokenizer.decode(ids[0, 1:].tolist()).encode())
     return bits_per_byte(nats, size)
-
-
-def _sample_texts() -> Iterator[str]:
-    with lzma.open(assets.sample_corpus(), "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)["text"]
 
 
 @contextmanager

@@ -66,7 +66,6 @@ class Int8Quantizer:
         self._known: dict[tuple[tuple[int, ...], torch.dtype], tuple[dict[str, Tensor], str]] = {}
 
     def covers(self, name: str) -> bool:
-        """Whether the parameter with this tnllm name is quantized."""
         return _is_projection(name)
 
     def config_values(self) -> dict[str, Any]:
@@ -112,7 +111,6 @@ class Int8Quantizer:
         return {name.removeprefix(prefix): part for name, part in parts.items()}, metadata["m.weight"]
 
     def restore(self, name: str, parts: dict[str, Tensor], metadata: dict[str, str]) -> Tensor:
-        """Return the dequantized matrix; `parts` are named as in the file."""
         wanted = {name: metadata[name], "tensor_names": json.dumps([name])}
         values, _ = self._support.unflatten_tensor_state_dict(parts, wanted)
         return values[name].dequantize()

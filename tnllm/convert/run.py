@@ -39,8 +39,6 @@ from tnllm.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert."""
-
     to: str  # tnllm, hf, official, onnx or web
     dtype: torch.dtype | None = None  # None keeps the source's
     shard_bytes: int = 5 * 10**9

@@ -98,16 +98,10 @@ def _generation_config(source: Source, tokenizer: Tokenizer | None) -> dict[str,
 
 def _run_facts(path: Path, source: Source) -> dict[str, str]:
     """Rows of the model card about the training run, if the weights are in a run folder."""
-    for run in (path, *list(source.folder.resolve().parents)[:2]):
-        metrics = run / "metrics.jsonl"
-        if metrics.is_file():
-            return _training_rows(metrics)
-    return {}
-
-
-def _training_rows(metrics: Path) -> dict[str, str]:
+    runs = (path, *list(source.folder.resolve().parents)[:2])
+    metrics = next((file for run in runs if (file := run / "metrics.jsonl").is_file()), None)
     last: dict[str, Any] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics else ():
         try:
             last.update(json.loads(line))
         except ValueError:

@@ -13,7 +13,6 @@ class TnllmConfig(configuration_tnllm.TnllmConfig):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        """What TnllmConfig takes."""
         super().__init__(**kwargs)
         if self.num_softmax:
             kinds = ("linear_attention", "full_attention")

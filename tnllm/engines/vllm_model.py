@@ -19,12 +19,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
-from vllm.model_executor.models.interfaces import (
-    HasInnerState,
-    IsAttentionFree,
-    IsHybrid,
-    SupportsMambaPrefixCaching,
-)
+from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, IsHybrid, SupportsMambaPrefixCaching
 from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionBackend, Mamba1AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
@@ -55,12 +50,10 @@ class Backend(Mamba1AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """The name in vLLM's log."""
         return "TNLLM"
 
     @staticmethod
     def get_builder_cls() -> type[Metadata]:
-        """What makes the metadata of a batch."""
         return Metadata
 
 
@@ -85,7 +78,6 @@ class StateLayer(MambaBase):
         return MambaAttentionBackendEnum.MAMBA1
 
     def get_attn_backend(self) -> type[Backend]:
-        """The backend above."""
         return Backend
 
 
@@ -230,7 +222,6 @@ class _Model(nn.Module, HasInnerState, SupportsMambaPrefixCaching):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
-        """Dtypes of the same."""
         return (torch.float32,)
 
     @classmethod

@@ -48,13 +48,11 @@ class ModelConfig(BaseModel):
         "layer. lrpe: no decay. decay: no LRPE. ape: learned absolute positions, no decay.",
     )
     decay_slopes: Literal["geometric", "linear"] = Field(
-        "geometric",
-        description="geometric: the released checkpoints' 2^(-8(h+1)/H). linear: the papers' printed 8h/H.",
+        "geometric", description="geometric: the released checkpoints' 2^(-8(h+1)/H). linear: the papers' printed 8h/H."
     )
     decay_temperature: bool = Field(True, description="Slower decay in deeper layers (the factor 1 - l/L).")
     gate: Literal["full", "low-rank", "none"] = Field(
-        "full",
-        description="Output gate: full linear u (v1, v2), sigmoid of a rank-gate_dim product (v3), none.",
+        "full", description="Output gate: full linear u (v1, v2), sigmoid of a rank-gate_dim product (v3), none."
     )
     gate_dim: int = Field(16, ge=1, le=2**20, description="Rank of the low-rank gate.")
     norm_position: Literal["attention", "gate", "output"] = Field(

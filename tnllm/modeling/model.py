@@ -40,12 +40,7 @@ class Block(ResidualBlock):
         self.selective = False  # selective activation checkpointing: save the results of matrix products only
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        longest: int | None = None,
+        self, x: Tensor, positions: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, longest: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, M] → x [B, T, M], and the layer's new state."""
         if self.selective and state is None and torch.is_grad_enabled():
@@ -194,13 +189,11 @@ class LanguageModel(nn.Module):
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, Int8Linear):
-                    weight = nn.Parameter(child.dequantized().contiguous(), requires_grad=False)
-                    (rows, columns), plain = child.shape, nn.Module()
+                    rows, columns = child.shape
+                    plain: nn.Module = nn.Linear(columns, rows, bias=False, device="meta")
                     if isinstance(child, Int8Embedding):
                         plain = nn.Embedding(rows, columns, device="meta")
-                    else:
-                        plain = nn.Linear(columns, rows, bias=False, device="meta")
-                    plain.weight = weight
+                    plain.weight = nn.Parameter(child.dequantized().contiguous(), requires_grad=False)
                     setattr(module, name, plain)
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> State:
@@ -334,10 +327,7 @@ class LanguageModel(nn.Module):
 
 
 def build_model(
-    config: ModelConfig,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int | None = None,
+    config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int | None = None
 ) -> LanguageModel:
     """Build a model with initialised weights; on the meta device nothing is allocated.
 
@@ -349,10 +339,7 @@ def build_model(
     if torch.device(device).type == "meta":
         return model
     model = model.to_empty(device=device)
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(device=device).manual_seed(seed)
-    model.init_weights(generator)
+    model.init_weights(None if seed is None else torch.Generator(device=device).manual_seed(seed))
     if dtype == torch.int8:
         model.quantize_int8()
     return model

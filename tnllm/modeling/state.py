@@ -73,7 +73,6 @@ class State:
         self.position[row] = source.position[source_row]
 
     def to(self, device: torch.device | str) -> "State":
-        """The same state on another device."""
         return State([layer.to(device) for layer in self.layers], self.position.to(device))
 
     @staticmethod

@@ -11,6 +11,7 @@ should stay within a machine. Weights are sharded over the shard and sequence ax
 """
 
 import datetime
+import math
 import os
 from dataclasses import dataclass
 
@@ -77,13 +78,7 @@ def launched() -> bool:
 
 
 def open_mesh(
-    replicate: int,
-    shard: int,
-    sequence: int,
-    tensor: int,
-    device_type: str,
-    timeout_s: float,
-    fake: int | None = None,
+    replicate: int, shard: int, sequence: int, tensor: int, device_type: str, timeout_s: float, fake: int | None = None
 ) -> Mesh:
     """Initialise torch.distributed from torchrun's environment variables and form the process groups.
 
@@ -92,7 +87,7 @@ def open_mesh(
     do nothing. Raises UserError if the product of the axes is not the number of ranks.
     """
     sizes = dict(zip(AXES, (replicate, shard, sequence, tensor), strict=True))
-    product = replicate * shard * sequence * tensor
+    product = math.prod(sizes.values())
     timeout = datetime.timedelta(seconds=timeout_s)
     world = fake or int(os.environ.get("WORLD_SIZE", "1"))
     if product != world:
@@ -118,12 +113,7 @@ def open_mesh(
     grid = torch.arange(world).view(replicate, shard, sequence, tensor)
     r, s, q, p = (int(n) for n in (grid == rank).nonzero()[0])
     control_backend = "gloo" if fake is None else "fake"
-    members = {
-        "tensor": grid[r, s, q, :],
-        "sequence": grid[r, s, :, p],
-        "batch": grid[:, :, :, p],
-        "replica": grid[r],
-    }
+    members = {"tensor": grid[r, s, q], "sequence": grid[r, s, :, p], "batch": grid[:, :, :, p], "replica": grid[r]}
     groups = {
         name: dist.new_group(
             ranks.flatten().tolist(), timeout=timeout, use_local_synchronization=fake is None, group_desc=name

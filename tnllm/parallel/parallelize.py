@@ -54,13 +54,11 @@ class ShardedModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and local tensors, for an optimizer."""
-        for name, shard in self.shards.items():
-            yield name, shard.local
+        return ((name, shard.local) for name, shard in self.shards.items())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Local tensors, for an optimizer."""
-        for shard in self.shards.values():
-            yield shard.local
+        return (shard.local for shard in self.shards.values())
 
     def materialize(self, device: torch.device, seed: int | None) -> None:
         """Allocate this rank's shards on `device` and initialise them; with a seed as in a single process.
@@ -125,15 +123,6 @@ class ShardedModel:
 
         Returns the norm of the full gradient, fp32, the same on every rank.
         """
-        self._collect_gradients()
-        gradients = [p.local.grad for p in self.shards.values() if p.in_norm and p.local.grad is not None]
-        total = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
-        if gradients:
-            total += torch.stack(torch._foreach_norm(gradients)).float().square().sum()
-        dist.all_reduce(total, group=self.mesh.groups["replica"])
-        return total.sqrt()
-
-    def _collect_gradients(self) -> None:
         groups = self.mesh.groups
         for shard in self.shards.values():
             if not shard.source.requires_grad:
@@ -148,6 +137,12 @@ class ShardedModel:
             if shard.layout.partial_gradient:
                 assert shard.local.grad is not None
                 dist.all_reduce(shard.local.grad, group=groups["tensor"])
+        gradients = [p.local.grad for p in self.shards.values() if p.in_norm and p.local.grad is not None]
+        total = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
+        if gradients:
+            total += torch.stack(torch._foreach_norm(gradients)).float().square().sum()
+        dist.all_reduce(total, group=groups["replica"])
+        return total.sqrt()
 
 
 def parallelize(

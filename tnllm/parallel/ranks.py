@@ -89,10 +89,8 @@ class Distributed(SingleProcess):
         self._copies = mesh.sizes["sequence"] * mesh.sizes["tensor"]
 
     def start_step(self, labels: int, signals: Signals) -> int | None:
-        counts = torch.zeros(3, dtype=torch.int64)
         seen = signals.seen or 0
-        counts[0], counts[1] = labels, seen
-        counts[2] = int(seen > 0)
+        counts = torch.tensor([labels, seen, int(seen > 0)])
         dist.all_reduce(counts, group=self._control)
         total, numbers, count = counts.tolist()
         if count:
@@ -140,17 +138,13 @@ class Distributed(SingleProcess):
 
     def _run_on_main(self, work: Callable[[], T]) -> list[Any]:
         """Returns [result] on rank 0 and [None] elsewhere, once rank 0 is done; its UserError is raised on all."""
-        result: list[Any] = [None]
         status: list[Any] = [None]
-        raised: UserError | None = None
-        if self.main:
-            try:
-                result = [work()]
-            except UserError as error:
-                raised, status = error, [(str(error), error.exit_code)]
+        try:
+            result: list[Any] = [work() if self.main else None]
+        except UserError as error:
+            dist.broadcast_object_list([(str(error), error.exit_code)], src=0, group=self._control)
+            raise
         dist.broadcast_object_list(status, src=0, group=self._control)
-        if raised is not None:
-            raise raised
         if status[0] is not None:
             raise SharedError(*status[0])
         return result

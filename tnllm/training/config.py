@@ -54,17 +54,17 @@ class RunConfig(Section):
         train, schedule = self.train, self.schedule
         if train.max_steps is None and train.max_tokens is None and train.max_epochs is None:
             raise ValueError("the run has no end; set train.max_steps, train.max_tokens or train.max_epochs")
-        unit = self.data.seq_len * train.micro_batch_size * self.data_ranks
+        unit = self.data.seq_len * train.micro_batch_size * self.parallel.data_ranks
         if train.global_batch_tokens % unit:
             below = train.global_batch_tokens // unit * unit
             near = f"{below} or {below + unit}" if below else f"{unit}"
-            rows = train.global_batch_tokens // self.data.seq_len // self.data_ranks
-            if rows and train.global_batch_tokens % (self.data.seq_len * self.data_ranks) == 0:
+            rows = train.global_batch_tokens // self.data.seq_len // self.parallel.data_ranks
+            if rows and train.global_batch_tokens % (self.data.seq_len * self.parallel.data_ranks) == 0:
                 near += f"; or set train.micro_batch_size={most_rows(rows, train.micro_batch_size)}"
             raise ValueError(
                 f"train.global_batch_tokens is {train.global_batch_tokens}; it must be a multiple of {unit} = "
                 f"data.seq_len {self.data.seq_len} * train.micro_batch_size {train.micro_batch_size} * "
-                f"{self.data_ranks} data ranks, such as {near}"
+                f"{self.parallel.data_ranks} data ranks, such as {near}"
             )
         horizon = schedule.horizon_steps
         most = None if horizon is None else horizon - (schedule.kind != "constant")
@@ -85,8 +85,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         train = self.train
-        if train.weights == "bf16" and (train.dtype == "fp32" or self.world_size > 1):
-            reason = "train.dtype fp32" if train.dtype == "fp32" else f"{self.world_size} ranks"
+        if train.weights == "bf16" and (train.dtype == "fp32" or self.parallel.num_ranks > 1):
+            reason = "train.dtype fp32" if train.dtype == "fp32" else f"{self.parallel.num_ranks} ranks"
             raise ValueError(f"train.weights is bf16, which cannot be combined with {reason}; set train.weights=fp32")
         if self.lora.rank and train.weights == "bf16":
             raise ValueError("train.weights bf16 cannot be combined with lora: frozen weights are in bf16 anyway")
@@ -124,9 +124,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_mesh(self) -> Self:
-        if self.world_size > 2**20:
+        if self.parallel.num_ranks > 2**20:
             raise ValueError(
-                f"the parallel section asks for {self.world_size} ranks; a plan is made for up to a million"
+                f"the parallel section asks for {self.parallel.num_ranks} ranks; a plan is made for up to a million"
             )
         if self.parallel.tensor > 1 and self.model.qk_norm:
             raise ValueError(
@@ -162,16 +162,6 @@ class RunConfig(Section):
         return chat_template(self.data.chat_template, self.init_folder)
 
     @property
-    def data_ranks(self) -> int:
-        """Ranks that read different rows: replicate * shard."""
-        return self.parallel.data_ranks
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks: the product of the mesh's axes."""
-        return self.parallel.num_ranks
-
-    @property
     def global_batch_rows(self) -> int:
         """Rows of an optimizer step over all ranks."""
         return self.train.global_batch_tokens // self.data.seq_len
@@ -179,7 +169,7 @@ class RunConfig(Section):
     @property
     def accumulation_steps(self) -> int:
         """Forward passes of one rank in an optimizer step."""
-        return self.global_batch_rows // (self.train.micro_batch_size * self.data_ranks)
+        return self.global_batch_rows // (self.train.micro_batch_size * self.parallel.data_ranks)
 
     @property
     def total_steps(self) -> int:

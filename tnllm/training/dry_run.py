@@ -10,12 +10,11 @@ from tnllm.modeling.flops import flops_per_token, lora_parameters
 from tnllm.modeling.model import build_model
 from tnllm.parallel.mesh import close_mesh
 from tnllm.parallel.parallelize import parallelize
-from tnllm.training.communication import communication
 from tnllm.training.config import RunConfig
-from tnllm.training.estimate import RESERVE, Memory, estimate_memory
+from tnllm.training.estimate import RESERVE, Memory, communication, estimate_memory
+from tnllm.training.launch import config_mesh
 from tnllm.training.loaders import corpus_tokens, open_tokenizer, planned
 from tnllm.training.memory import fit_memory, free_bytes
-from tnllm.training.mesh import config_mesh
 from tnllm.training.metrics import cpu_rate
 from tnllm.training.run_model import make_meta_model, weights_dtype
 
@@ -50,13 +49,13 @@ def dry_run_text(config: RunConfig) -> str:
         "run": f"{about}{config.total_steps} steps, {format_count(tokens)} tokens, {work:.3g} FLOPs",
         "memory": f"{format_bytes(persistent)} for weights, gradients and optimizer, plus activations",
     }
-    lines |= _lines_of_ranks(config) if config.world_size > 1 else {}
+    lines |= _lines_of_ranks(config) if config.parallel.num_ranks > 1 else {}
     cards = [name for name, card in GPUS.items() if memory.total <= (1 - RESERVE) * card.memory_gib * 2**30]
     lines["fits"] = (
         f"{', '.join(cards) or 'no known card'}: {format_bytes(memory.total)} with activations ({RESERVE:.0%} left "
         "free); computed, not measured"
     )
-    if config.world_size == 1:
+    if config.parallel.num_ranks == 1:
         lines["here"] = _this_machine(config, work)
     lines |= {"ends": ends} if ends else {}
     lines["passes"] = _passes(tokens / corpus, corpus) if corpus else "unknown: the data is remote"
@@ -94,7 +93,7 @@ def _this_machine(config: RunConfig, work: float) -> str:
 
 def _lines_of_ranks(config: RunConfig) -> dict[str, str]:
     """The lines of a mesh. The model is sharded as on rank 0 of that many simulated ranks, on the meta device."""
-    axes, world = config.parallel, config.world_size
+    axes, world = config.parallel, config.parallel.num_ranks
     mesh = config_mesh(config.parallel, "cpu", fake=world)
     try:
         sharded = parallelize(

@@ -2,6 +2,7 @@
 
 estimate(config, gpu="h100", mfu=0.4)             # everything, ready for JSON
 memory = estimate_memory(model, lora, train, parallel, seq_len)     # bytes of one rank: weights, gradients, ...
+sent = communication(model, lora, data, train, parallel, passes=1)  # bytes a rank sends in a step, by axis
 GPUS["h100"].memory_gib
 
 Nothing here is measured. `activation_bytes` counts the tensors that autograd saves for the backward pass; its docstring
@@ -25,7 +26,7 @@ from tnllm.modeling.flops import (
     state_bytes,
 )
 from tnllm.training.config import RunConfig
-from tnllm.training.sections import ParallelSection, TrainSection
+from tnllm.training.sections import DataSection, ParallelSection, TrainSection
 
 # Share of a card left for what is not counted: the CUDA context, workspaces and fragmentation.
 RESERVE = 0.08
@@ -195,7 +196,7 @@ def estimate(
     tokens, per_token = config.total_steps * train.global_batch_tokens, flops_per_token(model, seq_len)
     if tokens_per_s is None and mfu is not None:
         assert card is not None, "mfu is a share of a GPU's peak"
-        tokens_per_s = mfu * card.peak_flops * (num_gpus or config.world_size) / per_token
+        tokens_per_s = mfu * card.peak_flops * (num_gpus or config.parallel.num_ranks) / per_token
     rank: dict[str, dict[str, float]] = {}
     again: dict[str, float] = {}
     for mode in MODES:
@@ -211,7 +212,7 @@ def estimate(
         "kind": model.kind,
         "softmax_layers": model.num_softmax,
         "parameters": count_parameters(model),
-        "ranks": config.world_size,
+        "ranks": config.parallel.num_ranks,
         "rows_per_pass": train.micro_batch_size,
         "seq_len": seq_len,
         "rank_gib": rank,
@@ -227,4 +228,63 @@ def estimate(
         "flops": per_token * tokens,
         "tokens_per_s": tokens_per_s,
         "days": tokens / tokens_per_s / 86400 if tokens_per_s else None,
+    }
+
+
+def communication(
+    model: ModelConfig,
+    lora: LoraConfig,
+    data: DataSection,
+    train: TrainSection,
+    parallel: ParallelSection,
+    passes: int,
+    low_precision: bool | None = None,
+) -> dict[str, float]:
+    """Bytes that one rank sends in a step of `passes`, by axis of the mesh ("weights" is shard and sequence together).
+
+    With n ranks, a ring sends (n - 1) / n of a tensor from each rank for an all-gather or a reduce-scatter, and twice that
+    for an all-reduce. For one pass over N tokens of a rank, on a tensor rank:
+
+        weights    all-gather of the blocks twice (forward, backward) in the compute type, of embedding and head once in
+                   fp32; reduce-scatter of all gradients in fp32. Independent of N. With an adapter, embedding and head
+                   are kept in the compute type, and only the adapter has gradients.
+        replicate  all-reduce of each rank's shard of the gradients in fp32.
+        tensor     four all-reduces of N M numbers a block (two forward, two backward; full recomputation repeats the
+                   mixer's, not the last one), one number a token for the norm over heads each way; in fp32 N M numbers
+                   for the embedding and for the head.
+        sequence   one state [H, D, E] fp32 a row and layer to each other rank, forward and backward (and once more with
+                   recomputation of either kind). Independent of N.
+
+    Selective recomputation repeats no all-reduce of `tensor`: their results are saved.
+    """
+    if low_precision is None:
+        low_precision = train.dtype != "fp32" and train.device != "cpu"
+    item = 2 if low_precision else 4
+    repeats = 1 if train.activation_checkpointing == "full" else 0
+    exchanges = 2 if train.activation_checkpointing == "none" else 3
+    root = root_parameters(model) / parallel.tensor
+    blocks = count_parameters(model) / parallel.tensor - root
+    trained, kept = blocks + root, 4
+    if lora.rank:
+        trained, kept = lora_parameters(model, lora), item
+        blocks += trained
+    holders = parallel.shard * parallel.sequence
+    gather = (holders - 1) / holders
+    weights = gather * (2 * item * blocks + kept * root + 4 * trained)
+    copies = parallel.replicate
+    replicate = 2 * (copies - 1) / copies * 4 * trained / holders
+    tokens = train.micro_batch_size * data.seq_len // parallel.sequence
+    ring = 2 * (parallel.tensor - 1) / parallel.tensor
+    per_block: float = (4 + repeats) * item * model.model_dim
+    # The norm over heads; no softmax layer has one.
+    linear = 1 - model.num_softmax / model.num_layers
+    per_block += linear * (2 + repeats) * 4 * (2 if model.norm == "layernorm" else 1)
+    ends = 2 * 4 * model.model_dim + 3 * 4
+    rows = train.micro_batch_size if data.packing == "concat" else 1
+    states = sum(4 * model.model_dim * model.key_dim(layer) for layer in range(model.num_layers)) / parallel.tensor
+    return {
+        "weights": passes * weights,
+        "replicate": passes * replicate,
+        "sequence": passes * (parallel.sequence - 1) * exchanges * rows * states,
+        "tensor": passes * ring * tokens * (model.num_layers * per_block + ends),
     }

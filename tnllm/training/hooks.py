@@ -60,7 +60,8 @@ def make_hooks(run: Run, score: Scorer | None) -> list[Hook]:
         if config.eval.sample_prompts and run.trainer.ranks.size == 1:
             hooks.append(Hook("sample", config.eval.every_steps, lambda: _sample(run)))
     if score is not None:
-        hooks.append(Hook("score", config.eval.tasks_every_steps, lambda: _score(run, score)))
+        every = config.eval.tasks_every_steps
+        hooks.append(Hook("score", every, lambda: _report(run, **score(run.trainer.model, run.tokenizer))))
     return [*hooks, Hook("save", config.checkpoint.every_steps, run.save, quick=True)]
 
 
@@ -99,10 +100,6 @@ def _validate(run: Run) -> None:
         with torch.autocast(trainer.device.type, torch.bfloat16, enabled=low):
             more = accuracy(trainer.model, run.validation, rows, tokens)
     _report(run, val_loss=loss, val_bpb=bpb, **more)
-
-
-def _score(run: Run, score: Scorer) -> None:
-    _report(run, **score(run.trainer.model, run.tokenizer))
 
 
 def _sample(run: Run) -> None:

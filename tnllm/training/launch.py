@@ -1,6 +1,7 @@
 """Training with several processes: starting them on this machine, and running as one of them.
 
     launch(["train", "tiny", "--out", "runs/tiny"], nproc=4, max_restarts=1)     # returns the exit code
+    sets = fit_mesh(config.parallel, rows, micro, world_size)    # keys to set so that a recipe runs on that many ranks
     train_on_mesh(config, out, resume)                                           # in each process
 
 `launch` runs torch.distributed.run (torchrun) on `python -m tnllm ARGS`; on several machines the user runs torchrun with
@@ -16,11 +17,11 @@ from pathlib import Path
 import torch
 
 from tnllm.device import pick_device
-from tnllm.errors import RunError
-from tnllm.parallel.mesh import close_mesh
-from tnllm.training.config import RunConfig
+from tnllm.errors import RunError, UserError
+from tnllm.parallel.mesh import Mesh, close_mesh, open_mesh
+from tnllm.training.config import RunConfig, most_rows
 from tnllm.training.loop import train
-from tnllm.training.mesh import config_mesh
+from tnllm.training.sections import ParallelSection
 
 # After SIGTERM, the time for ranks to finish their pass and write a checkpoint before they are killed.
 _SHUTDOWN_S = 300
@@ -113,3 +114,29 @@ def is_lost_rank(error: RuntimeError) -> bool:
         return True
     text = str(error)
     return any(word in text for word in ("gloo", "Connection closed by peer", "Timed out waiting", "NCCL"))
+
+
+def fit_mesh(mesh: ParallelSection, rows: int, micro: int, world_size: int) -> dict[str, int]:
+    """The keys to set for `world_size` ranks; empty if the recipe's `mesh` fits.
+
+    `rows` of an optimizer step, `micro` of one pass. For a recipe of one rank, weights are sharded, and micro-batches get
+    smaller if a step has too few rows for all ranks.
+    Raises UserError if the recipe asks for another number of ranks.
+    """
+    if mesh.num_ranks == world_size:
+        return {}
+    if mesh.num_ranks == 1:
+        rows, left = divmod(rows, world_size)
+        fewer = {} if left or not rows or rows % micro == 0 else {"train.micro_batch_size": most_rows(rows, micro)}
+        return {"parallel.shard": world_size, **fewer}
+    raise UserError(
+        f"the recipe's parallel section asks for {mesh.num_ranks} ranks (replicate {mesh.replicate} * "
+        f"shard {mesh.shard} * sequence {mesh.sequence} * tensor {mesh.tensor}), and {world_size} "
+        f"{'is' if world_size == 1 else 'are'} here; start that many with --nproc or torchrun, or --set the axes: "
+        f"--set parallel.replicate=1 --set parallel.shard={world_size}"
+    )
+
+
+def config_mesh(axes: ParallelSection, device_type: str, fake: int | None = None) -> Mesh:
+    """The mesh of a recipe's parallel section. `fake`: that many simulated ranks in one process."""
+    return open_mesh(axes.replicate, axes.shard, axes.sequence, axes.tensor, device_type, axes.timeout_s, fake)

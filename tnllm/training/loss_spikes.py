@@ -67,7 +67,6 @@ class SpikeGuard:
         return [[value for value in row if value == value] for row in self.window.tolist()]
 
     def load(self, lists: list[list[float]]) -> None:
-        """Take over what `to_lists` returned."""
         for row, values in zip(self.window, lists, strict=False):
             row[len(row) - len(values) :] = torch.tensor(values)
 

@@ -58,7 +58,7 @@ def check_recipe(name: str, sets: list[str] | tuple[str, ...] = ()) -> Report:
         parameters=built,
         tokens=config.total_steps * config.train.global_batch_tokens,
         steps=config.total_steps,
-        ranks=config.world_size,
+        ranks=config.parallel.num_ranks,
         tokenizer=str(tokenizer.path),
         data=data,
     )

@@ -221,8 +221,7 @@ class TrainSection(Section):
         "for almost no work. full: entire blocks (only their input is kept), for about a third more work.",
     )
     nonfinite: Literal["stop", "skip"] = Field(
-        "stop",
-        description="If a loss or gradient is NaN or infinite: stop, or skip the step; both report the batch.",
+        "stop", description="If a loss or gradient is NaN or infinite: stop, or skip the step; both report the batch."
     )
     spikes: Literal["report", "skip"] = Field(
         "report",
@@ -318,7 +317,7 @@ class ParallelSection(Section):
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that read different rows."""
+        """Ranks that read different rows: replicate * shard."""
         return self.replicate * self.shard
 
     @property
