@@ -45,7 +45,8 @@ def test_what_is_timed_is_a_whole_step():
     for _ in range(9):
         step()
     assert all(not torch.equal(a, b) for a, b in zip(before, step.trainer.model.parameters(), strict=True))
-    assert len(step.losses) == 9 and step.losses[8] < step.losses[0]  # the ninth batch is the first again
+    losses = step.measured["loss"]
+    assert len(losses) == 9 and losses[8] < losses[0]  # the ninth batch is the first again
 
 
 def test_utilisation_is_of_the_models_own_work():

@@ -96,20 +96,17 @@ def bench_attention(
     accuracy: list[dict] = []
     rows: list[dict] = []
     results = {"environment": environment, "accuracy": accuracy, "rows": rows}
-    order = {tuple(asdict(shape).values()): index for index, shape in enumerate(shapes)}
     limit = ERROR_LIMIT[dtype]
     later: list[tuple[_Clock, Shape, int]] = []
 
+    def identity(row: dict) -> tuple[int, int]:
+        return shapes.index(Shape(*(row[key] for key in asdict(shapes[0])))), names.index(row["provider"])
+
     def keep(row: dict) -> None:
         log(_line(row))
-        rows[:] = [other for other in rows if any(other[key] != row[key] for key in _SAME)] + [row]
+        rows[:] = [other for other in rows if identity(other) != identity(row)] + [row]
         # Providers of one shape stand together in the table.
-        rows.sort(
-            key=lambda row: (
-                order[row["batch"], row["heads"], row["length"], row["head_dim"]],
-                names.index(row["provider"]),
-            )
-        )
+        rows.sort(key=identity)
         on_row(results)
 
     with budget:
@@ -179,10 +176,6 @@ def check(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.de
     # Without gradients the zip ends with o.
     pairs = zip(results.items(), (expected.detach(), *exact_grads), strict=False)
     return {name: relative_rms(result, exact) for (name, result), exact in pairs}
-
-
-# What makes a row.
-_SAME = ("provider", "batch", "heads", "length", "head_dim")
 
 
 class _Clock:
@@ -309,45 +302,31 @@ class _Clock:
         memory: int | None,
         extrapolated_from: int | None = None,
     ) -> dict:
-        size = shape.elements * self.dtype.itemsize
-        floors = (4 * size / bandwidth * 1e3, 11 * size / bandwidth * 1e3)
         card = data_sheet(self.device)
         # By the definition of the function: the recurrence for linear attention, the causal half for softmax.
         flops = shape.elements * (2.0 * (shape.length + 1) if self.provider.softmax else 4.0 * shape.head_dim)
-        row = {
-            "provider": self.provider.name,
-            **asdict(shape),
-            "extrapolated_from": extrapolated_from,
-            "fwd_ms": fwd.median_ms,
-            "fwd_low_ms": fwd.low_ms,
-            "fwd_high_ms": fwd.high_ms,
-            "fwd_over_floor": fwd.median_ms / floors[0],
-            "fwd_sheet_share": None if card is None else 4e3 * size / card.bandwidth / fwd.median_ms,
-            "fwd_tb_per_s": 4 * size / fwd.median_ms / 1e9,
+        row: dict = {"provider": self.provider.name, **asdict(shape), "extrapolated_from": extrapolated_from}
+        for name, operands, timing in (("fwd", 4, fwd), ("fwd_bwd", 11, both)):
+            nbytes = operands * shape.elements * self.dtype.itemsize
+            row |= {
+                f"{name}_ms": timing.median_ms,
+                f"{name}_low_ms": timing.low_ms,
+                f"{name}_high_ms": timing.high_ms,
+                f"floor_{name}_ms": 1e3 * nbytes / bandwidth,
+                f"{name}_over_floor": timing.median_ms / (1e3 * nbytes / bandwidth),
+                f"{name}_sheet_share": None if card is None else 1e3 * nbytes / card.bandwidth / timing.median_ms,
+                f"{name}_repeats": timing.repeats,
+                f"{name}_host_ms": timing.host_ms,
+            }
+        row |= {
+            "fwd_tb_per_s": 4 * shape.elements * self.dtype.itemsize / fwd.median_ms / 1e9,
             "fwd_tflop_per_s": flops / fwd.median_ms / 1e9,
-            "fwd_repeats": fwd.repeats,
-            "fwd_bwd_ms": both.median_ms,
-            "fwd_bwd_low_ms": both.low_ms,
-            "fwd_bwd_high_ms": both.high_ms,
-            "fwd_bwd_over_floor": both.median_ms / floors[1],
-            "fwd_bwd_sheet_share": None if card is None else 11e3 * size / card.bandwidth / both.median_ms,
             "fwd_bwd_ns_per_token": 1e6 * both.median_ms / (shape.batch * shape.length),
-            "fwd_bwd_repeats": both.repeats,
-            "fwd_host_ms": fwd.host_ms,
-            "fwd_bwd_host_ms": both.host_ms,
             "compile_ms": fwd.compile_ms + both.compile_ms,
             "extra_mib": None if memory is None else memory / 2**20,
-            "floor_fwd_ms": floors[0],
-            "floor_fwd_bwd_ms": floors[1],
         }
         if extrapolated_from is not None:
-            row |= dict.fromkeys(_ONLY_TIMED)
+            row |= dict.fromkeys(key for key in row if key.endswith(("_low_ms", "_high_ms", "_host_ms", "compile_ms")))
         if not self.provider.backward:
             row |= dict.fromkeys([key for key in row if key.startswith("fwd_bwd")] + ["extra_mib"])
         return row
-
-
-# Columns that an extrapolated row does not have.
-_ONLY_TIMED = (
-    "fwd_low_ms", "fwd_high_ms", "fwd_bwd_low_ms", "fwd_bwd_high_ms", "fwd_host_ms", "fwd_bwd_host_ms", "compile_ms",
-)  # fmt: skip

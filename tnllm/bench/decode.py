@@ -55,6 +55,10 @@ class _Point:
     batch: int
     position: int  # tokens before the step; the baseline's cache holds as many, the new one included
 
+    @property
+    def name(self) -> str:
+        return f"{self.provider}, batch {self.batch}, position {self.position}"
+
 
 def bench_decode(
     preset: str,
@@ -117,7 +121,7 @@ def bench_decode(
                     skipped.append({**row, "reason": measured})
                     continue
                 rows.append(row | measured)
-                log(f"{_name(point)}: {measured['step_ms']:.3f} ms, {measured['tokens_per_s']:,.0f} tokens/s")
+                log(f"{point.name}: {measured['step_ms']:.3f} ms, {measured['tokens_per_s']:,.0f} tokens/s")
                 on_row(results)
             del model
             free_memory(device)
@@ -141,7 +145,7 @@ def _row(
         work, length = _moved_bytes(model, point), _CHAIN[model.device.type]
         chain_s = budget.forecast(point.provider, work) or 4 * length * work / bandwidth
         prepare_s = budget.forecast((point.provider, "prepare"), 1.0) or chain_s
-        if not budget.allows(_name(point), prepare_s + calls(chain_s, budget_s) * chain_s, prepare_s + 2 * chain_s):
+        if not budget.allows(point.name, prepare_s + calls(chain_s, budget_s) * chain_s, prepare_s + 2 * chain_s):
             return budget.refusal(prepare_s + 2 * chain_s)
         try:
             measured = _time(model, point, bandwidth, budget_s, compiled, budget.left_s / rows_left)
@@ -151,7 +155,7 @@ def _row(
             budget.learn(point.provider, work, measured["step_ms"] / 1e3 * length)
             budget.learn((point.provider, "prepare"), 1.0, measured["prepare_s"])
             return measured
-    budget.log(f"{_name(point)}: skipped, {reason}")
+    budget.log(f"{point.name}: skipped, {reason}")
     return reason
 
 
@@ -162,10 +166,6 @@ def _points(kind: str, positions: list[int], batches: list[int], contexts: list[
         return
     for context in contexts:
         yield from (_Point("transformer", "batch", batch, context) for batch in sorted({1, *batches}))
-
-
-def _name(point: _Point) -> str:
-    return f"{point.provider}, batch {point.batch}, position {point.position}"
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ def check(step: Step, expected: dict[str, list[float]] | None) -> dict[str, Any]
     """Ten steps of a small model in the precision that will be timed; losses and norms are compared with `expected`."""
     for _ in range(CHECK_STEPS):
         step()
-    measured = {"loss": step.losses, "norm": step.norms}
+    measured = step.measured
     if expected is None:
         return {"status": "ok", **measured}
     loss, norm = (_difference(measured[key], expected[key]) for key in ("loss", "norm"))
@@ -138,7 +138,7 @@ def time_steps(config: RunConfig, plan: Plan, device: torch.device, mesh: Mesh |
     result: dict[str, Any] = {"status": "ok", **times, "left_gib": left}
     if mesh is not None:
         result |= profile_communication(step, mesh)
-    if not all(map(math.isfinite, step.losses)):
+    if not all(map(math.isfinite, step.measured["loss"])):
         result |= {"status": "failed", "reason": "the loss is not finite"}
     return result
 

@@ -159,14 +159,10 @@ class Step:
         self._seen.append(torch.stack([update.loss, update.norm]))
 
     @property
-    def losses(self) -> list[float]:
-        """Of every step so far; waits for the device."""
-        return torch.stack(self._seen)[:, 0].tolist()
-
-    @property
-    def norms(self) -> list[float]:
-        """The gradients' norm in every step so far; waits for the device."""
-        return torch.stack(self._seen)[:, 1].tolist()
+    def measured(self) -> dict[str, list[float]]:
+        """`loss` and gradient `norm` of every step so far; waits for the device."""
+        loss, norm = torch.stack(self._seen).T.tolist()
+        return {"loss": loss, "norm": norm}
 
 
 def trainer(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> Trainer:
@@ -350,13 +346,13 @@ def time_case(
             step, times = timed_step(config, device, steps, warmup)
     except torch.OutOfMemoryError:
         return row
-    measured = {**times, "first_loss": step.losses[0], "last_loss": step.losses[-1]}
+    losses = step.measured["loss"]
+    measured = {**times, "first_loss": losses[0], "last_loss": losses[-1]}
     rate = row["tokens"] / (measured["step_ms"] / 1e3)
     work = flops_per_token(config.model, case.seq_len)
     card = data_sheet(device)
-    finite = all(math.isfinite(measured[key]) for key in ("first_loss", "last_loss"))
     return row | {
-        "status": "ok" if finite else "loss not finite",
+        "status": "ok" if math.isfinite(losses[0]) and math.isfinite(losses[-1]) else "loss not finite",
         "steps": steps,
         **measured,
         "tokens_per_s": rate,

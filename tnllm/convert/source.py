@@ -94,11 +94,12 @@ class Source:
     def check(self) -> None:
         """Raise one UserError that lists all missing, unexpected and misshapen keys."""
         problems = []
-        for what, keys in (
-            ("missing", self.missing()),
-            ("unexpected", self.unexpected()),
-            ("of wrong shape", self.misshapen()),
-        ):
+        keys_by_problem = {
+            "missing": self.missing(),
+            "unexpected": self.unexpected(),
+            "of wrong shape": self.misshapen(),
+        }
+        for what, keys in keys_by_problem.items():
             if keys:
                 more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
                 problems.append(f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{more}")

@@ -23,6 +23,12 @@ Scores: TypeAlias = list[TokenLogprob | None] | None
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """Token counts in OpenAI's shape."""
+    counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return counts | {"total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
 class Answer:
     """The answer to one request while it grows; choices are numbered over prompts and samples."""
 
@@ -59,12 +65,7 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+        return usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
     def count(self, event: PromptRead | list[Piece] | Result) -> None:
         if isinstance(event, PromptRead):

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 
-from tnllm import __version__
+from tnllm import __version__, assets
 from tnllm.errors import UserError
 from tnllm.serving.answers import ChatAnswer, TextAnswer
 from tnllm.serving.api import ChatRequest, CompletionRequest
@@ -31,7 +31,15 @@ from tnllm.serving.served import Models, Served
 from tnllm.serving.state_routes import add_state_routes
 from tnllm.serving.states import StateStore
 from tnllm.serving.text_routes import add_text_routes
-from tnllm.serving.web_page import add_web_page
+
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+# The page's own files, this server, and nothing else. Code from a model's text would be inline, so it never runs.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+# Not stored, so that a page never meets the files of another version.
+_HEADERS = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -60,6 +68,26 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> JSON:
         return JSON(error_body("the server has a bug; its log says more", "server_error"), 500)
+
+
+def _add_web_page(app: FastAPI) -> None:
+    """The page for people: its files at / and /page, read once, here."""
+    folder = assets.folder() / "web"
+    files = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in folder.iterdir() if path.suffix in _TYPES}
+
+    def sent(name: str) -> Response:
+        content, media_type = files[name]
+        return Response(content, headers=_HEADERS, media_type=media_type)
+
+    @app.get("/", include_in_schema=False)
+    async def web_page() -> Response:
+        return sent("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def file_of_the_page(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(404)
+        return sent(name)
 
 
 def make_app(
@@ -120,7 +148,7 @@ def make_app(
         """Prometheus text."""
         return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    add_web_page(app)
+    _add_web_page(app)
     add_state_routes(app, models, settings, store)
     add_text_routes(app, models, settings, generator)
     add_llama_routes(app, models, store, generator)

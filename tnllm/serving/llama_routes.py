@@ -125,7 +125,7 @@ class NativeAnswer(Answer):
             "tokens_cached": self.cached_tokens,
             "truncated": False,
             "has_new_line": "\n" in result.text,
-            "generation_settings": {name: getattr(self.params, name) for name in _SETTINGS} | {"seed": result.seed},
+            "generation_settings": {name: getattr(self.params, name) for name in SETTINGS} | {"seed": result.seed},
             **self._probabilities(result.logprobs),
         }
 
@@ -143,8 +143,9 @@ class NativeAnswer(Answer):
         return {"id": entry.id, **super()._token(entry)}
 
 
-_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-             "max_tokens", "ignore_eos")  # fmt: skip
+# Options of sampling that answers name.
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+            "max_tokens", "ignore_eos")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import json
 import re
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -197,7 +198,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     body = None
     if not declared.isdigit() or (len(declared) < 19 and int(declared) <= limit):
         try:
-            body = await asyncio.wait_for(_read_body(request.receive, limit), _BODY_SECONDS)
+            body = await asyncio.wait_for(_read_body(request, limit), _BODY_SECONDS)
         except TimeoutError:
             message = f"the body did not arrive within {_BODY_SECONDS:g} seconds"
             raise RequestError(message, status=408, headers={"Connection": "close"}) from None
@@ -207,16 +208,13 @@ async def read_body(request: Request, limit: int) -> bytes:
     return body
 
 
-async def _read_body(receive: Receive, limit: int) -> bytes | None:
+async def _read_body(request: Request, limit: int) -> bytes | None:
     """The complete body; None if it is larger than `limit`."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return b""
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            return None
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    body = bytearray()
+    with suppress(ClientDisconnect):
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                return None
+        return bytes(body)
+    return b""

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from tnllm import __version__
+from tnllm.serving.answers import usage
 from tnllm.serving.api import StateRequest, validated
 from tnllm.serving.bodies import RequestError, shown
 from tnllm.serving.engine import Engine
@@ -31,8 +32,6 @@ _HEADER_BYTES = 1 << 18
 
 
 class _Answers:
-    """What the routes answer."""
-
     def __init__(self, models: Models, settings: Settings, store: StateStore) -> None:
         self._models, self._settings, self._store = models, settings, store
 
@@ -53,12 +52,7 @@ class _Answers:
             "awaits_answer": stored.awaits_answer,
         }
         if read is not None:
-            body["usage"] = {
-                "prompt_tokens": read.prompt_tokens,
-                "completion_tokens": 0,
-                "total_tokens": read.prompt_tokens,
-                "prompt_tokens_details": {"cached_tokens": read.cached_tokens},
-            }
+            body["usage"] = usage(read.prompt_tokens, 0, read.cached_tokens)
         return body
 
     async def read(self, request: Request, before: str | None) -> JSON:
@@ -121,23 +115,6 @@ class _Answers:
             data = await read_body(request, int(length))
             return JSON(self.shown(await run_in_threadpool(self._store.upload, owner, data, id)))
 
-    async def listed(self, request: Request) -> JSON:
-        """A page of the list. Raises RequestError."""
-        limit, after = request.query_params.get("limit", "100"), request.query_params.get("after")
-        if not (limit.isascii() and limit.isdigit() and len(limit) < 5 and 1 <= int(limit) <= _MOST_LISTED):
-            raise RequestError(f"limit is {shown(limit)}; allowed: a whole number, 1 to {_MOST_LISTED}", "limit")
-        if self._settings.states_are_hidden:
-            message = "without API keys, states are not listed here: one client would learn of another's"
-            raise RequestError(message, code="states_not_listed", status=403)
-        states = await run_in_threadpool(self._store.states, request.scope[OWNER])
-        if after is not None:
-            index = next((index for index, state in enumerate(states) if state.id == after), None)
-            if index is None:
-                raise RequestError(f"after is {shown(after)}; allowed: the id of a state of this key", "after")
-            states = states[index + 1 :]
-        data = [self.shown(state) for state in states[: int(limit)]]
-        return JSON({"object": "list", "data": data, "has_more": len(data) < len(states)})
-
 
 def add_state_routes(app: FastAPI, models: Models, settings: Settings, store: StateStore) -> None:
     """Reading, forking, listing, deleting, and files of states."""
@@ -153,7 +130,20 @@ def add_state_routes(app: FastAPI, models: Models, settings: Settings, store: St
     @app.get("/v1/states", **described(StateList))
     async def list_states(request: Request) -> JSON:
         """The states of this key, oldest first: `limit` of them (100; at most 1000) after the id `after`."""
-        return await answers.listed(request)
+        limit, after = request.query_params.get("limit", "100"), request.query_params.get("after")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 5 and 1 <= int(limit) <= _MOST_LISTED):
+            raise RequestError(f"limit is {shown(limit)}; allowed: a whole number, 1 to {_MOST_LISTED}", "limit")
+        if settings.states_are_hidden:
+            message = "without API keys, states are not listed here: one client would learn of another's"
+            raise RequestError(message, code="states_not_listed", status=403)
+        states = await run_in_threadpool(store.states, request.scope[OWNER])
+        if after is not None:
+            index = next((index for index, state in enumerate(states) if state.id == after), None)
+            if index is None:
+                raise RequestError(f"after is {shown(after)}; allowed: the id of a state of this key", "after")
+            states = states[index + 1 :]
+        data = [answers.shown(state) for state in states[: int(limit)]]
+        return JSON({"object": "list", "data": data, "has_more": len(data) < len(states)})
 
     @app.get("/v1/states/{id}", **described(StateObject))
     async def get_state(request: Request, id: str) -> JSON:

@@ -20,6 +20,7 @@ from tnllm.serving import bodies
 from tnllm.serving.api import MESSAGES, check_text_length, turns, validated
 from tnllm.serving.bodies import Body, RequestError
 from tnllm.serving.generating import Generator
+from tnllm.serving.llama_routes import SETTINGS
 from tnllm.serving.middleware import JSON, Settings
 from tnllm.serving.openapi import described
 from tnllm.serving.schemas import Detokenized, Props, Template, Tokenized
@@ -119,13 +120,8 @@ def _template(body: TemplateRequest, served: Served) -> dict[str, Any]:
 def _props(served: Served, settings: Settings) -> dict[str, Any]:
     engine, loaded = served.engine, served.engine.loaded
     config, tokenizer, defaults = loaded.model.config, loaded.tokenizer, loaded.params()
-    shown = {
-        name: getattr(defaults, name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-                     "frequency_penalty", "ignore_eos")
-    }  # fmt: skip
     most = min(defaults.max_tokens, engine.max_new_tokens)
-    params = {**shown, "max_tokens": most, "n_predict": most}
+    params = {name: getattr(defaults, name) for name in SETTINGS} | {"max_tokens": most, "n_predict": most}
     return {
         "model_alias": served.name,
         "is_demo": loaded.folder == assets.demo_weights(),

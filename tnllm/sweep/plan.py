@@ -36,10 +36,7 @@ _GROUP_KEYS = ("recipe", "set", "grid", "variants", "seeds", "best_of", "alone",
 _CHART_KEYS = ("title", "x", "groups")
 _SEED = "train.seed"
 # What runs a cell: arguments of `python -m` before the recipe, and what follows the output folder.
-TRAINERS = {
-    "tnllm": (["tnllm", "train"], ["--resume", "auto"]),
-    "llama": (["tnllm.sweep.llama"], []),
-}
+TRAINERS = {"tnllm": (["tnllm", "train"], ["--resume", "auto"]), "llama": (["tnllm.sweep.llama"], [])}
 
 
 @dataclass(frozen=True)
