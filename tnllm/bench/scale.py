@@ -253,7 +253,7 @@ def bench_scaling(
         kept = folder or Path(temporary)
         kept.mkdir(exist_ok=True)
         for case in cases:
-            outcome = _budgeted(case, plan, expected.get(case.preset), kept, module, budget)
+            outcome = _outcome(case, plan, expected.get(case.preset), kept, module, budget)
             if not results["environment"] and "environment" in outcome:
                 results["environment"] = outcome["environment"]
                 on_row("environment", results["environment"], results)
@@ -278,30 +278,8 @@ def bench_scaling(
     return results
 
 
-def _budgeted(
-    case: MeshCase, plan: Plan, expected: dict[str, list[float]] | None, folder: Path, module: str, budget: Budget
-) -> dict[str, Any]:
-    """`_outcome`, unless the case is forecast not to fit."""
-    work = case.rows * case.seq_len * flops_per_token(get_preset(case.preset), case.seq_len)
-    # GPUs share a step's work, processes on a CPU only its cores.
-    work /= case.ranks if plan.device == "cuda" else 1
-    seconds = budget.forecast(case.preset, work)
-    if not (folder / f"{case.name}.json").exists() and not budget.allows(case.title, seconds):
-        return {phase: {"status": "skipped", "reason": budget.refusal(seconds or 0.0)} for phase in case.phases}
-    started = time.monotonic()
-    outcome = _outcome(case, plan, expected, folder, module, budget.log)
-    if case.ranks > 1 or "check" in case.phases:
-        budget.learn(case.preset, work, time.monotonic() - started)
-    return outcome
-
-
 def _outcome(
-    case: MeshCase,
-    plan: Plan,
-    expected: dict[str, list[float]] | None,
-    folder: Path,
-    module: str,
-    log: Callable[[str], None],
+    case: MeshCase, plan: Plan, expected: dict[str, list[float]] | None, folder: Path, module: str, budget: Budget
 ) -> dict[str, Any]:
     """By phase, what came of a case, read from its JSON file or measured by new ranks; every phase has a status."""
     finished, running = folder / f"{case.name}.json", folder / f"{case.name}.part"
@@ -310,9 +288,15 @@ def _outcome(
     if finished.exists():
         outcome = read_json(finished)
         if asked.items() <= outcome.items():
-            log(f"{case.title}: measured before ({finished})")
+            budget.log(f"{case.title}: measured before ({finished})")
             return outcome
         finished.unlink()
+    work = case.rows * case.seq_len * flops_per_token(get_preset(case.preset), case.seq_len)
+    # GPUs share a step's work, processes on a CPU only its cores.
+    work /= case.ranks if plan.device == "cuda" else 1
+    seconds = budget.forecast(case.preset, work)
+    if not budget.allows(case.title, seconds):
+        return {phase: {"status": "skipped", "reason": budget.refusal(seconds or 0.0)} for phase in case.phases}
     running.write_text(json.dumps(asked))
     started, failure = time.monotonic(), _WRONG
     if "check" not in case.phases or case.mesh == ONE or expected is not None:
@@ -322,9 +306,11 @@ def _outcome(
             status, reason = _failure(error, plan.timeout_s if time.monotonic() - started > plan.timeout_s else None)
             failure = {"status": status, "reason": reason}
             if status == "failed":
-                log(f"{case.title}: {reason}")
+                budget.log(f"{case.title}: {reason}")
         except SignalException as stopped:
             raise KeyboardInterrupt if stopped.sigval == signal.SIGINT else SystemExit(128 + stopped.sigval) from None
+    if case.ranks > 1 or "check" in case.phases:
+        budget.learn(case.preset, work, time.monotonic() - started)
     outcome = json.loads(running.read_text())
     for phase in case.phases:
         measured = outcome.setdefault(phase, {})

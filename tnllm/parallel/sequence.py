@@ -20,6 +20,7 @@ first token continues, back to where that document starts. That is usually few t
 state, so its contribution is added to them afterwards.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -113,9 +114,8 @@ def _exchange(
     else:
         index = torch.arange(length, device=a.device)
         own = _outer(a, b, (g * (index + 1 if backward else length - 1 - index)[:, None]).exp())
-    states, work = _gather(own, size, group)
-    if work is not None:
-        work.wait()
+    states, wait = _gather(own, size, group)
+    wait()
     senders = range(rank + 1, size) if backward else range(rank)
     if not senders:
         return torch.zeros_like(own)
@@ -160,11 +160,11 @@ def _apply(x: Tensor, state: Tensor, decay: Tensor) -> Tensor:
     return (scaled.transpose(1, 2) @ state.to(x.dtype)).transpose(1, 2)
 
 
-def _gather(state: Tensor, size: int, group: str) -> tuple[Tensor, dist.Work | None]:
-    """Start an all-gather of the ranks' states: [W, B, H, D, E]."""
+def _gather(state: Tensor, size: int, group: str) -> tuple[Tensor, Callable[[], object]]:
+    """Start an all-gather of the ranks' states, [W, B, H, D, E], and what waits for it."""
     states = state.new_empty(size, *state.shape)
     work = _all_gather(states.flatten(0, 1), state.contiguous(), group_named(group), async_op=True)
-    return states, work
+    return states, work.wait if work is not None else lambda: None
 
 
 @torch.library.custom_op("tnllm::sequence_attention", mutates_args=())
@@ -178,10 +178,9 @@ def _forward(
             o, _ = lightning_attention(q, k, v, log_decay, state, None, need_state=False)
             return o.contiguous(), state
         reach = _reach(log_decay, q.shape[1], rank, size, cu_seqlens, _wide(q))
-        states, work = _gather(_outer(k, v, reach.tail), size, group)
+        states, wait = _gather(_outer(k, v, reach.tail), size, group)
         o, _ = lightning_attention(q, k, v, log_decay, None, _clip(cu_seqlens, q), need_state=False)
-        if work is not None:
-            work.wait()
+        wait()
         # Contiguous, as from `_exchange`.
         state = torch.einsum("ph,pbhde->bhde", reach.weight[rank], states).contiguous()
         return (o + _apply(q, state, reach.head)).contiguous(), state
@@ -212,11 +211,10 @@ def _backward(
             dq, dk, dv, _ = _local_backward(do, grad, q, k, v, log_decay, state, None)
             return dq.contiguous(), dk.contiguous(), dv.contiguous()
         reach = _reach(log_decay, q.shape[1], rank, size, cu_seqlens, _wide(q))
-        states, work = _gather(_outer(q, do, reach.head), size, group)
+        states, wait = _gather(_outer(q, do, reach.head), size, group)
         dq, dk, dv, _ = _local_backward(do, None, q, k, v, log_decay, None, _clip(cu_seqlens, q))
         dq = dq + _apply(do, state.mT, reach.head)
-        if work is not None:
-            work.wait()
+        wait()
         grad = torch.einsum("ph,pbhde->bhde", reach.weight[:, rank], states)
         dk, dv = dk + _apply(v, grad.mT, reach.tail), dv + _apply(k, grad, reach.tail)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -51,8 +51,7 @@ MAX_SIZE = 1 << 20
 
 def _check_stream_options(given: Any) -> bool:
     """Whether a stream ends with a chunk that holds the token counts."""
-    if not isinstance(given, dict):
-        raise RequestError(f"stream_options is {shown(given)}; allowed: an object", "stream_options")
+    bodies.typed(given, dict, "stream_options", "an object")
     usage = bodies.without_neutral(given, {}, ["include_usage"], "stream_options.").get("include_usage", False)
     if not isinstance(usage, bool):
         raise RequestError(f"stream_options.include_usage is {shown(usage)}; allowed: true or false", "stream_options")

@@ -71,6 +71,13 @@ def shown(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else _SHORT.repr(value)
 
 
+def typed(value: Any, kind: type[Any] | tuple[type, ...], where: str, allowed: str) -> Any:
+    """The value, if it is of that kind. Raises RequestError."""
+    if not isinstance(value, kind):
+        raise RequestError(f"{where} is {shown(value)}; allowed: {allowed}", where)
+    return value
+
+
 def read(content: bytes, most_tokens: int | None = None) -> dict[str, Any]:
     """The object that a body holds; `most_tokens` is that of a prompt. Raises RequestError."""
     content = content.removeprefix(codecs.BOM_UTF8)
@@ -359,8 +366,7 @@ def check_prompt(given: Any) -> Any:
     rule = "a text, a list of texts, token ids, or a list of lists of token ids"
     if isinstance(given, str):
         return given
-    if not isinstance(given, list):
-        raise RequestError(f"prompt is {shown(given)}; allowed: {rule}", "prompt")
+    typed(given, list, "prompt", rule)
     if not given or type(given[0]) is int:
         return _check_ids(given, "prompt")
     if len(given) > MAX_PROMPTS:
@@ -376,8 +382,7 @@ def check_prompt(given: Any) -> Any:
 
 def check_tokens(given: Any) -> list[int]:
     """A list of token ids, which may be empty. Raises RequestError."""
-    if not isinstance(given, list):
-        raise RequestError(f"tokens is {shown(given)}; allowed: a list of token ids", "tokens")
+    typed(given, list, "tokens", "a list of token ids")
     return _check_ids(given, "tokens") if given else []
 
 
@@ -393,8 +398,7 @@ def _check_ids(ids: list[Any], where: str) -> list[Any]:
 
 def check_stop(given: Any) -> Any:
     stop = [given] if isinstance(given, str) else given
-    if not isinstance(stop, list):
-        raise RequestError(f"stop is {shown(given)}; allowed: a text, or a list of up to {MAX_STOPS} texts", "stop")
+    typed(stop, list, "stop", f"a text, or a list of up to {MAX_STOPS} texts")
     if len(stop) > MAX_STOPS:
         raise RequestError(f"stop holds {len(stop)} strings; at most {MAX_STOPS}", "stop")
     for one in stop:
@@ -416,16 +420,14 @@ MESSAGES = {"type": "array", "maxItems": MAX_MESSAGES, "items": {"anyOf": [_OF_O
 
 def check_messages(given: Any) -> list[tuple[str, str]]:
     """(role, text) of each message."""
-    if not isinstance(given, list):
-        raise RequestError(f"messages is {shown(given)}; allowed: a list of messages", "messages")
+    typed(given, list, "messages", "a list of messages")
     if len(given) > MAX_MESSAGES:
         raise RequestError(f"messages holds {len(given)} messages; at most {MAX_MESSAGES}", "messages")
     return [_check_message(message, f"messages.{index}") for index, message in enumerate(given)]
 
 
 def _check_message(message: Any, where: str) -> tuple[str, str]:
-    if not isinstance(message, dict):
-        raise RequestError(f"{where} is {shown(message)}; allowed: an object with role and content", where)
+    typed(message, dict, where, "an object with role and content")
     role = message.get("role")
     if role not in (*ROLES, "tool"):
         raise RequestError(f"{where}.role is {shown(role)}; allowed: {', '.join(ROLES)}, tool", f"{where}.role")
@@ -443,8 +445,7 @@ def _check_message(message: Any, where: str) -> tuple[str, str]:
     where += ".content"
     if isinstance(content, str):
         return role, content
-    if not isinstance(content, list):
-        raise RequestError(f"{where} is {shown(content)}; allowed: a text, or a list of parts of type text", where)
+    typed(content, list, where, "a text, or a list of parts of type text")
     return role, "".join([_check_part(part, f"{where}.{index}") for index, part in enumerate(content)])
 
 
@@ -462,12 +463,9 @@ def _check_calls(calls: Any, where: str) -> list[str]:
 
 
 def _check_part(part: Any, where: str) -> str:
-    if not isinstance(part, dict):
-        raise RequestError(f"{where} is {shown(part)}; allowed: an object with type and text", where)
+    typed(part, dict, where, "an object with type and text")
     if part.get("type") != "text":
         message = f"{where}.type is {shown(part.get('type'))}; allowed: text, all that this model reads"
         raise RequestError(message, f"{where}.type")
     text = without_neutral(part, PART, ("type", "text"), f"{where}.").get("text")
-    if not isinstance(text, str):
-        raise RequestError(f"{where}.text is {shown(text)}; allowed: a text", f"{where}.text")
-    return text
+    return str(typed(text, str, f"{where}.text", "a text"))

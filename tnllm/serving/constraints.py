@@ -14,7 +14,7 @@ from typing import Any
 
 from tnllm.errors import MissingExtra, UserError
 from tnllm.generation.grammar import Grammar, Grammars
-from tnllm.serving.bodies import TEXT, RequestError, object_schema, shown, without_neutral
+from tnllm.serving.bodies import TEXT, RequestError, object_schema, shown, typed, without_neutral
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -46,22 +46,10 @@ class Call:
     schema: Any
 
 
-def _object(given: Any, where: str, rule: str) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise RequestError(f"{where} is {shown(given)}; allowed: {rule}", where)
-    return given
-
-
-def _text(given: Any, where: str) -> str:
-    if not isinstance(given, str):
-        raise RequestError(f"{where} is {shown(given)}; allowed: a text", where)
-    return given
-
-
 def check_response_format(given: Any) -> Wanted | None:
     """None for plain text. Raises RequestError."""
     rule = "an object whose type is text, json_object, json_schema or regex"
-    values = _object(given, "response_format", rule)
+    values = typed(given, dict, "response_format", rule)
     kind = values.get("type")
     own = {"json_schema": "json_schema", "regex": "pattern", "json_object": "schema"}.get(str(kind))
     for key, fitting in (("pattern", str), ("json_schema", dict), ("schema", dict)):
@@ -75,24 +63,24 @@ def check_response_format(given: Any) -> Wanted | None:
     if kind == "json_object":
         return "json", _schema(kept.get("schema", {"type": "object"}), "response_format.schema")
     if kind == "regex":
-        return "regex", _text(kept.get("pattern"), "response_format.pattern")
+        return "regex", typed(kept.get("pattern"), str, "response_format.pattern", "a text")
     if kind != "json_schema":
         raise RequestError(f"response_format.type is {shown(kind)}; allowed: {rule}", "response_format")
     where = "response_format.json_schema"
-    named = _object(kept.get("json_schema"), where, "an object with a schema")
+    named = typed(kept.get("json_schema"), dict, where, "an object with a schema")
     return "json", _schema(named.get("schema"), f"{where}.schema")
 
 
 def _schema(given: Any, where: str) -> Any:
-    if not isinstance(given, dict | bool):
-        raise RequestError(f"{where} is {shown(given)}; allowed: a JSON schema, which is an object", where)
-    return given
+    return typed(given, (dict, bool), where, "a JSON schema, which is an object")
 
 
 def check_structured_outputs(given: Any) -> Wanted:
     """Raises RequestError."""
     where, names = "structured_outputs", ("json", "regex", "choice", "grammar")
-    values = without_neutral(_object(given, where, f"an object with one of {', '.join(names)}"), {}, names, f"{where}.")
+    values = without_neutral(
+        typed(given, dict, where, f"an object with one of {', '.join(names)}"), {}, names, f"{where}."
+    )
     if len(values) != 1:
         raise RequestError(f"{where} has {shown(sorted(values))}; give one of {', '.join(names)}", where)
     [(name, value)] = values.items()
@@ -103,7 +91,7 @@ def check_structured_outputs(given: Any) -> Wanted:
         return "regex", "|".join(_escaped(one) for one in value)
     if name == "json":
         return "json", _schema(value, where)
-    return "gbnf" if name == "grammar" else name, _text(value, where)
+    return "gbnf" if name == "grammar" else name, typed(value, str, where, "a text")
 
 
 def _escaped(text: str) -> str:
@@ -118,10 +106,10 @@ def check_tools(given: Any) -> list[tuple[str, Any]]:
     tools: list[tuple[str, Any]] = []
     for index, tool in enumerate(given):
         where = f"tools.{index}"
-        function = _object(tool, where, "an object with type and function").get("function")
+        function = typed(tool, dict, where, "an object with type and function").get("function")
         if tool.get("type") != "function":
             raise RequestError(f"{where}.type is {shown(tool.get('type'))}; allowed: function", f"{where}.type")
-        function = _object(function, f"{where}.function", "an object with name and parameters")
+        function = typed(function, dict, f"{where}.function", "an object with name and parameters")
         name, parameters = function.get("name"), function.get("parameters")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             message = f"{where}.function.name is {shown(name)}; allowed: 1 to 64 letters, digits, _ and -"
