@@ -19,30 +19,11 @@ from tnllm.generation.grammar import Grammars
 from tnllm.generation.loading import LoadedModel
 from tnllm.generation.sampler import MAX_LOGPROBS, MAX_SAMPLES, MAX_SEED, SamplingParams
 from tnllm.serving import bodies, constraints
-from tnllm.serving.bodies import MAX_PROMPTS, MAX_STOP_CHARACTERS, MAX_STOPS, Body, RequestError, shown
+from tnllm.serving.bodies import Body, RequestError, shown
 from tnllm.serving.constraints import Call, Wanted
 
-_Stop = Annotated[
-    list[str],
-    PlainValidator(
-        bodies.check_stop,
-        json_schema_input_type=Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-        | Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], Field(max_length=MAX_STOPS)
-        ],
-    ),
-]
-PROMPT_IDS = Annotated[list[int], Field(min_length=1)]
-_Prompt = Annotated[
-    str | list[Any],
-    PlainValidator(
-        bodies.check_prompt,
-        json_schema_input_type=str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | PROMPT_IDS
-        | Annotated[list[PROMPT_IDS], Field(min_length=1, max_length=MAX_PROMPTS)],
-    ),
-]
+_Stop = Annotated[list[str], PlainValidator(bodies.check_stop), WithJsonSchema(bodies.STOP)]
+_Prompt = Annotated[str | list[Any], PlainValidator(bodies.check_prompt), WithJsonSchema(bodies.PROMPT)]
 _Int = BeforeValidator(bodies.whole)
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 # Log-probabilities of one answer, and tokens of prompts that it repeats. So many take a few hundred MB for a while.

@@ -273,7 +273,7 @@ PART: dict[str, Neutral] = _names("cache_control annotations id metadata", _NEVE
 OFF = _one_of(False, "", [], {})
 
 
-TEXT = {"type": "string"}
+TEXT: dict[str, Any] = {"type": "string"}
 
 
 def object_schema(
@@ -361,6 +361,13 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer"}}
+_SEVERAL: dict[str, Any] = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
+PROMPT = {"anyOf": [TEXT, _SEVERAL | {"items": TEXT}, _IDS, _SEVERAL | {"items": _IDS}]}
+_STOP = TEXT | {"minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+STOP = {"anyOf": [_STOP, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP}]}
+
+
 def check_prompt(given: Any) -> Any:
     """Types only, as fast as they can be told; the engine checks lengths and ids."""
     rule = "a text, a list of texts, token ids, or a list of lists of token ids"
@@ -445,8 +452,8 @@ def _check_message(message: Any, where: str) -> tuple[str, str]:
     where += ".content"
     if isinstance(content, str):
         return role, content
-    typed(content, list, where, "a text, or a list of parts of type text")
-    return role, "".join([_check_part(part, f"{where}.{index}") for index, part in enumerate(content)])
+    parts = typed(content, list, where, "a text, or a list of parts of type text")
+    return role, "".join([_check_part(part, f"{where}.{index}") for index, part in enumerate(parts)])
 
 
 def _check_calls(calls: Any, where: str) -> list[str]:

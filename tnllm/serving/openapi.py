@@ -6,6 +6,7 @@ async def completions(request: Request) -> Response: ...
 add_openapi(app, engine, ["demo"])
 """
 
+import copy
 from typing import Any
 
 from fastapi import FastAPI
@@ -80,7 +81,7 @@ def add_openapi(app: FastAPI, engine: Engine, names: list[str]) -> None:
             if "$ref" in schema:
                 # FastAPI takes an answer that a route has written itself for a text.
                 schema.pop("type", None)
-    schemas = definitions["$defs"]
+    schemas = copy.deepcopy(definitions["$defs"])
     for request in _REQUESTS:
         _open(schemas[request.__name__], bodies.REQUEST if issubclass(request, GenerateRequest) else {})
         _limit(schemas[request.__name__]["properties"], engine, names)
