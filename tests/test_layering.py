@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     # It times the trainer's own step, so it stands on the trainer.
     "bench": {"training", "parallel", "data", "generation", "modeling", "kernels"},
     # It reads recipes and batches as the trainer does; the trainer itself runs in other processes.
-    "sweep": {"training", "data", "modeling"},
+    "sweep": {"training", "convert", "data", "modeling"},
     "cli": {
         "bench",
         "cleaning",

@@ -5,8 +5,7 @@ import torch
 
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.model import build_model
-from tnllm.training.optim import clip_and_step, make_optimizer
-from tnllm.training.schedule import learning_rate
+from tnllm.training.optim import clip_and_step, learning_rate, make_optimizer
 from tnllm.training.sections import OptimizerSection, ScheduleSection
 
 SMALL = {"vocab_size": 64, "model_dim": 32, "num_heads": 2, "num_layers": 2, "glu_dim": 48}

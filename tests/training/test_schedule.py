@@ -4,7 +4,7 @@ import pytest
 
 from tnllm.errors import UserError
 from tnllm.training.config import load_recipe
-from tnllm.training.schedule import learning_rate
+from tnllm.training.optim import learning_rate
 from tnllm.training.sections import OptimizerSection, ScheduleSection
 
 

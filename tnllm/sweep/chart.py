@@ -69,6 +69,12 @@ def _dots(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("validation loss (nats per token)")
 
 
+def _draw_line(axes: Any, index: int, points: Sequence[tuple[float, float]], label: str, markersize: float = 4) -> None:
+    if points:
+        color = COLORS[index % len(COLORS)]
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=markersize, label=label)
+
+
 def _lines(
     axes: Any, chart: Chart, rows: Sequence[Row], curves: Sequence[Row], speeds: dict[str, float] | None
 ) -> None:
@@ -85,8 +91,7 @@ def _lines(
                 continue
             scale = speeds[best["recipe"]]
         points = [(row["tokens"] / scale, row["val_loss"]) for row in curves if row["cell"] == name]
-        if points:
-            axes.plot(*zip(*points, strict=True), "-o", color=COLORS[index % len(COLORS)], markersize=3, label=label)
+        _draw_line(axes, index, points, label, markersize=3)
     _log_axis(axes)
     axes.set_xlabel("tokens (millions)" if speeds is None else "time on one GPU, the cell alone (s)")
     axes.set_ylabel("validation loss (nats per token)")
@@ -119,10 +124,8 @@ def _sizes(axes: Any, rows: Sequence[Row]) -> None:
 def _repeats(axes: Any, chart: Chart, repeats: Sequence[Row]) -> None:
     for index, group in enumerate(chart.groups):
         found = [row for row in repeats if _group(row) == group]
-        points = [row for row in found if row["cell"] == found[0]["cell"]]
-        if points:
-            style = {"color": COLORS[index % len(COLORS)], "markersize": 4, "label": group}
-            axes.plot([row["repeat"] for row in points], [row["val_loss"] for row in points], "o-", **style)
+        points = [(row["repeat"], row["val_loss"]) for row in found if row["cell"] == found[0]["cell"]]
+        _draw_line(axes, index, points, group)
     axes.set_xlabel("tokens since the same pair of tokens")
     axes.set_ylabel("validation loss (nats per token)")
 
@@ -136,8 +139,7 @@ def _pairs(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
             for key, share in best.items()
             if key.startswith(ACCURACY) and share is not None
         ]
-        if points:
-            axes.plot(*zip(*sorted(points), strict=True), "o-", color=COLORS[index % len(COLORS)], label=group)
+        _draw_line(axes, index, sorted(points), group, markersize=6)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(-3, 103)
@@ -167,7 +169,7 @@ def _against(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
             if key in choices:
                 points.append((float(choices[key]), line.loss))
         if len(points) > 1:
-            axes.plot(*zip(*sorted(points), strict=True), "-o", color=COLORS[index % len(COLORS)], label=group)
+            _draw_line(axes, index, sorted(points), group, markersize=6)
     _log_axis(axes)
     axes.set_xlabel(key.replace("_", " "))
     axes.set_ylabel("validation loss (nats per token)")

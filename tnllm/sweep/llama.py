@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tnllm.convert.llama import config_values
 from tnllm.data.loader import IGNORE, Batch
 from tnllm.device import pick_device
 from tnllm.errors import RunError, UserError, optional_import
@@ -86,22 +87,10 @@ def make_llama(config: ModelConfig, seed: int) -> Any:
     with optional_import("hf", "transformers"):
         from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.model_dim,
-            intermediate_size=config.glu_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_heads,
-            tie_word_embeddings=config.tie_embeddings,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_base,
-            initializer_range=config.init_std,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    )
+    own = config_values(config, torch.float32, {}, config.max_position)
+    # The library never trains the row of padding.
+    own |= {"pad_token_id": None, "use_cache": False, "attn_implementation": "sdpa"}
+    return LlamaForCausalLM(LlamaConfig(**own))
 
 
 def summed_loss(

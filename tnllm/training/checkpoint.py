@@ -11,7 +11,7 @@ torch.distributed.checkpoint reads too), `config.json` and `tokenizer.model` (so
 folder, flushed and renamed; then `latest` is replaced. Nothing is pickled.
 
 On a mesh every rank makes the same calls in the same order. Each rank of the first copy of the model owns some tensors
-(`gather_full`) and writes them, so none holds or writes more than its share. When loading, every rank reads its own
+(`_gather_full`) and writes them, so none holds or writes more than its share. When loading, every rank reads its own
 slices. All ranks must see the same run folder.
 """
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,14 +36,17 @@ from tnllm.errors import RunError, UserError
 from tnllm.files import read_json, replace_dir, sha256_file, write_text_atomic
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.weights import CONFIG, TOKENIZER, config_json, latest_step, read_lora
+from tnllm.parallel.layout import Layout
+from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.ranks import SingleProcess
-from tnllm.training.gather import Local, gather_full
 
 if TYPE_CHECKING:
     from tnllm.parallel.parallelize import ShardedModel
 
     AnyModel = LanguageModel | ShardedModel
 
+# A tensor on this rank and its layout; None: complete, and equal on every rank.
+Local = tuple[Tensor, Layout | None]
 MANIFEST, STATE, RECIPE, LATEST = "manifest.json", "state.json", "recipe.json", "latest"
 
 
@@ -119,7 +123,7 @@ class Saver:
     def save(self, state: TrainState, model: "AnyModel", optimizer: torch.optim.Optimizer) -> None:
         """Copy everything now and write it, in a background thread if so configured; first waits for the previous write."""
         self.wait()
-        owned = gather_full(contents(model, optimizer), None if isinstance(model, LanguageModel) else model.mesh)
+        owned = _gather_full(contents(model, optimizer), None if isinstance(model, LanguageModel) else model.mesh)
         full = model if isinstance(model, LanguageModel) else model.model
         described = {
             CONFIG: config_json(full.config, full.head_weight.dtype, full.lora),
@@ -200,6 +204,55 @@ class Saver:
             everyone = [(None, f"another rank was lost: {str(error).splitlines()[0]}")]
         self._error = self._error or next((error for _, error in everyone if error), None)
         return None if self._error else [result for result, _ in everyone]
+
+
+def _gather_full(tensors: dict[str, dict[str, Local]], mesh: Mesh | None) -> dict[str, dict[str, Tensor]]:
+    """Copies on CPU of the full tensors this rank owns, in the same folders; all of them where there is no mesh.
+
+    Ranks of other copies of the model own none.
+    """
+    if mesh is None:
+        return {
+            folder: {name: local.detach().cpu().clone().contiguous() for name, (local, _) in items.items()}
+            for folder, items in tensors.items()
+        }
+    owned: dict[str, dict[str, Tensor]] = {folder: {} for folder in tensors}
+    if mesh.index["replicate"] != 0:
+        return owned
+    group = mesh.groups["replica"]
+    load, rank = [0] * group.size(), dist.get_rank(group)
+    for folder, items in tensors.items():
+        for name, (local, layout) in items.items():
+            # The owner is the rank with the fewest values so far; every rank computes the same.
+            owner = load.index(min(load))
+            load[owner] += 1 if layout is None else torch.Size(layout.full_shape).numel()
+            full = local.cpu().clone() if layout is None else _gather_tensor(local, layout, mesh, owner)
+            if full is not None and owner == rank:
+                owned[folder][name] = full
+    return owned
+
+
+def _gather_tensor(local: Tensor, layout: Layout, mesh: Mesh, owner: int) -> Tensor | None:
+    """The full tensor on rank `owner` of the group, None on the others."""
+    group = mesh.groups["replica"]
+    layouts = []  # of the same parameter on each rank
+    for rank in range(group.size()):
+        weights, tensor = divmod(rank, mesh.tensor[1])
+        other = Layout.of(layout.name, layout.full_shape, (tensor, mesh.tensor[1]))
+        layouts.append(other if layout.rows is None else other.with_rows((weights, mesh.weights[1])))
+    # gather needs equal sizes: shorter shards are padded.
+    flat = local.new_zeros(max(torch.Size(other.local_shape).numel() for other in layouts))
+    flat[: local.numel()] = local.flatten()
+    shards = [torch.empty_like(flat) for _ in layouts] if owner == dist.get_rank(group) else None
+    dist.gather(flat, shards, dst=dist.get_global_rank(group, owner), group=group)
+    if shards is None:
+        return None
+    full = torch.empty(layout.full_shape, dtype=local.dtype)
+    for shard, other in zip(shards, layouts, strict=True):
+        shaped = shard[: torch.Size(other.local_shape).numel()].view(other.local_shape)
+        for mine, slices in other.slices():
+            full[slices] = shaped[mine].to("cpu")
+    return full
 
 
 def _reason(error: Exception) -> str:

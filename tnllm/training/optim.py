@@ -1,9 +1,11 @@
-"""AdamW with and without weight decay by parameter, and an update that skips non-finite gradients.
+"""AdamW with and without weight decay by parameter, an update that skips non-finite gradients, and the learning rate.
 
 optimizer = make_optimizer(model, config.optimizer)
-norm = clip_and_step(model, optimizer, learning_rate=3e-4, max_norm=1.0, loss=loss)
+rate = learning_rate(config.schedule, config.optimizer.learning_rate, step)     # a pure function of the update number
+norm = clip_and_step(model, optimizer, rate, max_norm=1.0, loss=loss)
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tnllm.training.bf16_adamw import Bf16AdamW
-from tnllm.training.sections import OptimizerSection
+from tnllm.training.sections import OptimizerSection, ScheduleSection
 
 
 class Parameters(Protocol):
@@ -76,3 +78,28 @@ def clip_and_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def learning_rate(schedule: ScheduleSection, peak: float, step: int) -> float:
+    """Learning rate of update `step` (the first is 0).
+
+    Linear warm-up over `warmup_steps`, reaching `peak` with the last of them; then constant; or a fall to the floor
+    `min_ratio * peak`, which the last update before `horizon_steps` is at: cosine, linear, or wsd, which stays at the
+    peak and falls linearly over the last `decay_steps` (default: a tenth of the horizon, or what warm-up leaves of it).
+    After the horizon the rate stays at the floor. The horizon is a key of its own, so two runs that differ only in length
+    agree step for step.
+    """
+    floor, horizon, warmup = schedule.min_ratio, schedule.horizon_steps, schedule.warmup_steps
+    assert horizon is not None and warmup is not None, "a loaded recipe has both, once the data of its epochs is known"
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.kind == "constant":
+        return peak
+    fall = horizon - warmup
+    if schedule.kind == "wsd":
+        fall = schedule.decay_steps or min(max(1, horizon // 10), fall)
+    # Counted from the update before the fall, so that the last update of the horizon has all of it.
+    progress = min(1.0, max(0.0, (step + 1 - (horizon - fall)) / fall))
+    if schedule.kind == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    return peak * (1 - (1 - floor) * progress)

@@ -21,9 +21,8 @@ from tnllm.training.checkpoint import TrainState
 from tnllm.training.config import RunConfig
 from tnllm.training.loaders import AnyLoader
 from tnllm.training.loss_spikes import SpikeGuard
-from tnllm.training.optim import clip_and_step, make_optimizer
+from tnllm.training.optim import clip_and_step, learning_rate, make_optimizer
 from tnllm.training.run_model import fill_shards, make_meta_model, make_model, weights_dtype
-from tnllm.training.schedule import learning_rate
 from tnllm.training.sections import TrainSection
 from tnllm.training.signals import StopSignals
 
