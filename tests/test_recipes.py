@@ -9,7 +9,7 @@ from tnllm.files import format_count
 from tnllm.modeling.flops import count_parameters
 from tnllm.recipe import packaged_recipes, read_header
 from tnllm.training.config import load_recipe
-from tnllm.training.recipe_check import check_recipe
+from tnllm.training.dry_run import check_recipe
 
 NAMES = [path.stem for path in packaged_recipes()]
 # Trained parameters: the released checkpoints', and for 13b and 65b the papers' vocabulary.

@@ -23,8 +23,7 @@ from tnllm.errors import UserError
 from tnllm.modeling.config import PRESETS
 from tnllm.recipe import describe_keys, packaged_recipes
 from tnllm.training.config import FORMAT, load_recipe
-from tnllm.training.dry_run import dry_run_text
-from tnllm.training.recipe_check import check_recipe
+from tnllm.training.dry_run import check_recipe, dry_run_text
 
 NAMES = ("tiny", "tiny-transformer", "demo", "sft", "385m", "1b")
 LONGEST_LINE = 1000

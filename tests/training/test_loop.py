@@ -108,8 +108,7 @@ def test_epochs_end_a_run_and_resume_exactly(recipe, tmp_path, capfd):
 
 def test_plans_know_the_epochs(recipe, capsys):
     """Of text that is not tokenized yet, they go by its size: four bytes a token."""
-    from tnllm.training.dry_run import dry_run_text
-    from tnllm.training.recipe_check import check_recipe
+    from tnllm.training.dry_run import check_recipe, dry_run_text
 
     sets = ["train.max_epochs=2", "train.max_steps=null", "schedule.horizon_steps=null"]
     tokens = Path(load_recipe(str(recipe)).data.path[0].path).stat().st_size / 4

@@ -11,7 +11,7 @@ from tnllm.errors import UserError
 from tnllm.parallel.ranks import SingleProcess
 from tnllm.training import loaders
 from tnllm.training.config import load_recipe
-from tnllm.training.recipe_check import check_recipe
+from tnllm.training.dry_run import check_recipe
 from tnllm.training.validation import validate
 
 

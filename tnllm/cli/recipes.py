@@ -89,7 +89,7 @@ def check(
     from tnllm.errors import UserError
     from tnllm.files import format_count
     from tnllm.training.config import load_recipe
-    from tnllm.training.recipe_check import check_recipe
+    from tnllm.training.dry_run import check_recipe
 
     results = []
     for name in recipes:

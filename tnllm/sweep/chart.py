@@ -29,6 +29,7 @@ def draw(chart: Chart, rows: Sequence[Row], curves: Sequence[Row], repeats: Sequ
     with new_figure(6.5, height) as figure:
         axes = figure.subplots()
         axes.set_title(chart.title, loc="left")
+        axes.set_ylabel("validation loss (nats per token)")
         if chart.x == "cell":
             _dots(axes, done)
         elif chart.x == "parameters":
@@ -66,7 +67,7 @@ def _dots(axes: Any, rows: Sequence[Row]) -> None:
         axes.plot([line.loss], [index], "|", color=color, markersize=12)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel("validation loss (nats per token)")
+    axes.set(xlabel="validation loss (nats per token)", ylabel="")
 
 
 def _draw_line(axes: Any, index: int, points: Sequence[tuple[float, float]], label: str, markersize: float = 4) -> None:
@@ -94,7 +95,6 @@ def _lines(
         _draw_line(axes, index, points, label, markersize=3)
     _log_axis(axes)
     axes.set_xlabel("tokens (millions)" if speeds is None else "time on one GPU, the cell alone (s)")
-    axes.set_ylabel("validation loss (nats per token)")
 
 
 def power_law(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -118,7 +118,6 @@ def _sizes(axes: Any, rows: Sequence[Row]) -> None:
         axes.plot([size / 1e6 for size, _ in points], [loss for _, loss in points], "o", color=color, label=label)
     _log_axis(axes)
     axes.set_xlabel("parameters without the embedding (millions)")
-    axes.set_ylabel("validation loss (nats per token)")
 
 
 def _repeats(axes: Any, chart: Chart, repeats: Sequence[Row]) -> None:
@@ -127,7 +126,6 @@ def _repeats(axes: Any, chart: Chart, repeats: Sequence[Row]) -> None:
         points = [(row["repeat"], row["val_loss"]) for row in found if row["cell"] == found[0]["cell"]]
         _draw_line(axes, index, points, group)
     axes.set_xlabel("tokens since the same pair of tokens")
-    axes.set_ylabel("validation loss (nats per token)")
 
 
 def _pairs(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
@@ -172,4 +170,3 @@ def _against(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
             _draw_line(axes, index, sorted(points), group, markersize=6)
     _log_axis(axes)
     axes.set_xlabel(key.replace("_", " "))
-    axes.set_ylabel("validation loss (nats per token)")
