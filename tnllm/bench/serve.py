@@ -158,15 +158,11 @@ async def _row(
     }
     for name, values in times.items():
         for share in (50, 99):
-            row[f"{name}_p{share}_ms"] = _percentile(values, share)
+            index = min(len(values) - 1, share * len(values) // 100)
+            row[f"{name}_p{share}_ms"] = 1e3 * sorted(values)[index] if values else None
     for name, (host, device) in (("before", before), ("peak", peak), ("after", after)):
         row[f"memory_{name}_mib"], row[f"device_{name}_mib"] = host / 2**20 or None, device / 2**20 or None
     return row, results
-
-
-def _percentile(values: list[float], share: int) -> float | None:
-    """Of durations in seconds, in milliseconds."""
-    return 1e3 * sorted(values)[min(len(values) - 1, share * len(values) // 100)] if values else None
 
 
 class _Server:
@@ -209,7 +205,6 @@ class _Server:
         return float(values.get(names[0], 0)), float(values.get(names[1], 0))
 
     async def tokenize(self, text: str) -> list[int]:
-        """The ids of a text."""
         # vLLM and tnllm; llama.cpp.
         for key in ("prompt", "content"):
             status, answer = await self._text("POST", "/tokenize", json.dumps({key: text}).encode())

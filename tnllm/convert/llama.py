@@ -76,18 +76,16 @@ def _rows_of(make: Callable[[], Tensor], first: int, count: int) -> Callable[[],
     return lambda: make()[first : first + count]
 
 
-def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
-    """transformers' form of it. Of yarn, the factor of queries and keys follows from these."""
-    values = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-    return values | ({"original_max_position_embeddings": config.rope_length} if config.rope_scaling == "yarn" else {})
-
-
 def config_values(
     config: ModelConfig, dtype: torch.dtype, generation: dict[str, Any], max_position: int
 ) -> dict[str, Any]:
     """Return the values of config.json; `generation` are those of generation_config.json."""
     name = str(dtype).removeprefix("torch.")
     model_type = "qwen3" if config.qk_norm else "llama"
+    scaling: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling == "yarn":
+        # The factor of queries and keys follows from these.
+        scaling["original_max_position_embeddings"] = config.rope_length
     return {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
@@ -105,7 +103,7 @@ def config_values(
         "hidden_act": "linear" if config.glu_activation == "none" else config.glu_activation,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,
-        **({} if config.rope_scaling == "none" else {"rope_scaling": _rope_scaling(config)}),
+        **({} if config.rope_scaling == "none" else {"rope_scaling": scaling}),
         "max_position_embeddings": int(max_position * config.rope_factor),
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,

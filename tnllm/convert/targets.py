@@ -205,26 +205,21 @@ def _model_card(
     }
     terms = _RELEASED if source.kind == "official" else f"{licence}, said who converted them." if licence else _UNKNOWN
     guessed = source.kind == "official" and config.version == "v3"
-    return _CARD.substitute(
-        licence=licence or "other",
-        tags="tags: [transnormer, linear-attention, lightning-attention]\n" if linear else "",
-        name=source.folder.resolve().name,
-        what=what,
-        example=_example(tokenizer, own_code=linear),
-        code=_CODE if linear else "",
-        table="".join(f"| {key} | {value} |\n" for key, value in rows.items()),
-        limits=_LIMITS + (_RECALL if linear else "") + (_GUESSED if guessed else ""),
-        terms=terms + (" The Python files are Apache-2.0." if linear and source.kind != "official" else ""),
-        version=__version__,
-    )
-
-
-def _example(tokenizer: str, own_code: bool) -> str:
-    """The code on the card; `own_code`: the folder has its own."""
     imports, ids, text = _EXAMPLES[tokenizer]
     example = (
         f'```python\n{imports}\n\nfolder = "."\n{ids}\n'
         'model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")\n'
         f"output = model.generate(inputs, max_new_tokens=50)\nprint({text})\n```"
     )
-    return example if own_code else example.replace(", trust_remote_code=True", "")
+    return _CARD.substitute(
+        licence=licence or "other",
+        tags="tags: [transnormer, linear-attention, lightning-attention]\n" if linear else "",
+        name=source.folder.resolve().name,
+        what=what,
+        example=example if linear else example.replace(", trust_remote_code=True", ""),
+        code=_CODE if linear else "",
+        table="".join(f"| {key} | {value} |\n" for key, value in rows.items()),
+        limits=_LIMITS + (_RECALL if linear else "") + (_GUESSED if guessed else ""),
+        terms=terms + (" The Python files are Apache-2.0." if linear and source.kind != "official" else ""),
+        version=__version__,
+    )

@@ -96,13 +96,12 @@ def _open_safetensors(folder: Path, allow_int8: bool) -> Tensors:
         _merge(infos, safetensors_infos(file, allow_int8))
     _check_index(folder, INDEX, infos)
 
-    return Tensors(f"safetensors, {_count(files)}", files, infos, lambda name: read_safetensors(infos[name], name))
+    def read(name: str) -> Tensor:
+        with _opened(infos[name].file) as tensors:
+            # In memory of its own.
+            return tensors.get_tensor(name).clone()
 
-
-def read_safetensors(info: Info, name: str) -> Tensor:
-    """Read one tensor into its own memory."""
-    with _opened(info.file) as tensors:
-        return tensors.get_tensor(name).clone()
+    return Tensors(f"safetensors, {_count(files)}", files, infos, read)
 
 
 @contextmanager

@@ -88,15 +88,11 @@ def check_structured_outputs(given: Any) -> Wanted:
     if name == "choice":
         if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
             raise RequestError(f"{where} is {shown(value)}; allowed: a list of texts", where)
-        return "regex", "|".join(_escaped(one) for one in value)
+        # Escaped as Rust's syntax asks.
+        return "regex", "|".join(re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", one) for one in value)
     if name == "json":
         return "json", _schema(value, where)
     return "gbnf" if name == "grammar" else name, typed(value, str, where, "a text")
-
-
-def _escaped(text: str) -> str:
-    """A text as an expression of Rust's syntax."""
-    return re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", text)
 
 
 def check_tools(given: Any) -> list[tuple[str, Any]]:

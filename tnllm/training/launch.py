@@ -66,21 +66,17 @@ def torchrun(module: Sequence[str], nproc: int, options: Sequence[str] = (), shu
     # Its log repeats as an error what the rank itself has reported in one line.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    parser = get_args_parser()
     given = ["--standalone", "--nproc-per-node", str(nproc), *options]
-    given += ["--shutdown-timeout", str(shutdown_s)] if _knows_shutdown_timeout() else []
+    # Not every torch has it.
+    given += ["--shutdown-timeout", str(shutdown_s)] if "--shutdown-timeout" in parser.format_help() else []
     handlers = {number: signal.getsignal(number) for number in _TORCHRUN_SIGNALS}
     try:
-        run(get_args_parser().parse_args([*given, "-m", *module]))
+        run(parser.parse_args([*given, "-m", *module]))
     finally:
         # torchrun leaves its own, which raise.
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _knows_shutdown_timeout() -> bool:
-    from torch.distributed.run import get_args_parser
-
-    return "--shutdown-timeout" in get_args_parser().format_help()
 
 
 def train_on_mesh(config: RunConfig, out: Path, resume: str | None, **how: bool) -> None:
