@@ -70,7 +70,7 @@ def _dots(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(xlabel="validation loss (nats per token)", ylabel="")
 
 
-def _draw_line(axes: Any, index: int, points: Sequence[tuple[float, float]], label: str, markersize: float = 4) -> None:
+def _draw_line(axes: Any, index: int, points: Sequence[tuple[float, Any]], label: str, markersize: float = 4) -> None:
     if points:
         color = COLORS[index % len(COLORS)]
         axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=markersize, label=label)
