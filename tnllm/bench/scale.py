@@ -160,14 +160,9 @@ def run_config(case: MeshCase, plan: Plan, phase: str = "time") -> RunConfig:
     seq_len, rows = case.checked if phase == "check" else (case.seq_len, case.rows)
     step = Case(case.preset, "transnormer", seq_len, rows, plan.activation_checkpointing)
     try:
-        config = train.run_config(
-            step,
-            torch.device(plan.device),
-            plan.compiled,
-            plan.dtype,
-            train.check_model(step.model) if phase == "check" else None,
-            ParallelSection(**case.axes, timeout_s=plan.timeout_s),
-        )
+        small = train.check_model(step.model) if phase == "check" else None
+        mesh = ParallelSection(**case.axes, timeout_s=plan.timeout_s)
+        config = train.run_config(step, torch.device(plan.device), plan.compiled, plan.dtype, small, mesh)
         if phase == "check":
             slow = config.optimizer.model_copy(update={"learning_rate": _CHECK_LEARNING_RATE})
             config = config.model_copy(update={"optimizer": slow})

@@ -167,17 +167,9 @@ def open_run(
         tokenizer = ranks.main_first(
             lambda: open_tokenizer(config.tokenizer.path, config.data, config.init_folder, config.model.vocab_size)
         )
+        rows, seed, init, mine = config.global_batch_rows, config.train.seed, config.init_folder, ranks.data_rank
         loader, validation = ranks.main_first(
-            lambda: open_loaders(
-                config.data,
-                tokenizer,
-                config.global_batch_rows,
-                config.train.seed,
-                config.init_folder,
-                ranks.data_rank,
-                ranks.data_size,
-                out / "stream",
-            )
+            lambda: open_loaders(config.data, tokenizer, rows, seed, init, mine, ranks.data_size, out / "stream")
         )
         if isinstance(loader, Loader):
             stack.callback(loader.close)
