@@ -93,9 +93,7 @@ def bench_attention(
         "dtype": str(dtype).removeprefix("torch."),
         "copy_tb_per_s": bandwidth / 1e12,
     }
-    accuracy: list[dict] = []
-    rows: list[dict] = []
-    results = {"environment": environment, "accuracy": accuracy, "rows": rows}
+    results: dict = {"environment": environment, "accuracy": [], "rows": []}
     limit = ERROR_LIMIT[dtype]
     later: list[tuple[_Clock, Shape, int]] = []
 
@@ -104,9 +102,9 @@ def bench_attention(
 
     def keep(row: dict) -> None:
         log(_line(row))
-        rows[:] = [other for other in rows if identity(other) != identity(row)] + [row]
+        others = [other for other in results["rows"] if identity(other) != identity(row)]
         # Providers of one shape stand together in the table.
-        rows.sort(key=identity)
+        results["rows"] = sorted([*others, row], key=identity)
         on_row(results)
 
     with budget:
@@ -123,7 +121,7 @@ def bench_attention(
                 continue
             good = all(error <= limit for error in errors.values())
             missing = dict.fromkeys(("o", "dq", "dk", "dv"))
-            accuracy.append(
+            results["accuracy"].append(
                 {"provider": provider.name, **missing, **errors, "limit": limit, "passed": good,
                  "differs": provider.differs}
             )  # fmt: skip

@@ -84,9 +84,6 @@ def bench_decode(
     """
     budget = budget or Budget(log=log)
     bandwidth = copy_bandwidth(device)
-    accuracy: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, Any]] = []
     compiled = compiled and device.type == "cuda"
     environment = {
         **describe_device(device),
@@ -94,7 +91,7 @@ def bench_decode(
         "copy_tb_per_s": bandwidth / 1e12,
         "baseline": "compiled, one CUDA graph" if compiled else "eager",
     }
-    results = {"environment": environment, "accuracy": accuracy, "rows": rows, "skipped": skipped}
+    results: dict[str, Any] = {"environment": environment, "accuracy": [], "rows": [], "skipped": []}
     kinds = ("transnormer", "transformer") if contexts else ("transnormer",)
     with budget:
         for number, kind in enumerate(kinds):
@@ -106,7 +103,7 @@ def bench_decode(
                 pack_weights(model)
             log(f"{preset} {kind}: checking the step against the full forward pass")
             checked = _check(model, compiled)
-            accuracy.append(checked)
+            results["accuracy"].append(checked)
             if not checked["passed"]:
                 raise RunError(
                     f"the decoding step of {preset} {kind} is wrong, so nothing is timed: "
@@ -118,9 +115,9 @@ def bench_decode(
                 row = {"preset": preset, "softmax_every": config.softmax_every, **point.__dict__}
                 measured = _row(model, point, bandwidth, budget_s, compiled, budget, len(points) - done)
                 if isinstance(measured, str):
-                    skipped.append({**row, "reason": measured})
+                    results["skipped"].append({**row, "reason": measured})
                     continue
-                rows.append(row | measured)
+                results["rows"].append(row | measured)
                 log(f"{point.name}: {measured['step_ms']:.3f} ms, {measured['tokens_per_s']:,.0f} tokens/s")
                 on_row(results)
             del model

@@ -78,14 +78,11 @@ class FixedStep:
         """[1] argmax of the last call's logits, taken inside the graph; None for several rows and on CPU."""
         return self._tokens if self._graph is not None and len(self._tokens) == 1 else None
 
-    def _hidden(self) -> Tensor:
+    def _step(self) -> Tensor:
         x = self._model.embed_tokens(self._tokens)
         for block, (keys, values) in zip(self._model.blocks, self._cache.unbind(0), strict=True):
             x = self._layer(block, x, self._positions, keys, values)
-        return self._model.final_norm(x)
-
-    def _step(self) -> Tensor:
-        return self._model.logits(self._hidden())
+        return self._model.logits(self._model.final_norm(x))
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ another function says so in `differs`, and is checked against the definition of 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -87,37 +89,28 @@ class Provider:
 
 
 def _plain_torch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """The masked left product [(q k^T) * decay] v, [T, T] per head: the papers' point of comparison."""
-    mask = decay_mask(log_decay, q.shape[2], q.dtype)
-    return ((q @ k.mT) * mask) @ v
+    """The masked left product [(q k^T) * decay] v, [T, T] per head: the papers' point of comparison.
 
-
-_MASKS: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-
-
-def decay_mask(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """[H, T, T]; cached between calls, as models do, so it is neither timed nor counted as extra memory."""
-    key = (length, dtype, log_decay.device)
-    if key not in _MASKS or _MASKS[key].shape[0] != len(log_decay):
+    The mask is kept between calls, as models do, so it is neither timed nor counted as extra memory.
+    """
+    key = (len(log_decay), q.shape[2], q.dtype, q.device)
+    if key not in _MASKS:
         _MASKS.clear()
         # One head at a time: the full mask in fp32 would be the largest tensor of the benchmark.
-        step = torch.arange(length, device=log_decay.device)
+        step = torch.arange(q.shape[2], device=q.device)
         gap = step[:, None] - step
-        heads = [torch.where(gap >= 0, (g * gap.clamp(min=0)).exp(), 0.0).to(dtype) for g in log_decay]
+        heads = [torch.where(gap >= 0, (g * gap.clamp(min=0)).exp(), 0.0).to(q.dtype) for g in log_decay]
         _MASKS[key] = torch.stack(heads)
-    return _MASKS[key]
+    return ((q @ k.mT) * _MASKS[key]) @ v
 
 
-def _fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+_MASKS: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: bool = False) -> Tensor:
     from fla.ops.simple_gla import chunk_simple_gla
 
-    return chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0)[0]
-
-
-def _fla_state(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    return chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0, output_final_state=True)[1]
+    return chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0, output_final_state=state)[int(state)]
 
 
 def _official(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -129,16 +122,13 @@ def _official(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
 def _tfla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     from mlstm_kernels.torch.chunkwise.triton_xl_chunk_siging import mlstm_siging_chunkwise__xl_chunk
 
-    input_gate, forget_gate = mlstm_gates(q, log_decay)
+    # Input and forget gates [B, H, T] before their sigmoids, which make of them 1 and the decay.
+    input_gate = q.new_full(q.shape[:3], 30.0, dtype=torch.float32)
+    decay_logit = log_decay - (-torch.expm1(log_decay)).log()
+    forget_gate = decay_logit[:, None].expand(q.shape[:3]).contiguous()
     return mlstm_siging_chunkwise__xl_chunk(
         q, k, v, input_gate, forget_gate, normalize=False, autocast_kernel_dtype=q.dtype
     )
-
-
-def mlstm_gates(q: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and forget gates [B, H, T] before their sigmoids, which make of them 1 and the decay."""
-    decay_logit = log_decay - (-torch.expm1(log_decay)).log()
-    return q.new_full(q.shape[:3], 30.0, dtype=torch.float32), decay_logit[:, None].expand(q.shape[:3]).contiguous()
 
 
 def _flash_qla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -163,9 +153,7 @@ def _flashinfer(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
 
 def _sdpa(backend: SDPBackend | None) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        with sdpa_kernel(backend):
+        with nullcontext() if backend is None else sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     return attend
@@ -181,7 +169,7 @@ PROVIDERS = {
             state=lambda *x: lightning_attention(*x)[1],
         ),
         Provider("torch", _plain_torch, heads_first=True, devices=("cuda", "cpu"), quadratic_memory=True),
-        Provider("fla", _fla, module="fla", state=_fla_state),
+        Provider("fla", _fla, module="fla", state=partial(_fla, state=True)),
         Provider("lightning-attn", _official, heads_first=True, module="lightning_attn"),
         Provider(
             "mlstm", _tfla, _scaled_linear, "gates by token, scale D^-0.5", heads_first=True, multiple=128,

@@ -392,8 +392,6 @@ def _base(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def scaling(axes: dict[str, int]) -> str:
-    weak = [
-        word for word, on in (("rows", axes["replicate"] * axes["shard"] > 1), ("length", axes["sequence"] > 1)) if on
-    ]
-    parts = [f"weak ({' and '.join(weak)})"] if weak else []
-    return " x ".join([*parts, "strong"]) if axes["tensor"] > 1 else (parts[0] if parts else "-")
+    grows = {"rows": axes["replicate"] * axes["shard"] > 1, "length": axes["sequence"] > 1}
+    weak = " and ".join(word for word in grows if grows[word])
+    return " x ".join([f"weak ({weak})"] * bool(weak) + ["strong"] * (axes["tensor"] > 1)) or "-"

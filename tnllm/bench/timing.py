@@ -21,10 +21,8 @@ _CACHE_BYTES = 256 << 20
 class Timing:
     """Milliseconds: median, 20th and 80th percentile; compilation (first call minus median); host time of one call.
 
-    `repeats`: calls behind the median.
-
     On a GPU the first three are device time, with the host running ahead as it does in training; where `host_ms` is
-    larger, a single call is limited by the host.
+    larger, a single call is limited by the host. `repeats`: calls behind the median.
     """
 
     median_ms: float

@@ -94,9 +94,8 @@ def sequence_attention(
 ) -> Tensor:
     """Causal linear attention over the slices of all ranks; returns the outputs of this rank's slice.
 
-    q, k [B, L, H, D] and v [B, L, H, E] of one dtype: this rank's slice. log_decay [H] fp32. cu_seqlens [N + 1]
-    int32 as `shard_sequence` returns them (then B = 1), or None.
-    Returns o [B, L, H, E] in v's dtype. Differentiable (once) in q, k, v.
+    q, k [B, L, H, D] and v [B, L, H, E] of one dtype: this rank's slice. log_decay [H] fp32. cu_seqlens [N + 1] int32
+    as `shard_sequence` returns them (then B = 1), or None. o [B, L, H, E] in v's dtype. Differentiable (once) in q, k, v.
     """
     return _forward(q, k, v, log_decay, cu_seqlens, rank, size, group)[0]
 

@@ -22,7 +22,7 @@ cells whose speed counts: nothing else runs beside them. `trainer: llama` trains
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -99,16 +99,12 @@ class Plan:
 
         There are none where every cell it could choose from failed: one bad group does not stop the others.
         """
-        start = Cell(group.name, "", group.recipe or "", {}, 0)
-        if group.best_of:
-            candidates = self._candidates(group, rows)
-            if candidates is None:
-                return None
-            if not candidates:
-                return []
-            best = min(candidates, key=lambda item: (item[0], item[1].name))[1]
-            start = replace(best, recipe=group.recipe or best.recipe)
-        return _expand(group, start)
+        if not group.best_of:
+            return _expand(group)
+        candidates = self._candidates(group, rows)
+        if not candidates:
+            return None if candidates is None else []
+        return _expand(group, min(candidates, key=lambda item: (item[0], item[1].name))[1])
 
     def _candidates(self, group: Group, rows: Sequence[Row]) -> list[tuple[float, Cell]] | None:
         """Loss and cell of all that ended well in the groups `group` chooses from; None while one of them is open."""
@@ -127,15 +123,12 @@ class Plan:
 
     def examples(self, group: Group) -> list[Cell]:
         """The cells of `group` as they would be if the first cell it can choose from were the best."""
-        start = Cell(group.name, "", group.recipe or "", {}, 0)
-        if group.best_of:
-            first = self.examples(self.groups[group.best_of[0]])[0]
-            start = replace(first, recipe=group.recipe or first.recipe)
-        return _expand(group, start)
+        return _expand(group, self.examples(self.groups[group.best_of[0]])[0] if group.best_of else None)
 
 
-def _expand(group: Group, start: Cell) -> list[Cell]:
-    cells = []
+def _expand(group: Group, best: Cell | None = None) -> list[Cell]:
+    """The cells of `group`, which start from the `best` of the groups it chooses from."""
+    cells, recipe, before = [], group.recipe or (best.recipe if best else ""), best.overrides if best else {}
     for values in product(*group.grid.values()):
         chosen = dict(zip(group.grid, values, strict=True))
         for variant in group.variants:
@@ -143,8 +136,8 @@ def _expand(group: Group, start: Cell) -> list[Cell]:
             overrides = {key: _text(value) for key, value in {**group.sets, **own}.items()}
             choice = ",".join(f"{key.rpartition('.')[2]}={_text(value)}" for key, value in own.items())
             for seed in group.seeds:
-                more = {**start.overrides, **overrides}
-                cells.append(Cell(group.name, choice, start.recipe, more, seed, group.alone, group.trainer))
+                more = {**before, **overrides}
+                cells.append(Cell(group.name, choice, recipe, more, seed, group.alone, group.trainer))
     return cells
 
 

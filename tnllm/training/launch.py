@@ -116,8 +116,7 @@ def fit_mesh(mesh: ParallelSection, rows: int, micro: int, world_size: int) -> d
     """The keys to set for `world_size` ranks; empty if the recipe's `mesh` fits.
 
     `rows` of an optimizer step, `micro` of one pass. For a recipe of one rank, weights are sharded, and micro-batches get
-    smaller if a step has too few rows for all ranks.
-    Raises UserError if the recipe asks for another number of ranks.
+    smaller if a step has too few rows for all ranks. Raises UserError if the recipe asks for another number of ranks.
     """
     if mesh.num_ranks == world_size:
         return {}
