@@ -88,11 +88,8 @@ def bench_attention(
     budget = budget or Budget(log=log)
     providers = choose(names, device, dtype, log)
     bandwidth = copy_bandwidth(device)
-    environment = {
-        **describe_device(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "copy_tb_per_s": bandwidth / 1e12,
-    }
+    environment = {**describe_device(device), "dtype": str(dtype).removeprefix("torch.")}
+    environment["copy_tb_per_s"] = bandwidth / 1e12
     results: dict = {"environment": environment, "accuracy": [], "rows": []}
     limit = ERROR_LIMIT[dtype]
     later: list[tuple[_Clock, Shape, int]] = []

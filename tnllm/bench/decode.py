@@ -48,8 +48,6 @@ _FAR = 1 << 20
 
 @dataclass(frozen=True)
 class _Point:
-    """One measurement to take."""
-
     provider: str  # tnllm or transformer
     sweep: str  # position or batch
     batch: int

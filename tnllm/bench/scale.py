@@ -104,12 +104,10 @@ class MeshCase:
 
     @property
     def name(self) -> str:
-        """Of its files."""
         return "-".join([self.preset, self.mesh, str(self.ranks), *self.phases])
 
     @property
     def title(self) -> str:
-        """For people."""
         where = "one GPU" if self.mesh == ONE else f"{self.mesh} on {self.ranks}"
         return f"{self.preset}, {where}, {self.rows} x {self.seq_len} tokens ({', '.join(self.phases)})"
 
@@ -229,13 +227,12 @@ def bench_scaling(
     the time of the cases of its preset before it, is skipped.
 
     A row of `rows`: preset, gpus, mesh and its axes, seq_len, rows, tokens, scaling; status ("ok", "out of memory",
-    "wrong", "failed") and reason; step_ms (median; low_ms, high_ms: 20th and 80th percentile), tokens_per_s,
-    per_gpu (tokens/s and GPU), efficiency (per_gpu over that of `base_gpus` GPUs), mfu, mfu_sheet, peak_gib (the
-    largest of all ranks, allocated by torch in steady steps), comm_ms and comm_exposed_ms (a step's time in
-    collectives, waiting for other ranks included; and that part of it in which nothing else ran), ms_AXIS and sent_AXIS
-    (bytes a rank sends in a step, counted), computed_bytes (the same by formula), compile_s (what the first step took
-    beyond a steady one, the model's set-up included), left_gib (allocated before the timing began). Null: could not be
-    measured.
+    "wrong", "failed") and reason; step_ms (median; low_ms, high_ms: 20th and 80th percentile), tokens_per_s, per_gpu
+    (tokens/s and GPU), efficiency (per_gpu over that of `base_gpus` GPUs), mfu, mfu_sheet, peak_gib (the largest of all
+    ranks, allocated by torch in steady steps), comm_ms and comm_exposed_ms (a step's time in collectives, waiting for
+    other ranks included; and that part of it in which nothing else ran), ms_AXIS and sent_AXIS (bytes a rank sends in a
+    step, counted), computed_bytes (the same by formula), compile_s (what the first step took beyond a steady one, the
+    model's set-up included), left_gib (allocated before the timing began). Null: could not be measured.
     """
     cases = make_cases(plan)
     budget = budget or Budget(log=log)

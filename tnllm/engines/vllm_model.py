@@ -65,7 +65,6 @@ class StateLayer(MambaBase):
         vllm_config.compilation_config.static_forward_context[name] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what a page holds."""
         return (self.shape,)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:

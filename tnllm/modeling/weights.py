@@ -147,10 +147,9 @@ def load_model(
 ) -> LanguageModel:
     """Load a weights folder or run folder (None: the model that ships in the package), ready for inference.
 
-    `dtype` None keeps the stored one. For torch.int8 (`tnllm.modeling.int8`) matrices are rounded as they are read; those
-    that a folder holds in int8 are widened for another. An adapter in a training checkpoint is merged, or with `merge`
-    False stays attached.
-    Raises UserError for a folder that is not a model, RunError for damaged files.
+    `dtype` None keeps the stored one. For torch.int8 (`tnllm.modeling.int8`) matrices are rounded as they are read;
+    those that a folder holds in int8 are widened for another. An adapter in a training checkpoint is merged, or with
+    `merge` False stays attached. Raises UserError for a folder that is not a model, RunError for damaged files.
     """
     folder = resolve_model(folder)
     config, stored = read_config(folder)

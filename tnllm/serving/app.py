@@ -120,10 +120,8 @@ def make_app(
         """Answer the last message of a conversation."""
         return await generator.respond(request, ChatRequest, ChatAnswer)
 
-    created = engine.metrics.started
-
     def described_model(served: Served) -> dict[str, Any]:
-        return {"id": served.name, "object": "model", "created": int(created), "owned_by": "tnllm"}
+        return {"id": served.name, "object": "model", "created": int(engine.metrics.started), "owned_by": "tnllm"}
 
     @app.get("/v1/models", **described(ModelList))
     @app.get("/models", **described(ModelList))

@@ -54,9 +54,8 @@ def check_response_format(given: Any) -> Wanted | None:
     own = {"json_schema": "json_schema", "regex": "pattern", "json_object": "schema"}.get(str(kind))
     for key, fitting in (("pattern", str), ("json_schema", dict), ("schema", dict)):
         if key != own and values.get(key) is not None and not isinstance(values[key], fitting):
-            raise RequestError(
-                f"response_format.{key} is {shown(values[key])}; it needs another type", "response_format"
-            )
+            message = f"response_format.{key} is {shown(values[key])}; it needs another type"
+            raise RequestError(message, "response_format")
     kept = without_neutral(values, {}, ["type", *([own] if own else [])], "response_format.")
     if kind == "text":
         return None

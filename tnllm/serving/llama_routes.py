@@ -109,7 +109,10 @@ class NativeAnswer(Answer):
         request, index = self._request, choice // self.params.n
         given = request.prompt
         prompt = given if isinstance(given, str) else given[index] if isinstance(given[0], str) else None
-        stop = "" if result.finish_reason != "stop" else self._stopping(result)
+        stop = ""
+        if result.finish_reason == "stop":
+            rest = self._tokenizer.decode(result.tokens)[len(result.text) :]
+            stop = next((stop for stop in self.params.stop if rest.startswith(stop)), "")
         return {
             "index": choice,
             "content": (prompt or "") * request.echo + result.text,
@@ -128,10 +131,6 @@ class NativeAnswer(Answer):
             "generation_settings": {name: getattr(self.params, name) for name in SETTINGS} | {"seed": result.seed},
             **self._probabilities(result.logprobs),
         }
-
-    def _stopping(self, result: Result) -> str:
-        rest = self._tokenizer.decode(result.tokens)[len(result.text) :]
-        return next((stop for stop in self.params.stop if rest.startswith(stop)), "")
 
     def _probabilities(self, entries: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         if not entries:
@@ -206,7 +205,6 @@ class SlotStates:
         return {"n_restored": stored.num_tokens, "n_read": stored.content.nbytes}
 
     def erase(self, owner: str, slot: int, name: str) -> dict[str, Any]:
-        """Forget what is in a slot."""
         held = self.get(owner, slot)
         self.put(owner, slot, None)
         return {"n_erased": held.context.num_tokens if held else 0}

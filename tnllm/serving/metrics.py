@@ -69,7 +69,6 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Durations observed."""
         return sum(self._counts)
 
     def observe(self, seconds: float) -> None:

@@ -29,8 +29,6 @@ class Served:
 
 
 class Models:
-    """All models of a server."""
-
     def __init__(self, name: str, engine: Engine, others: Mapping[str, Engine]) -> None:
         """The first is used where a request names none. All have one tokenizer."""
         grammars = Grammars(engine.loaded.tokenizer, engine.loaded.eos_ids)
@@ -50,7 +48,6 @@ class Models:
         return served
 
     def of(self, stored: Stored) -> Served:
-        """The model of a state."""
         return next(one for one in self if one.engine.weights == stored.content.weights)
 
     def chosen(self, name: str | None, stored: Stored | None) -> Served:

@@ -52,8 +52,6 @@ class _Content:
 
 @dataclass(eq=False)
 class Stored:
-    """A state."""
-
     id: str
     owner: str
     content: _Content

@@ -55,9 +55,8 @@ class TokenizeRequest(_Text):
         given = {"content": self.content, "prompt": self.prompt, "messages": self.messages}
         names = [name for name, value in given.items() if value is not None]
         if len(names) != 1:
-            raise RequestError(
-                f"give one of content, prompt and messages; given: {', '.join(names) or 'none'}", "content"
-            )
+            message = f"give one of content, prompt and messages; given: {', '.join(names) or 'none'}"
+            raise RequestError(message, "content")
         start = self.add_special if self.add_special is not None else self.add_special_tokens
         if self.messages is not None:
             ids, _ = turns(loaded, self.messages, most, awaits_answer=False, is_last=True)

@@ -140,9 +140,7 @@ def _pairs(axes: Any, chart: Chart, rows: Sequence[Row]) -> None:
         _draw_line(axes, index, sorted(points), group, markersize=6)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_ylim(-3, 103)
-    axes.set_xlabel("pairs in a row")
-    axes.set_ylabel("right answers, %")
+    axes.set(ylim=(-3, 103), xlabel="pairs in a row", ylabel="right answers, %")
 
 
 def _log_axis(axes: Any) -> None:

@@ -37,7 +37,6 @@ class StepTimer:
         self.rank_wait_s += update.rank_wait_s
 
     def steps_per_s(self) -> float:
-        """Since the last restart."""
         return self._steps / (time.perf_counter() - self._started)
 
     def waits(self, ranks: SingleProcess) -> dict[str, float]:

@@ -6,8 +6,8 @@ norm = clip_and_step(model, optimizer, rate, max_norm=1.0, loss=loss)
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from tnllm.training.bf16_adamw import Bf16AdamW
 from tnllm.training.sections import OptimizerSection, ScheduleSection
 
-
-class Parameters(Protocol):
-    """Named parameters: a module's, or a rank's shards of a model on a mesh."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+if TYPE_CHECKING:
+    from tnllm.parallel.parallelize import ShardedModel
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -32,7 +27,9 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not name.endswith("lrpe.theta")
 
 
-def make_optimizer(model: Parameters, config: OptimizerSection, compiled: bool = False) -> torch.optim.AdamW:
+def make_optimizer(
+    model: "nn.Module | ShardedModel", config: OptimizerSection, compiled: bool = False
+) -> torch.optim.AdamW:
     """AdamW over two groups of `model`'s trained parameters: torch's fused one, or Bf16AdamW for bf16 weights.
 
     `compiled` compiles the update of the latter, which is plain torch.
@@ -49,7 +46,7 @@ def make_optimizer(model: Parameters, config: OptimizerSection, compiled: bool =
 
 
 def clip_and_step(
-    model: Parameters,
+    model: "nn.Module | ShardedModel",
     optimizer: torch.optim.AdamW,
     learning_rate: float,
     max_norm: float,
