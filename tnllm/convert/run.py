@@ -306,17 +306,15 @@ def _measure(
 
 def key_map(source: Source, plan: Plan) -> list[dict[str, Any]]:
     """Return the rows that `--dry-run` prints: each key of the source and the tensors written for it."""
-    rows = []
-    for name, key in source.keys.items():
-        info = source.tensors.infos.get(key)
-        rows.append(
-            {
-                "source": key, "shape": list(source.expected[name]),
-                "dtype": None if info is None else str(info.dtype).removeprefix("torch."),
-                "result": [output.name for output in plan.by_name[name]], "status": "missing" if info is None else "ok",
-            }
-        )  # fmt: skip
-    return rows
+    infos = source.tensors.infos
+    return [
+        {
+            "source": key, "shape": list(source.expected[name]),
+            "dtype": str(infos[key].dtype).removeprefix("torch.") if key in infos else None,
+            "result": [output.name for output in plan.by_name[name]], "status": "ok" if key in infos else "missing",
+        }
+        for name, key in source.keys.items()
+    ]  # fmt: skip
 
 
 def shard_names(plan: Plan, shard_bytes: int) -> dict[str, int]:

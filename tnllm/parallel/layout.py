@@ -57,11 +57,6 @@ class Layout:
         assert self.full_shape[self.dim] % (self.blocks * self.tensor[1]) == 0, self
         return tuple(n // self.tensor[1] if d == self.dim else n for d, n in enumerate(self.full_shape))
 
-    @property
-    def partial_gradient(self) -> bool:
-        """Whether the gradient must be summed over tensor ranks."""
-        return self.tensor[1] > 1 and self.name.endswith(PARTIAL_GRADIENT)
-
     def with_rows(self, fsdp: tuple[int, int]) -> "Layout":
         """The rows that FSDP rank `fsdp` = (rank, size) keeps: ceil(rows / size) each, as torch.chunk gives them."""
         rank, size = fsdp

@@ -40,10 +40,6 @@ class Mesh:
     fsdp: DeviceMesh | None
 
     @property
-    def world_size(self) -> int:
-        return self.data_size * self.sizes["sequence"] * self.sizes["tensor"]
-
-    @property
     def index(self) -> dict[str, int]:
         rest, index = self.rank, {}
         for axis in reversed(AXES):

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from tnllm.modeling.attention import GatedLinearAttention
 from tnllm.modeling.lora import add_lora, lora_layers
 from tnllm.modeling.model import LanguageModel, build_model, compile_block
-from tnllm.parallel.layout import Layout
+from tnllm.parallel.layout import PARTIAL_GRADIENT, Layout
 from tnllm.parallel.mesh import Mesh
 from tnllm.parallel.sequence import sequence_attention, sequence_gated_attention
 from tnllm.parallel.tensor import shard_heads
@@ -134,7 +134,7 @@ class ShardedModel:
             elif groups["batch"].size() > 1:
                 # LRPE's frequencies, which FSDP ignores.
                 dist.all_reduce(gradient, group=groups["batch"])
-            if shard.layout.partial_gradient:
+            if self.mesh.sizes["tensor"] > 1 and shard.layout.name.endswith(PARTIAL_GRADIENT):
                 assert shard.local.grad is not None
                 dist.all_reduce(shard.local.grad, group=groups["tensor"])
         gradients = [p.local.grad for p in self.shards.values() if p.in_norm and p.local.grad is not None]

@@ -7,6 +7,7 @@
 With one process every method returns what it was given.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -82,7 +83,7 @@ class Distributed(SingleProcess):
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.size, self.rank, self.main = mesh.world_size, mesh.rank, mesh.rank == 0
+        self.size, self.rank, self.main = math.prod(mesh.sizes.values()), mesh.rank, mesh.rank == 0
         self.data_rank, self.data_size = mesh.data_rank, mesh.data_size
         self._control = mesh.groups["control"]
         # Ranks that read the same rows count the same labels.

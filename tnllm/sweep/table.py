@@ -70,17 +70,9 @@ def summarize(rows: Sequence[Row]) -> list[Line]:
     lines = []
     for (group, choice), cells in together.items():
         done = [cell for cell in cells if cell["status"] == "done"]
-        lines.append(
-            Line(
-                group,
-                choice,
-                cells[0]["recipe"],
-                max(cell["tokens"] for cell in cells),
-                [cell["val_loss"] for cell in done],
-                [cell["val_bpb"] for cell in done],
-                [cell["val_accuracy"] for cell in done if cell.get("val_accuracy") is not None],
-                mean([cell["tokens_per_s"] for cell in done]) if done else 0.0,
-                len(cells) - len(done),
-            )
-        )
+        losses, bits = [cell["val_loss"] for cell in done], [cell["val_bpb"] for cell in done]
+        accuracies = [cell["val_accuracy"] for cell in done if cell.get("val_accuracy") is not None]
+        tokens, failed = max(cell["tokens"] for cell in cells), len(cells) - len(done)
+        speed = mean([cell["tokens_per_s"] for cell in done]) if done else 0.0
+        lines.append(Line(group, choice, cells[0]["recipe"], tokens, losses, bits, accuracies, speed, failed))
     return lines
