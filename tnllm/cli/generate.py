@@ -54,6 +54,9 @@ def command(
     stop: list[str] = _sampling([], help=r"End before this text; \n is a newline. Repeatable."),
     n: int | None = _sampling(None, help="Samples for each prompt."),
     ignore_eos: bool = _sampling(False, "--ignore-eos", help="Continue after the end token."),
+    prompt_lookup: int | None = _sampling(
+        None, help="Most tokens proposed at once from an earlier passage and verified in one pass: 16 suits a CPU."
+    ),
     output: Path | None = _output(None, help="Write the results of --input here; run again to resume after a stop."),
     json_: bool = _output(False, "--json", help="One JSON object per result; always so for --input."),
     logprobs: int | None = _output(None, help="With --json: log-probabilities, also of the N most likely tokens."),
@@ -71,6 +74,7 @@ def command(
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "seed": seed, "n": n, "logprobs": logprobs,
         "stop": [_unescape(text) for text in stop] or None, "ignore_eos": ignore_eos or None,
+        "prompt_lookup": prompt_lookup,
     }  # fmt: skip
     options = {key: value for key, value in given.items() if value is not None}
     flags = {"--prompt": prompt, "--prompt-file": prompt_file, "--input": input, "--chat": chat or None}
@@ -91,6 +95,7 @@ def command(
     from tnllm.generation.context import load_context, read_metadata, weights_hash
     from tnllm.generation.loading import load
     from tnllm.generation.sampler import SamplingParams
+    from tnllm.generation.slots import check_lookup
 
     # Bad options, unreadable prompts and states, and unwritable outputs raise before a large model is loaded.
     SamplingParams.of(options)
@@ -105,6 +110,8 @@ def command(
     _check_output(output or state_out, is_batch, [Path(path) for path in read if path])
     log_default_model(model)
     ready = load(model, device, dtype, adapter)
+    if prompt_lookup:
+        check_lookup(ready.model)
     weights = weights_hash(ready.model) if state_in or state_out or output else ""
     context = load_context(state_in, ready.model, weights) if state_in else None
     run = _Run(ready, options, context, batch_size, echo, weights)

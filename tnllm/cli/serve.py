@@ -44,6 +44,7 @@ def command(
     state_gib: float = _limits(1.0, min=0, help="For states that clients keep; 0 keeps none."),
     state_gib_per_key: float | None = _limits(None, min=0, help="The same for one API key. Default: all of it."),
     state_hours: float = _limits(24.0, min=0.001, help="A state that is not used for so long is deleted."),
+    prompt_lookup: int = typer.Option(0, min=0, max=64, help="Most tokens proposed at once while one text runs; 0: none."),
     drain_seconds: int = _limits(30, min=0, help="How long running requests may continue after SIGTERM or Ctrl-C."),
     device: str = DEVICE,
     dtype: str = DTYPE,
@@ -62,6 +63,7 @@ def command(
         import uvicorn
 
     from tnllm.generation.loading import load, with_adapter
+    from tnllm.generation.slots import check_lookup
     from tnllm.serving.app import Settings, make_app
     from tnllm.serving.engine import Engine
     from tnllm.serving.middleware import is_loopback
@@ -75,6 +77,9 @@ def command(
         stack.enter_context(only_writer(state_dir))
     log_default_model(model)
     ready = load(model, device, dtype)
+    if prompt_lookup:
+        check_lookup(ready.model)
+        ready.sampling["prompt_lookup"] = prompt_lookup
     given_name = name or _name(model, ready.folder)
     if given_name in folders:
         raise UserError(f"--adapter {given_name}=... has the base model's name; give it another, or the model a --name")

@@ -57,12 +57,13 @@ class Conversation:
         """Forget every turn. `messages` are the (role, text) pairs so far."""
         self._context = self._start
         self._unread: list[int] = []
+        self._read: list[int] = []  # for prompt lookup
         self._is_first = True
         self.messages: list[tuple[str, str]] = []
 
     def restore(self, context: Context, messages: Sequence[tuple[str, str]]) -> None:
         """Continue another conversation: `context()` of it, and its `messages`."""
-        self._context, self._unread, self._is_first = context, [], False
+        self._context, self._unread, self._read, self._is_first = context, [], [], False
         self.messages = list(messages)
 
     @property
@@ -80,10 +81,14 @@ class Conversation:
         if self._context is None:
             turn = loaded.at_start(turn)
         [self._context] = read(loaded.model, [self._unread + turn], [self._context])
+        self._read += self._unread + turn
         self._unread, self._is_first = [], False
         self.messages.append(("user", message))
         tokens: list[int] = []
-        events = generate(loaded.model, tokenizer, [[]], self._params, contexts=[self._context], eos_ids=loaded.eos_ids)
+        events = generate(
+            loaded.model, tokenizer, [[]], self._params, contexts=[self._context], histories=[self._read],
+            eos_ids=loaded.eos_ids,
+        )  # fmt: skip
         text = None
         try:
             for event in events:

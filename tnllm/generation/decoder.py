@@ -19,7 +19,7 @@ from tnllm.errors import RunError, UserError
 from tnllm.generation.context import CHUNK_TOKENS, Context, read
 from tnllm.generation.sampler import SamplingParams
 from tnllm.generation.samples import Piece, Result, Row, start_rows
-from tnllm.generation.slots import Parked, Slots
+from tnllm.generation.slots import Parked, Slots, check_lookup
 from tnllm.modeling.model import LanguageModel
 from tnllm.tokenizer import Tokenizer
 
@@ -48,6 +48,7 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     contexts: Sequence[Context | None] | None = None,
+    histories: Sequence[Sequence[int]] | None = None,
     keep_contexts: bool = False,
     eos_ids: Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
@@ -57,7 +58,7 @@ def generate(
     """Generate `params.n` samples for each prompt: a Piece per token as it is generated, a Result per finished sample.
 
     prompts: texts or token ids; an empty one needs a context to continue. params: one for all, or one each.
-    contexts: what precedes each prompt. keep_contexts: give each Result the context after its last token.
+    contexts: what precedes each prompt; histories: its tokens, for prompt lookup alone. keep_contexts: give each Result the context after its last token.
     eos_ids: tokens that end a text (default: the tokenizer's). batch_size: rows decoded together; samples of one prompt
     always are. Results of a batch come in the order they finish, batches in the order of the prompts.
     sync_every: tokens between two synchronisations with the device (default: see Slots).
@@ -71,6 +72,8 @@ def generate(
     for index, (prompt, before) in enumerate(zip(ids, befores, strict=True)):
         if not prompt and before is None:
             raise UserError(f"prompt {index} is empty; give text, or the begin token to start from nothing")
+    if any(one.prompt_lookup for one in params):
+        check_lookup(model)
     for bad in {id for one in params for id, _ in one.logit_bias if id >= tokenizer.vocab_size}:
         raise UserError(f"logit_bias has token {bad}; the vocabulary has {tokenizer.vocab_size}")
     tokenizer.check_vocabulary(model.config.vocab_size)
@@ -86,7 +89,8 @@ def generate(
             rows: list[tuple[Row, Context]] = []
             contexts = read(model, ids[start:end], befores[start:end], chunk_tokens)
             for index, context in zip(range(start, end), contexts, strict=True):
-                for row in start_rows(tokenizer, index, params[index], len(ids[index]), context.tail):
+                searched = [*(histories[index] if histories else ()), *ids[index]]
+                for row in start_rows(tokenizer, index, params[index], len(ids[index]), context.tail, searched):
                     rows.append((row, context))
             slots = Slots(model, tokenizer, num_rows, keep_contexts=keep_contexts, sync_every=sync_every)
             for row, context in rows:

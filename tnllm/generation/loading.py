@@ -125,5 +125,5 @@ def with_adapter(loaded: LoadedModel, adapter: Path | str) -> LoadedModel:
 
 
 # The keys that generation_config.json and SamplingParams share.
-_OWN = {"n", "seed", "stop", "logprobs", "max_tokens", "ignore_eos", "logit_bias", "grammar"}
+_OWN = {"n", "seed", "stop", "logprobs", "max_tokens", "ignore_eos", "logit_bias", "grammar", "prompt_lookup"}
 _SAMPLING = {field.name for field in fields(SamplingParams)} - _OWN

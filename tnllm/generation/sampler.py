@@ -22,6 +22,7 @@ from tnllm.generation.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
+MAX_LOOKUP = 64
 # Tokens of one logit_bias.
 MAX_BIASES = 1024
 # Tokens that are ranked at first, on a CPU: a trained model's nucleus mostly has fewer.
@@ -51,6 +52,7 @@ class SamplingParams:
     ignore_eos: bool = False  # continue after the end token, for measurements
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit); from a dict, too
     grammar: Grammar | None = None  # what the text must fit; it ends where that is complete
+    prompt_lookup: int = 0  # tokens proposed at once from an earlier passage, while a text is decoded alone; 0: none
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -60,6 +62,7 @@ class SamplingParams:
         _check_int("max_tokens", self.max_tokens, 0, None)
         _check_int("top_k", self.top_k, 0, None)
         _check_int("n", self.n, 1, MAX_SAMPLES)
+        _check_int("prompt_lookup", self.prompt_lookup, 0, MAX_LOOKUP)
         _check_float("temperature", self.temperature, 0, 100)
         _check_float("top_p", self.top_p, 0, 1, open_low=True)
         _check_float("min_p", self.min_p, 0, 1)
@@ -167,19 +170,46 @@ def sample_ids(
     positions [B] int64: number of tokens before the sampled one. seen [B, V] bool: tokens of the prompt and the text,
     needed with a repetition penalty. counts [B, V]: how often each token was generated, needed with the other two.
     """
+    return sample_surely(logits, options, positions, seen, counts, 0.0)[0]
+
+
+def sample_surely(
+    logits: Tensor, options: Options, positions: Tensor, seen: Tensor | None, counts: Tensor | None, rounding: float
+) -> tuple[Tensor, Tensor | None]:
+    """As `sample_ids`, and [B] bool: whether logits that differ by `rounding` times the largest give the same token.
+
+    With rounding 0 that is not computed.
+    """
     logits = penalize(logits, options, seen, counts)
+    near = None
+    if rounding:
+        # Twice, since two logits may move against each other.
+        near = 2 * rounding * logits.masked_fill(logits.isinf(), 0.0).abs().amax(dim=-1, keepdim=True)
     if not options.draws:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1), None if near is None else _leads(logits, near)
+    temperature = options.temperature.clamp(min=1e-6)[:, None]
+    near = None if near is None else near / temperature
     # Relative to the maximum, so that a tiny temperature gives zeros and large negatives, never inf - inf.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(options.temperature.clamp(min=1e-6)[:, None])
-    ids = None
+    scores = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
+    ids = unsure = None
     if options.filters:
-        ids, scaled = keep_most_likely(scaled, options.top_k, options.top_p, options.min_p)
+        ids, scores, dropped, unsure = _filtered(scores, options.top_k, options.top_p, options.min_p, near)
+        scores.masked_fill_(dropped if unsure is None else dropped & ~unsure, -math.inf)
     # The argmax of log p + Gumbel noise is a sample from p.
     among = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
     noise = gumbel(options.seed, positions, among).masked_fill_(options.temperature[:, None] == 0, 0.0)
-    column = noise.add_(scaled).argmax(dim=-1)
-    return column if ids is None else ids.gather(1, column[:, None])[:, 0]
+    scores = noise.add_(scores)
+    column = (scores if unsure is None else scores.masked_fill(dropped, -math.inf)).argmax(dim=-1, keepdim=True)
+    sure = None if near is None else _leads(scores, near)
+    if sure is not None and unsure is not None:
+        sure &= (scores.argmax(dim=-1) == column[:, 0]) & ~unsure.gather(1, column)[:, 0]
+    return (column if ids is None else ids.gather(1, column))[:, 0], sure
+
+
+def _leads(scores: Tensor, near: Tensor) -> Tensor:
+    """[B] bool: whether the highest of scores [B, K] is more than near [B, 1] above the next."""
+    first, second = scores.topk(2, dim=-1).values.unbind(-1)
+    return first - second > near[:, 0]
 
 
 def penalize(logits: Tensor, options: Options, seen: Tensor | None, counts: Tensor | None) -> Tensor:
@@ -202,19 +232,30 @@ def keep_most_likely(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
     (nucleus sampling, arXiv 1904.09751); then those of at least min_p [B] times the largest probability. The top token
     always stays. Equal logits rank by token id.
     """
-    # On a GPU to ask whether a few suffice would synchronise. What is kept does not depend on how many are sorted.
-    size = logits.shape[-1]
-    if not logits.is_cuda and size > _FEW and bool(((top_k < _FEW) | (top_k >= size)).all()):
-        ids, ranked, dropped = _rank(logits, _FEW, top_k, top_p, min_p)
-        # Of the tokens equal to the last one, those with the lowest ids may be missing.
-        if bool(dropped[ranked == ranked[:, -1:]].all()):
-            return ids, ranked.masked_fill_(dropped, -math.inf)
-    ids, ranked, dropped = _rank(logits, size, top_k, top_p, min_p)
+    ids, ranked, dropped, _ = _filtered(logits, top_k, top_p, min_p, None)
     return ids, ranked.masked_fill_(dropped, -math.inf)
 
 
-def _rank(logits: Tensor, count: int, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` most likely ids [B, count] in order, their logits, and which of them are to be dropped."""
+Filtered = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, near: Tensor | None) -> Filtered:
+    """Ids [B, K], their logits, which of them are dropped, and of which this would change with logits `near` [B, 1]."""
+    # On a GPU to ask whether a few suffice would synchronise. What is kept does not depend on how many are sorted.
+    size = logits.shape[-1]
+    if not logits.is_cuda and size > _FEW and bool(((top_k < _FEW) | (top_k >= size)).all()):
+        ids, ranked, dropped, unsure = _rank(logits, _FEW, top_k, top_p, min_p, near)
+        # Of the tokens equal to the last one, those with the lowest ids may be missing.
+        gone = dropped if unsure is None else dropped & ~unsure
+        if bool(gone[ranked == ranked[:, -1:]].all()):
+            return ids, ranked, dropped, unsure
+    return _rank(logits, size, top_k, top_p, min_p, near)
+
+
+def _rank(
+    logits: Tensor, count: int, top_k: Tensor, top_p: Tensor, min_p: Tensor, near: Tensor | None
+) -> Filtered:
+    """`_filtered` among the `count` most likely ids, in order."""
     size = logits.shape[-1]
     if count < size:
         ids = logits.topk(count, sorted=False).indices.sort().values
@@ -222,15 +263,23 @@ def _rank(logits: Tensor, count: int, top_k: Tensor, top_p: Tensor, min_p: Tenso
         ids = ids.gather(1, order)
     else:
         ranked, ids = logits.sort(dim=-1, descending=True, stable=True)
-    dropped = torch.arange(count, device=logits.device) >= top_k[:, None]
+    beyond = torch.arange(count, device=logits.device) >= top_k[:, None]
     # Summed in the order of the ids, so that the sum is the same however many are ranked.
-    left = torch.full_like(logits, -math.inf).scatter_(1, ids, ranked.masked_fill(dropped, -math.inf))
+    left = torch.full_like(logits, -math.inf).scatter_(1, ids, ranked.masked_fill(beyond, -math.inf))
     probability = torch.where(top_k[:, None] < size, left, logits).softmax(dim=-1).gather(1, ids)
     before = probability.cumsum(dim=-1).sub_(probability)
-    dropped |= before >= torch.where(top_p < 1, top_p, math.inf)[:, None]
-    dropped |= probability < min_p[:, None] * probability[:, :1]
+    most, least = torch.where(top_p < 1, top_p, math.inf)[:, None], min_p[:, None] * probability[:, :1]
+    dropped = beyond | (before >= most) | (probability < least)
     dropped[:, 0] = False
-    return ids, ranked, dropped
+    if near is None:
+        return ids, ranked, dropped, None
+    # Probabilities move as their logits do, and may cross a threshold; and tokens as likely as these may swap ranks with them.
+    unsure = ((before - most).abs() <= near) | ((probability - least).abs() <= near * least)
+    unsure[:, 0] = False
+    sure, possible = ((part.sum(dim=-1, keepdim=True)) for part in (~dropped & ~unsure, ~dropped | unsure))
+    first, last = (ranked.gather(1, rank.clamp(max=count - 1)) for rank in (sure, possible - 1))
+    unsure = (ranked <= first + near) & (ranked >= last - near) & (sure < count)
+    return ids, ranked, dropped, unsure
 
 
 def gumbel(seeds: Tensor, positions: Tensor, ids: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tnllm.generation.context import Context
 from tnllm.generation.grammar import Matcher
+from tnllm.generation.lookup import Lookup
 from tnllm.generation.sampler import MAX_SEED, SamplingParams
 from tnllm.generation.text import TextStream
 from tnllm.tokenizer import Tokenizer
@@ -96,6 +98,7 @@ class Row:
     reason: FinishReason | None = None
     context: Context | None = None  # after its last token, if it is to be kept
     matcher: Matcher | None = None  # where it stands in its grammar, if it has one
+    lookup: Lookup | None = None  # of prompt and text, if earlier passages are to be proposed
 
     @property
     def left(self) -> int:
@@ -117,6 +120,8 @@ class Row:
 
     def _append_token(self, token: int, logprob: TokenLogprob | None, eos_ids: frozenset[int]) -> Piece:
         self.tokens.append(token)
+        if self.lookup is not None:
+            self.lookup.push(token)
         if logprob is not None:
             self.held.append((self.stream.num_chars, logprob))
         text = ""
@@ -162,15 +167,21 @@ def token_logprob(
 
 
 def start_rows(
-    tokenizer: Tokenizer, index: int, params: SamplingParams, prompt_tokens: int, tail: tuple[int, ...]
+    tokenizer: Tokenizer,
+    index: int,
+    params: SamplingParams,
+    prompt_tokens: int,
+    tail: tuple[int, ...],
+    ids: Sequence[int] | np.ndarray = (),
 ) -> list[Row]:
-    """The `params.n` samples of a prompt whose last ids are `tail`; sample i has seed + i."""
+    """The `params.n` samples of a prompt whose last ids are `tail`; sample i has seed + i. ids: searched by a lookup."""
     # 32 random bits are short enough to be typed again.
     first = secrets.randbits(32) if params.seed is None else params.seed
     return [
         Row(
             index, sample, params, (first + sample) & MAX_SEED, prompt_tokens, tail,
             TextStream(tokenizer, tail, params.stop), matcher=params.grammar.matcher() if params.grammar else None,
+            lookup=Lookup(ids, params.prompt_lookup) if params.prompt_lookup else None,
         )
         for sample in range(params.n)
     ]  # fmt: skip

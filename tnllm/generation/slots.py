@@ -11,6 +11,10 @@ while slots.rows:
 Active rows come first: the last row replaces one that leaves. So a step runs on the first rows of the tensors, without
 gaps and without allocating states. On a GPU steps are captured as CUDA graphs for a few batch sizes; the rows above the
 active ones are padding, and their results are discarded.
+
+A row that is decoded alone may have its next tokens proposed (`lookup.py`). One pass then verifies them all: the state stays
+at the last token that was accepted until it is known how many are. On a CPU in float32 the text is that of steps alone, bit
+for bit: where a pass, or a step after one, decides by so little that rounding might, the tokens since are read again by steps.
 """
 
 from dataclasses import dataclass
@@ -18,14 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnllm.errors import RunError
+from tnllm.errors import RunError, UserError
 from tnllm.generation.captured_step import MIN_STEPS, CapturedStep, can_capture
 from tnllm.generation.context import Context
 from tnllm.generation.grammar import Matcher
-from tnllm.generation.sampler import Options, log_probabilities, sample_ids
+from tnllm.generation.lookup import WORTH
+from tnllm.generation.sampler import Options, log_probabilities, sample_surely
 from tnllm.generation.samples import Piece, Row, SampledTokens
 from tnllm.generation.text import TAIL_TOKENS
-from tnllm.modeling.cpu_step import cpu_step
+from tnllm.modeling.cpu_step import CpuStep, cpu_step
 from tnllm.modeling.model import LanguageModel
 from tnllm.modeling.state import State
 from tnllm.tokenizer import Tokenizer
@@ -33,6 +38,33 @@ from tnllm.tokenizer import Tokenizer
 # Tokens between two synchronisations with a GPU. Each stalls the device for about a kernel launch; after a stop, up to
 # SYNC_EVERY - 1 steps are wasted.
 SYNC_EVERY = 8
+# How far logits of a pass, or of steps after one, may be from those of steps alone, over the largest of them: ten times what
+# was measured (4e-6 for deep random models, 2e-6 for the demo).
+_ROUNDING = 4e-5
+
+
+class _ModelChunk:
+    """`cpu_step(consecutive=True)` for every other model. The state it is given stays as it is, caches too."""
+
+    def __init__(self, model: LanguageModel, state: State) -> None:
+        self._model, self._state = model, state
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self._tokens = tokens[None]
+        logits, self._after = self._model(self._tokens, self._state.first(1))
+        return logits[0]
+
+    def advance(self, count: int) -> None:
+        if count < self._tokens.shape[1]:
+            self._after = self._model.hidden(self._tokens[:, :count], self._state.first(1))[1]
+        self._state.write(0, self._after)
+
+
+def check_lookup(model: LanguageModel) -> None:
+    """Raise UserError for a model whose steps cost no more than their share of a pass."""
+    if model.is_int8 or can_capture(model, MIN_STEPS):
+        what = "int8 weights" if model.is_int8 else "a model whose steps are CUDA graphs"
+        raise UserError(f"prompt_lookup gains nothing with {what}; leave it out, or use float32 on a CPU")
 
 
 @dataclass(frozen=True)
@@ -76,7 +108,8 @@ class Slots:
         synchronisations; None: SYNC_EVERY where steps can be captured, else 1.
         """
         self._model, self._tokenizer = model, tokenizer
-        self._state = model.init_state(num_slots)
+        self.num_slots = num_slots
+        self._clear_state()
         vocab_size, dtype = model.config.vocab_size, torch.promote_types(model.dtype, torch.float32)
         self._logits = torch.zeros(num_slots, vocab_size, dtype=dtype, device=model.device)
         self._seen = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=model.device)
@@ -90,10 +123,18 @@ class Slots:
         self._sync_every = 1 if keep_contexts else sync_every or (SYNC_EVERY if self._ahead else 1)
         self._steps: dict[int, CapturedStep] = {}  # by batch size
         self._on_cpu = cpu_step(model, self._state, self._logits)
+        is_exact = model.device.type == "cpu" and model.dtype != torch.bfloat16
+        self._rounding = _ROUNDING if is_exact else 0.0
+        # Of a row decoded alone with passes: the state before the first of them, and how many of its tokens that holds.
+        self._exact: tuple[State, int] | None = None
         self._latest: CapturedStep | None = None  # the step that gave the logits of the active rows
         self._unread = False  # whether the active rows' latest tokens are yet to be fed to the model
         self.rows: list[Row] = []
-        self.num_slots = num_slots
+
+    def _clear_state(self) -> None:
+        self._state = self._model.init_state(self.num_slots)
+        flat = cpu_step(self._model, self._state, consecutive=True)
+        self._chunk: CpuStep | _ModelChunk = flat or _ModelChunk(self._model, self._state)
 
     @property
     def free(self) -> int:
@@ -124,7 +165,7 @@ class Slots:
                 self._counts = torch.zeros_like(self._seen, dtype=torch.int32)
             self._counts[slot].copy_(torch.zeros(()) if parked.counts is None else parked.counts[0])
         self.rows.append(row)
-        self._active = self._latest = None
+        self._active = self._latest = self._exact = None
 
     @torch.no_grad()
     def park(self, row: Row) -> Parked:
@@ -149,27 +190,21 @@ class Slots:
         self.rows.pop()
         if not self.rows and self._state.grows:
             # One long text has made every slot's cache as long.
-            self._state = self._model.init_state(self.num_slots)
-        self._active = self._latest = None
+            self._clear_state()
+        self._active = self._latest = self._exact = None
 
     @torch.no_grad()
     def decode(self, eos_ids: frozenset[int]) -> list[tuple[Row, list[Piece] | RunError]]:
-        """A few more tokens of every row (one on a CPU), with one synchronisation; finished rows leave.
+        """A few more tokens of every row (one on a CPU, or those verified), with one synchronisation; finished rows leave.
 
         A row whose logits are not finite leaves with an error in place of its pieces; the others continue.
         """
-        self._catch_up()
-        rows = list(self.rows)
-        columns: list[list[Tensor]] = []
-        # What may follow in a grammar is known once the host has seen the token.
-        has_grammar = any(row.matcher is not None for row in rows)
-        for _ in range(1 if has_grammar else min(self._sync_every, max(row.left for row in rows))):
-            if columns:
-                self._read()
-            columns.append(self._sample())
-        if self._ahead:
-            self._read()
-        sampled = SampledTokens.of(columns)
+        rows, proposal = list(self.rows), self._proposal()
+        fed = [*rows[0].tokens[-1:], *proposal] if self._unread else proposal
+        sampled = self._verify(rows[0], proposal, fed) if proposal else None
+        was_verified = sampled is not None
+        if sampled is None:
+            sampled = self._sample_steps()
         results: list[tuple[Row, list[Piece] | RunError]] = []
         for index, row in enumerate(rows):
             # Logits after a row's last token are discarded, so they need not be finite.
@@ -177,18 +212,106 @@ class Slots:
                 results.append((row, error))
             elif all(sampled.finite[index][: row.left]):
                 results.append((row, list(row.append(sampled, index, eos_ids, self._tokenizer))))
+                if was_verified:
+                    self._accept(row, fed, len(fed) - len(proposal), len(results[-1][1]))
             else:
                 near = int(self._state.position[index])
                 results.append((row, RunError(f"the model gave non-finite logits near token {near}; its weights are "
                                               "damaged or its training diverged")))  # fmt: skip
         for row, pieces in results:
             if self._keep_contexts and row.reason:
+                self._catch_up()
                 row.context = self._context(row)
             if row.reason or isinstance(pieces, RunError):
                 self.leave(row)
+        return results
+
+    def _sample_steps(self) -> SampledTokens:
+        """One token of every row, or a few where steps need not wait for the host."""
+        self._catch_up()
+        columns: list[list[Tensor]] = []
+        # What may follow in a grammar is known once the host has seen the token.
+        has_grammar = any(row.matcher is not None for row in self.rows)
+        for _ in range(1 if has_grammar else min(self._sync_every, max(row.left for row in self.rows))):
+            if columns:
+                self._read()
+            column, sure = self._sample(self._views(), self._rounding if self._exact else 0.0)
+            if sure is not None and not bool(sure):
+                self._read_again()
+                column, _ = self._sample(self._views())
+            columns.append(column)
+        if self._ahead:
+            self._read()
         # On a CPU a token is shown before the next step is computed, which takes as long as the reader waits.
         self._unread = not self._ahead
-        return results
+        return SampledTokens.of(columns)
+
+    def _proposal(self) -> list[int]:
+        """What may follow in the text that is decoded alone; several share the reading of the weights as it is."""
+        row = self.rows[0]
+        if len(self.rows) > 1 or row.lookup is None or row.matcher is not None or row.left <= WORTH:
+            return []
+        proposal, config = row.lookup.propose(), self._model.config
+        if proposal and config.position == "ape":
+            return proposal[: max(0, config.max_position - int(self._state.position[0]) - self._unread)]
+        return proposal
+
+    def _verify(self, row: Row, proposal: list[int], fed: list[int]) -> SampledTokens | None:
+        """Sample after each token of the proposal: those that agree with it, and the next one.
+
+        `fed`: what is to be read, with a token before the proposal if that was put off. None if already the first decision is
+        a matter of rounding. The state stays as it is.
+        """
+        device, count, waits = self._logits.device, len(proposal) + 1, len(fed) - len(proposal)
+        logits = self._chunk(torch.tensor(fed, device=device))
+        logits = logits if waits else torch.cat([self._logits[:1], logits])
+        seen = self._seen[:1].repeat(count, 1)
+        counts = None if self._counts is None else self._counts[:1].repeat(count, 1)
+        for index, token in enumerate(fed):
+            seen[index + 1 - waits :, token] = True
+            if counts is not None:
+                counts[index + 1 - waits :, token] += 1
+        own = self._tokenizer.vocab_size
+        active = _Active(
+            Options.of([row.params] * count, [row.seed] * count, device), row.params.logprobs, logits,
+            logits[:, own:] if own < logits.shape[1] else None, seen, counts,
+            torch.empty(count, dtype=torch.int64, device=device),
+            self._state.position[:1] + waits + torch.arange(count, device=device), self._biases(), {},
+        )  # fmt: skip
+        column, sure = self._sample(active, self._rounding)
+        tokens = column[0].tolist()
+        agreed = next((index for index in range(len(proposal)) if tokens[index] != proposal[index]), len(proposal)) + 1
+        if sure is not None:
+            agreed = int((~sure[:agreed]).int().argmax()) if not bool(sure[:agreed].all()) else agreed
+        if agreed == 0:
+            return None
+        return SampledTokens.of([[part[index : index + 1] for part in column] for index in range(agreed)])
+
+    def _accept(self, row: Row, fed: list[int], waits: int, count: int) -> None:
+        """Move the state to before the last of the `count` tokens that the row took from a verified proposal."""
+        assert row.lookup is not None
+        if self._rounding and self._exact is None:
+            self._exact = self._state.select([0]), len(row.tokens) - count - waits
+        read = fed[: waits + count - 1]
+        if read:
+            self._chunk.advance(len(read))
+            index = torch.tensor(read, device=self._logits.device)
+            self._seen[0, index] = True
+            if self._counts is not None:
+                self._counts[0].index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+        row.lookup.verified(count - 1)
+        self._tokens[0] = row.tokens[-1]
+        self._unread = True
+
+    def _read_again(self) -> None:
+        """Read what a row decoded alone has read by passes, and since, by steps."""
+        assert self._exact is not None
+        state, count = self._exact
+        self._state.write(0, state)
+        for token in self.rows[0].tokens[count:]:
+            self._tokens[0] = token
+            self._step()
+        self._exact = None
 
     def _catch_up(self) -> None:
         """Feed the active rows their latest tokens if that was put off."""
@@ -196,12 +319,15 @@ class Slots:
             self._read()
         self._unread = False
 
-    def _sample(self) -> list[Tensor]:
-        """The next token of each row, on the device: tokens [B], whether the logits were finite [B], log-probabilities."""
-        active = self._views()
+    def _sample(self, active: _Active, rounding: float = 0.0) -> tuple[list[Tensor], Tensor | None]:
+        """The next token of each row, on the device: tokens [B], whether the logits were finite [B], log-probabilities.
+
+        And which do not depend on a `rounding` of the logits; see `sample_surely`.
+        """
+        sure = None
         options, logits = active.options, active.logits
         plain = not (options.draws or options.repetition or options.counts) and active.num_top is None
-        plain = plain and active.bias is None and not active.matchers
+        plain = plain and active.bias is None and not active.matchers and not rounding
         if plain and self._latest is not None and self._latest.top_token is not None:
             # The graph has computed the argmax.
             count = len(self.rows)
@@ -211,12 +337,13 @@ class Slots:
             finite = logits.amax(dim=-1).isfinite()
             if active.padding is not None:
                 active.padding.fill_(-torch.inf)
-            tokens = sample_ids(_allowed(active), options, active.position, active.seen, active.counts)
+            given = _allowed(active), options, active.position, active.seen, active.counts
+            tokens, sure = sample_surely(*given, rounding)
             column = [tokens, finite]
             if active.num_top is not None:
                 column += log_probabilities(logits, tokens, active.num_top)
         active.tokens.copy_(column[0])
-        return column
+        return column, sure
 
     def _views(self) -> _Active:
         if self._active is None:
@@ -247,11 +374,16 @@ class Slots:
 
     def _read(self) -> None:
         """Feed each active row its latest token."""
+        active = self._views()
+        tokens = active.tokens[:, None]
+        active.seen.scatter_(1, tokens, True)
+        if active.counts is not None:
+            active.counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.int32))
+        self._step()
+
+    def _step(self) -> None:
         active, count = self._views(), len(self.rows)
         tokens = active.tokens
-        active.seen.scatter_(1, tokens[:, None], True)
-        if active.counts is not None:
-            active.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
         self._latest = self._captured(count, max(row.left for row in self.rows))
         if self._latest is not None:
             active.logits.copy_(self._latest(self._tokens[: self._latest.batch])[:count])

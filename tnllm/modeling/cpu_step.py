@@ -3,6 +3,10 @@
     step = cpu_step(model, state)        # None if the model is of another form
     logits = step(tokens)                # as model.step(tokens, state), valid until the next call
 
+    chunk = cpu_step(model, state, consecutive=True)
+    logits = chunk(tokens)               # of tokens [T] that follow row 0 of the state, which stays as it is
+    chunk.advance(3)                     # the state after the first 3 of them: exact, for no further product of matrices
+
 The released form needs 17 operators a layer, each a few microseconds besides its arithmetic; by modules there are 40, and
 some of them are Python. `pack_weights` lays the matrices out as one row reads them fastest.
 """
@@ -51,29 +55,37 @@ def pack_weights(model: LanguageModel) -> None:
                 module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def cpu_step(model: LanguageModel, state: State, logits: Tensor | None = None) -> "CpuStep | None":
+def cpu_step(
+    model: LanguageModel, state: State, logits: Tensor | None = None, consecutive: bool = False
+) -> "CpuStep | None":
     """The step for `state`, or None if this form does not cover the model or is not for its device.
 
-    It writes into the first rows of `logits` [rows of the state, V] if given.
+    It writes into the first rows of `logits` [rows of the state, V] if given. consecutive: for a chunk of row 0.
     """
     config = model.config
     plain = all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
     # Rounded to bfloat16 at other points than in a chunk, logits would differ visibly from the chunk's.
     covered = model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64)
     covered = covered and not config.num_softmax and config.position != "ape"
-    return CpuStep(model, state, logits) if covered and plain else None
+    return CpuStep(model, state, logits, consecutive) if covered and plain else None
 
 
 class CpuStep:
-    """`model.step` for the first rows of one `state` of constant size, which it updates in place."""
+    """`model.step` for the first rows of one `state` of constant size, which it updates in place; or see `cpu_step`."""
 
-    def __init__(self, model: LanguageModel, state: State, logits: Tensor | None = None) -> None:
+    def __init__(self, model: LanguageModel, state: State, logits: Tensor | None, consecutive: bool) -> None:
         self._model, self._state, self._all_logits = model, state, logits
+        self._consecutive = consecutive
         self._rows = 0
         self._operators: list[Callable[[], Any]] = []
+        # Of a chunk, by layer: log-decays [H, 1, 1], keys [H, T, D], values [H, T, E] and the state [H, D, E].
+        self._changes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens [B] int64, of the state's first B rows → logits [B, V] fp32, valid until the next call."""
+        """tokens [B] int64, of the state's first B rows → logits [B, V] fp32, valid until the next call.
+
+        With `consecutive`, of row 0, one after the other; the state stays as it is.
+        """
         if len(tokens) != self._rows:
             self._rows = len(tokens)
             self._bind(self._rows)
@@ -83,6 +95,17 @@ class CpuStep:
             for operator in self._operators:
                 operator()
         return self._logits
+
+    def advance(self, count: int) -> None:
+        """Move row 0 over the first `count` tokens of the last chunk."""
+        back = torch.arange(count - 1, -1, -1)[:, None]
+        with torch.inference_mode():
+            for log_decay, k, v, state in self._changes:
+                decayed = k[:, :count] * (log_decay * back).exp().to(self._dtype)
+                # As the step, and for its reason.
+                change = state * (log_decay * count).expm1().to(self._dtype)
+                state.add_(change.baddbmm_(decayed.mT, v[:, :count]))
+            self._state.position[0] += count
 
     def _embed(self, tokens: Tensor) -> None:
         config = self._model.config
@@ -96,19 +119,23 @@ class CpuStep:
         """List the operators for this many rows."""
         model, config = self._model, self._model.config
         self._dtype = model.dtype
-        self._operators = []
+        self._operators, self._changes = [], []
         width = config.model_dim
         self._x, self._x_and_eps = self._norm_buffer(rows)
         self._normed = self._buffer(rows, width)
         self._logits = self._buffer(rows, config.vocab_size) if self._all_logits is None else self._all_logits[:rows]
         self._root, self._zero = self._buffer(rows, 1), torch.zeros(1, dtype=self._dtype)
         position = self._state.position[:rows]
+        if self._consecutive:
+            first, position = position[:1], torch.empty(rows, dtype=torch.int64)
+            self._add(torch.add, first, torch.arange(rows), out=position)
         for block, layer in zip(model.blocks, self._state.layers, strict=True):
             self._bind_mixer(block, layer[:rows], position)
             self._bind_channels(block)
         self._bind_norm(model.final_norm, self._x, self._x_and_eps, self._normed)
         self._bind_product(model.head, self._normed, self._logits)
-        self._add(position.add_, 1)
+        if not self._consecutive:
+            self._add(position.add_, 1)
 
     def _buffer(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self._dtype)
@@ -153,7 +180,7 @@ class CpuStep:
 
     def _bind_mixer(self, block: Block, state: Tensor, position: Tensor) -> None:
         mixer: Any = block.token_mixer
-        config, rows = self._model.config, len(state)
+        config, rows = self._model.config, len(self._x)
         heads, width = config.num_heads, config.model_dim
         self._bind_norm(block.token_norm, self._x, self._x_and_eps, self._normed)
         parts = 4 if config.gate == "full" else 3
@@ -170,18 +197,37 @@ class CpuStep:
         self._bind_activation(v, config.value_activation)
         if mixer.lrpe is not None:
             q, k = self._bind_lrpe(mixer.lrpe, projected[:, : 2 * width], position).unbind(1)
-        # As chunk_step, and for its reason: S + ((decay - 1) S + k v^T).
-        change = torch.empty_like(state)
-        self._add(torch.mul, k[..., None], v[:, :, None], out=change)
-        self._add(change.addcmul_, state, mixer.log_decay.to(self._dtype).expm1()[:, None, None])
-        self._add(state.add_, change)
         attended, attended_and_eps = self._norm_buffer(rows)
         by_head = attended.unflatten(-1, (heads, 1, -1))
-        if rows == 1:
-            self._add(torch.bmm, q.reshape(heads, 1, -1), state[0], out=by_head[0])
+        if self._consecutive:
+            self._bind_chunk(mixer.log_decay[:, None, None], *(x.transpose(0, 1) for x in (q, k, v)), state[0], by_head)
         else:
-            self._add(torch.matmul, q[:, :, None], state, out=by_head)
+            # As chunk_step, and for its reason: S + ((decay - 1) S + k v^T).
+            change = torch.empty_like(state)
+            self._add(torch.mul, k[..., None], v[:, :, None], out=change)
+            self._add(change.addcmul_, state, mixer.log_decay.to(self._dtype).expm1()[:, None, None])
+            self._add(state.add_, change)
+            if rows == 1:
+                self._add(torch.bmm, q.reshape(heads, 1, -1), state[0], out=by_head[0])
+            else:
+                self._add(torch.matmul, q[:, :, None], state, out=by_head)
         self._bind_output(mixer, attended, attended_and_eps, gate)
+
+    def _bind_chunk(self, log_decay: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor, out: Tensor) -> None:
+        """out [T, H, 1, E] of q, k [H, T, D] and v [H, T, E] after `state` [H, D, E]; log_decay [H, 1, 1]."""
+        heads, rows, _ = q.shape
+        index = torch.arange(rows)
+        distance = index[:, None] - index
+        weights = (log_decay * distance.clamp(min=0)).exp().where(distance >= 0, 0.0).to(self._dtype)
+        scores, attended = self._buffer(heads, rows, rows), self._buffer(heads, rows, v.shape[-1])
+        decayed = self._buffer(*q.shape)
+        self._add(torch.bmm, q, k.mT, out=scores)
+        self._add(scores.mul_, weights)
+        self._add(torch.bmm, scores, v, out=attended)
+        self._add(torch.mul, q, (log_decay * (index[:, None] + 1)).exp().to(self._dtype), out=decayed)
+        self._add(attended.baddbmm_, decayed, state)
+        self._add(out.copy_, attended.transpose(0, 1)[:, :, None])
+        self._changes.append((log_decay, k, v, state))
 
     def _bind_output(self, mixer: Any, attended: Tensor, attended_and_eps: Tensor, gate: Tensor | None) -> None:
         norm_after = self._model.config.norm_position

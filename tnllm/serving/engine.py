@@ -451,7 +451,7 @@ class Engine:
         times = job.started - job.submitted, time.monotonic() - job.started
         events: list[Event] = [PromptRead(job.index, num_tokens, before + cached, *times, logprobs, kept)]
         samples: list[_Sample] = []
-        for row in start_rows(self.loaded.tokenizer, job.index, job.params, num_tokens, context.tail):
+        for row in start_rows(self.loaded.tokenizer, job.index, job.params, num_tokens, context.tail, job.ids):
             if job.params.max_tokens == 0:
                 row.reason = "length"
                 events.append(row.result())
