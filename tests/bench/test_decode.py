@@ -85,6 +85,23 @@ def test_the_baseline_step_is_the_models():
     torch.testing.assert_close(logits, model(tokens)[0][:, -1], atol=1e-5, rtol=1e-5)
 
 
+def test_prompt_lookup_is_timed_beside_plain_decoding(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "_LOOKUP", {False: (40, 1)})
+    args = ("--preset", "tiny", "--positions", "64", "--batches", "1", "--contexts", "none", "--seconds", "0.01")
+    code, out, err = run(capfd, *args, "--prompt-lookup", "8", "--json", str(tmp_path / "d.json"))
+    assert code == 0, err
+    rows = {row["text"]: row for row in json.loads((tmp_path / "d.json").read_text())["lookup"]}
+    assert rows["repetitive"]["accepted_share"] > 0.9 and rows["ordinary"]["proposed"] == 0
+    assert rows["repetitive"]["equal_share"] == rows["ordinary"]["equal_share"] == 1
+    assert "equal texts" in out
+
+
+def test_prompt_lookup_is_refused_before_anything_is_timed(capfd):
+    code, out, err = run(capfd, *SMALL, "--dtype", "int8", "--prompt-lookup", "8")
+    assert code == 2 and out == ""
+    assert "prompt_lookup gains nothing with int8 weights" in err.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_skipped_and_said(capfd, monkeypatch):
     monkeypatch.setattr(decode, "_usable_bytes", lambda device: 600_000)

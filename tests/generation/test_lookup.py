@@ -92,9 +92,7 @@ def test_a_text_is_that_of_steps_alone(models, tokenizer, data):
     keep = draw(st.booleans())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tnllm.generation.samples.Lookup", Oracle.of(plain.tokens, draw(st.integers(0, 10**6))))
-        looked = one(
-            model, tokenizer, prompt, SamplingParams(**params, prompt_lookup=COUNT), keep_contexts=keep
-        )
+        looked = one(model, tokenizer, prompt, SamplingParams(**params, prompt_lookup=COUNT), keep_contexts=keep)
     assert (looked.tokens, looked.text, looked.finish_reason) == (plain.tokens, plain.text, plain.finish_reason)
     for ours, theirs in zip(looked.logprobs or [], plain.logprobs or [], strict=True):
         # See the tolerance of step logits.
@@ -135,7 +133,7 @@ def test_near_ties_are_decided_by_steps(tokenizer, monkeypatch):
     # Half of the vocabulary in pairs that differ in the last bits.
     weight[100:200] = weight[200:300] * (1 + 1e-7 * torch.randn(100, 1, generator=torch.Generator().manual_seed(0)))
     read_again, count = Slots._read_again, itertools.count()
-    monkeypatch.setattr(Slots, "_read_again", lambda self: next(count) and None or read_again(self))
+    monkeypatch.setattr(Slots, "_read_again", lambda self: (next(count), read_again(self)))
     for seed in range(4):
         params = {"max_tokens": 80, "temperature": 0.0 if seed == 0 else 0.8, "seed": seed, "ignore_eos": True}
         with pytest.MonkeyPatch.context() as patch:
@@ -189,12 +187,17 @@ def test_the_engine_gives_what_generate_gives(form, tokenizer, passes):
     biased = {"temperature": 0.0, "ignore_eos": True, "logit_bias": ((50, 100.0),), "prompt_lookup": 16}
     with Engine(ready, num_slots=3) as engine:
         ids = ready.encode("The quick brown fox")
-        [alone] = [event for event in engine.submit(ids, ready.params(max_tokens=70, **biased)) if hasattr(event, "seed")]
+        [alone] = [
+            event for event in engine.submit(ids, ready.params(max_tokens=70, **biased)) if hasattr(event, "seed")
+        ]
         assert alone.tokens == [50] * 70 and passes
         tickets = [engine.submit(ids, ready.params(max_tokens=30 + 9 * row, seed=row)) for row in range(5)]
         for row, ticket in enumerate(tickets):
             [result] = [event for event in ticket if hasattr(event, "seed")]
-            assert result.tokens == one(ready.model, tokenizer, ids, ready.params(max_tokens=30 + 9 * row, seed=row)).tokens
+            assert (
+                result.tokens
+                == one(ready.model, tokenizer, ids, ready.params(max_tokens=30 + 9 * row, seed=row)).tokens
+            )
 
 
 def test_a_state_saved_after_passes_is_continued(tmp_path, model, tokenizer, passes):
@@ -272,7 +275,13 @@ def test_models_that_gain_nothing_refuse(tokenizer, monkeypatch):
 
 def test_damaged_weights_are_named_in_a_pass(tokenizer, monkeypatch):
     model = small_model()
-    params = {"max_tokens": 60, "temperature": 0.0, "ignore_eos": True, "logit_bias": ((50, 100.0),), "prompt_lookup": 16}
+    params = {
+        "max_tokens": 60,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "logit_bias": ((50, 100.0),),
+        "prompt_lookup": 16,
+    }
     chunk = Slots._verify
 
     def damaged(self, *args):

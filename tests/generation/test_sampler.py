@@ -13,7 +13,6 @@ from tnllm.generation.sampler import (
     Options,
     SamplingParams,
     gumbel,
-    keep_most_likely,
     log_probabilities,
     penalize,
     sample_ids,
@@ -28,6 +27,12 @@ def logits(rows=4, seed=0, vocab_size=V):
 
 def options(*params, seeds=None):
     return Options.of(params, seeds or [row.seed or 0 for row in params], "cpu")
+
+
+def keep_most_likely(*settings):
+    """Ids, and their logits, -inf for those to be dropped."""
+    ids, ranked, dropped, _ = sampler.keep_most_likely(*settings)
+    return ids, ranked.masked_fill(dropped, -math.inf)
 
 
 def kept(row, top_k=0, top_p=1.0, min_p=0.0):

@@ -62,6 +62,29 @@ def test_steps_write_into_given_logits():
     assert not logits[1].any()
 
 
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chunk_moves_the_state_only_as_far_as_it_is_told(form, dtype):
+    model = small_model(dtype, **form)
+    tokens = torch.randint(3, 352, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        state = model.hidden(tokens[:, :5])[1]
+        state.position += 100_000
+        before, chunk = state.clone(), cpu_step(model, state, consecutive=True)
+        done = 5
+        for length, count in ((6, 2), (6, 6), (1, 1), (9, 1)):
+            exact, _ = model(tokens[:, done : done + length], before)
+            logits = chunk(tokens[0, done : done + length])
+            assert (logits - exact[0]).abs().max() < LIMITS[dtype] * exact.abs().max()
+            assert all(map(torch.equal, state.layers, before.layers)) or done > 5
+            chunk.advance(count)
+            _, before = model.hidden(tokens[:, done : done + count], before)
+            done += count
+            assert state.position.equal(before.position)
+            for ours, theirs in zip(state.layers, before.layers, strict=True):
+                assert (ours - theirs).abs().max() <= LIMITS[dtype] * theirs.abs().max()
+
+
 @pytest.mark.parametrize("form", [*KINDS[1:], {"position": "ape"}])
 def test_other_forms_have_no_flat_step(form):
     model = small_model(**form)

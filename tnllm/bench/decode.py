@@ -22,18 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnllm.assets import tokenizer_model
 from tnllm.bench.accuracy import relative_rms
 from tnllm.bench.budget import Budget
 from tnllm.bench.decode_baseline import FixedStep, cache_of, filled_cache
+from tnllm.bench.lookup import bench_lookup
 from tnllm.bench.timing import calls, copy_bandwidth, free_memory, measure
 from tnllm.device import data_sheet, describe_device
 from tnllm.errors import RunError
 from tnllm.generation.captured_step import CapturedStep, can_capture
+from tnllm.generation.loading import load
+from tnllm.generation.slots import check_lookup
 from tnllm.modeling.cache import is_cache, resized
 from tnllm.modeling.config import get_preset
 from tnllm.modeling.cpu_step import cpu_step, pack_weights
 from tnllm.modeling.int8 import Int8Linear
 from tnllm.modeling.model import LanguageModel, build_model
+from tnllm.tokenizer import Tokenizer
 
 Step = Callable[[Tensor], Tensor]
 # Tokens of the correctness check; the second half of them is read one by one.
@@ -44,6 +49,8 @@ _CHECK_RATIO, _CHECK_SLACK = 1.25, 1e-4
 # Steps between two readings of the clock.
 _CHAIN = {"cuda": 32, "cpu": 4}
 _FAR = 1 << 20
+# Tokens of a text, and rounds; by whether the model is the demo, which is small.
+_LOOKUP = {True: (256, 9), False: (64, 5)}
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,12 @@ def bench_decode(
     on_row: Callable[[dict[str, Any]], None] = lambda results: None,
     budget: Budget | None = None,
     softmax_every: int = 0,
+    lookup: int = 0,
 ) -> dict[str, Any]:
     """Measure one preset: batch 1 at every position, every batch, and the baseline at every context and batch.
 
     `softmax_every`: of the preset, every Nth layer softmax; its caches are empty slots but for a short prompt.
+    `lookup`: also decode texts with proposals of so many tokens, with the weights that ship where the preset is `demo`.
     `on_row` gets the results so far after each row, so that an interrupted run loses none. `compiled`: compile the
     baseline (GPU only). `budget`: minutes for all; what is forecast not to fit, from the bytes a step moves, is skipped.
     Returns environment, accuracy, rows, and what was skipped with its reason. Raises RunError if a step's logits differ
@@ -99,6 +108,8 @@ def bench_decode(
             model = build_model(config, device, dtype, seed=0).eval().requires_grad_(False)
             if device.type == "cpu":
                 pack_weights(model)
+            if lookup and kind == "transnormer":
+                check_lookup(model)
             log(f"{preset} {kind}: checking the step against the full forward pass")
             checked = _check(model, compiled)
             results["accuracy"].append(checked)
@@ -117,6 +128,11 @@ def bench_decode(
                     continue
                 results["rows"].append(row | measured)
                 log(f"{point.name}: {measured['step_ms']:.3f} ms, {measured['tokens_per_s']:,.0f} tokens/s")
+                on_row(results)
+            if lookup and kind == "transnormer":
+                ours = load(None, str(device)).model if preset == "demo" else model
+                tokenizer = Tokenizer.load(tokenizer_model())
+                results["lookup"] = bench_lookup(ours, tokenizer, lookup, *_LOOKUP[preset == "demo"], log)
                 on_row(results)
             del model
             free_memory(device)

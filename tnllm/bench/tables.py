@@ -179,6 +179,13 @@ def print_decode(results: Row) -> None:
     if len(flat) > 1:
         spread = max(flat) / min(flat) - 1
         print(f"tnllm, batch 1: slowest position {spread:.1%} above the fastest")
+    columns = [
+        ("text", "{text}"), ("plain tokens/s", "{plain_tokens_per_s:.4g}"), ("lookup", "{lookup_tokens_per_s:.4g}"),
+        ("ratio", "{ratio:.2f} ({low_ratio:.2f}-{high_ratio:.2f})"), ("proposed", "{proposed}"),
+        ("accepted", "{accepted_share:.0%}"), ("equal texts", "{equal_share:.0%}"),
+    ]  # fmt: skip
+    if "lookup" in results:
+        print_table("prompt lookup, in turns (median; least and most)", columns, results["lookup"], ("text",))
     for row in results["skipped"]:
         print(cell("skipped: {provider}, batch {batch}, position {position:tokens} ({reason})", row))
 

@@ -25,6 +25,7 @@ def command(
     dtype: str | None = typer.Option(None, help="bf16, fp32, or on a CPU int8. Default bf16 on a GPU, fp32 on CPU."),
     device: str = options.DEVICE,
     seconds: float | None = typer.Option(None, min=0.01, help="Time spent on each measurement."),
+    prompt_lookup: int = typer.Option(0, min=0, max=64, help="Also time texts with proposals of so many tokens."),
     max_minutes: float | None = options.MAX_MINUTES,
     compile_: bool = typer.Option(True, "--compile/--no-compile", help="Compile the Transformer's step (GPU only)."),
     json_file: Path | None = options.JSON_FILE,
@@ -57,7 +58,7 @@ def command(
         options.lengths(batches or defaults[2], "--batches"),
         [] if cached == "none" else options.lengths(cached, "--contexts"),
         wanted, where, seconds or defaults[4], compile_,
-        log, on_row, budget, softmax_every,
+        log, on_row, budget, softmax_every, prompt_lookup,
     )  # fmt: skip
     print_decode(results)
     options.write_outputs(results, (json_file, write_json), (csv_file, write_csv), (plot, plot_decode))

@@ -44,7 +44,9 @@ def command(
     state_gib: float = _limits(1.0, min=0, help="For states that clients keep; 0 keeps none."),
     state_gib_per_key: float | None = _limits(None, min=0, help="The same for one API key. Default: all of it."),
     state_hours: float = _limits(24.0, min=0.001, help="A state that is not used for so long is deleted."),
-    prompt_lookup: int = typer.Option(0, min=0, max=64, help="Most tokens proposed at once while one text runs; 0: none."),
+    prompt_lookup: int = typer.Option(
+        0, min=0, max=64, help="Most tokens proposed at once while one text runs; 0: none."
+    ),
     drain_seconds: int = _limits(30, min=0, help="How long running requests may continue after SIGTERM or Ctrl-C."),
     device: str = DEVICE,
     dtype: str = DTYPE,

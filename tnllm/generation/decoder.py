@@ -58,7 +58,8 @@ def generate(
     """Generate `params.n` samples for each prompt: a Piece per token as it is generated, a Result per finished sample.
 
     prompts: texts or token ids; an empty one needs a context to continue. params: one for all, or one each.
-    contexts: what precedes each prompt; histories: its tokens, for prompt lookup alone. keep_contexts: give each Result the context after its last token.
+    contexts: what precedes each prompt; histories: its tokens, for prompt lookup alone. keep_contexts: give each Result the
+    context after its last token.
     eos_ids: tokens that end a text (default: the tokenizer's). batch_size: rows decoded together; samples of one prompt
     always are. Results of a batch come in the order they finish, batches in the order of the prompts.
     sync_every: tokens between two synchronisations with the device (default: see Slots).
@@ -69,14 +70,7 @@ def generate(
         params = [params or SamplingParams()] * len(ids)
     befores: list[Context | None] = [None] * len(ids) if contexts is None else list(contexts)
     assert len(params) == len(befores) == len(ids), "one of params and contexts for each prompt"
-    for index, (prompt, before) in enumerate(zip(ids, befores, strict=True)):
-        if not prompt and before is None:
-            raise UserError(f"prompt {index} is empty; give text, or the begin token to start from nothing")
-    if any(one.prompt_lookup for one in params):
-        check_lookup(model)
-    for bad in {id for one in params for id, _ in one.logit_bias if id >= tokenizer.vocab_size}:
-        raise UserError(f"logit_bias has token {bad}; the vocabulary has {tokenizer.vocab_size}")
-    tokenizer.check_vocabulary(model.config.vocab_size)
+    _check(model, tokenizer, ids, params, befores)
     stop_ids = frozenset([tokenizer.eos_id] if eos_ids is None else eos_ids)
 
     def batches() -> Iterator[Piece | Result]:
@@ -109,3 +103,21 @@ def generate(
             start = end
 
     return batches()
+
+
+def _check(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    ids: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    befores: Sequence[Context | None],
+) -> None:
+    """Raise UserError for what cannot be generated."""
+    for index, (prompt, before) in enumerate(zip(ids, befores, strict=True)):
+        if not prompt and before is None:
+            raise UserError(f"prompt {index} is empty; give text, or the begin token to start from nothing")
+    if any(one.prompt_lookup for one in params):
+        check_lookup(model)
+    for bad in {id for one in params for id, _ in one.logit_bias if id >= tokenizer.vocab_size}:
+        raise UserError(f"logit_bias has token {bad}; the vocabulary has {tokenizer.vocab_size}")
+    tokenizer.check_vocabulary(model.config.vocab_size)

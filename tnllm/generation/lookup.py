@@ -34,6 +34,7 @@ class Lookup:
         self._ends: dict[tuple[int, ...], int] = {}  # of each run of MIN_MATCH tokens, the last one
         self._next = self._length = 0  # the token after the passage, and how many tokens of it the text has followed
         self._count, self._asked = count, MIN_MATCH
+        self.num_proposed = self.num_right = 0  # tokens
         for id in ids[-_SEARCHED:]:
             self.push(int(id))
 
@@ -60,4 +61,5 @@ class Lookup:
         return [period[index % len(period)] for index in range(self._count)]
 
     def verified(self, right: int) -> None:
+        self.num_proposed, self.num_right = self.num_proposed + self._count, self.num_right + right
         self._asked = MIN_MATCH if right >= WORTH else min(2 * self._asked, _MOST_ASKED)

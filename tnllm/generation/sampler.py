@@ -193,7 +193,7 @@ def sample_surely(
     scores = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
     ids = unsure = None
     if options.filters:
-        ids, scores, dropped, unsure = _filtered(scores, options.top_k, options.top_p, options.min_p, near)
+        ids, scores, dropped, unsure = keep_most_likely(scores, options.top_k, options.top_p, options.min_p, near)
         scores.masked_fill_(dropped if unsure is None else dropped & ~unsure, -math.inf)
     # The argmax of log p + Gumbel noise is a sample from p.
     among = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
@@ -225,22 +225,19 @@ def penalize(logits: Tensor, options: Options, seen: Tensor | None, counts: Tens
     return logits
 
 
-def keep_most_likely(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids [B, K] that include the most likely tokens of [B, V] logits, and their logits, -inf for those to be dropped.
-
-    top_k [B] int64 first; then the fewest tokens whose probability, among those left, reaches top_p [B]
-    (nucleus sampling, arXiv 1904.09751); then those of at least min_p [B] times the largest probability. The top token
-    always stays. Equal logits rank by token id.
-    """
-    ids, ranked, dropped, _ = _filtered(logits, top_k, top_p, min_p, None)
-    return ids, ranked.masked_fill_(dropped, -math.inf)
-
-
 Filtered = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, near: Tensor | None) -> Filtered:
-    """Ids [B, K], their logits, which of them are dropped, and of which this would change with logits `near` [B, 1]."""
+def keep_most_likely(
+    logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, near: Tensor | None = None
+) -> Filtered:
+    """Ids [B, K] that include the most likely tokens of [B, V] logits, in order, their logits, and which are to be dropped.
+
+    top_k [B] int64 first; then the fewest tokens whose probability, among those left, reaches top_p [B]
+    (nucleus sampling, arXiv 1904.09751); then those of at least min_p [B] times the largest probability. The top token
+    always stays. Equal logits rank by token id. With `near` [B, 1], also of which ids that changes if differences of logits
+    move by as much.
+    """
     # On a GPU to ask whether a few suffice would synchronise. What is kept does not depend on how many are sorted.
     size = logits.shape[-1]
     if not logits.is_cuda and size > _FEW and bool(((top_k < _FEW) | (top_k >= size)).all()):
@@ -252,10 +249,8 @@ def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, near:
     return _rank(logits, size, top_k, top_p, min_p, near)
 
 
-def _rank(
-    logits: Tensor, count: int, top_k: Tensor, top_p: Tensor, min_p: Tensor, near: Tensor | None
-) -> Filtered:
-    """`_filtered` among the `count` most likely ids, in order."""
+def _rank(logits: Tensor, count: int, top_k: Tensor, top_p: Tensor, min_p: Tensor, near: Tensor | None) -> Filtered:
+    """`keep_most_likely` among the `count` most likely ids, in order."""
     size = logits.shape[-1]
     if count < size:
         ids = logits.topk(count, sorted=False).indices.sort().values
@@ -273,7 +268,7 @@ def _rank(
     dropped[:, 0] = False
     if near is None:
         return ids, ranked, dropped, None
-    # Probabilities move as their logits do, and may cross a threshold; and tokens as likely as these may swap ranks with them.
+    # Probabilities move as their logits do and may cross a threshold; tokens as likely as these may swap ranks with them.
     unsure = ((before - most).abs() <= near) | ((probability - least).abs() <= near * least)
     unsure[:, 0] = False
     sure, possible = ((part.sum(dim=-1, keepdim=True)) for part in (~dropped & ~unsure, ~dropped | unsure))

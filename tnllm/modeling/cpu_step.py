@@ -200,7 +200,8 @@ class CpuStep:
         attended, attended_and_eps = self._norm_buffer(rows)
         by_head = attended.unflatten(-1, (heads, 1, -1))
         if self._consecutive:
-            self._bind_chunk(mixer.log_decay[:, None, None], *(x.transpose(0, 1) for x in (q, k, v)), state[0], by_head)
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            self._bind_chunk(mixer.log_decay.double()[:, None, None], q, k, v, state[0], by_head)
         else:
             # As chunk_step, and for its reason: S + ((decay - 1) S + k v^T).
             change = torch.empty_like(state)
