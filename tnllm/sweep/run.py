@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
@@ -34,12 +33,7 @@ ROW = "cell.json"
 _SAVED = 143  # exit code of a run that a SIGTERM ended after it saved
 _POLL_S = 0.2
 _LOCK_WAIT_S = 60.0
-
-
-@dataclass
-class _Running:
-    cell: Cell
-    process: "subprocess.Popen[bytes]"
+_Running = tuple[Cell, "subprocess.Popen[bytes]"]
 
 
 def run_sweep(
@@ -67,20 +61,20 @@ def run_sweep(
         running: list[_Running] = []
         try:
             while limit_s is None or time.monotonic() - started < limit_s:
-                waiting = _open_cells(plan, rows, {item.cell.name for item in running})
+                waiting = _open_cells(plan, rows, {cell.name for cell, _ in running})
                 if not waiting and not running:
                     break
-                for cell in _startable(waiting, [item.cell for item in running], jobs):
+                for cell in _startable(waiting, [cell for cell, _ in running], jobs):
                     on_event(f"{cell.name}: starts ({len(rows)} cells done)")
-                    running.append(_Running(cell, _start(cell, out, sets, lock)))
+                    running.append((cell, _start(cell, out, sets, lock)))
                 time.sleep(_POLL_S)
                 running = _collect(running, rows, out, sets, on_event, keep)
         finally:
             # A limit, Ctrl-C or an error: every cell saves what it has.
-            for item in running:
-                item.process.terminate()
-            for item in running:
-                item.process.wait()
+            for _, process in running:
+                process.terminate()
+            for _, process in running:
+                process.wait()
         _collect(running, rows, out, sets, on_event, keep)
         _write_tables(out, rows)
         return not _open_cells(plan, rows, set())
@@ -167,21 +161,21 @@ def _collect(
 ) -> list[_Running]:
     """Write the rows of cells that ended; returns those still running."""
     left = []
-    for item in running:
-        code = item.process.poll()
+    for cell, process in running:
+        code = process.poll()
         if code is None:
-            left.append(item)
+            left.append((cell, process))
             continue
         if code in (_SAVED, -signal.SIGTERM):
-            on_event(f"{item.cell.name}: stopped; the next call continues it")
+            on_event(f"{cell.name}: stopped; the next call continues it")
             continue
-        folder = out / "cells" / item.cell.name
-        row = make_row(item.cell, folder, code, sets)
+        folder = out / "cells" / cell.name
+        row = make_row(cell, folder, code, sets)
         write_text_atomic(folder / ROW, json.dumps(row, indent=1) + "\n")
         rows.append(row)
         _write_tables(out, rows)
         result = f"val_loss {row['val_loss']:.4f}" if row["status"] == "done" else row["status"]
-        on_event(f"{item.cell.name}: {result}")
+        on_event(f"{cell.name}: {result}")
         if not keep:
             for name in ("checkpoints", "weights"):
                 shutil.rmtree(folder / name, ignore_errors=True)
@@ -258,14 +252,12 @@ def _write_tables(out: Path, rows: Sequence[Row]) -> None:
         name = str(file.parent.relative_to(out / "cells"))
         curves.setdefault(name, curve(read_metrics(file)))
     done = {row["cell"] for row in ordered if row["status"] == "done"}
-    write_csv(
-        out / CURVES,
-        [
-            {"cell": name, "finished": name in done, "step": step, "tokens": tokens, "val_loss": loss}
-            for name, points in sorted(curves.items())
-            for step, tokens, loss in points
-        ],
-    )
+    checks = [
+        {"cell": name, "finished": name in done, "step": step, "tokens": tokens, "val_loss": loss}
+        for name, points in sorted(curves.items())
+        for step, tokens, loss in points
+    ]
+    write_csv(out / CURVES, checks)
 
 
 def curve(metrics: Sequence[Row]) -> list[list[Any]]:
