@@ -45,7 +45,8 @@ NOT_RUN = {
 }
 # What is fast in any example of --help; the tests leave the others out.
 _FAST = (
-    "recipes ", "estimate ", "doctor", "eval ls", "eval compare", "tokenizer inspect", "data sample", "data inspect web",
+    "recipes ", "estimate ", "doctor", "eval ls", "eval compare", "tokenizer inspect", "data sample",
+    "dirty-sample -o unique", "data inspect dirty-sample", "data tokenize sample",
 )  # fmt: skip
 
 # By how much a loss of README's demo may differ. On one machine all of them are equal with one thread and with two, and

@@ -45,6 +45,19 @@ def test_commands_that_are_shown_can_be_typed(page, shell, prepared, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("page", ["data", "recipes", "tokenizer"])
+def test_examples_about_what_ships_need_no_file(page, shell, tmp_path):
+    """In an empty folder, one after another as they are printed; `my-tokenizer` is what another example makes."""
+    own = ("my-tokenizer", "corpus/ ")
+    lines = [command.line for command in QUICK if command.page == f"help {page}"]
+    lines = [line for line in lines if not any(name in line for name in own)]
+    assert len(lines) >= 1
+    for line in lines:
+        code, _, printed = shell.run(line, tmp_path)
+        assert code == 0, f"{line}: {printed}"
+
+
+@pytest.mark.slow
 def test_the_demo_of_the_readme_is_todays(shell, tmp_path):
     """Its first steps are run; its end is compared with the recorded run that began with these steps."""
     code, _, printed = shell.run(

@@ -144,7 +144,7 @@ def _new_bar() -> "rich.progress.Progress":
 
 @dataclass(frozen=True)
 class Status:
-    """How far reading a corpus is: bytes of input as stored, and what came of them. Its text is the two counts."""
+    """How far reading a corpus is: bytes of input as stored, and what came of them. Its text is the counts."""
 
     done_bytes: int
     total_bytes: int
@@ -152,7 +152,8 @@ class Status:
     tokens: int = 0
 
     def __str__(self) -> str:
-        return f"{format_count(self.documents)} documents, {format_count(self.tokens)} tokens"
+        tokens = f", {format_count(self.tokens)} tokens" if self.tokens else ""
+        return f"{format_count(self.documents)} documents{tokens}"
 
 
 Report = Callable[[Status], None]

@@ -38,7 +38,11 @@ class Sample(StrEnum):
     dirty = "dirty-sample"
 
 
-@app.command(epilog=options.examples("tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer"))
+@app.command(
+    epilog=options.examples(
+        "tnllm data tokenize sample -o tokens", "tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer"
+    )
+)
 def tokenize(
     inputs: list[str] = options.CORPUS,
     out: str = typer.Option(..., "--out", "-o", help="Folder or URL for the shards; run again to resume after a stop."),
@@ -91,7 +95,7 @@ def tokenize(
     print(f"{out}: {count} shard{'s' * (count != 1)} in {seconds}{left_out * any(skipped.values())}")
 
 
-@app.command(epilog=options.examples("tnllm data inspect tokens --verify", "tnllm data inspect web.jsonl.zst --json"))
+@app.command(epilog=options.examples("tnllm data inspect dirty-sample", "tnllm data inspect tokens --verify"))
 def inspect(
     source: str = typer.Argument(
         ..., metavar="PATH", help="A folder of token shards or of a cleaning run, corpus files, sample or dirty-sample."

@@ -26,8 +26,8 @@ class Executor(StrEnum):
 
 
 CLEAN_EPILOG = options.examples("tnllm data clean data/sample -o clean-out", "tnllm data clean web/ -o out --workers 8")
-DEDUP_EPILOG = options.examples("tnllm data dedup web.jsonl.zst -o unique --threshold 0.7 --pairs pairs.tsv")
-SELF_CLEAN_EPILOG = options.examples("tnllm data self-clean clean-out/clean -o better --set self_clean.rounds=2")
+DEDUP_EPILOG = options.examples("tnllm data dedup dirty-sample -o unique --threshold 0.7 --pairs pairs.tsv")
+SELF_CLEAN_EPILOG = options.examples("tnllm data self-clean dirty-sample -o better --set self_clean.set=train.max_steps=50")
 SCORE_EPILOG = options.examples("tnllm data score web.jsonl --model runs/tiny -o scores.jsonl")
 
 

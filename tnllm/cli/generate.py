@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     'tnllm generate --prompt "Once upon a time" --max-tokens 100 --temperature 0.8 --seed 1',
-    "tnllm generate --model runs/tiny --chat",
+    "tnllm generate --chat",
     "tnllm generate --input prompts.jsonl --output answers.jsonl --temperature 0",
     "tnllm generate --prompt-file book.txt --max-tokens 0 --state-out book.state",
     'tnllm generate --state-in book.state --prompt "In short, "',

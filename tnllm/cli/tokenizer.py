@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     cls=Group,
     epilog=examples(
-        "tnllm tokenizer inspect tnllm-8k --text 'Hello world'", "tnllm tokenizer train corpus/ -o my-tokenizer"
+        "tnllm tokenizer inspect tnllm-8k --text 'Hello world'", "tnllm tokenizer train sample -o my-tokenizer"
     ),
 )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tnllm.cli.options import RECIPE, SETS, examples
+from tnllm.files import check_output_folder
 from tnllm.progress import log
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def command(
     flags = {"train.device": device, "train.init": init, "log.profile_steps": 3 if profile else None}
     sets = [*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     out = out or Path("runs") / Path(recipe).stem
+    if not dry_run:
+        check_output_folder(out, "--out")
     is_rank = launched() and not dry_run
     try:
         config = load_recipe(recipe, sets)
