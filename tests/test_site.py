@@ -1,9 +1,11 @@
 """The documentation builds as a site: links lead somewhere, tables fit the screen, the page of commands is complete."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,10 @@ def test_the_page_of_commands_names_every_option():
         for inner in [command, *getattr(command, "commands", {}).values()]:
             missing = [option for parameter in inner.params for option in parameter.opts[:1] if option[:2] == "--"]
             assert all(f"`{option}`" in page for option in missing)
+
+
+def test_the_page_of_installation_names_every_extra():
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8").partition("## Extras")[2]
+    named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", page, re.M)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert sorted(named) == sorted(project["optional-dependencies"])

@@ -21,26 +21,14 @@ app = typer.Typer(
         "tnllm data inspect tokens --verify",
     ),
 )
-
-
-class SplitOn(StrEnum):
-    """Where a text file is cut into documents."""
-
-    none = "none"
-    blank_line = "blank-line"
-    line = "line"
-
-
-class Sample(StrEnum):
-    """Corpora that ship."""
-
-    sample = "sample"
-    dirty = "dirty-sample"
+SplitOn = StrEnum("SplitOn", ["none", "blank-line", "line"])
+Sample = StrEnum("Sample", ["sample", "dirty-sample"])
 
 
 @app.command(
     epilog=options.examples(
-        "tnllm data tokenize sample -o tokens", "tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer"
+        "tnllm data tokenize sample -o tokens",
+        "tnllm data tokenize corpus/ web.jsonl.zst -o tokens --tokenizer my-tokenizer",
     )
 )
 def tokenize(

@@ -16,18 +16,12 @@ from tnllm.errors import UserError
 from tnllm.files import check_output_file
 from tnllm.tables import print_json
 
-
-class Executor(StrEnum):
-    """Where tasks run."""
-
-    local = "local"
-    slurm = "slurm"
-    ray = "ray"
-
-
+Executor = StrEnum("Executor", ["local", "slurm", "ray"])
 CLEAN_EPILOG = options.examples("tnllm data clean data/sample -o clean-out", "tnllm data clean web/ -o out --workers 8")
 DEDUP_EPILOG = options.examples("tnllm data dedup dirty-sample -o unique --threshold 0.7 --pairs pairs.tsv")
-SELF_CLEAN_EPILOG = options.examples("tnllm data self-clean dirty-sample -o better --set self_clean.set=train.max_steps=50")
+SELF_CLEAN_EPILOG = options.examples(
+    "tnllm data self-clean dirty-sample -o better --set self_clean.set=train.max_steps=50"
+)
 SCORE_EPILOG = options.examples("tnllm data score web.jsonl --model runs/tiny -o scores.jsonl")
 
 

@@ -47,14 +47,8 @@ PLOT = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf).")
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships (`tnllm recipes list`).")
 SETS = typer.Option([], "--set", help="Change a key: --set section.key=value. Repeatable.")
 SOFTMAX_EVERY = typer.Option(0, min=0, help="Every Nth layer of TransNormerLLM has softmax attention; 0: none.")
+OnError = StrEnum("OnError", ["stop", "skip"])
 TOKENIZER = typer.Option(None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. Default: tnllm-8k.")
-
-
-class OnError(StrEnum):
-    """What to do about a document that cannot be read."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 def panel(title: str) -> Callable[..., Any]:

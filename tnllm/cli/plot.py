@@ -8,14 +8,7 @@ import typer
 from tnllm.cli.options import examples
 
 EPILOG = examples("tnllm plot runs/tiny runs/tiny-transformer -o loss.png --x tokens")
-
-
-class X(StrEnum):
-    """What the x axis counts."""
-
-    step = "step"
-    tokens = "tokens"
-    time = "time"
+X = StrEnum("X", ["step", "tokens", "time"])
 
 
 def command(
