@@ -34,7 +34,7 @@ def test_a_reader_of_both_streams_may_leave():
 @pytest.mark.slow
 def test_a_full_disk_is_an_error():
     done = in_shell("$TNLLM recipes show tiny > /dev/full")
-    assert (done.returncode, done.stderr) == (1, b"tnllm: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, b"tnllm: No space left on device; free some space and run it again\n")
 
 
 @pytest.mark.slow

@@ -98,6 +98,8 @@ def test_dry_run_says_what_this_machine_would_take(capfd):
         (["7b"], "asks for 64 ranks (replicate 8 * shard 8 * sequence 1 * tensor 1), and 1 is here; start that many"),
         (["tiny", "--set", "data.path=/no/such.txt", "--out", "OUT"], "/no/such.txt"),
         (["tiny", "--set", "model.vocab_size=1000", "--out", "OUT"], "8192 pieces, more than model.vocab_size 1000"),
+        (["tiny", "--out", "/dev/null/run"], "--out is /dev/null/run, and /dev/null is a file, not a folder"),
+        (["tiny", "--out", "s3://bucket/run"], "--out is the URL s3:/bucket/run; give a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(capfd, tmp_path, args, message):

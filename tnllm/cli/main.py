@@ -170,8 +170,8 @@ def _run(args: list[str], debug: bool, stdout: _Stdout) -> NoReturn:
         if debug:
             raise
         where = f": {error.filename}" if error.filename else ""
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _fail(f"{error.strerror or error}{where}{'; free some space and run it again' * is_full}", 1)
+        advice = "; free some space and run it again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        _fail(f"{error.strerror or error}{where}{advice}", 1)
     except Exception as error:
         # Usage errors of the option parser carry an exit code and a message; the rest are bugs, shown with traceback.
         if debug or not hasattr(error, "format_message"):
