@@ -128,6 +128,7 @@ def test_requests_and_their_benchmark(tnllm, folder, tmp_path, monkeypatch):
         (["--tasks", "mmlu", "--gen-kwargs", "temperature"], "write name=value with commas"),
         (["--tasks", "tnl-paper", "-n", "3"], "tnl-paper fixes its number of examples"),
         (["check", "--tasks", ","], "no tasks; give --tasks openbookqa,piqa"),
+        (["requests", "x.npz.xz", "--tasks", ","], "no tasks; give --tasks mmlu"),
         (["check", "--tasks", "piqa", "--dtype", "float16"], "--dtype is 'float16'; allowed: float32, bfloat16"),
         (["compare", "/nowhere", "/nowhere"], "/nowhere does not exist; give a results_*.json"),
         (["ls", "zzzzzz"], "no task matches 'zzzzzz'"),

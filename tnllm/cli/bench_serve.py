@@ -26,9 +26,7 @@ def command(
     prefix_tokens: int = typer.Option(0, min=0, help="Random tokens before each prompt, the same for all."),
     tokens: int = typer.Option(64, min=1, help="Tokens of each answer."),
     check: int = typer.Option(20, min=0, help="Requests of the last row sent again alone, to compare their texts."),
-    seed: int | None = typer.Option(
-        None, min=0, help="Default: a new one, so that no prompt is in the server's cache."
-    ),
+    seed: int | None = typer.Option(None, min=0, help="Default: a new one: no prompt is in the server's cache."),
     api_key: str | None = typer.Option(None, help="The server's key; or the variable TNLLM_API_KEY."),
     json_file: Path | None = options.JSON_FILE,
     csv_file: Path | None = options.CSV_FILE,

@@ -33,9 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def command(
-    src: Path = typer.Argument(
-        help="Released checkpoint, run, step or weights folder, LoRA adapter, or hf://ORG/NAME."
-    ),
+    src: Path = typer.Argument(help="Released checkpoint, run, step or weights folder, adapter, or hf://ORG/NAME."),
     dst: Path = typer.Argument(help="The new folder."),
     to: str = typer.Option(
         ...,

@@ -21,8 +21,8 @@ app = typer.Typer(
         "tnllm data inspect tokens --verify",
     ),
 )
-SplitOn = StrEnum("SplitOn", ["none", "blank-line", "line"])
-Sample = StrEnum("Sample", ["sample", "dirty-sample"])
+SplitOn = StrEnum("SplitOn", {"none": "none", "blank_line": "blank-line", "line": "line"})
+Sample = StrEnum("Sample", {"sample": "sample", "dirty": "dirty-sample"})
 
 
 @app.command(

@@ -16,7 +16,7 @@ from tnllm.errors import UserError
 from tnllm.files import check_output_file
 from tnllm.tables import print_json
 
-Executor = StrEnum("Executor", ["local", "slurm", "ray"])
+Executor = StrEnum("Executor", {"local": "local", "slurm": "slurm", "ray": "ray"})
 CLEAN_EPILOG = options.examples("tnllm data clean data/sample -o clean-out", "tnllm data clean web/ -o out --workers 8")
 DEDUP_EPILOG = options.examples("tnllm data dedup dirty-sample -o unique --threshold 0.7 --pairs pairs.tsv")
 SELF_CLEAN_EPILOG = options.examples(
@@ -185,15 +185,11 @@ def separation(labelled: list[tuple[float, Any]]) -> float:
     """Share of (label 1, label 0) pairs in which the first has the lower value, ties half: the area under the ROC."""
     from bisect import bisect_left, bisect_right
 
-    groups: dict[str, list[float]] = {"0": [], "1": []}
-    for value, label in labelled:
-        if str(label) in groups:
-            groups[str(label)].append(value)
-    if not groups["0"] or not groups["1"]:
+    zeros, ones = (sorted(value for value, label in labelled if str(label) == kind) for kind in "01")
+    if not zeros or not ones:
         raise UserError("--label-field needs documents with label 0 and documents with label 1")
-    ordered = sorted(groups["0"])
-    wins = sum(len(ordered) - (bisect_left(ordered, x) + bisect_right(ordered, x)) / 2 for x in groups["1"])
-    return wins / (len(ordered) * len(groups["1"]))
+    wins = sum(len(zeros) - (bisect_left(zeros, x) + bisect_right(zeros, x)) / 2 for x in ones)
+    return wins / (len(zeros) * len(ones))
 
 
 def _split(inputs: list[str]) -> tuple[str | None, list[str]]:

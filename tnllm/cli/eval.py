@@ -46,9 +46,7 @@ def run(
     online: bool = typer.Option(False, "--online", help="Download each task's data from the Hugging Face hub instead."),
     include_path: Path | None = options.INCLUDE_PATH,
     limit: float | None = typer.Option(None, help="Only the first N questions of each task, or a share below 1."),
-    num_fewshot: int | None = _prompt(
-        None, "--num-fewshot", "-n", min=0, help="Few-shot examples. Default: the task's."
-    ),
+    num_fewshot: int | None = _prompt(None, "--num-fewshot", "-n", min=0, help=options.NUM_FEWSHOT.help),
     apply_chat_template: bool = _prompt(False, "--apply-chat-template", help="Put prompts into the model's turns."),
     fewshot_as_multiturn: bool = _prompt(True, help="With a chat template: each example as separate turns."),
     system_instruction: str | None = _prompt(None, help="Text before every prompt."),
@@ -69,8 +67,7 @@ def run(
     """Score a model on tasks of lm-evaluation-harness, from local files or the hub."""
     if context.invoked_subcommand is not None:
         return
-    if not (names := _names(tasks)):
-        raise UserError("no tasks; give --tasks mmlu,ceval or others of `tnllm eval ls`")
+    names = _names(tasks, "mmlu,ceval")
     if log_samples and out is None:
         raise UserError("--log-samples writes files; say where with --out DIR")
     _check_folders(data_dir, include_path, online)
@@ -210,9 +207,7 @@ def file_perplexity(
     ),
 )
 def needle(
-    lengths_: str = typer.Option(
-        "1k,2k,4k", "--lengths", help="Tokens of a prompt: 1k,4k, or 1k:64k for every doubling."
-    ),
+    lengths_: str = typer.Option("1k,2k,4k", "--lengths", help="Tokens of a prompt: 1k,4k, or 1k:64k, doubling."),
     depths: str = typer.Option("0,25,50,75,100", help="Where the needle stands, in per cent of the text."),
     samples: int = typer.Option(8, "--samples", "-n", min=1, help="Prompts for each length and depth."),
     model: str | None = options.MODEL,
@@ -270,8 +265,7 @@ def check_against_harness(
     """Answer the same questions through lm-eval's own hf model too, on the exported weights, and compare."""
     _check_folders(data_dir, include_path)
     options.check_choice("--dtype", dtype, ("float32", "bfloat16"))
-    if not (names := _names(tasks)):
-        raise UserError("no tasks; give --tasks openbookqa,piqa or others of `tnllm eval ls`")
+    names = _names(tasks, "openbookqa,piqa")
     with quiet_transformers():
         log("loading")
         quiet_libraries(names, online=False)
@@ -326,7 +320,7 @@ def save_requests(
     """Write the token requests of tasks to a file and count what sharing prefixes saves; needs no model."""
     check_output_file(out, "the output")
     _check_folders(data_dir, include_path)
-    names = _names(tasks)
+    names = _names(tasks, "mmlu")
     quiet_libraries(names, online=False)
     from tnllm import assets
     from tnllm.evaluation.multiple_choice import build_bundle
@@ -344,8 +338,10 @@ def save_requests(
         print(f"{name.replace('_', ' '):20}{counts[name]:>14,} tokens  {ratio:6.1f} x fewer")
 
 
-def _names(tasks: str | None) -> list[str]:
-    return [name.strip() for name in (tasks or "").split(",") if name.strip()]
+def _names(tasks: str | None, example: str) -> list[str]:
+    if not (names := [name.strip() for name in (tasks or "").split(",") if name.strip()]):
+        raise UserError(f"no tasks; give --tasks {example} or others of `tnllm eval ls`")
+    return names
 
 
 class _Texts:

@@ -38,16 +38,14 @@ MAX_MINUTES = typer.Option(
     "Default 1 on a CPU (bench-scale: 5), 60 on a GPU.",
 )
 MODEL = typer.Option(None, help="Run, step or weights folder, or hf://ORG/NAME. Default: the model that ships.")
-NUM_FEWSHOT = typer.Option(
-    None, "--num-fewshot", "-n", min=0, help="Examples before each question. Default: the task's."
-)
+NUM_FEWSHOT = typer.Option(None, "--num-fewshot", "-n", min=0, help="Examples before a question. Default: the task's.")
 OUT = typer.Option(..., "--out", "-o", help="Folder for the result; run again to resume after a stop.")
 OVERWRITE = typer.Option(False, "--overwrite", help="Start over if the folder holds other results.")
 PLOT = typer.Option(None, "--plot", help="Write a chart (png, svg or pdf).")
 RECIPE = typer.Argument(help="A recipe file, or the name of one that ships (`tnllm recipes list`).")
 SETS = typer.Option([], "--set", help="Change a key: --set section.key=value. Repeatable.")
 SOFTMAX_EVERY = typer.Option(0, min=0, help="Every Nth layer of TransNormerLLM has softmax attention; 0: none.")
-OnError = StrEnum("OnError", ["stop", "skip"])
+OnError = StrEnum("OnError", {"stop": "stop", "skip": "skip"})
 TOKENIZER = typer.Option(None, help="tokenizer.model, its folder, tnllm-8k or tnllm-64k. Default: tnllm-8k.")
 
 

@@ -8,7 +8,7 @@ import typer
 from tnllm.cli.options import examples
 
 EPILOG = examples("tnllm plot runs/tiny runs/tiny-transformer -o loss.png --x tokens")
-X = StrEnum("X", ["step", "tokens", "time"])
+X = StrEnum("X", {"step": "step", "tokens": "tokens", "time": "time"})
 
 
 def command(
