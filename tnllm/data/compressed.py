@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from tnllm.data.documents import UnreadableFile
 from tnllm.errors import optional_import
@@ -99,24 +99,14 @@ def decompressed(raw: IO[bytes], path: Path) -> IO[bytes]:
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if suffix == ".xz":
         # The format allows zero bytes between streams and at the end.
-        return _buffered(_FrameReader(raw, lambda head: lzma.LZMADecompressor(), padding=b"\0"))
-    if suffix == ".bz2":
-        return _buffered(_FrameReader(raw, lambda head: bz2.BZ2Decompressor()))
-    return _buffered(_FrameReader(raw, _zstd_decoder(path))) if suffix == ".zst" else raw
-
-
-def _buffered(reader: io.RawIOBase) -> IO[bytes]:
-    return io.BufferedReader(reader, 1 << 18)
-
-
-class _Decoder(Protocol):
-    def decompress(self, data: bytes) -> bytes: ...
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
+        frames = _FrameReader(raw, lambda head: lzma.LZMADecompressor(), padding=b"\0")
+    elif suffix == ".bz2":
+        frames = _FrameReader(raw, lambda head: bz2.BZ2Decompressor())
+    elif suffix == ".zst":
+        frames = _FrameReader(raw, _zstd_decoder(path))
+    else:
+        return raw
+    return io.BufferedReader(frames, 1 << 18)
 
 
 class _FrameReader(io.RawIOBase):
@@ -126,9 +116,9 @@ class _FrameReader(io.RawIOBase):
     one; here both are errors. `new_decoder` gets the first bytes of each frame.
     """
 
-    def __init__(self, raw: IO[bytes], new_decoder: Callable[[bytes], _Decoder], padding: bytes = b"") -> None:
+    def __init__(self, raw: IO[bytes], new_decoder: Callable[[bytes], Any], padding: bytes = b"") -> None:
         self._raw, self._new_decoder, self._padding = raw, new_decoder, padding
-        self._decoder: _Decoder | None = None
+        self._decoder: Any = None
         self._input = b""
         self._output = memoryview(b"")
         self._is_empty = True
@@ -170,7 +160,7 @@ def _zstd_window(head: bytes) -> int:
     return base + base // 8 * (head[5] & 7)
 
 
-def _zstd_decoder(path: Path) -> Callable[[bytes], _Decoder]:
+def _zstd_decoder(path: Path) -> Callable[[bytes], Any]:
     with optional_import("data", "zstandard"):
         import zstandard
 
