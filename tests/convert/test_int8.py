@@ -1,6 +1,7 @@
 """--quantize int8 with --to tnllm: a folder that loads as it is, of the same weights as rounding at load gives."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -52,7 +53,9 @@ def test_the_folder_loads_without_a_flag(run, folder, tmp_path, shard_bytes):
     ]
     same = (exact.argmax(-1) == after.argmax(-1)).double().mean()
     [note] = [note for note in report.notes if "bits per byte" in note]
-    assert f"{bits[0]:.3f}" in note and f"{bits[1]:.3f}" in note and f"{same:.0%}"[:-1] in note
+    before, after, _, agreed = (float(number) for number in re.findall(r"-?\d+\.\d+", note.rpartition("text: ")[2])[:4])
+    # Sums in another order change the last digits, and which of two equally likely tokens is first.
+    assert [before, after] == pytest.approx(bits, abs=2e-4) and agreed == pytest.approx(100 * same, abs=0.5)
     assert any("of the check's tokens have the same" in note for note in report.notes)
 
 
