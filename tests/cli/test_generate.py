@@ -44,6 +44,29 @@ def test_text_on_stdout_speed_on_stderr(run):
     assert run("--prompt", "The fox", "--max-tokens", 20, "--seed", 2)[1] != out
 
 
+@pytest.mark.parametrize("way", ["--prompt", "--chat", "--input"])
+def test_prompt_lookup_changes_no_text(run, tmp_path, way):
+    """A text that only repeats itself, so that there are proposals: the small model does where the end token is ignored."""
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "fox fox " * 12}), encoding="utf-8")
+    given = {
+        "--prompt": ["--prompt", "fox fox " * 12],
+        "--chat": ["--chat"],
+        "--input": ["--input", tmp_path / "in.jsonl"],
+    }
+    options = [*given[way], "--max-tokens", 120, "--temperature", 0, "--seed", 1, "--ignore-eos", "--batch-size", 1]
+    stdin = b"fox\nfox\n" if way == "--chat" else None
+    plain = run(*options, stdin=stdin)
+    looked = run(*options, "--prompt-lookup", 16, stdin=stdin)
+    assert plain[0] == looked[0] == 0 and looked[1] == plain[1] != ""
+
+
+def test_prompt_lookup_is_refused_where_it_gains_nothing(run):
+    fails(run("--prompt", "x", "--prompt-lookup", 65), "prompt_lookup is 65; allowed: a whole number, 0 to 64")
+    fails(
+        run("--prompt", "x", "--prompt-lookup", 8, "--dtype", "int8"), "prompt_lookup gains nothing with int8 weights"
+    )
+
+
 def test_an_unseeded_run_names_its_seed(run):
     code, out, err = run("-p", "The", "--max-tokens", 15)
     assert code == 0

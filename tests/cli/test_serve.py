@@ -218,6 +218,7 @@ def test_a_folder_of_states_that_another_server_uses(tnllm, tmp_path):
         (["--state-gib", "-1"], 2, "--state-gib"),
         (["--state-gib-per-key", "-1"], 2, "--state-gib-per-key"),
         (["--state-hours", "0"], 2, "--state-hours"),
+        (["--prompt-lookup", "8", "--dtype", "int8"], 2, "prompt_lookup gains nothing with int8 weights"),
     ],
 )
 def test_bad_input(tnllm, args, code, message):

@@ -391,4 +391,7 @@ def _base(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 def scaling(axes: dict[str, int]) -> str:
     grows = {"rows": axes["replicate"] * axes["shard"] > 1, "length": axes["sequence"] > 1}
     weak = " and ".join(word for word in grows if grows[word])
-    return " x ".join([f"weak ({weak})"] * bool(weak) + ["strong"] * (axes["tensor"] > 1)) or "-"
+    parts = [f"weak ({weak})"] if weak else []
+    if axes["tensor"] > 1:
+        parts.append("strong")
+    return " x ".join(parts) or "-"

@@ -22,6 +22,10 @@ from tnllm.serving.tickets import PromptRead
 Scores: TypeAlias = list[TokenLogprob | None] | None
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
+# Options of sampling that answers name.
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+            "max_tokens", "ignore_eos")  # fmt: skip
+
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
     """Token counts in OpenAI's shape."""

@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from tnllm.generation.context import Context
 from tnllm.generation.samples import Piece, Result, TokenLogprob
 from tnllm.serving import bodies
-from tnllm.serving.answers import Answer, Scores
+from tnllm.serving.answers import SETTINGS, Answer, Scores
 from tnllm.serving.api import CompletionRequest, validated
 from tnllm.serving.bodies import Body, RequestError, shown
 from tnllm.serving.generating import Generator, Submission
@@ -140,11 +140,6 @@ class NativeAnswer(Answer):
 
     def _token(self, entry: TokenLogprob) -> dict[str, Any]:
         return {"id": entry.id, **super()._token(entry)}
-
-
-# Options of sampling that answers name.
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-            "max_tokens", "ignore_eos")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from tnllm import __version__, assets
 from tnllm.chat_template import render_part
 from tnllm.errors import UserError
 from tnllm.serving import bodies
+from tnllm.serving.answers import SETTINGS
 from tnllm.serving.api import MESSAGES, check_text_length, turns, validated
 from tnllm.serving.bodies import Body, RequestError
 from tnllm.serving.generating import Generator
-from tnllm.serving.llama_routes import SETTINGS
 from tnllm.serving.middleware import JSON, Settings
 from tnllm.serving.openapi import described
 from tnllm.serving.schemas import Detokenized, Props, Template, Tokenized
